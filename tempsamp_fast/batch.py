@@ -1,0 +1,81 @@
+"""The nouns of a training step: what is asked, what is answered, and a group of answers to one question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Span = tuple[float, float]
+"""A (start, end) pair in seconds."""
+
+Mode = Literal["answer", "think"]
+"""Answer directly, or reason inside `<think>` first (chain of thought)."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One query about one video, with its ground truth."""
+
+    sample_id: str
+    video: Path
+    query: str
+    duration_s: float
+    windows: tuple[Span, ...]
+    """True spans, each (start, end) in seconds; several when the query has several answers."""
+
+
+@dataclass(frozen=True)
+class VideoPatches:
+    """One video, ready for the vision tower."""
+
+    pixel_values: Tensor
+    """[num_patches, channels * temporal_patch * patch * patch], rows in the vision tower's order."""
+    grid_thw: tuple[int, int, int]
+    """Patches along time, height and width, before spatial merging."""
+    second_per_grid: float
+    """Seconds between two neighbours along the time axis of the grid."""
+    timestamps_s: Tensor
+    """[grid_t] float64: mean time of the frames of each temporal patch."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample as the model reads it."""
+
+    sample: Sample
+    mode: Mode
+    input_ids: Tensor
+    """[prompt_len] int64, video placeholders already expanded to one id per merged patch."""
+    video: VideoPatches
+
+
+@dataclass
+class Completion:
+    """One answer; `ids` end with the end-of-sequence id unless generation was cut off."""
+
+    ids: Tensor
+    """[completion_len] int64."""
+    text: str
+    is_off_policy: bool = False
+    sampled_logps: Tensor | None = None
+    """[completion_len] float32 under the sampling distribution; None for off-policy answers."""
+    rewards: dict[str, float] = field(default_factory=dict)
+    """Raw reward by name; filled by scoring."""
+
+
+@dataclass
+class RolloutGroup:
+    """All answers to one prompt; the unit that advantages are normalised over."""
+
+    prompt: Prompt
+    completions: list[Completion]
+    advantages: Tensor | None = None
+    """[num_generations] float32; filled by `advantage.assign_advantages`."""
+
+    def is_off_policy(self) -> Tensor:
+        """[num_generations] bool."""
+        return torch.tensor([completion.is_off_policy for completion in self.completions])
