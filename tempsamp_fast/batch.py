@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Span = tuple[float, float]
-"""A (start, end) pair in seconds."""
+from tempsamp_fast.sample import Mode, Sample, Span, Task
 
-Mode = Literal["answer", "think"]
-"""Answer directly, or reason inside `<think>` first (chain of thought)."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One query about one video, with its ground truth."""
-
-    sample_id: str
-    video: Path
-    query: str
-    duration_s: float
-    windows: tuple[Span, ...]
-    """True spans, each (start, end) in seconds; several when the query has several answers."""
+__all__ = ["Completion", "Mode", "Prompt", "RolloutGroup", "Sample", "Span", "Task", "VideoPatches"]
 
 
 @dataclass(frozen=True)

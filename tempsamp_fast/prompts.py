@@ -1,0 +1,72 @@
+"""What the model is asked, and the answer text made from the ground truth (the off-policy completion)."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from tempsamp_fast.rewards import highlight_targets
+from tempsamp_fast.sample import Mode, Sample, Span, Task
+
+CotOffPolicy = Literal["template", "answer_only", "skip"]
+"""Off-policy text in think mode: a think block naming the span then the answer; the answer alone; no text at all."""
+
+_ASK = {
+    "grounding": 'When does "{query}" happen in the video?',
+    "multi_grounding": 'Find every time span of the video in which "{query}" happens.',
+    "highlight": 'Which 2-second clips of the video show "{query}" best? Rate each one from 1 to 5.',
+}
+_THINK = (
+    "First reason inside <think> </think>, with each time or range you rely on inside <timestep> </timestep>, "
+    "then answer."
+)
+_FORMAT = {
+    "grounding": "Give its start and end in seconds with two decimals, as <answer> start time to end time </answer>",
+    "multi_grounding": "Give starts and ends in seconds with two decimals, as "
+    "<answer> start time to end time, start time to end time </answer>",
+    "highlight": "Give the clips' start times in seconds and their ratings, as "
+    "<answer> The highlight timestamps are in the 82, 84, 86 seconds. "
+    "Their saliency scores are 1.3, 1.7, 2.0. </answer>",
+}
+
+
+def normalise_query(query: str) -> str:
+    """Lower-cased and stripped, without trailing full stops; the form in which training and evaluation ask."""
+    return query.lower().strip().rstrip(". ")
+
+
+def question(query: str, mode: Mode, task: Task = "grounding") -> str:
+    """The user turn's text that goes with the video."""
+    ask = _ASK[task].format(query=normalise_query(query))
+    return " ".join([ask, *([_THINK] if mode == "think" else []), _FORMAT[task]])
+
+
+def off_policy_text(
+    sample: Sample, mode: Mode, cot_off_policy: CotOffPolicy = "template", task: Task = "grounding"
+) -> str | None:
+    """The ground truth as the model should have said it, without an end-of-sequence token; None for `skip`.
+
+    Spans have two decimals and end with the video at the latest. Raises ValueError for an unknown `cot_off_policy`.
+    """
+    if cot_off_policy not in get_args(CotOffPolicy):
+        raise ValueError(f"cot_off_policy {cot_off_policy!r}: choose from {', '.join(get_args(CotOffPolicy))}")
+    windows = sample.windows[:1] if task == "grounding" else sample.windows
+    spans = [span_text(window, sample.duration_s) for window in windows]
+    answer = f"<answer> {_highlights(sample) if task == 'highlight' else ', '.join(spans)} </answer>"
+    if mode == "answer" or cot_off_policy == "answer_only":
+        return answer
+    if cot_off_policy == "skip":
+        return None
+    timesteps = ", ".join(f"<timestep> {span} </timestep>" for span in spans)
+    return f"<think> The video shows it at {timesteps}. </think> {answer}"
+
+
+def span_text(span: Span, duration_s: float) -> str:
+    """`12.54 to 17.83`: seconds with two decimals, clipped to the video."""
+    return f"{span[0]:.2f} to {min(span[1], duration_s):.2f}"
+
+
+def _highlights(sample: Sample) -> str:
+    targets = highlight_targets(sample)
+    timestamps = ", ".join(f"{timestamp:g}" for timestamp in targets)
+    scores = ", ".join(f"{score:.1f}" for score in targets.values())
+    return f"The highlight timestamps are in the {timestamps} seconds. Their saliency scores are {scores}."

@@ -1,0 +1,188 @@
+"""Reading answers and rewarding them; training and evaluation share this parser.
+
+A reward is `f(completions, *, samples, require_tags=True, **_) -> list[float]`: the generated texts and, aligned with
+them, the samples they answer. To add one, write such a function, name it in `REWARDS`, and point the task that should
+use it there in `TASK_REWARDS`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tempsamp_fast.sample import Sample, Span, Task
+
+Reward = Callable[..., list[float]]
+
+CLIP_S = 2
+"""Length in seconds of the clips that QVHighlights annotates."""
+
+# The innermost closed block: an unclosed <answer> before it does not stretch it.
+_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.IGNORECASE | re.DOTALL)
+
+# Seconds, MM:SS or HH:MM:SS, perhaps with a unit. The pair must not be part of a longer number or word.
+_TIME = r"(\d+(?::[0-5]?\d){0,2}(?:\.\d+)?)\s*(?:seconds?|secs?|s)?"
+_PAIR = re.compile(rf"(?<![\w.:-]){_TIME}\s*(?:to|and|[-–])\s*{_TIME}(?![\w:]|\.\d)", re.IGNORECASE | re.ASCII)
+
+_THINK_THEN_ANSWER = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.IGNORECASE | re.DOTALL)
+
+_NUMBER = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
+
+
+def answer_text(text: str, require_tags: bool = True) -> str:
+    """What stands inside the last `<answer> </answer>` of `text`; without one, nothing if `require_tags`, else all."""
+    blocks = _ANSWER.findall(text)
+    return blocks[-1] if blocks else "" if require_tags else text
+
+
+def parse_spans(text: str, require_tags: bool = True) -> list[Span]:
+    """Every `A to B`, `A and B` or `A - B` of the last answer block, in order.
+
+    Times are seconds, MM:SS or HH:MM:SS, never rounded; a pair whose end is not after its start is returned as written.
+    `require_tags=False` reads the whole text where there is no answer block.
+    """
+    pairs = [(_seconds(start), _seconds(end)) for start, end in _PAIR.findall(answer_text(text, require_tags))]
+    return [(start, end) for start, end in pairs if math.isfinite(start) and math.isfinite(end)]
+
+
+def parse_span(text: str, require_tags: bool = True) -> Span | None:
+    """The last span of `parse_spans`, or None when there is none."""
+    spans = parse_spans(text, require_tags)
+    return spans[-1] if spans else None
+
+
+def _seconds(time: str) -> float:
+    seconds = 0.0
+    for part in time.split(":"):
+        seconds = 60 * seconds + float(part)
+    return seconds
+
+
+def parse_highlights(text: str, require_tags: bool = True) -> dict[float, float] | None:
+    """Saliency by timestamp in seconds, from the last answer block; None when it does not follow the prompt's form.
+
+    A timestamp without its score (an answer cut off, lists of different lengths) is dropped; of a repeated timestamp
+    the first counts.
+    """
+    before, saliency, after = answer_text(text, require_tags).lower().partition("saliency scores")
+    if not saliency or "timestamps" not in before:
+        return None
+    timestamps, scores = ([float(number) for number in _NUMBER.findall(part)] for part in (before, after))
+    highlights: dict[float, float] = {}
+    for timestamp, score in zip(timestamps, scores, strict=False):
+        highlights.setdefault(timestamp, score)
+    return highlights
+
+
+def highlight_targets(sample: Sample) -> dict[float, float]:
+    """True saliency by timestamp in seconds: every clip the annotators score above 0 on average, that mean plus 1.
+
+    One decimal, on the scale 1 to 5 that the prompt names.
+    """
+    means = {clip: sum(scores) / len(scores) for clip, scores in sorted(sample.clip_scores.items())}
+    return {float(CLIP_S * clip): round(mean + 1, 1) for clip, mean in means.items() if mean > 0}
+
+
+def temporal_iou(a: Span, b: Span) -> float:
+    """Intersection over the union's hull, in [0, 1]; 0 when either end is not after its start."""
+    if a[1] <= a[0] or b[1] <= b[0]:
+        return 0.0
+    return max(0.0, min(a[1], b[1]) - max(a[0], b[0])) / (max(a[1], b[1]) - min(a[0], b[0]))
+
+
+def best_iou(span: Span | None, windows: Sequence[Span]) -> float:
+    """IoU of `span` with the window it fits best; 0 for no span (an answer that did not parse)."""
+    if span is None:
+        return 0.0
+    return max((temporal_iou(span, window) for window in windows), default=0.0)
+
+
+def multi_segment_iou(a: Sequence[Span], b: Sequence[Span]) -> float:
+    """IoU of two sets of spans, each taken as the union of its spans; 0 when both are empty."""
+    merged_a, merged_b = _merge(a), _merge(b)
+    covered = _length(merged_a) + _length(merged_b)
+    intersection = sum(max(0.0, min(x[1], y[1]) - max(x[0], y[0])) for x in merged_a for y in merged_b)
+    return intersection / (covered - intersection) if covered else 0.0
+
+
+def _merge(spans: Sequence[Span]) -> list[Span]:
+    merged: list[Span] = []
+    for start, end in sorted(span for span in spans if span[1] > span[0]):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _length(spans: Sequence[Span]) -> float:
+    return sum(end - start for start, end in spans)
+
+
+def tiou_reward(
+    completions: Sequence[str], *, samples: Sequence[Sample], require_tags: bool = True, **_: Any
+) -> list[float]:
+    """IoU of the answered span with the true one (with the best fitting one where the query has several)."""
+    return [
+        best_iou(parse_span(text, require_tags), sample.windows)
+        for text, sample in zip(completions, samples, strict=True)
+    ]
+
+
+def multi_tiou_reward(
+    completions: Sequence[str], *, samples: Sequence[Sample], require_tags: bool = True, **_: Any
+) -> list[float]:
+    """IoU of the union of all answered spans with the union of all true ones (as VideoChat-R1's glue reward)."""
+    return [
+        multi_segment_iou(parse_spans(text, require_tags), sample.windows)
+        for text, sample in zip(completions, samples, strict=True)
+    ]
+
+
+def format_reward(completions: Sequence[str], **_: Any) -> list[float]:
+    """1 where the text is exactly one `<think>` block followed by one `<answer>` block, else 0."""
+    return [float(_is_think_then_answer(text)) for text in completions]
+
+
+def _is_think_then_answer(text: str) -> bool:
+    lowered = text.lower()
+    each_once = all(lowered.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+    return each_once and _THINK_THEN_ANSWER.fullmatch(text.strip()) is not None
+
+
+def highlight_reward(
+    completions: Sequence[str], *, samples: Sequence[Sample], require_tags: bool = True, **_: Any
+) -> list[float]:
+    """0.6 * F2 + 0.4 / (1 + WMSE) of the answered highlights; 0 where none parse.
+
+    F2 weighs recall over precision (beta 2) of the exact 2-second timestamps. WMSE is the squared error of the saliency
+    over the true clips, weighted by the squared true saliency; a true clip left out is predicted as 0.
+    """
+    return [
+        _highlight_score(parse_highlights(text, require_tags), highlight_targets(sample))
+        for text, sample in zip(completions, samples, strict=True)
+    ]
+
+
+def _highlight_score(predicted: Mapping[float, float] | None, targets: Mapping[float, float]) -> float:
+    if not predicted or not targets:
+        return 0.0
+    num_matched = len(predicted.keys() & targets.keys())
+    # F_beta = (1 + beta^2) * TP / (predicted + beta^2 * true), with beta = 2
+    f2 = 5 * num_matched / (len(predicted) + 4 * len(targets))
+    weight_sum = sum(target**2 for target in targets.values())
+    wmse = sum(target**2 * (predicted.get(time, 0.0) - target) ** 2 for time, target in targets.items()) / weight_sum
+    return 0.6 * f2 + 0.4 / (1 + wmse)
+
+
+REWARDS: dict[str, Reward] = {
+    "tiou": tiou_reward,
+    "multi_tiou": multi_tiou_reward,
+    "highlight": highlight_reward,
+    "format": format_reward,
+}
+
+TASK_REWARDS: dict[Task, str] = {"grounding": "tiou", "multi_grounding": "multi_tiou", "highlight": "highlight"}
+"""The reward of each task; think mode adds `format`."""

@@ -1,0 +1,37 @@
+"""What one query about one video is: the types every other module shares, free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Span = tuple[float, float]
+"""A (start, end) pair in seconds."""
+
+Mode = Literal["answer", "think"]
+"""Answer directly, or reason inside `<think>` first (chain of thought)."""
+
+Task = Literal["grounding", "multi_grounding", "highlight"]
+"""Find the one span, find every span, or rate the clips that match the query."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One query about one video, with its ground truth."""
+
+    sample_id: str
+    video: Path
+    query: str
+    duration_s: float
+    windows: tuple[Span, ...]
+    """True spans, each (start, end) in seconds; several when the query has several answers."""
+    clip_scores: Mapping[int, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    """Scores 0 to 4, one per annotator, by the index of the 2-second clip; empty outside highlight detection."""
+    difficulty: float | None = None
+    """As published with the data set (TimeLens); None where it publishes none."""
+
+    @property
+    def video_id(self) -> str:
+        return self.video.stem
