@@ -1,0 +1,121 @@
+"""Video files to model-ready patches: `load_videos` takes (path, sampling) pairs and returns packed patches.
+
+geometry = Geometry.from_config(model.config)
+batch = load_videos([("clip.mp4", Sampling(fps=2.0))], geometry)
+model(pixel_values_videos=batch.pixel_values, video_grid_thw=batch.video_grid_thw, ...)
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import math
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from tempsamp_fast.video.backend import Backend
+from tempsamp_fast.video.geometry import Geometry
+from tempsamp_fast.video.patches import PATCH_DTYPES, normalise_rows
+from tempsamp_fast.video.result import Limits, VideoBatch, VideoError, VideoResult
+from tempsamp_fast.video.sampling import Sampling
+
+__all__ = [
+    "Geometry",
+    "Limits",
+    "Sampling",
+    "VideoBatch",
+    "VideoError",
+    "VideoResult",
+    "frames",
+    "load_videos",
+    "normalise_rows",
+]
+
+log = logging.getLogger(__name__)
+
+BackendName = Literal["auto", "native", "torchcodec"]
+OnError = Literal["raise", "skip", "partial"]
+NO_LIMITS = Limits()
+
+
+def load_videos(
+    requests: Sequence[tuple[str | os.PathLike[str], Sampling]],
+    geometry: Geometry,
+    *,
+    backend: BackendName = "auto",
+    dtype: torch.dtype = torch.float32,
+    on_error: OnError = "raise",
+    num_threads: int | None = None,
+    deadline_s: float = 60.0,
+    limits: Limits = NO_LIMITS,
+) -> VideoBatch:
+    """Decode, sample, resize, normalise and cut into patches; bits as the Hugging Face processors on the CPU.
+
+    Args:
+        requests: (path, sampling) pairs; a file may occur more than once.
+        geometry: frame sizes and patch layout of the model.
+        backend: `auto` is `native` where the extension is built, else `torchcodec`.
+        dtype: float32 or bfloat16 (normalised), or uint8: as resized, for `normalise_rows` to finish on any device.
+        on_error: `raise` the first failure; `skip` videos that are not whole (their result says why); `partial`: as
+            `skip`, but keep the good frames of a damaged video.
+        num_threads: files decoded at the same time; None is the number of usable cores.
+        deadline_s: seconds for each video; `inf` for none.
+        limits: what one file may cost.
+
+    Raises:
+        VideoError: a file failed and `on_error` is `raise`; it names the file and has a `code`.
+        ValueError: an argument is not one of its choices.
+    """
+    if on_error not in get_args(OnError):
+        raise ValueError(f"on_error must be one of {get_args(OnError)}, got {on_error!r}")
+    if dtype not in PATCH_DTYPES:
+        raise ValueError(f"dtype must be one of {PATCH_DTYPES}, got {dtype}")
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+    if math.isnan(deadline_s) or deadline_s <= 0:
+        raise ValueError(f"deadline_s must be positive, got {deadline_s}")
+    rows, results = load_function(backend)(
+        [(Path(path).absolute(), sampling) for path, sampling in requests],
+        geometry,
+        dtype,
+        keep_partial=on_error == "partial",
+        num_threads=num_threads or len(os.sched_getaffinity(0)),
+        deadline_s=deadline_s,
+        limits=limits,
+    )
+    for result in results:
+        if result.status == "failed" and on_error == "raise":
+            raise result.error()
+        if result.status != "ok":
+            log.warning("%s", result.message)
+    return VideoBatch.pack(rows, results, geometry.temporal_patch_size)
+
+
+@cache
+def load_function(backend: BackendName) -> Backend:
+    """The backend behind a name; `auto` logs once what it took and why. Raises ValueError for an unknown name."""
+    if backend not in get_args(BackendName):
+        raise ValueError(f"backend must be one of {get_args(BackendName)}, got {backend!r}")
+    if backend == "auto":
+        built = importlib.util.find_spec("tempsamp_fast._video") is not None
+        backend = "native" if built else "torchcodec"
+        reason = "the extension is built" if built else "the extension tempsamp_fast._video is not built"
+        log.info("video backend: %s (%s)", backend, reason)
+    module = "native" if backend == "native" else "torchcodec_backend"
+    return importlib.import_module(f"tempsamp_fast.video.{module}").load
+
+
+def frames(path: str | os.PathLike[str], times_s: Sequence[float], height: int) -> torch.Tensor:
+    """RGB thumbnails of the frames on screen at `times_s` (seconds since the first frame, clamped to the video).
+
+    Returns [n, 3, height, width] uint8, the width following the aspect of the video. Raises VideoError.
+    """
+    from tempsamp_fast.video import thumbnails
+
+    return thumbnails.frames(Path(path).absolute(), times_s, height)

@@ -1,0 +1,53 @@
+"""The one interface behind `load_videos`: a function that decodes requests into packed patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tempsamp_fast.video.geometry import Geometry
+from tempsamp_fast.video.result import Limits, VideoResult
+from tempsamp_fast.video.sampling import Sampling
+
+Request = tuple[Path, Sampling]
+"""An absolute path and the frames wanted of it."""
+
+
+class Backend(Protocol):
+    """What `torchcodec_backend.load` and `native.load` both are."""
+
+    def __call__(
+        self,
+        requests: Sequence[Request],
+        geometry: Geometry,
+        dtype: torch.dtype,
+        *,
+        keep_partial: bool,
+        num_threads: int,
+        deadline_s: float,
+        limits: Limits,
+    ) -> tuple[Tensor, list[VideoResult]]:
+        """Decode every request on its own; never raise for what a file can cause.
+
+        Args:
+            requests: may repeat a file; each is answered by itself.
+            dtype: float32 or bfloat16 (normalised) or uint8 (as resized), see `patches.normalise_rows`.
+            keep_partial: keep the good frames of a damaged or truncated video as status `partial`; else it fails.
+            num_threads: at least 1; files (or parts of them) decoded at the same time.
+            deadline_s: seconds for each request from its own start; `inf` for none. Past it the request fails with
+                `DEADLINE`, or is `partial` with the frames so far.
+            limits: checked before decoding; over them the request fails with `LIMIT_EXCEEDED`.
+
+        Which frames: `sampling.sample_times` + `frames_on_screen` in mode `pts`, else `sampling.sample_indices`, over
+        the frames in presentation order that the container shows (edit lists and discard flags applied). Their size:
+        `geometry.frame_size(number of wanted frames, height, width)` after rotation, also when some turn out missing.
+        Fewer than two wanted or good frames is `TOO_FEW_FRAMES`.
+
+        Returns:
+            [num_patches, row_width] rows of all results that are not `failed`, in order, and one result per request;
+            `second_per_grid` is temporal_patch_size * (sampled part in seconds) / (number of wanted frames).
+        """

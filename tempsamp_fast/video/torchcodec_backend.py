@@ -1,0 +1,220 @@
+"""Decoding with torchcodec: the fallback where the extension is not built, and the oracle in tests.
+
+Known limits: the deadline is only looked at between chunks of frames, and after a seek torchcodec does not verify which
+frame it landed on (see bench/results/video_corpus.json).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchcodec.decoders import VideoDecoder, VideoStreamMetadata
+
+from tempsamp_fast.video.backend import Request
+from tempsamp_fast.video.geometry import Geometry
+from tempsamp_fast.video.patches import normalise_rows, patchify, resize_frames
+from tempsamp_fast.video.result import Code, Limits, VideoError, VideoResult, failure
+from tempsamp_fast.video.sampling import FRAME_FACTOR, TOLERANCE_S, Sampling, sample_indices, sample_times
+
+NAME = "torchcodec"
+CHUNK = 16
+"""Frames decoded at a time: bounds the memory for frames at native size."""
+DEADLINE = "the deadline passed"
+PLAYLIST_STARTS = (b"#EXTM3U", b"ffconcat", b"v=0", b"<?xml", b"<MPD", b"[playlist]")
+"""Files that would make FFmpeg open other files or the network."""
+
+
+def load(
+    requests: Sequence[Request],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    *,
+    keep_partial: bool,
+    num_threads: int,
+    deadline_s: float,
+    limits: Limits,
+) -> tuple[Tensor, list[VideoResult]]:
+    """See `backend.Backend`; `num_threads` files are decoded at the same time, each by one thread."""
+
+    def answer(request: Request) -> tuple[Tensor, VideoResult]:
+        path, sampling = request
+        try:
+            return _load_one(path, sampling, geometry, dtype, keep_partial, time.monotonic() + deadline_s, limits)
+        except VideoError as error:
+            return torch.empty(0, geometry.row_width, dtype=dtype), failure(error, NAME)
+
+    if num_threads == 1 or len(requests) == 1:
+        answers = [answer(request) for request in requests]
+    else:
+        with ThreadPoolExecutor(num_threads) as pool:
+            answers = list(pool.map(answer, requests))
+    rows = [rows for rows, _ in answers]
+    if len(rows) == 1:
+        return rows[0], [answers[0][1]]
+    return torch.cat(rows) if rows else torch.empty(0, geometry.row_width, dtype=dtype), [
+        result for _, result in answers
+    ]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The frames to fetch from one open file: by time or by index."""
+
+    positions: np.ndarray
+    """[n] float64 seconds in the container's clock, or int64 frame indices."""
+    second_per_frame: float
+    by_time: bool
+
+    def fetch(self, decoder: VideoDecoder, chunk: range) -> tuple[Tensor, Tensor]:
+        """Frames [T, 3, H, W] uint8 and their times [T] float64; RuntimeError when one does not decode."""
+        positions = torch.from_numpy(self.positions[chunk.start : chunk.stop])
+        batch = decoder.get_frames_played_at(positions) if self.by_time else decoder.get_frames_at(positions)
+        return batch.data, batch.pts_seconds
+
+
+def open_decoder(path: Path) -> VideoDecoder:
+    """The best video stream of a regular file, indexed exactly. Raises VideoError."""
+    if not path.exists():
+        raise VideoError(path, "NOT_FOUND", "no such file")
+    if not path.is_file():
+        raise VideoError(path, "OPEN_FAILED", "not a regular file")
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise VideoError(path, "OPEN_FAILED", f"cannot be read ({error.strerror})") from error
+    if not head:
+        raise VideoError(path, "OPEN_FAILED", "the file is empty")
+    if head.startswith(PLAYLIST_STARTS):
+        raise VideoError(path, "OPEN_FAILED", "a playlist or description, not a video")
+    try:
+        return VideoDecoder(str(path.absolute()), device="cpu")
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = _first_line(error)
+        no_stream = "valid stream" in reason or "best stream" in reason or "No valid" in reason
+        code: Code = "NO_VIDEO_STREAM" if no_stream else "OPEN_FAILED"
+        raise VideoError(path, code, f"cannot be opened as a video ({reason})") from error
+
+
+def shown_span(metadata: VideoStreamMetadata) -> tuple[float, float]:
+    """(begin, end) of what the file shows, seconds in the container's clock."""
+    return metadata.begin_stream_seconds or 0.0, metadata.end_stream_seconds or 0.0
+
+
+def _load_one(
+    path: Path,
+    sampling: Sampling,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    keep_partial: bool,
+    deadline: float,
+    limits: Limits,
+) -> tuple[Tensor, VideoResult]:
+    decoder = open_decoder(path)
+    wanted = _wanted(path, decoder.metadata, sampling)
+    num_wanted = len(wanted.positions)
+    frame_size = _frame_size(path, decoder.metadata, num_wanted, geometry, dtype, limits)
+
+    chunks, times = [], []
+    errors: dict[int, str] = {}
+    for start in range(0, num_wanted, CHUNK):
+        for frames, pts in _fetch(decoder, wanted, range(start, min(start + CHUNK, num_wanted)), deadline, errors):
+            chunks.append(resize_frames(frames, frame_size))
+            times.append(pts)
+    num_good = num_wanted - len(errors)
+    code: Code = "OK"
+    message = ""
+    if errors:
+        code = _code_of(errors, num_wanted)
+        failed = VideoError(
+            path, code, f"{num_good} of {num_wanted} wanted frames decoded ({next(iter(errors.values()))})"
+        )
+        if not keep_partial or num_good < FRAME_FACTOR:
+            raise failed
+        message = str(failed)
+    begin, _ = shown_span(decoder.metadata)
+    frames = torch.cat(chunks)
+    return normalise_rows(patchify(frames, geometry), geometry, dtype), VideoResult(
+        path=path,
+        status="partial" if errors else "ok",
+        code=code,
+        message=message,
+        num_frames=num_good,
+        frame_times_s=torch.cat(times) - begin,
+        grid_thw=geometry.grid_thw(num_good, frame_size),
+        second_per_grid=geometry.temporal_patch_size * wanted.second_per_frame,
+        begin_s=begin,
+        backend=NAME,
+    )
+
+
+def _wanted(path: Path, metadata: VideoStreamMetadata, sampling: Sampling) -> Wanted:
+    num_frames = metadata.num_frames or 0
+    fps = metadata.average_fps_from_header or metadata.average_fps or 0.0
+    begin, end = shown_span(metadata)
+    if num_frames < FRAME_FACTOR or not (math.isfinite(fps) and fps > 0):
+        raise VideoError(path, "TOO_FEW_FRAMES", f"has {num_frames} frames, at least {FRAME_FACTOR} are needed")
+    if sampling.mode == "pts":
+        times, second_per_frame = sample_times(sampling, num_frames, end - begin)
+        positions = np.minimum(begin + times + TOLERANCE_S, np.nextafter(end, begin))
+    else:
+        positions, second_per_frame = sample_indices(sampling, num_frames, fps)
+    if len(positions) < FRAME_FACTOR:
+        raise VideoError(path, "TOO_FEW_FRAMES", f"gives {len(positions)} frames for {sampling}")
+    return Wanted(positions, second_per_frame, by_time=sampling.mode == "pts")
+
+
+def _frame_size(
+    path: Path, metadata: VideoStreamMetadata, num_wanted: int, geometry: Geometry, dtype: torch.dtype, limits: Limits
+) -> tuple[int, int]:
+    """(height, width) after resizing. Raises VideoError over the limits or where the model takes no such frame."""
+    height, width = metadata.height or 0, metadata.width or 0
+    begin, end = shown_span(metadata)
+    try:
+        frame_size = geometry.frame_size(num_wanted, height, width)
+    except ValueError as error:
+        raise VideoError(path, "BAD_GEOMETRY", str(error)) from error
+    num_patches = math.prod(geometry.grid_thw(num_wanted, frame_size))
+    limits.check(
+        path, height * width, metadata.num_frames or 0, end - begin, num_patches * geometry.row_width * dtype.itemsize
+    )
+    return frame_size
+
+
+def _fetch(
+    decoder: VideoDecoder, wanted: Wanted, chunk: range, deadline: float, errors: dict[int, str]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The frames of `chunk`, together or, where one does not decode, one by one; what failed goes into `errors`."""
+    if time.monotonic() > deadline:
+        errors.update(dict.fromkeys(chunk, DEADLINE))
+        return
+    try:
+        yield wanted.fetch(decoder, chunk)
+    except RuntimeError as error:
+        if len(chunk) == 1:
+            errors[chunk[0]] = _first_line(error)
+            return
+        for position in chunk:
+            yield from _fetch(decoder, wanted, range(position, position + 1), deadline, errors)
+
+
+def _code_of(errors: dict[int, str], num_wanted: int) -> Code:
+    if DEADLINE in errors.values():
+        return "DEADLINE"
+    if len(errors) == num_wanted:
+        return "DECODE_FAILED"
+    return "TRUNCATED" if min(errors) == num_wanted - len(errors) else "DAMAGED"
+
+
+def _first_line(error: Exception) -> str:
+    """The message without the source location that torchcodec puts before it."""
+    line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return line.split(".cpp:")[-1].split(", ", 1)[-1]
