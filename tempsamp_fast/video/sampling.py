@@ -88,7 +88,8 @@ def sample_indices(sampling: Sampling, num_frames: int, fps: float) -> tuple[np.
         indices = first + np.linspace(0, total - 1, count).round().astype(np.int64)
     elif sampling.mode == "hf_qwen2":
         count = _even_count(sampling, total, total / fps)
-        indices = first + torch.arange(0, total, total / count).int().numpy().astype(np.int64)
+        steps = torch.arange(0, total, total / count)[:count]  # rounding can add one past the last frame
+        indices = first + steps.int().numpy().astype(np.int64)
     else:
         count = _even_count(sampling, total, total / fps)
         indices = torch.linspace(first, last, count).round().long().numpy()

@@ -1,0 +1,82 @@
+"""Frame sizes against the processors of transformers, and the budget of qwen-vl-utils."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as transformers_qwen2
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as transformers_qwen3
+
+from tempsamp_fast.video.geometry import Geometry, smart_resize, smart_resize_video
+
+SIDE = st.integers(1, 4000)
+
+
+def outcome(function, *args):
+    """The value, or that it refused."""
+    try:
+        return function(*args)
+    except ValueError:
+        return "refused"
+
+
+@settings(deadline=None, max_examples=300)
+@given(SIDE, SIDE, st.integers(1, 20), st.integers(20, 2000))
+def test_frame_size_is_that_of_transformers_qwen2_5(height: int, width: int, least: int, most: int) -> None:
+    bounds = (28, least * 784, most * 784)
+    assert outcome(smart_resize, height, width, *bounds) == outcome(transformers_qwen2, height, width, *bounds)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(1, 800), SIDE, SIDE, st.integers(1, 200), st.integers(200, 24576))
+def test_video_size_is_that_of_transformers_qwen3(frames: int, height: int, width: int, least: int, most: int) -> None:
+    bounds = (least * 1024, most * 1024)
+    ours = outcome(smart_resize_video, frames, height, width, 32, *bounds)
+    assert ours == outcome(transformers_qwen3, frames, height, width, 2, 32, *bounds)
+
+
+@pytest.mark.parametrize("num_frames", [4, 20, 67, 768])
+def test_budget_of_qwen_vl_utils_bounds_each_frame(num_frames: int) -> None:
+    geometry = Geometry()
+    budget = max(min(768 * 784, 3584 * 784 / num_frames * 2), int(16 * 784 * 1.05))
+    assert geometry.frame_size(num_frames, 720, 1280) == transformers_qwen2(720, 1280, 28, 16 * 784, budget)
+
+
+def test_without_a_budget_the_size_does_not_depend_on_the_number_of_frames() -> None:
+    geometry = Geometry(total_pixels=None)
+    assert geometry.frame_size(2, 720, 1280) == geometry.frame_size(700, 720, 1280) == (560, 1008)
+
+
+def test_qwen3_cap_per_frame_is_that_of_transformers() -> None:
+    """`cap_pixels_per_frame`: the even share, at most the cap, at least 1.05 times the minimum."""
+    geometry = Geometry.of_family("qwen3_vl", max_pixels=768 * 1024)
+    for num_frames in (4, 100, 768):
+        share = max(min(768 * 1024, 14336 * 1024 // num_frames), int(4096 * 1.05)) * num_frames
+        assert geometry.frame_size(num_frames, 720, 1280) == transformers_qwen3(
+            num_frames, 720, 1280, 2, 32, 4096, share
+        )
+
+
+def test_sizes_come_from_the_model_config() -> None:
+    vision = SimpleNamespace(patch_size=8, temporal_patch_size=2, spatial_merge_size=2)
+    config = SimpleNamespace(model_type="qwen3_vl", vision_config=vision)
+    geometry = Geometry.from_config(config, min_pixels=56 * 56, total_pixels=10 * 56 * 56)
+    assert (geometry.factor, geometry.row_width, geometry.mean) == (16, 3 * 2 * 64, (0.5, 0.5, 0.5))
+    with pytest.raises(ValueError, match="model_type"):
+        Geometry.from_config(SimpleNamespace(model_type="llava", vision_config=vision))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"family": "clip"}, {"patch_size": 0}, {"max_pixels": 5}, {"max_pixels": None}, {"total_pixels": 7}]
+)
+def test_out_of_range_settings_are_named(bad: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Geometry(**bad)
+
+
+def test_aspect_ratio_over_200_is_refused() -> None:
+    with pytest.raises(ValueError, match="aspect"):
+        Geometry().frame_size(4, 10, 2001)
