@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from fractions import Fraction
 from itertools import product
 from pathlib import Path
 
-from tempsamp_fast.synthetic_render import CODECS, COLOURS, SHAPES, Actor, Clip, find_ffmpeg, write_video
+from tempsamp_fast.synthetic_render import CODECS, COLOURS, SHAPES, Actor, Clip, write_video
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,6 @@ KEYFRAME_INTERVALS = (12, 30, 60, 250)
 # Codec and whether the frame rate varies, by the video's index modulo the cycle; all others are plain H.264.
 ENCODING_CYCLE = 16
 UNUSUAL_ENCODINGS = {3: ("h264", True), 6: ("hevc", False), 9: ("vp9", False), 12: ("h264", True)}
-LONGEST_EVENT_SHARE = 0.6  # of the video
 PHRASINGS = (
     "a {} appears",
     "the {} is visible",
@@ -64,6 +64,8 @@ class SyntheticConfig:
     """Each video has 1 to max_events events, drawn uniformly."""
     min_event_s: float = 1.5
     max_event_s: float = 12.0
+    max_event_share: float = 0.35
+    """Longest event as a share of its video. Larger shares make always answering one span a stronger baseline."""
     num_distractors: int = 2
     """Further shapes that no query asks for, half of them visible all the time."""
     noise: float = 8.0
@@ -77,10 +79,12 @@ class SyntheticConfig:
             raise ValueError(f"max_events must be at least 1, got {self.max_events}")
         if not 0 < self.min_event_s <= self.max_event_s:
             raise ValueError(f"need 0 < min_event_s <= max_event_s, got {self.min_event_s} and {self.max_event_s}")
-        shortest = self.min_event_s / LONGEST_EVENT_SHARE
+        if not 0 < self.max_event_share <= 1:
+            raise ValueError(f"max_event_share must be in (0, 1], got {self.max_event_share}")
+        shortest = self.min_event_s / self.max_event_share
         if not shortest <= self.min_duration_s <= self.max_duration_s:
             raise ValueError(
-                f"need min_event_s / {LONGEST_EVENT_SHARE} = {shortest:.2f} <= min_duration_s <= max_duration_s, "
+                f"need min_event_s / max_event_share = {shortest:.2f} <= min_duration_s <= max_duration_s, "
                 f"got {self.min_duration_s} and {self.max_duration_s}"
             )
         for name, known in (("colours", COLOURS), ("shapes", SHAPES)):
@@ -93,11 +97,9 @@ class SyntheticConfig:
                 f"max_events {self.max_events} + num_distractors {self.num_distractors} different ones"
             )
         for size in self.sizes:
-            sides = size.split("x")
-            if len(sides) != 2 or not all(
-                side.isdecimal() and int(side) >= 16 and int(side) % 2 == 0 for side in sides
-            ):
-                raise ValueError(f"sizes must be WIDTHxHEIGHT, both even and at least 16, got {size!r}")
+            match = re.fullmatch(r"(\d+)x(\d+)", size)
+            if not match or any(int(side) < 32 or int(side) % 2 for side in match.groups()):
+                raise ValueError(f"sizes must be WIDTHxHEIGHT, both even and at least 32, got {size!r}")
 
     def digest(self) -> str:
         """Identifies the data set that this config gives."""
@@ -120,8 +122,8 @@ class Video:
 
 
 def draw_interval(rng: random.Random, config: SyntheticConfig, duration_s: float) -> tuple[float, float]:
-    """Start and end in seconds of something that lasts min_event_s to max_event_s, to 0.1 s as in Charades-STA."""
-    longest = min(config.max_event_s, LONGEST_EVENT_SHARE * duration_s)
+    """Start and end in seconds of an event, both rounded down to 0.1 s (the resolution of Charades-STA)."""
+    longest = min(config.max_event_s, config.max_event_share * duration_s)
     length = rng.uniform(config.min_event_s, longest)
     start = rng.uniform(0, duration_s - length)
     start, end = math.floor(start * 10) / 10, math.floor((start + length) * 10) / 10
@@ -133,14 +135,15 @@ def draw_video(config: SyntheticConfig, split: str, index: int) -> Video:
     rng = random.Random(f"{config.seed}/{split}/{index}")
     codec, variable_rate = UNUSUAL_ENCODINGS.get(index % ENCODING_CYCLE, ("h264", False))
     frame_rate = rng.choice(FRAME_RATES)
-    num_frames = math.ceil(rng.uniform(config.min_duration_s, config.max_duration_s) * frame_rate)
+    fewest_frames = math.ceil(config.min_duration_s * frame_rate)
+    num_frames = rng.randint(fewest_frames, max(fewest_frames, math.floor(config.max_duration_s * frame_rate)))
+    duration_s = float(num_frames / frame_rate)
     width, height = (int(side) for side in rng.choice(config.sizes).split("x"))
 
     num_events = rng.randint(1, config.max_events)
     kinds = rng.sample(list(product(config.colours, config.shapes)), config.num_distractors + num_events)
     actors = []
     for order, (colour, shape) in enumerate(kinds):
-        duration_s = float(num_frames / frame_rate)
         always_visible = order < config.num_distractors and order % 2 == 0
         start_s, end_s = (0.0, duration_s) if always_visible else draw_interval(rng, config, duration_s)
         size = round(min(width, height) * rng.uniform(0.27, 0.38))
@@ -214,7 +217,6 @@ def generate(
     """
     folder = Path(folder)
     plan = draw_videos(config)
-    find_ffmpeg()
     claim_folder(folder, config)
     for name in ("videos", "annotations"):
         (folder / name).mkdir(exist_ok=True)
@@ -265,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show = lambda done, total: print(f"\r{done}/{total} videos", end="", file=sys.stderr)
     try:
         generate(folder, SyntheticConfig(**args), num_workers, show)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
         sys.exit(str(error))
     print(folder)
 

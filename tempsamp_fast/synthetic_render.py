@@ -1,5 +1,6 @@
 """Draw one synthetic clip with numpy and encode it with the ffmpeg command line."""
 
+import math
 import shutil
 import subprocess
 import tempfile
@@ -21,8 +22,8 @@ SHAPES = ("circle", "square", "triangle")
 
 NOISE_POOL_SIZE = 8
 QUIET_X265 = ("-x265-params", "log-level=error:pools=none:frame-threads=1:b-adapt=0")
-# A variable-rate frame n is shown at (n + SWING * sin(n / PERIOD)) / rate: gaps of 0.3 to 1.7 nominal ones.
-SWING, PERIOD = 3.5, 5.0
+# Where the frame rate varies, gaps between frames swing by this share of the nominal one, over about so many frames.
+SWING_DEPTH, SWING_FRAMES = 0.7, 32
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,21 @@ class Clip:
         return float(self.num_frames / self.frame_rate)
 
 
+def swing(clip: Clip) -> tuple[float, float]:
+    """Amplitude and period, in frames, of the sine that delays frames of a variable-rate clip.
+
+    Whole periods fill the clip, so that it lasts as long as at the constant rate.
+    """
+    period = clip.num_frames / max(1, round(clip.num_frames / SWING_FRAMES))
+    return SWING_DEPTH * period / math.tau, period
+
+
 def frame_times(clip: Clip) -> np.ndarray:
     """Presentation times in seconds, float64 [num_frames], strictly increasing from 0."""
     index = np.arange(clip.num_frames, dtype=np.float64)
     if clip.variable_rate:
-        index += SWING * np.sin(index / PERIOD)
+        amplitude, period = swing(clip)
+        index += amplitude * np.sin(math.tau * index / period)
     return index / float(clip.frame_rate)
 
 
@@ -157,7 +168,8 @@ def write_video(clip: Clip, path: Path) -> None:
     command = [find_ffmpeg(), "-y", "-hide_banner", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
     command += ["-video_size", f"{clip.width}x{clip.height}", "-framerate", str(clip.frame_rate), "-i", "pipe:0"]
     if clip.variable_rate:
-        shown_at = f"(N+{SWING}*sin(N/{PERIOD}))/({clip.frame_rate})/TB"
+        amplitude, period = swing(clip)
+        shown_at = f"(N+{amplitude}*sin(2*PI*N/{period}))/({clip.frame_rate})/TB"
         command += ["-vf", f"settb=1/1000,setpts='{shown_at}'", "-fps_mode", "vfr", "-enc_time_base", "1:1000"]
     command += [
         "-c:v",
