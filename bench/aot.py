@@ -1,0 +1,173 @@
+"""What the compiler makes of every Triton kernel on sm_80, sm_90 and sm_100, without a GPU.
+
+    python bench/aot.py [--arch 80 90 100] [--output bench/results/aot.json]
+
+The public functions run on meta tensors of real sizes (7B head), with Triton's launcher replaced by one that compiles
+for the wanted chip and stops there: the kernels are exactly those that a real call would launch.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+from pkgutil import walk_packages
+
+import tempsamp_kernels
+import torch
+import triton
+from tempsamp_kernels.logits import fused_selective_log_softmax
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block, CUDA programming guide
+VOCAB, HIDDEN = 152064, 3584  # Qwen2.5-VL-7B
+INSTRUCTION_CLASSES = {
+    "tensor_core": r"(HMMA|HGMMA|IMMA|QGMMA|UTC\w*MMA)",
+    "exp_log": r"MUFU",
+    "fp32": r"(FFMA|FADD|FMUL|FMNMX|FSEL|FSETP|FMNMX3)",
+    "global_load": r"(LDG|UTMALDG|LDGSTS|UBLKCP)",
+    "global_load_16_byte": r"LDG\S*\.128",
+    "global_store": r"(STG|UTMASTG)",
+    "global_store_16_byte": r"STG\S*\.128",
+    "shared": r"(LDS|STS|LDSM|STSM)",
+    "atomic": r"(ATOM|ATOMG|RED|REDG)\b",
+    "local": r"(LDL|STL)",
+}
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16, requires_grad: bool = False) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=requires_grad)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What changes from batch to batch and must not compile anything anew."""
+
+    batch: int
+    length: int
+    temperature: float
+    epsilon: float
+
+
+WORKLOADS = (Workload(8, 1024, 1.0, 0.2), Workload(5, 333, 0.7, 0.3))
+
+
+def selective_log_softmax(workload: Workload) -> None:
+    logits = meta(workload.batch, workload.length + 1, VOCAB, requires_grad=True)
+    token_ids = meta(workload.batch, workload.length, dtype=torch.int64)
+    logp = fused_selective_log_softmax(logits, token_ids, workload.temperature, inplace=True, impl="triton")
+    logp.sum().backward()
+
+
+CASES: tuple[Callable[[Workload], None], ...] = (selective_log_softmax,)
+
+
+@dataclass
+class OfflineDriver:
+    """The few answers Triton's launcher needs to compile for a chip that is not there."""
+
+    arch: int
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compile_only(arch: int) -> Iterator[dict[str, list]]:
+    """Inside, a kernel launch compiles for `arch`, adds the result under "kernel(constexprs)" and runs nothing."""
+    compiled: dict[str, list] = {}
+    launch = JITFunction.run
+
+    def compile_launch(kernel, *args, grid, warmup, **kwargs):
+        named = {name: value for name, value in kwargs.items() if name in kernel.signature.parameters}
+        bound = kernel.signature.bind(*args, **named).arguments
+        constexprs = ", ".join(f"{p.name}={bound[p.name]}" for p in kernel.params if p.is_constexpr and p.name in bound)
+        result = launch(kernel, *args, grid=grid, warmup=True, **kwargs)
+        compiled.setdefault(f"{kernel.__name__}({constexprs})", []).append(result)
+        return result
+
+    JITFunction.run = compile_launch
+    driver.set_active(OfflineDriver(arch))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = launch
+
+
+def entry_kernels() -> set[str]:
+    """Names of the kernels that the package launches: by its convention, every jitted function named *_kernel."""
+    modules = [import_module(module.name) for module in walk_packages(tempsamp_kernels.__path__, "tempsamp_kernels.")]
+    functions = [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
+    return {function.__name__ for function in functions if function.__name__.endswith("_kernel")}
+
+
+def measured(compiled) -> dict:
+    """Registers per thread, shared and local memory in bytes, and the static instruction mix of one compiled kernel."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+        assembly = subprocess.run(
+            [tools / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", assembly))
+    mix = {
+        name: sum(count for opcode, count in opcodes.items() if re.match(pattern, opcode))
+        for name, pattern in INSTRUCTION_CLASSES.items()
+    }
+    return {
+        "registers": resources["REG"],
+        "shared_bytes": compiled.metadata.shared,
+        "spilled_bytes": resources["STACK"] + resources["LOCAL"],
+        "num_warps": compiled.metadata.num_warps,
+        "num_stages": compiled.metadata.num_stages,
+        "instructions": {"total": opcodes.total(), **{name: count for name, count in mix.items() if count}},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_MEMORY_LIMIT, default=list(SHARED_MEMORY_LIMIT))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/aot.json")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 replaces the compiler: unset it")
+    rows: dict[str, dict] = {}
+    for arch, case in product(arguments.arch, CASES):
+        with compile_only(arch) as compiled:
+            for workload in WORKLOADS:
+                case(workload)
+        for label, results in compiled.items():
+            rows.setdefault(f"{case.__name__}: {label}", {})[f"sm_{arch}"] = {
+                **measured(results[0]),
+                "compilations": len({result.hash for result in results}),
+            }
+    missing = entry_kernels() - {re.findall(r": (\w+)\(", label)[0] for label in rows}
+    if missing:
+        raise RuntimeError(f"no case launches {sorted(missing)}: add one to CASES")
+    table = {"triton": triton.__version__, "torch": torch.__version__, "kernels": rows}
+    arguments.output.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""What must hold before any test or benchmark module is imported, and the meaning of the `gpu` marker."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton decides at decoration time whether a kernel is compiled or interpreted, so this cannot wait for a fixture.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
+        return
+    if os.environ.get("TEMPSAMP_REQUIRE_GPU") == "1":
+        pytest.fail("TEMPSAMP_REQUIRE_GPU=1, but torch finds no CUDA device")
+    pytest.skip("needs a CUDA device")

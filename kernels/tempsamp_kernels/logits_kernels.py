@@ -1,0 +1,103 @@
+"""Triton kernels at the logits level: one program owns one row, reads it once forward, reads and writes it backward."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + exp(x)), accurate for very negative x, where a plain log(1 + u) rounds to 0."""
+    u = tl.exp(-tl.abs(x))
+    one_plus_u = 1.0 + u
+    kept = one_plus_u - 1.0
+    return tl.maximum(x, 0.0) + tl.where(kept == 0.0, u, tl.log(one_plus_u) * (u / tl.where(kept == 0.0, 1.0, kept)))
+
+
+@triton.jit(do_not_specialize=["length"])
+def logits_logprob_kernel(
+    logits_ptr,
+    token_ids_ptr,
+    logp_ptr,
+    lse_ptr,
+    margin_ptr,
+    inv_temperature,
+    length,
+    batch_stride,
+    row_stride,
+    vocab,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Row statistics of logits [B, >=length, vocab]; a negative token id marks a row that is neither read nor counted.
+
+    Every lane keeps its own running maximum and sum over WIDTH neighbouring columns: one exponential per element and a
+    single reduction across lanes at the end of the row.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    token_id = tl.load(token_ids_ptr + row)
+    live = token_id >= 0
+    row_ptr = logits_ptr + row // length * batch_stride + row % length * row_stride
+    inv_temperature = tl.cast(inv_temperature, tl.float32)
+
+    peak = tl.full([LANES], float("-inf"), tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    for start in range(0, tl.where(live, vocab, 0), LANES * WIDTH):
+        columns = start + tl.arange(0, LANES * WIDTH)
+        z = tl.load(row_ptr + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32) * inv_temperature
+        z = tl.reshape(tl.where(columns == token_id, float("-inf"), z), [LANES, WIDTH])
+        new_peak = tl.maximum(peak, tl.max(z, axis=1))
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        total = total * tl.exp(peak - base) + tl.sum(tl.exp(z - base[:, None]), axis=1)
+        peak = new_peak
+
+    row_peak = tl.max(peak, axis=0)
+    base = tl.where(row_peak == float("-inf"), 0.0, row_peak)
+    lse_others = base + tl.log(tl.sum(total * tl.exp(peak - base), axis=0))
+    # A token id past the vocabulary must not read a neighbour's memory: its log-prob is NaN.
+    target = tl.load(row_ptr + token_id, mask=live & (token_id < vocab), other=float("nan")).to(tl.float32)
+    target = target * inv_temperature
+    margin = lse_others - target
+    logp = -_softplus(margin)
+    tl.store(logp_ptr + row, tl.where(live, logp, 0.0))
+    tl.store(lse_ptr + row, tl.where(live, target - logp, 0.0))
+    tl.store(margin_ptr + row, tl.where(live, margin, 0.0))
+
+
+@triton.jit(do_not_specialize=["length"])
+def logits_gradient_kernel(
+    logits_ptr,
+    grad_logits_ptr,
+    token_ids_ptr,
+    lse_ptr,
+    margin_ptr,
+    grad_logp_ptr,
+    inv_temperature,
+    length,
+    batch_stride,
+    row_stride,
+    grad_batch_stride,
+    grad_row_stride,
+    vocab,
+    BLOCK: tl.constexpr,
+):
+    """grad_logits = grad_logp / temperature * (onehot - softmax), which may overwrite the logits themselves.
+
+    A row whose incoming gradient is exactly 0 is written as zeros without being read, so NaN in it cannot leak.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    batch, position = row // length, row % length
+    row_ptr = logits_ptr + batch * batch_stride + position * row_stride
+    grad_row_ptr = grad_logits_ptr + batch * grad_batch_stride + position * grad_row_stride
+    inv_temperature = tl.cast(inv_temperature, tl.float32)
+    token_id = tl.load(token_ids_ptr + row)
+    scale = tl.load(grad_logp_ptr + row) * inv_temperature
+    live = (token_id >= 0) & (scale != 0.0)
+    scale = tl.where(live, scale, 0.0)
+    lse = tl.load(lse_ptr + row)
+    # sigmoid(margin) is 1 - p of the target, without the cancellation of 1 - exp(logp).
+    target_gradient = scale * tl.sigmoid(tl.load(margin_ptr + row))
+    for start in range(0, vocab, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = tl.load(row_ptr + columns, mask=(columns < vocab) & live, other=float("-inf")).to(tl.float32)
+        gradient = tl.where(columns == token_id, target_gradient, -scale * tl.exp(z * inv_temperature - lse))
+        tl.store(grad_row_ptr + columns, gradient.to(grad_logits_ptr.dtype.element_ty), mask=columns < vocab)
