@@ -1,0 +1,172 @@
+"""Rows of whole groups: `[prompt | c1 | ... | cG]`, each prompt and its video once for all of its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tempsamp_fast.batch import Prompt, RolloutGroup
+from tempsamp_fast.mrope import mrope_positions
+
+PackingMode = Literal["shared_prefix", "none"]
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """Where one group lies in a row: its prompt, then its branches one after the other."""
+
+    prompt_len: int
+    branch_lens: tuple[int, ...]
+    """Length of each answer; empty for a prompt that is only prefilled."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.prompt_len + sum(self.branch_lens)
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One forward pass: N tokens of whole groups, M of them predicted."""
+
+    input_ids: Tensor
+    """[1, N] int64."""
+    position_ids: Tensor
+    """[3, 1, N] int64; every branch restarts after its prompt."""
+    pixel_values: Tensor
+    """[num_patches, patch_dim]: the videos of the row's groups, in order."""
+    video_grid_thw: Tensor
+    """[num_videos, 3] int64."""
+    layout: tuple[GroupLayout, ...]
+    logit_indices: Tensor
+    """[M] int64 into the row: the tokens whose hidden states predict `token_ids`."""
+    token_ids: Tensor
+    """[M] int64: the tokens of all answers, answer after answer."""
+    row_ids: Tensor
+    """[M] int64: which answer of this row each of them belongs to."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def num_completions(self) -> int:
+        return sum(len(group.branch_lens) for group in self.layout)
+
+    def to(self, device: torch.device | str) -> PackedRow:
+        """The same row with every tensor on `device`."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """One group's share of a row, before concatenation."""
+
+    prompt: Prompt
+    branches: tuple[Tensor, ...]
+    input_ids: Tensor
+    position_ids: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+
+def pack(
+    groups: Sequence[RolloutGroup],
+    *,
+    config: Any,
+    max_tokens_per_row: int,
+    mode: PackingMode = "shared_prefix",
+) -> list[PackedRow]:
+    """Concatenate whole groups into rows of at most `max_tokens_per_row` tokens.
+
+    Order is kept: the answers of row after row are the answers of group after group, whatever the mode. With mode
+    "none" every answer becomes a group of its own, with its own copy of the prompt and of the video.
+
+    config: the model's transformers configuration.
+    Raises ValueError naming the sample for a group longer than a row and for an empty answer; for an unknown mode.
+    """
+    if mode == "shared_prefix":
+        branches = [(group.prompt, [completion.ids for completion in group.completions]) for group in groups]
+    elif mode == "none":
+        branches = [(group.prompt, [completion.ids]) for group in groups for completion in group.completions]
+    else:
+        raise ValueError(f"mode={mode!r} is unknown; choose shared_prefix or none")
+    return _rows((_segment(prompt, ids, config) for prompt, ids in branches), max_tokens_per_row)
+
+
+def pack_prompts(prompts: Sequence[Prompt], *, config: Any, max_tokens_per_row: int) -> list[PackedRow]:
+    """Rows of prompts without answers, for prefilling; `logit_indices` are the prompts' last tokens."""
+    return _rows((_segment(prompt, [], config) for prompt in prompts), max_tokens_per_row)
+
+
+def _segment(prompt: Prompt, branches: Sequence[Tensor], config: Any) -> _Segment:
+    if any(len(ids) == 0 for ids in branches):
+        raise ValueError(f"sample {prompt.sample.sample_id!r} has an answer without tokens")
+    has_video = prompt.video.pixel_values.shape[0] > 0
+    grids = [prompt.video.grid_thw] if has_video else []
+    seconds = [prompt.video.second_per_grid] if has_video else []
+    positions, start = mrope_positions(prompt.input_ids, grids, seconds, config)
+    branch_positions = [torch.arange(start, start + len(ids)).expand(3, -1) for ids in branches]
+    return _Segment(
+        prompt=prompt,
+        branches=tuple(branches),
+        input_ids=torch.cat([prompt.input_ids, *branches]),
+        position_ids=torch.cat([positions, *branch_positions], dim=1),
+    )
+
+
+def _rows(segments: Iterable[_Segment], max_tokens_per_row: int) -> list[PackedRow]:
+    rows: list[list[_Segment]] = []
+    used = 0
+    for segment in segments:
+        if segment.num_tokens > max_tokens_per_row:
+            raise ValueError(
+                f"sample {segment.prompt.sample.sample_id!r}: its group has {segment.num_tokens} tokens (prompt "
+                f"{len(segment.prompt.input_ids)}, {len(segment.branches)} answers), "
+                f"more than max_tokens_per_row={max_tokens_per_row}"
+            )
+        if not rows or used + segment.num_tokens > max_tokens_per_row:
+            rows.append([])
+            used = 0
+        rows[-1].append(segment)
+        used += segment.num_tokens
+    return [_concatenate(row) for row in rows]
+
+
+def _concatenate(segments: Sequence[_Segment]) -> PackedRow:
+    layout = tuple(GroupLayout(len(s.prompt.input_ids), tuple(map(len, s.branches))) for s in segments)
+    videos = [s.prompt.video for s in segments if s.prompt.video.pixel_values.shape[0] > 0]
+    branches = [ids for segment in segments for ids in segment.branches]
+    nothing = torch.empty(0, dtype=torch.int64)
+    return PackedRow(
+        input_ids=torch.cat([segment.input_ids for segment in segments])[None],
+        position_ids=torch.cat([segment.position_ids for segment in segments], dim=1)[:, None],
+        pixel_values=torch.cat([video.pixel_values for video in videos]) if videos else torch.empty(0, 0),
+        video_grid_thw=torch.tensor([video.grid_thw for video in videos], dtype=torch.int64).reshape(-1, 3),
+        layout=layout,
+        logit_indices=_logit_indices(layout),
+        token_ids=torch.cat([nothing, *branches]),
+        row_ids=torch.cat([nothing, *(torch.full_like(ids, index) for index, ids in enumerate(branches))]),
+    )
+
+
+def _logit_indices(layout: Sequence[GroupLayout]) -> Tensor:
+    """A branch of length n is predicted by the prompt's last token and the branch's first n - 1."""
+    pieces, start = [], 0
+    for group in layout:
+        last = start + group.prompt_len - 1
+        branch = last + 1
+        for length in group.branch_lens:
+            pieces += [torch.tensor([last]), torch.arange(branch, branch + length - 1)]
+            branch += length
+        if not group.branch_lens:
+            pieces.append(torch.tensor([last]))
+        start = branch
+    return torch.cat(pieces)

@@ -1,0 +1,109 @@
+"""`tiny`: random models of both families in miniature, with prompts and groups of random answers for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+
+from tempsamp_fast.batch import Completion, Prompt, RolloutGroup, Sample, VideoPatches
+
+SPECIAL_IDS = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+NUM_TEXT_IDS = 60
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "initializer_range": 0.2,
+}
+VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+    "initializer_range": 0.2,
+}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """One model family in miniature; everything it makes is random and the same every time."""
+
+    family: str
+
+    def model(self, **text: object) -> PreTrainedModel:
+        """A new model with the same weights every time; `text` overrides fields of its text configuration."""
+        torch.manual_seed(0)
+        if self.family == "qwen2_5_vl":
+            # Windows of 2 x 2 merged patches, so that most videos have windows of several sizes.
+            vision = {**VISION, "window_size": 16, "fullatt_block_indexes": [1], "tokens_per_second": 2}
+            text = {**TEXT, "rope_parameters": ROPE, **text}
+            config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **SPECIAL_IDS)
+            return Qwen2_5_VLForConditionalGeneration(config)
+        vision = {**VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+        text = {**TEXT, "head_dim": 8, "rope_parameters": {**ROPE, "mrope_interleaved": True}, **text}
+        config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **SPECIAL_IDS)
+        return Qwen3VLForConditionalGeneration(config)
+
+    def prompt(
+        self, grid_thw: tuple[int, int, int], *, num_text: int = 4, seed: int = 0, second_per_grid: float = 1.0
+    ) -> Prompt:
+        """`num_text` ids, the video (Qwen3-VL: an id before every frame as its timestamp), `num_text` ids."""
+        generator = torch.Generator().manual_seed(seed)
+        t, h, w = grid_thw
+        text = torch.randint(0, NUM_TEXT_IDS, (2, num_text), generator=generator)
+        start, pad, end = (SPECIAL_IDS[f"{name}_token_id"] for name in ("vision_start", "video", "vision_end"))
+        if self.family == "qwen2_5_vl":
+            video = [start, *[pad] * (t * h * w // 4), end]
+        else:
+            video = [id_ for frame in range(t) for id_ in (frame, start, *[pad] * (h * w // 4), end)]
+        return Prompt(
+            sample=Sample(f"sample-{seed}", Path("video.mp4"), "a query", float(t), ((0.0, 1.0),)),
+            mode="answer",
+            input_ids=torch.cat([text[0], torch.tensor(video), text[1]]),
+            video=VideoPatches(
+                pixel_values=torch.randn(t * h * w, 3 * 2 * 4 * 4, generator=generator),
+                grid_thw=grid_thw,
+                second_per_grid=second_per_grid,
+                timestamps_s=torch.arange(t, dtype=torch.float64),
+            ),
+        )
+
+    def group(self, prompt: Prompt, answer_lens: Sequence[int], *, seed: int = 0) -> RolloutGroup:
+        """One random answer of each length."""
+        generator = torch.Generator().manual_seed(seed)
+        answers = [torch.randint(0, NUM_TEXT_IDS, (length,), generator=generator) for length in answer_lens]
+        return RolloutGroup(prompt, [Completion(ids, text="") for ids in answers])
+
+    def groups(self) -> list[RolloutGroup]:
+        """Unequal lengths, one-token answers, a single answer, ragged vision windows, several time scales."""
+        return [
+            self.group(self.prompt((3, 6, 4), seed=1), [4, 1, 7], seed=11),
+            self.group(self.prompt((2, 4, 4), seed=2, second_per_grid=0.7), [2], seed=12),
+            self.group(self.prompt((5, 2, 6), seed=3, second_per_grid=2.5), [3, 3, 1, 1], seed=13),
+        ]
+
+
+@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
+def tiny(request: pytest.FixtureRequest) -> Tiny:
+    """Each model family in turn."""
+    return Tiny(request.param)
