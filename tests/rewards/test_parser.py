@@ -1,0 +1,76 @@
+"""The answer parser, which training and evaluation share."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tempsamp_fast.rewards import parse_highlights, parse_span, parse_spans
+
+
+@pytest.mark.parametrize(
+    "text, span",
+    [
+        ("<answer> 12.54 to 17.83 </answer>", (12.54, 17.83)),
+        ("<ANSWER>12 and 17</Answer>", (12, 17)),
+        ("<answer>12.5 - 17</answer>", (12.5, 17)),
+        ("<answer>12.5s to 17.25 seconds.</answer>", (12.5, 17.25)),
+        ("<answer>from 1:02 to 01:01:03.5</answer>", (62, 3663.5)),
+        ("<answer>1 to 2</answer> no, <answer>3 to 4</answer>", (3, 4)),
+        ("<answer>1 to 2, or rather 3 to 4</answer>", (3, 4)),
+        ("<answer> 1 to 2 <answer> 3 to 4 </answer>", (3, 4)),
+        ("<answer>\n0.123456789 to 0.2\n</answer>", (0.123456789, 0.2)),
+        ("<answer>9 to 5</answer>", (9, 5)),
+        ("<answer>1 to 2</answer> <answer>soon</answer>", None),
+        ("<answer>12.54</answer>", None),
+        ("<answer>-5 to 13</answer>", None),
+        ("<answer>1.2.3 to 4</answer>", None),
+        ("<answer>1 to 2.3.4</answer>", None),
+        ("<answer>1 to 01:75</answer>", None),
+        ("<answer>nan to inf</answer>", None),
+        (f"<answer>1 to {'9' * 400}</answer>", None),
+        ("12.54 to 17.83", None),
+        ("", None),
+    ],
+)
+def test_last_pair_of_the_last_answer_block(text, span):
+    assert parse_span(text) == span
+
+
+def test_tags_can_be_optional():
+    assert parse_span("from 1 to 2 seconds", require_tags=False) == (1, 2)
+    assert parse_span("3 to 4 <answer>1 to 2</answer>", require_tags=False) == (1, 2)
+
+
+def test_every_pair_is_read_in_order():
+    assert parse_spans("9 to 10 <answer>1 to 2, 3.5 to 4; 0:05 - 0:07</answer>") == [(1, 2), (3.5, 4), (5, 7)]
+
+
+@given(st.text(alphabet="<answer>/ 0123456789.:to-and\n", max_size=200))
+def test_no_text_is_an_error(text):
+    for read in (parse_span, parse_spans, parse_highlights):
+        read(text)
+        read(f"<answer>{text}</answer>")
+
+
+def test_a_long_run_of_digits_or_tags_takes_no_long_time():
+    assert parse_span("<answer>" + "1" * 100_000 + "</answer>") is None
+    assert parse_span("<answer>" * 20_000) is None
+
+
+@pytest.mark.parametrize(
+    "answer, highlights",
+    [
+        (
+            "The highlight timestamps are in the 82, 84 seconds. Their saliency scores are 1.3, 1.7.",
+            {82.0: 1.3, 84.0: 1.7},
+        ),
+        ("the highlight TIMESTAMPS: 82 84. Saliency Scores: 1 2", {82.0: 1.0, 84.0: 2.0}),
+        ("timestamps 82, 84, 86. saliency scores are 1.3", {82.0: 1.3}),
+        ("timestamps 82, 82. saliency scores are 1.3, 4", {82.0: 1.3}),
+        ("timestamps. saliency scores", {}),
+        ("82, 84 and 1.3, 1.7", None),
+    ],
+)
+def test_highlights(answer, highlights):
+    assert parse_highlights(f"<answer> {answer} </answer>") == highlights
+    assert parse_highlights(answer) is None
