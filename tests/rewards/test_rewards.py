@@ -120,7 +120,7 @@ def test_format_is_one_think_block_then_one_answer_block(text, reward):
 
 
 def test_highlight_reward_on_a_worked_example():
-    """True: 82 s (2.0), 84 s (3.0); answered: 82 s (3.0), 90 s. F2 = 5 * 1 / (2 + 4 * 2), WMSE = (4 * 1 + 9 * 9) / 13."""
+    """True: 82 s (2.0), 84 s (3.0); answered: 82 s (3.0), 90 s. F2 = 5 / (2 + 4 * 2), WMSE = (4 * 1 + 9 * 9) / 13."""
     truth = sample(duration_s=150.0, clip_scores={41: (1, 1, 1), 42: (2, 2, 2), 43: (0, 0, 0)})
     assert highlight_targets(truth) == {82.0: 2.0, 84.0: 3.0}
     answer = "<answer> The highlight timestamps are in the 82, 90 seconds. Their saliency scores are 3.0, 1.0 </answer>"
