@@ -1,0 +1,49 @@
+# `make` sets up, `make demo` trains on the embedded data, `make test` tests; nothing else is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+APT_PACKAGES := ffmpeg libavcodec-dev libavformat-dev libavutil-dev libswscale-dev libffmpeg-nvenc-dev \
+	pkg-config g++ python3-dev python3-venv
+
+.DEFAULT_GOAL := $(VENV)
+.PHONY: demo test test-all lint bench gpu clean system-packages $(VENV)
+
+$(VENV): system-packages $(VENV)/.installed
+
+system-packages:
+	@if command -v ffmpeg g++ pkg-config >/dev/null && pkg-config --exists libavcodec libavformat libavutil libswscale ffnvcodec; \
+	then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+		echo "Install FFmpeg 5 to 8 with its development files, ffnvcodec headers, pkg-config and a C++ compiler, then run make again."; exit 1; fi; \
+	if [ "$$(id -u)" = 0 ]; then run=""; elif sudo -n true 2>/dev/null; then run="sudo"; else \
+		echo "System packages are missing. Run this, then make again:"; \
+		echo "  sudo apt-get install -y $(APT_PACKAGES)"; exit 1; fi; \
+	$$run apt-get update -qq && $$run env DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends $(APT_PACKAGES)
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)
+	$(BIN)/deepspeed --num_accelerators 1 tempsamp_fast/train.py --output_dir runs/demo
+
+test: $(VENV)
+	$(BIN)/pytest -m "not slow"
+
+test-all: $(VENV)
+	$(BIN)/pytest
+
+lint: $(VENV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)
+	$(BIN)/pytest bench/ --benchmark-json=bench/results/latest.json
+
+clean:
+	rm -rf $(VENV) build data runs *.egg-info

@@ -1,0 +1,61 @@
+"""Raw rewards of a group to advantages, by any of the six rules, and how skewed each rule would leave them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from tempsamp_kernels import Shaping, grouped_advantages
+from torch import Tensor
+
+from tempsamp_fast.batch import RolloutGroup
+from tempsamp_fast.config import AlgorithmConfig, Method
+
+RULES: tuple[str, ...] = get_args(Shaping)
+
+
+def assign_advantages(groups: Sequence[RolloutGroup], method: Method, algorithm: AlgorithmConfig) -> None:
+    """Fill `advantages` of every group: ones for `sft`, plain normalisation for `grpo`, `algorithm.shaping` else."""
+    if method == "sft":
+        for group in groups:
+            group.advantages = torch.ones(len(group.completions))
+        return
+    shaping = "grpo" if method == "grpo" else algorithm.shaping
+    advantages = _advantages(groups, shaping, algorithm)
+    for group, values in zip(groups, advantages.split([len(g.completions) for g in groups]), strict=True):
+        group.advantages = values
+
+
+def _advantages(groups: Sequence[RolloutGroup], shaping: str, algorithm: AlgorithmConfig) -> Tensor:
+    task_rewards, format_rewards = [], []
+    for group in groups:
+        for completion in group.completions:
+            rewards = dict(completion.rewards)
+            format_rewards.append(rewards.pop("format", 0.0) * algorithm.format_weight)
+            task_rewards.append(sum(rewards.values()))
+    sizes = torch.tensor([len(group.completions) for group in groups])
+    return grouped_advantages(
+        torch.tensor(task_rewards, dtype=torch.float32),
+        torch.repeat_interleave(torch.arange(len(groups)), sizes),
+        torch.cat([group.is_off_policy() for group in groups]),
+        shaping=shaping,
+        format_rewards=torch.tensor(format_rewards, dtype=torch.float32),
+        tau=algorithm.tau,
+        alpha_1=algorithm.alpha_1,
+        alpha_2=algorithm.alpha_2,
+        lambda_off=algorithm.lambda_off,
+        downscale=algorithm.downscale,
+    )
+
+
+def skewness_by_rule(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> dict[str, float]:
+    """Skewness of the advantages that each rule gives these rewards (paper figure 4); 0 where all are equal."""
+    return {rule: skewness(_advantages(groups, rule, algorithm)) for rule in RULES}
+
+
+def skewness(values: Tensor) -> float:
+    """Third standardised moment of [n] values."""
+    centred = values.double() - values.double().mean()
+    variance = centred.square().mean()
+    return 0.0 if variance == 0 else float(centred.pow(3).mean() / variance**1.5)

@@ -1,0 +1,288 @@
+"""Every setting of a run as flat dataclasses, read from the command line and from YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from tempsamp_fast.sample import Mode, Task
+
+Method = Literal["sft", "grpo", "tempsamp"]
+METHODS: tuple[str, ...] = get_args(Method)
+MODES: tuple[str, ...] = get_args(Mode)
+
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT_CONFIG = CONFIGS / "tiny_cpu.yaml"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of optimizer steps with one method; prompts take its modes in turn."""
+
+    method: Method
+    modes: tuple[Mode, ...]
+    num_steps: int
+
+    def __str__(self) -> str:
+        return f"{self.method}/{'+'.join(self.modes)}"
+
+
+def parse_phases(text: str) -> list[Phase]:
+    """Read `method[/mode[+mode]]:steps` entries separated by commas, e.g. `sft:300,tempsamp/think:150`.
+
+    The mode defaults to `answer`. Raises ValueError that names the entry and the choices.
+    """
+    phases = []
+    for entry in text.split(","):
+        match = re.fullmatch(r"(\w+)(?:/([\w+]+))?:(\d+)", entry.strip())
+        if not match:
+            raise ValueError(
+                f"phases: {entry.strip()!r} is not of the form method[/mode]:steps, such as tempsamp/think:150"
+            )
+        method, modes, steps = match[1], (match[2] or "answer").split("+"), int(match[3])
+        if method not in METHODS:
+            raise ValueError(f"phases: method {method!r} in {entry.strip()!r}; choose from {', '.join(METHODS)}")
+        for mode in modes:
+            if mode not in MODES:
+                raise ValueError(f"phases: mode {mode!r} in {entry.strip()!r}; choose from {', '.join(MODES)}")
+        if steps < 1:
+            raise ValueError(f"phases: {entry.strip()!r} has no steps")
+        phases.append(Phase(method, tuple(modes), steps))  # type: ignore[arg-type]
+    return phases
+
+
+def _require(condition: bool, name: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value!r}: must be {rule}")
+
+
+@dataclass
+class DataConfig:
+    """What is asked: annotations, videos and how frames are taken."""
+
+    annotations: str = field(
+        default="synthetic", metadata={"help": "training annotation file, or 'synthetic' for the embedded data set"}
+    )
+    eval_annotations: str | None = field(default=None, metadata={"help": "held-out annotation file"})
+    videos: str | None = field(default=None, metadata={"help": "folder of <video id>.{mp4,mkv,webm,avi}"})
+    synthetic_dir: str = field(default="data/synthetic", metadata={"help": "where the embedded data set is kept"})
+    synthetic_videos: str = field(default="600,20,300", metadata={"help": "embedded videos: train,val,test"})
+    task: Task = "grounding"
+    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate the first N queries only"})
+    on_bad_video: Literal["raise", "skip"] = "raise"
+    sampling: Literal["pts", "qwen_utils", "hf_qwen2", "hf_qwen3"] = "pts"
+    fps: float = field(default=2.0, metadata={"help": "frames per second shown to the model"})
+    min_frames: int = 4
+    max_frames: int = 768
+    min_pixels: int | None = field(default=None, metadata={"help": "per frame; None: the model family's default"})
+    max_pixels: int | None = field(default=None, metadata={"help": "per frame; None: the model family's default"})
+    total_pixels: int | None = field(default=None, metadata={"help": "per video; None: the model family's default"})
+    video_cache_gib: float = field(default=2.0, metadata={"help": "memory for decoded videos, per process"})
+
+    def __post_init__(self) -> None:
+        _require(self.fps > 0, "fps", self.fps, "positive")
+        _require(1 <= self.min_frames <= self.max_frames, "min_frames", self.min_frames, "between 1 and max_frames")
+        _require(self.video_cache_gib >= 0, "video_cache_gib", self.video_cache_gib, "zero or more")
+        if self.annotations != "synthetic":
+            _require(self.videos is not None, "videos", self.videos, "given with your own annotations")
+
+    def num_synthetic_videos(self) -> tuple[int, int, int]:
+        """Embedded videos for training, validation and test."""
+        try:
+            train, val, test = (int(part) for part in self.synthetic_videos.split(","))
+        except ValueError:
+            raise ValueError(
+                f"synthetic_videos={self.synthetic_videos!r}: must be train,val,test such as 600,20,300"
+            ) from None
+        return train, val, test
+
+
+@dataclass
+class ModelConfig:
+    """Which model learns, and what of it."""
+
+    model: str = field(
+        default="tiny", metadata={"help": "checkpoint folder, hub name, or 'tiny' for the embedded model"}
+    )
+    tiny_family: Literal["qwen2_5_vl", "qwen3_vl"] = "qwen2_5_vl"
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata={"help": "auto: bfloat16 on a GPU, float32 on a CPU"}
+    )
+    freeze_vision: bool = False
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass
+class RolloutConfig:
+    """How answers are sampled."""
+
+    num_generations: int = field(default=4, metadata={"help": "answers per prompt, the off-policy one included"})
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = field(default=0, metadata={"help": "0: off"})
+    max_completion_length: int = 256
+    record_rollouts: str | None = field(
+        default=None, metadata={"help": "write every sampled answer to this JSONL file"}
+    )
+    replay_rollouts: str | None = field(default=None, metadata={"help": "take the answers from a recorded file"})
+
+    def __post_init__(self) -> None:
+        _require(self.num_generations >= 2, "num_generations", self.num_generations, "at least 2")
+        _require(self.temperature > 0, "temperature", self.temperature, "positive")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        _require(self.top_k >= 0, "top_k", self.top_k, "zero (off) or more")
+        _require(self.max_completion_length >= 1, "max_completion_length", self.max_completion_length, "at least 1")
+        _require(
+            self.record_rollouts is None or self.replay_rollouts is None,
+            "record_rollouts", self.record_rollouts, "unset when replay_rollouts is given",
+        )  # fmt: skip
+
+
+@dataclass
+class AlgorithmConfig:
+    """Advantages and loss (paper section 3; defaults are the paper's best)."""
+
+    shaping: Literal["grpo", "mixed", "downscale", "anchor", "nonlinear", "orarl"] = field(
+        default="nonlinear", metadata={"help": "advantage rule of the tempsamp method"}
+    )
+    tau: float = 0.8
+    alpha_1: float = 0.01
+    alpha_2: float = 1.0
+    lambda_off: float = 1.2
+    downscale: float = 0.8
+    cot_off_policy: Literal["template", "answer_only", "skip"] = "template"
+    beta: float = field(default=0.04, metadata={"help": "weight of the KL to the reference; 0 loads no reference"})
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    delta: float | None = field(default=None, metadata={"help": "upper bound of the ratio (two-sided clipping)"})
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    off_policy_ratio: Literal["detach", "old"] = "detach"
+    off_policy_kl: bool = True
+    updates_per_batch: int = field(default=1, metadata={"help": "optimizer updates on every sampled batch"})
+    format_weight: float = field(default=1.0, metadata={"help": "weight of the format reward in think mode"})
+    require_tags: bool = field(default=True, metadata={"help": "no <answer> tags, no reward"})
+    loss_impl: Literal["auto", "triton", "torch"] = "auto"
+
+    def __post_init__(self) -> None:
+        _require(0 < self.tau <= 1, "tau", self.tau, "in (0, 1]")
+        _require(self.alpha_1 > 0, "alpha_1", self.alpha_1, "positive")
+        _require(self.alpha_2 > 0, "alpha_2", self.alpha_2, "positive")
+        _require(self.beta >= 0, "beta", self.beta, "zero or more")
+        _require(0 <= self.epsilon_low < 1, "epsilon_low", self.epsilon_low, "in [0, 1)")
+        _require(self.epsilon_high >= 0, "epsilon_high", self.epsilon_high, "zero or more")
+        _require(self.delta is None or self.delta > 1 + self.epsilon_high, "delta", self.delta, "over 1 + epsilon_high")
+        _require(self.updates_per_batch >= 1, "updates_per_batch", self.updates_per_batch, "at least 1")
+
+
+@dataclass
+class TrainConfig:
+    """The run: phases, optimizer, distribution, records."""
+
+    phases: str = field(
+        default="sft:300,tempsamp/answer:150,tempsamp/think:150",
+        metadata={"help": "method[/mode[+mode]]:steps, ...; methods sft, grpo, tempsamp; modes answer, think"},
+    )
+    output_dir: str = field(default="runs/tiny", metadata={"help": "run folder"})
+    resume: str | None = field(default=None, metadata={"help": "continue the run in this folder"})
+    seed: int = 0
+    prompts_per_device: int = field(default=1, metadata={"help": "prompts per device and micro-step"})
+    sft_prompts_per_device: int | None = field(default=None, metadata={"help": "the same in sft phases; None: equal"})
+    gradient_accumulation_steps: int = 2
+    max_tokens_per_row: int = field(default=32768, metadata={"help": "token budget of one packed row"})
+    packing: Literal["shared_prefix", "none"] = "shared_prefix"
+    learning_rate: float = 1e-6
+    sft_learning_rate: float | None = field(default=None, metadata={"help": "None: learning_rate"})
+    lr_schedule: Literal["constant", "cosine", "linear"] = field(
+        default="constant", metadata={"help": "within each phase"}
+    )
+    warmup_ratio: float = field(default=0.05, metadata={"help": "of each phase's steps"})
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    zero_stage: Literal["0", "1", "2"] = "0"
+    deepspeed_config: str | None = field(default=None, metadata={"help": "JSON merged over the generated config"})
+    eval_modes: str = field(
+        default="answer", metadata={"help": "modes evaluated after each phase, such as answer+think"}
+    )
+    eval_batch_size: int = 64
+    save_steps: int = field(default=0, metadata={"help": "0: at the end of each phase only"})
+    keep_checkpoints: int = 2
+    local_rank: int = field(default=0, metadata={"help": "set by the deepspeed launcher"})
+
+    def __post_init__(self) -> None:
+        parse_phases(self.phases)
+        for name in ("prompts_per_device", "gradient_accumulation_steps", "eval_batch_size", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("learning_rate", "sft_learning_rate"):
+            value = getattr(self, name)
+            _require(value is None or (value > 0 and math.isfinite(value)), name, value, "positive")
+        _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
+        _require(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, "zero (off) or more")
+        _require(self.save_steps >= 0, "save_steps", self.save_steps, "zero or more")
+        for mode in self.eval_modes.split("+"):
+            _require(mode in MODES, "eval_modes", self.eval_modes, f"modes of {', '.join(MODES)} joined by +")
+
+
+@dataclass
+class Config:
+    """All settings of a run."""
+
+    data: DataConfig
+    model: ModelConfig
+    rollout: RolloutConfig
+    algorithm: AlgorithmConfig
+    train: TrainConfig
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """Settings by section, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def _yaml_flags(path: Path) -> list[str]:
+    """The entries of a flat YAML file as command line words."""
+    try:
+        entries = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: not valid YAML: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"--config {path}: expected `name: value` lines, found {type(entries).__name__}")
+    words: list[str] = []
+    for name, value in entries.items():
+        if value is not None:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def parse_args(arguments: Sequence[str]) -> Config:
+    """Settings from command line words; `--config FILE.yaml` counts as flags typed first.
+
+    Without `--config` the embedded tiny recipe is the base. Raises ValueError for values out of range and
+    SystemExit (with the usage) for unknown flags, as argparse does.
+    """
+    from transformers import HfArgumentParser
+
+    words = list(arguments)
+    config_file = DEFAULT_CONFIG
+    for position, word in enumerate(words):
+        if word == "--config" or word.startswith("--config="):
+            has_value = word == "--config"
+            if has_value and position + 1 == len(words):
+                raise ValueError("--config needs a file")
+            config_file = Path(words[position + 1] if has_value else word.removeprefix("--config="))
+            del words[position : position + 1 + has_value]
+            break
+    if not config_file.exists() and (CONFIGS / f"{config_file}.yaml").exists():
+        config_file = CONFIGS / f"{config_file}.yaml"
+    sections = (DataConfig, ModelConfig, RolloutConfig, AlgorithmConfig, TrainConfig)
+    parser = HfArgumentParser(sections, prog="train.py", allow_abbrev=False)  # type: ignore[arg-type]
+    return Config(*parser.parse_args_into_dataclasses(args=_yaml_flags(config_file) + words))

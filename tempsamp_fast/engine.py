@@ -1,0 +1,113 @@
+"""The DeepSpeed engine: how it is configured, one optimizer step over packed rows, and the learning rate."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tempsamp_fast.config import Config, TrainConfig
+from tempsamp_fast.packing import PackedRow
+
+Head = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
+"""`(hidden [M, H], lm_head weight [V, H]) -> (loss, metrics)`."""
+
+
+def deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's own configuration, with `deepspeed_config` (a JSON file) merged over it, key by key.
+
+    Accumulation is driven row by row by `optimizer_step`, so DeepSpeed is told of single steps.
+    Raises ValueError naming a file that cannot be read.
+    """
+    train = config.train
+    generated: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": train.max_grad_norm,
+        "zero_optimization": {"stage": int(train.zero_stage)},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": train.learning_rate,
+                "weight_decay": train.weight_decay,
+                "torch_adam": not torch.cuda.is_available(),
+            },
+        },
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+    }
+    if train.deepspeed_config is None:
+        return generated
+    try:
+        given = json.loads(Path(train.deepspeed_config).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"deepspeed_config={train.deepspeed_config!r}: {error}") from error
+    return _merged(generated, given)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(base[key], over[key]) for key in base.keys() & over.keys() if isinstance(over[key], dict)}
+    return {**base, **over, **both}
+
+
+def build_engine(policy: nn.Module, config: Config, dtype: torch.dtype) -> Any:
+    """A DeepSpeed engine over the trainable parameters of `policy`."""
+    import deepspeed
+
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    engine, _, _, _ = deepspeed.initialize(
+        model=policy, model_parameters=trainable, config=deepspeed_config(config, dtype)
+    )
+    return engine
+
+
+def learning_rate(train: TrainConfig, step_in_phase: int, num_steps: int, is_sft: bool) -> float:
+    """The rate of one step: linear warm-up over `warmup_ratio` of the phase, then `lr_schedule` down to a tenth."""
+    peak = train.sft_learning_rate if is_sft and train.sft_learning_rate is not None else train.learning_rate
+    num_warmup = math.ceil(train.warmup_ratio * num_steps)
+    if step_in_phase < num_warmup:
+        return peak * (step_in_phase + 1) / num_warmup
+    progress = (step_in_phase - num_warmup) / max(1, num_steps - num_warmup)
+    if train.lr_schedule == "cosine":
+        return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+    if train.lr_schedule == "linear":
+        return peak * (1 - 0.9 * progress)
+    return peak
+
+
+def optimizer_step(engine: Any, rows: Sequence[PackedRow], heads: Sequence[Head], rate: float) -> list[Any]:
+    """Accumulate the gradients of all rows, then update once; returns the metrics of each row.
+
+    Every rank runs as many rows as the one with the most, so that their collectives meet: a rank that has fewer
+    repeats its last row with a loss of zero.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    num_rounds = max_over_ranks(len(rows), engine.device)
+    metrics = []
+    for index in range(num_rounds):
+        is_own = index < len(rows)
+        row, head = (rows[index], heads[index]) if is_own else (rows[-1], heads[-1])
+        loss, row_metrics = engine(row.to(engine.device), head)
+        engine.set_gradient_accumulation_boundary(index == num_rounds - 1)
+        engine.backward(loss if is_own else loss * 0.0)
+        engine.step()
+        if is_own:
+            metrics.append(row_metrics)
+    return metrics
+
+
+def max_over_ranks(number: int, device: torch.device) -> int:
+    """The largest of all ranks' numbers."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)

@@ -1,0 +1,57 @@
+"""Asking the model every held-out query, greedily, and keeping what it said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from tempsamp_fast.groups import Sampler
+from tempsamp_fast.loader import PromptLoader
+from tempsamp_fast.rewards import best_iou, parse_span
+from tempsamp_fast.sample import Mode, Sample
+
+
+def evaluate(
+    samples: Sequence[Sample], mode: Mode, sampler: Sampler, loader: PromptLoader, batch_size: int
+) -> list[dict[str, Any]]:
+    """One row per sample, in order, shared out over the ranks: what was asked, the answer's text, its span and IoU.
+
+    A video that had to be skipped leaves an empty text, which scores 0 like any answer that does not parse.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    texts: dict[str, str] = {}
+    own = samples[rank::world_size]
+    for start in range(0, len(own), batch_size):
+        prompts = loader.prompts(own[start : start + batch_size], [mode] * len(own[start : start + batch_size]))
+        for prompt, (completion,) in zip(prompts, sampler(prompts, 1), strict=True):
+            texts[prompt.sample.sample_id] = completion.text
+    gathered: list[dict[str, str]] = [texts]
+    if world_size > 1:
+        gathered = [{}] * world_size
+        dist.all_gather_object(gathered, texts)
+    texts = {sample_id: text for part in gathered for sample_id, text in part.items()}
+    return [_row(sample, texts.get(sample.sample_id, "")) for sample in samples]
+
+
+def _row(sample: Sample, text: str) -> dict[str, Any]:
+    span = parse_span(text)
+    return {
+        "sample_id": sample.sample_id,
+        "video": str(sample.video),
+        "query": sample.query,
+        "duration_s": sample.duration_s,
+        "windows": sample.windows,
+        "text": text,
+        "span": span,
+        "iou": best_iou(span, sample.windows),
+    }
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write evaluation rows as JSON lines; `python -m tempsamp_fast.score` reads them as predictions."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

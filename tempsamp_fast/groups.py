@@ -1,0 +1,123 @@
+"""From prompts to groups of scored answers: sampled ones, plus the off-policy one made from the ground truth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
+from tempsamp_fast.chat import Chat
+from tempsamp_fast.config import AlgorithmConfig, Method
+from tempsamp_fast.prompts import off_policy_text
+from tempsamp_fast.rewards import REWARDS, TASK_REWARDS
+from tempsamp_fast.sample import Task
+
+Sampler = Callable[[Sequence[Prompt], int], list[list[Completion]]]
+"""`(prompts, num_completions) -> completions by prompt`, all on-policy."""
+
+
+def answer(
+    prompts: Sequence[Prompt],
+    method: Method,
+    num_generations: int,
+    sampler: Sampler,
+    chat: Chat,
+    algorithm: AlgorithmConfig,
+    task: Task,
+) -> list[RolloutGroup]:
+    """One scored group per prompt: `sft` the true answer alone, `grpo` sampled answers alone, `tempsamp` both.
+
+    A `tempsamp` group has `num_generations - 1` sampled answers and the off-policy one; all sampled when
+    `cot_off_policy="skip"` leaves a think prompt without off-policy text (paper section 3.2).
+    """
+    off_policy = [_off_policy(prompt, method, chat, algorithm, task) for prompt in prompts]
+    if method == "sft":
+        return [RolloutGroup(prompt, given) for prompt, given in zip(prompts, off_policy, strict=True)]
+    num_sampled = [num_generations - len(given) for given in off_policy]
+    sampled: list[list[Completion]] = [[] for _ in prompts]
+    for count in sorted(set(num_sampled)):
+        chosen = [index for index, number in enumerate(num_sampled) if number == count]
+        for index, completions in zip(chosen, sampler([prompts[i] for i in chosen], count), strict=True):
+            sampled[index] = completions
+    groups = [RolloutGroup(prompt, [*sampled[i], *off_policy[i]]) for i, prompt in enumerate(prompts)]
+    for group in groups:
+        score(group, task, algorithm)
+    return groups
+
+
+def _off_policy(prompt: Prompt, method: Method, chat: Chat, algorithm: AlgorithmConfig, task: Task) -> list[Completion]:
+    if method == "grpo":
+        return []
+    style = "template" if method == "sft" else algorithm.cot_off_policy
+    text = off_policy_text(prompt.sample, prompt.mode, style, task)
+    return [] if text is None else [chat.off_policy_completion(text)]
+
+
+def score(group: RolloutGroup, task: Task, algorithm: AlgorithmConfig) -> None:
+    """Fill `rewards` of every completion: the task's reward, and `format` in think mode.
+
+    To add a reward, register it in `rewards.REWARDS` and name it in `rewards.TASK_REWARDS`.
+    """
+    texts = [completion.text for completion in group.completions]
+    names = [TASK_REWARDS[task]] + (["format"] if group.prompt.mode == "think" else [])
+    for name in names:
+        values = REWARDS[name](texts, samples=[group.prompt.sample] * len(texts), require_tags=algorithm.require_tags)
+        for completion, value in zip(group.completions, values, strict=True):
+            completion.rewards[name] = value
+
+
+class RecordedRollouts:
+    """Sampled answers on disk, so that two runs can be fed the same ones: a JSON line per step and sample."""
+
+    def __init__(self, path: str | Path, chat: Chat):
+        self.path = Path(path)
+        self.chat = chat
+        self._answers: dict[tuple[int, str], list[Completion]] = {}
+
+    def write(self, step: int, prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]]) -> None:
+        """Append the answers of one step."""
+        with self.path.open("a") as file:
+            for prompt, completions in zip(prompts, answers, strict=True):
+                ids = [completion.ids.tolist() for completion in completions]
+                file.write(json.dumps({"step": step, "sample_id": prompt.sample.sample_id, "ids": ids}) + "\n")
+
+    def read(self, step: int, prompts: Sequence[Prompt], num_completions: int) -> list[list[Completion]]:
+        """The recorded answers to `prompts`. Raises ValueError naming the file and what it lacks."""
+        if not self._answers:
+            with self.path.open() as file:
+                for row in map(json.loads, file):
+                    self._answers[row["step"], row["sample_id"]] = [
+                        self.chat.completion(torch.tensor(ids)) for ids in row["ids"]
+                    ]
+        found = []
+        for prompt in prompts:
+            key = (step, prompt.sample.sample_id)
+            completions = self._answers.get(key)
+            if completions is None or len(completions) < num_completions:
+                have = 0 if completions is None else len(completions)
+                raise ValueError(
+                    f"{self.path}: {have} answers for step {key[0]}, sample {key[1]!r}; need {num_completions}"
+                )
+            found.append(completions[:num_completions])
+        return found
+
+
+def reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Means over on-policy answers (`reward/tiou`, ..., their sum `reward/on_policy_mean`), off-policy ones apart."""
+    every = [completion for group in groups for completion in group.completions]
+    metrics = {}
+    for label, chosen in (
+        ("on", [c for c in every if not c.is_off_policy]),
+        ("off", [c for c in every if c.is_off_policy]),
+    ):
+        if chosen and chosen[0].rewards:
+            totals = [sum(completion.rewards.values()) for completion in chosen]
+            metrics[f"reward/{label}_policy_mean"] = sum(totals) / len(totals)
+            if label == "on":
+                for name in chosen[0].rewards:
+                    metrics[f"reward/{name}"] = sum(c.rewards[name] for c in chosen) / len(chosen)
+    metrics["completion/mean_length"] = sum(len(completion.ids) for completion in every) / len(every)
+    return metrics

@@ -1,0 +1,92 @@
+"""Ask a trained model when something happens: `python -m tempsamp_fast.infer --model DIR --video FILE --query TEXT`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tempsamp_fast.device import prepare_environment, training_device
+from tempsamp_fast.sample import Mode, Sample
+
+
+def infer(
+    model_folder: str, video: Path, query: str, mode: Mode = "answer", max_completion_length: int = 256
+) -> dict[str, Any]:
+    """The model's greedy answer to one query: `span` in seconds (None if it does not parse), `text`, `duration_s`.
+
+    Frames are taken as the checkpoint was trained (`video.json` beside its weights). Raises ValueError naming a bad
+    checkpoint, video or query.
+    """
+    from tempsamp_fast.checkpoint import read_video_settings
+    from tempsamp_fast.config import ModelConfig
+    from tempsamp_fast.loader import PromptLoader
+    from tempsamp_fast.model import geometry_of, load_model, resolve_dtype
+    from tempsamp_fast.policy import Policy
+    from tempsamp_fast.rewards import parse_span
+    from tempsamp_fast.rollout import SamplingParams, generate
+
+    if not query.strip():
+        raise ValueError("query is empty")
+    device = training_device()
+    model, chat = load_model(model_folder, ModelConfig(), resolve_dtype("auto", device))
+    settings = read_video_settings(Path(model_folder))
+    geometry = geometry_of(model, settings.min_pixels, settings.max_pixels, settings.total_pixels)
+    loader = PromptLoader(chat, geometry, settings)
+    sample = Sample(video.stem, video, query, duration_s=0.0, windows=())
+    (prompt,) = loader.prompts([sample], [mode])
+    params = SamplingParams(temperature=0.0, max_completion_length=max_completion_length)
+    policy = Policy(model.to(device)).eval()
+    ((generated,),) = generate(
+        policy, [prompt], 1, params, seed=(0, 0),
+        eos_token_ids=[chat.eos_token_id], banned_token_ids=chat.banned_token_ids,
+    )  # fmt: skip
+    text = chat.completion(generated.ids).text
+    grid_t = prompt.video.grid_thw[0]
+    return {
+        "video": str(video),
+        "query": query,
+        "span": parse_span(text),
+        "duration_s": round(grid_t * prompt.video.second_per_grid, 2),
+        "text": text,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; prints the answer as one JSON object. Exit code 2 on bad input."""
+    parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.infer", description=__doc__)
+    parser.add_argument("--model", required=True, help="checkpoint folder (RUN/checkpoints/step_*/model) or hub name")
+    parser.add_argument("--video", required=True, type=Path)
+    parser.add_argument("--query", required=True)
+    parser.add_argument("--think", action="store_true", help="reason first")
+    parser.add_argument("--max_completion_length", type=int, default=256)
+    parser.add_argument("--plot", type=Path, help="write a timeline with frames under it to this PNG")
+    options = parser.parse_args(arguments)
+    prepare_environment()
+    mode: Mode = "think" if options.think else "answer"
+    try:
+        answer = infer(options.model, options.video, options.query, mode, options.max_completion_length)
+        if options.plot:
+            _plot(answer, options.plot)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    print(json.dumps(answer))
+    return 0
+
+
+def _plot(answer: dict[str, Any], path: Path, num_frames: int = 8) -> None:
+    from tempsamp_fast.plots import plot_timeline
+    from tempsamp_fast.video import frames
+
+    duration_s = answer["duration_s"]
+    times_s = [duration_s * (index + 0.5) / num_frames for index in range(num_frames)]
+    spans = {"predicted": answer["span"]} if answer["span"] else {}
+    plot_timeline(frames(answer["video"], times_s, height=96), times_s, duration_s, spans, answer["query"], path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Prompts in training order: which sample comes at which step, its video decoded once and kept while memory lasts."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from tempsamp_fast.batch import Prompt, VideoPatches
+from tempsamp_fast.chat import Chat
+from tempsamp_fast.config import DataConfig
+from tempsamp_fast.sample import Mode, Sample
+from tempsamp_fast.video import Geometry, Sampling, load_videos, normalise_rows
+
+logger = logging.getLogger(__name__)
+
+
+def sample_index(position: int, num_samples: int, seed: int) -> int:
+    """The sample at a position of the endless training order: every epoch its own seeded permutation."""
+    epoch, within = divmod(position, num_samples)
+    return _epoch_order(epoch, num_samples, seed)[within]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(epoch: int, num_samples: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(num_samples, generator=generator).tolist()
+
+
+class PromptLoader:
+    """Turns samples into prompts; decoded videos are kept as uint8 patches up to `video_cache_gib`.
+
+    With `on_bad_video="skip"` a sample whose video fails is replaced by the next good one and listed in `skipped`;
+    with `raise` its VideoError names the file.
+    """
+
+    def __init__(self, chat: Chat, geometry: Geometry, config: DataConfig):
+        self.chat = chat
+        self.geometry = geometry
+        self.config = config
+        self.sampling = Sampling(config.sampling, config.fps, config.min_frames, config.max_frames)
+        self.skipped: dict[Path, str] = {}
+        self._videos: OrderedDict[Path, VideoPatches] = OrderedDict()
+        self._cached_bytes = 0
+
+    def prompts(self, samples: Sequence[Sample], modes: Sequence[Mode]) -> list[Prompt]:
+        """One prompt per sample whose video could be read, in order."""
+        self._decode([sample.video for sample in samples])
+        prompts = [
+            self.chat.prompt(sample, mode, self.config.task, self._normalised(self._videos[sample.video]))
+            for sample, mode in zip(samples, modes, strict=True)
+            if sample.video not in self.skipped
+        ]
+        self._evict()
+        return prompts
+
+    def training_prompts(
+        self, samples: Sequence[Sample], positions: Sequence[int], modes: Sequence[Mode], seed: int
+    ) -> list[Prompt]:
+        """The prompts at these positions of the training order, bad videos replaced by the samples that follow."""
+        chosen = [sample_index(position, len(samples), seed) for position in positions]
+        self._decode([samples[index].video for index in chosen])
+        return self.prompts([self._good(samples, index) for index in chosen], modes)
+
+    def _good(self, samples: Sequence[Sample], index: int) -> Sample:
+        for offset in range(len(samples)):
+            sample = samples[(index + offset) % len(samples)]
+            self._decode([sample.video])
+            if sample.video not in self.skipped:
+                return sample
+        raise ValueError(
+            f"none of the {len(samples)} samples has a readable video; {next(iter(self.skipped.values()))}"
+        )
+
+    def _decode(self, paths: Sequence[Path]) -> None:
+        wanted = [path for path in dict.fromkeys(paths) if path not in self.skipped]
+        for path in wanted:
+            if path in self._videos:
+                self._videos.move_to_end(path)
+        missing = [path for path in wanted if path not in self._videos]
+        if not missing:
+            return
+        batch = load_videos(
+            [(path, self.sampling) for path in missing],
+            self.geometry,
+            dtype=torch.uint8,
+            on_error=self.config.on_bad_video,
+        )
+        for path, video, result in zip(missing, batch.split(), batch.results, strict=True):
+            if video is None:
+                self.skipped[path] = result.message
+                logger.warning("skipped: %s", result.message)
+            else:
+                # A copy of its own: a view would keep the whole batch in memory.
+                self._videos[path] = dataclasses.replace(video, pixel_values=video.pixel_values.clone())
+                self._cached_bytes += video.pixel_values.nbytes
+
+    def _evict(self) -> None:
+        while self._cached_bytes > self.config.video_cache_gib * 2**30:
+            _, video = self._videos.popitem(last=False)
+            self._cached_bytes -= video.pixel_values.nbytes
+
+    def _normalised(self, video: VideoPatches) -> VideoPatches:
+        return dataclasses.replace(video, pixel_values=normalise_rows(video.pixel_values, self.geometry))

@@ -1,0 +1,87 @@
+"""What is computed on the hidden states of a packed row: the policy loss, or the log-probs it compares with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tempsamp_kernels import fused_linear_grpo_loss, linear_logprob
+from torch import Tensor
+
+from tempsamp_fast.config import AlgorithmConfig, Method
+from tempsamp_fast.packing import PackedRow
+
+
+@dataclass(frozen=True)
+class RowTargets:
+    """What the loss needs of one packed row besides its tokens; B answers, M predicted tokens."""
+
+    advantages: Tensor
+    """[B] float32."""
+    is_off_policy: Tensor
+    """[B] bool."""
+    old_logps: Tensor | None = None
+    """[M] float32, log-probs before the first update on this batch; None: those of this very forward pass."""
+    ref_logps: Tensor | None = None
+    """[M] float32 of the frozen reference; None without KL."""
+
+
+def policy_loss(
+    row: PackedRow,
+    targets: RowTargets,
+    method: Method,
+    algorithm: AlgorithmConfig,
+    temperature: float,
+    num_answers: float,
+    num_tokens: float,
+    max_completion_length: int,
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Any]]:
+    """A head that gives (loss, metrics) of a row, by the fused loss; `sft` is the mean negative log-likelihood.
+
+    `num_answers` and `num_tokens` count the whole optimizer step, per rank on average, so that gradients do not depend
+    on how answers are spread over rows, micro-steps and ranks.
+    """
+    is_sft = method == "sft"
+
+    def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Any]:
+        device = hidden.device
+        on_device = lambda tensor: None if tensor is None else tensor.to(device)
+        return fused_linear_grpo_loss(
+            hidden,
+            weight,
+            row.token_ids.to(device),
+            row.row_ids.to(device),
+            advantages=targets.advantages.to(device),
+            is_off_policy=targets.is_off_policy.to(device),
+            old_logps=on_device(targets.old_logps),
+            ref_logps=on_device(targets.ref_logps),
+            loss_type="sft" if is_sft else algorithm.loss_type,
+            importance_sampling_level=algorithm.importance_sampling_level,
+            temperature=1.0 if is_sft else temperature,
+            beta=0.0 if is_sft else algorithm.beta,
+            epsilon_low=algorithm.epsilon_low,
+            epsilon_high=algorithm.epsilon_high,
+            delta=algorithm.delta,
+            off_policy_ratio=algorithm.off_policy_ratio,
+            off_policy_kl=algorithm.off_policy_kl,
+            num_rows=num_answers,
+            num_items_in_batch=num_tokens,
+            max_completion_length=max_completion_length,
+            impl=None if algorithm.loss_impl == "auto" else algorithm.loss_impl,
+        )
+
+    return head
+
+
+def log_probs(row: PackedRow, algorithm: AlgorithmConfig, temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """A head that gives the [M] float32 log-probs of a row's answer tokens, without gradient."""
+
+    @torch.no_grad()
+    def head(hidden: Tensor, weight: Tensor) -> Tensor:
+        impl = None if algorithm.loss_impl == "auto" else algorithm.loss_impl
+        logps, _ = linear_logprob(hidden, weight, row.token_ids.to(hidden.device), temperature=temperature, impl=impl)
+        return logps
+
+    return head

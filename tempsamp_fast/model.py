@@ -1,0 +1,58 @@
+"""Loading a video language model and its tokenizer, from a checkpoint or built from scratch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+
+from tempsamp_fast.chat import Chat
+from tempsamp_fast.config import ModelConfig
+from tempsamp_fast.video import Geometry
+
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, Chat]:
+    """A model and its chat format from a Hugging Face folder or hub name.
+
+    Raises ValueError for a folder without a model, or an architecture that is not supported.
+    """
+    check_architecture(checkpoint, config.trust_remote_code)
+    model = AutoModelForImageTextToText.from_pretrained(
+        checkpoint, dtype=dtype, trust_remote_code=config.trust_remote_code
+    )
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=config.trust_remote_code)
+    return model, Chat(tokenizer, model.config)
+
+
+def check_architecture(checkpoint: str, trust_remote_code: bool = False) -> None:
+    """Raise ValueError, naming the checkpoint and the supported families, unless it can be trained here."""
+    folder = Path(checkpoint)
+    looks_local = folder.is_absolute() or checkpoint.startswith(".") or folder.exists()
+    if looks_local and not (folder / "config.json").is_file():
+        raise ValueError(f"model={checkpoint!r}: no config.json in this folder")
+    try:
+        model_type = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code).model_type
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"model={checkpoint!r}: cannot be read as a checkpoint: {error}") from error
+    if model_type not in FAMILIES:
+        raise ValueError(f"model={checkpoint!r} is a {model_type} model; supported: {', '.join(FAMILIES)}")
+
+
+def geometry_of(
+    model: PreTrainedModel, min_pixels: int | None, max_pixels: int | None, total_pixels: int | None
+) -> Geometry:
+    """How this model wants its frames resized and cut; None takes the family's default."""
+    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels, "total_pixels": total_pixels}
+    return Geometry.from_config(model.config, **{name: value for name, value in limits.items() if value is not None})

@@ -1,0 +1,73 @@
+"""What a run ends with: evaluations after each phase, the table, the plots."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from tempsamp_fast.evaluation import evaluate, write_rows
+from tempsamp_fast.run import Run
+from tempsamp_fast.runlog import RunLog, write_json
+from tempsamp_fast.score import best_constant_span, score_spans
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("miou", "r1@0.3", "r1@0.5", "r1@0.7", "parse_rate")
+
+
+class Results:
+    """Evaluates a run on its held-out samples and, at the end, prints the table and draws the plots.
+
+    Rows are kept in RUN/results.json, so that a resumed run still prints all of them.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.path = run.folder / "results.json"
+        resumed = run.first_step > 0 and self.path.exists()
+        self.rows: list[dict[str, Any]] = json.loads(self.path.read_text()) if resumed else []
+
+    def evaluate(self, stage: str, num_steps: int, log: RunLog) -> None:
+        """Evaluate in every mode of `eval_modes`; writes RUN/eval/<stage>_<mode>.jsonl."""
+        run = self.run
+        if not run.eval_samples:
+            return
+        for mode in run.config.train.eval_modes.split("+"):
+            answers = evaluate(run.eval_samples, mode, run.greedy, run.loader, run.config.train.eval_batch_size)
+            scores = score_spans(run.eval_samples, [row["span"] for row in answers])
+            log.log(num_steps, "eval", {f"eval/{mode}/{name}": value for name, value in scores.items()}, advance=False)
+            if run.rank == 0:
+                write_rows(self.answers_path(stage, mode), answers)
+                self.rows.append({"stage": stage, "mode": mode, "num_steps": num_steps, **scores})
+                write_json(self.path, self.rows)
+
+    def answers_path(self, stage: str, mode: str) -> Path:
+        """Where the answers of one evaluation are kept."""
+        return self.run.folder / "eval" / f"{stage.replace('/', '_')}_{mode}.jsonl"
+
+    def finish(self) -> None:
+        """Print the table of all evaluations and draw the plots into RUN/plots."""
+        if self.run.rank != 0:
+            return
+        for path, reason in self.run.loader.skipped.items():
+            logger.warning("skipped video %s: %s", path, reason)
+        if self.run.eval_samples:
+            sys.stdout.write(self.table() + "\n")
+        from tempsamp_fast.plots import plot_run
+
+        for path in plot_run(self.run.folder):
+            logger.info("plot: %s", path)
+
+    def table(self) -> str:
+        """All evaluations, below them the baseline that never looks at the video."""
+        span, _ = best_constant_span(self.run.train_samples)
+        constant = score_spans(self.run.eval_samples, [span] * len(self.run.eval_samples))
+        rows = [*self.rows, {"stage": f"constant {span[0]:.1f}-{span[1]:.1f} s", "mode": "-", **constant}]
+        lines = [f"{len(self.run.eval_samples)} held-out queries"]
+        lines.append(f"{'after':<24}{'mode':<8}" + "".join(f"{name:>12}" for name in COLUMNS))
+        for row in rows:
+            lines.append(f"{row['stage']:<24}{row['mode']:<8}" + "".join(f"{row[name]:>12.3f}" for name in COLUMNS))
+        return "\n".join(lines)

@@ -1,0 +1,258 @@
+"""Everything a run is made of, built from its configuration: data, model, engine, sampler, records."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from tempsamp_fast.annotations import load_annotations
+from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
+from tempsamp_fast.checkpoint import ENGINE, MODEL, latest_checkpoint, save_checkpoint, save_model
+from tempsamp_fast.config import Config, Phase, parse_phases
+from tempsamp_fast.device import training_device
+from tempsamp_fast.engine import build_engine, learning_rate
+from tempsamp_fast.groups import RecordedRollouts, answer
+from tempsamp_fast.loader import PromptLoader
+from tempsamp_fast.model import geometry_of, load_model, resolve_dtype
+from tempsamp_fast.policy import Policy
+from tempsamp_fast.prompts import off_policy_text, question
+from tempsamp_fast.rollout import SamplingParams, generate
+from tempsamp_fast.runlog import RunLog
+from tempsamp_fast.sample import Sample
+from tempsamp_fast.synthetic import SyntheticConfig
+from tempsamp_fast.synthetic import generate as generate_videos
+from tempsamp_fast.tiny import build_tiny_checkpoint
+from tempsamp_fast.update import update
+
+logger = logging.getLogger(__name__)
+
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class PhaseStep:
+    """One optimizer step of the plan."""
+
+    step: int
+    """Counted over the whole run, from 0."""
+    phase: Phase
+    phase_index: int
+    step_in_phase: int
+
+    @property
+    def is_last_of_phase(self) -> bool:
+        return self.step_in_phase == self.phase.num_steps - 1
+
+
+def plan(phases: Sequence[Phase], first_step: int = 0) -> Iterator[PhaseStep]:
+    """Every optimizer step from `first_step` on."""
+    step = 0
+    for phase_index, phase in enumerate(phases):
+        for step_in_phase in range(phase.num_steps):
+            if step >= first_step:
+                yield PhaseStep(step, phase, phase_index, step_in_phase)
+            step += 1
+
+
+class Run:
+    """A training run on this rank; building it loads or makes everything that `train` needs."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.device = training_device()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.folder = Path(config.train.resume or config.train.output_dir)
+        self.phases = parse_phases(config.train.phases)
+        self.resumed_from: Path | None = None
+        self.first_step = 0
+        if config.train.resume:
+            self.resumed_from, self.first_step = latest_checkpoint(self.folder)
+        elif (self.folder / "metrics.jsonl").exists():
+            raise ValueError(f"output_dir={str(self.folder)!r} holds a run; continue it with --resume {self.folder}")
+        dist.barrier()
+
+        self.train_samples, self.eval_samples = self._load_samples()
+        dtype = resolve_dtype(config.model.dtype, self.device)
+        checkpoint = str(self.resumed_from / MODEL) if self.resumed_from else self._initial_checkpoint()
+        model, self.chat = load_model(checkpoint, config.model, dtype)
+        data = config.data
+        self.loader = PromptLoader(
+            self.chat, geometry_of(model, data.min_pixels, data.max_pixels, data.total_pixels), data
+        )
+        if config.model.freeze_vision:
+            model.model.visual.requires_grad_(False)
+        self.policy = Policy(model, gradient_checkpointing=config.model.gradient_checkpointing)
+        self.engine = build_engine(self.policy, config, dtype)
+        if self.resumed_from:
+            self.engine.load_checkpoint(str(self.resumed_from / ENGINE), tag="state", load_module_strict=True)
+        self.reference: Policy | None = None
+        self.record = self._recorded(config.rollout.record_rollouts)
+        self.replay = self._recorded(config.rollout.replay_rollouts)
+
+    def _load_samples(self) -> tuple[list[Sample], list[Sample]]:
+        data = self.config.data
+        if data.annotations == "synthetic":
+            train, val, test = data.num_synthetic_videos()
+            config = SyntheticConfig(num_train=train, num_val=val, num_test=test)
+            folder = self._first_rank_makes(lambda: generate_videos(Path(data.synthetic_dir), config))
+            files, videos = (folder / "annotations/train.json", folder / "annotations/test.json"), folder / "videos"
+        else:
+            assert data.videos is not None
+            eval_file = Path(data.eval_annotations) if data.eval_annotations else None
+            files, videos = (Path(data.annotations), eval_file), Path(data.videos)
+        train_samples = load_annotations(files[0], videos)
+        eval_samples = load_annotations(files[1], videos) if files[1] else []
+        return train_samples, eval_samples[: data.max_eval_samples]
+
+    def _initial_checkpoint(self) -> str:
+        if self.config.model.model != "tiny":
+            return self.config.model.model
+        mode_texts = [
+            text
+            for sample in self.train_samples
+            for mode in ("answer", "think")
+            for text in (question(sample.query, mode, self.config.data.task), off_policy_text(sample, mode) or "")
+        ]
+        folder = self.folder / "tiny_model"
+        family, seed = self.config.model.tiny_family, self.config.train.seed
+        return str(self._first_rank_makes(lambda: build_tiny_checkpoint(folder, mode_texts, family, seed)))
+
+    def _first_rank_makes(self, make: Any) -> Any:
+        """Rank 0 does it first; the others then find it done (both makers reuse what exists)."""
+        made = make() if self.rank == 0 else None
+        shared = [made]
+        dist.broadcast_object_list(shared)
+        return shared[0]
+
+    def _recorded(self, path: str | None) -> RecordedRollouts | None:
+        return RecordedRollouts(path, self.chat) if path else None
+
+    def log(self) -> RunLog:
+        """The record of this run; open it around the loop."""
+        total = sum(phase.num_steps for phase in self.phases)
+        return RunLog(self.folder, self.config, total, self.first_step, active=self.rank == 0)
+
+    def prompts(self, at: PhaseStep) -> list[Prompt]:
+        """This rank's prompts of a step. The step's prompts are the same whatever the number of ranks."""
+        per_rank = self.prompts_per_row(at.phase) * self.config.train.gradient_accumulation_steps
+        first = self._prompts_before(at) + per_rank * self.rank
+        positions = range(first, first + per_rank)
+        modes = [at.phase.modes[position % len(at.phase.modes)] for position in positions]
+        return self.loader.training_prompts(self.train_samples, positions, modes, self.config.train.seed)
+
+    def _prompts_before(self, at: PhaseStep) -> int:
+        per_step = self.config.train.gradient_accumulation_steps * self.world_size
+        earlier = sum(phase.num_steps * self.prompts_per_row(phase) for phase in self.phases[: at.phase_index])
+        return per_step * (earlier + at.step_in_phase * self.prompts_per_row(at.phase))
+
+    def prompts_per_row(self, phase: Phase) -> int:
+        """Prompts per device and micro-step."""
+        train = self.config.train
+        return (
+            (train.sft_prompts_per_device or train.prompts_per_device)
+            if phase.method == "sft"
+            else train.prompts_per_device
+        )
+
+    def answer(self, at: PhaseStep, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
+        """Scored groups for the prompts, sampled or replayed."""
+
+        def sampler(asked: Sequence[Prompt], num_completions: int) -> list[list[Completion]]:
+            if self.replay:
+                return self.replay.read(at.step, asked, num_completions)
+            answers = self.sample(asked, num_completions, self.config.rollout.temperature, step=at.step)
+            if self.record:
+                self.record.write(at.step, asked, answers)
+            return answers
+
+        config = self.config
+        return answer(
+            prompts,
+            at.phase.method,
+            config.rollout.num_generations,
+            sampler,
+            self.chat,
+            config.algorithm,
+            config.data.task,
+        )
+
+    def sample(
+        self, prompts: Sequence[Prompt], num_completions: int, temperature: float, step: int = 0
+    ) -> list[list[Completion]]:
+        """Answers of the current policy; `temperature` 0 is greedy."""
+        rollout = self.config.rollout
+        params = SamplingParams(
+            temperature=temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            max_completion_length=rollout.max_completion_length,
+        )
+        answers = generate(
+            self.policy,
+            prompts,
+            num_completions,
+            params,
+            seed=(self.config.train.seed, step),
+            eos_token_ids=[self.chat.eos_token_id],
+            banned_token_ids=self.chat.banned_token_ids,
+        )
+        return [[self.chat.completion(each.ids, each.logps) for each in group] for group in answers]
+
+    def greedy(self, prompts: Sequence[Prompt], num_completions: int) -> list[list[Completion]]:
+        """The sampler of evaluation."""
+        return self.sample(prompts, num_completions, temperature=0.0)
+
+    def update(self, at: PhaseStep, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """One optimizer step on scored groups with advantages."""
+        if at.phase.method != "sft" and self.config.algorithm.beta > 0 and self.reference is None:
+            self.reference = self._build_reference()
+        is_sft = at.phase.method == "sft"
+        rate = learning_rate(self.config.train, at.step_in_phase, at.phase.num_steps, is_sft)
+        return update(
+            self.engine, self.reference, groups, at.phase.method, self.config, self.prompts_per_row(at.phase), rate
+        )
+
+    def _build_reference(self) -> Policy:
+        """The policy as it was before its first reinforcement step, frozen; kept in RUN/reference for resuming."""
+        folder = self.folder / REFERENCE
+        if self.resumed_from and folder.exists():
+            model, _ = load_model(str(folder), self.config.model, self.policy.base_model.dtype)
+        else:
+            model = copy.deepcopy(self.policy.base_model)
+            if self.rank == 0:
+                save_model(folder, self.policy, self.chat, self.config.data)
+        return Policy(model.to(self.device)).requires_grad_(False).eval()
+
+    def is_save_step(self, at: PhaseStep) -> bool:
+        """Whether `save_steps` asks for a checkpoint after this step."""
+        every = self.config.train.save_steps
+        return every > 0 and (at.step + 1) % every == 0
+
+    def save(self, num_steps: int) -> None:
+        """Checkpoint after `num_steps` optimizer steps."""
+        save_checkpoint(self.folder, num_steps, self.engine, self.policy, self.chat, self.config)
+
+
+class Stopwatch:
+    """Seconds per named part of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap under `time/<name>_s`."""
+        now = time.perf_counter()
+        self.seconds[f"time/{name}_s"] = self.seconds.get(f"time/{name}_s", 0.0) + now - self._started
+        self._started = now
+
+    def total(self) -> dict[str, float]:
+        """All laps and their sum, `time/step_s`."""
+        return self.seconds | {"time/step_s": sum(self.seconds.values())}

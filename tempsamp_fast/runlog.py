@@ -1,0 +1,117 @@
+"""The record of a run: its folder, resolved configuration, metrics.jsonl, and the views of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from tempsamp_fast.config import Config
+
+logger = logging.getLogger(__name__)
+
+SHOWN = {
+    "reward/on_policy_mean": "reward",
+    "reward/tiou": "iou",
+    "loss": "loss",
+    "optim/grad_norm": "grad",
+    "time/step_s": "s/step",
+}
+PACKAGES = ("torch", "triton", "transformers", "deepspeed", "liger-kernel", "torchcodec")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` in one step, so that a reader or a crash never sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions, hardware and the commit of the code, for the run folder."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {
+        "python": sys.version.split()[0],
+        "versions": versions,
+        "platform": platform.platform(),
+        "num_threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+class RunLog:
+    """Writes RUN/metrics.jsonl (the record) and shows it as a progress bar and TensorBoard events.
+
+    Rows of steps at or after `first_step` are dropped when a run is resumed. Only the rank that is `active` writes.
+    """
+
+    def __init__(self, folder: Path, config: Config, total_steps: int, first_step: int, active: bool):
+        self.folder = folder
+        self.active = active
+        if not active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.metrics_path = folder / "metrics.jsonl"
+        self._drop_rows_from(first_step)
+        write_json(folder / "config.json", config.as_dict())
+        write_json(folder / "machine.json", describe_machine())
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self._bar = tqdm(total=total_steps, initial=first_step, dynamic_ncols=True, unit="step", disable=None)
+
+    def _drop_rows_from(self, first_step: int) -> None:
+        if not self.metrics_path.exists():
+            return
+        rows = [line for line in self.metrics_path.read_text().splitlines() if json.loads(line)["step"] < first_step]
+        self.metrics_path.write_text("".join(line + "\n" for line in rows))
+
+    def log(self, step: int, phase: str, metrics: dict[str, float], advance: bool = True) -> None:
+        """Append one row; `advance` moves the progress bar by a step."""
+        if not self.active:
+            return
+        with self.metrics_path.open("a") as file:
+            file.write(json.dumps({"step": step, "phase": phase, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if advance:
+            self._bar.set_description(phase)
+            self._bar.set_postfix({short: f"{metrics[name]:.3g}" for name, short in SHOWN.items() if name in metrics})
+            self._bar.update()
+            if self._bar.disable:
+                logger.info(
+                    "step %d %s %s", step, phase, {SHOWN[k]: round(metrics[k], 4) for k in SHOWN if k in metrics}
+                )
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.active:
+            self._bar.close()
+            self._tensorboard.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All rows of RUN/metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

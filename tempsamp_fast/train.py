@@ -1,0 +1,68 @@
+"""Train a video language model to find when something happens: `deepspeed tempsamp_fast/train.py [--flag value]`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from tempsamp_fast.device import prepare_environment
+
+prepare_environment()
+
+import deepspeed  # noqa: E402
+
+from tempsamp_fast.advantage import assign_advantages, skewness_by_rule  # noqa: E402
+from tempsamp_fast.config import parse_args  # noqa: E402
+from tempsamp_fast.groups import reward_metrics  # noqa: E402
+from tempsamp_fast.results import Results  # noqa: E402
+from tempsamp_fast.run import Run, Stopwatch, plan  # noqa: E402
+from tempsamp_fast.update import mean_over_ranks  # noqa: E402
+
+
+def train(run: Run) -> None:
+    """The whole job: sample, score, advantage, update, and an evaluation and a checkpoint after each phase."""
+    algorithm, results = run.config.algorithm, Results(run)
+    with run.log() as log:
+        if run.first_step == 0:
+            results.evaluate("start", 0, log)
+        for at in plan(run.phases, run.first_step):
+            watch = Stopwatch()
+            prompts = run.prompts(at)
+            watch.lap("data")
+            groups = run.answer(at, prompts)
+            watch.lap("rollout")
+            assign_advantages(groups, at.phase.method, algorithm)
+            metrics = run.update(at, groups)
+            watch.lap("update")
+
+            metrics |= reward_metrics(groups) | watch.total()
+            if at.phase.method == "tempsamp":
+                metrics |= {
+                    f"advantage/skew/{rule}": skew for rule, skew in skewness_by_rule(groups, algorithm).items()
+                }
+            log.log(at.step, str(at.phase), mean_over_ranks(metrics))
+
+            if at.is_last_of_phase:
+                results.evaluate(f"{at.phase_index + 1}_{at.phase}", at.step + 1, log)
+            if at.is_last_of_phase or run.is_save_step(at):
+                run.save(at.step + 1)
+    results.finish()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, build, train; user errors end with one line on stderr and exit code 2."""
+    logging.basicConfig(level=logging.INFO if os.environ["RANK"] == "0" else logging.WARNING, format="%(message)s")
+    try:
+        config = parse_args(arguments)
+        deepspeed.init_distributed(verbose=False)
+        train(Run(config))
+    except (ValueError, OSError) as error:
+        logging.getLogger(__name__).debug("traceback", exc_info=True)
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

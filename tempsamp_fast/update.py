@@ -1,0 +1,114 @@
+"""One optimizer step from scored groups: pack, compare with old and reference log-probs, accumulate, update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tempsamp_fast.batch import RolloutGroup
+from tempsamp_fast.config import Config, Method
+from tempsamp_fast.engine import optimizer_step
+from tempsamp_fast.loss import RowTargets, log_probs, policy_loss
+from tempsamp_fast.packing import PackedRow, pack
+from tempsamp_fast.policy import Policy
+
+
+def update(
+    engine: Any,
+    reference: Policy | None,
+    groups: Sequence[RolloutGroup],
+    method: Method,
+    config: Config,
+    prompts_per_row: int,
+    learning_rate: float,
+) -> dict[str, float]:
+    """Update the policy on this rank's groups, `updates_per_batch` times; returns the metrics of the last update."""
+    algorithm, temperature = config.algorithm, config.rollout.temperature
+    rows = [
+        row
+        for start in range(0, len(groups), prompts_per_row)
+        for row in pack(
+            groups[start : start + prompts_per_row],
+            config=engine.module.config,
+            max_tokens_per_row=config.train.max_tokens_per_row,
+            mode=config.train.packing,
+        )
+    ]
+    is_sft = method == "sft"
+    uses_kl = algorithm.beta > 0 and not is_sft
+    old = _log_probs(engine.module, rows, config) if algorithm.updates_per_batch > 1 and not is_sft else None
+    ref = _log_probs(reference, rows, config) if uses_kl and reference is not None else None
+    targets = _targets(rows, groups, old, ref)
+    num_answers = _mean_over_ranks(sum(row.num_completions for row in rows), engine.device)
+    num_tokens = _mean_over_ranks(sum(len(row.token_ids) for row in rows), engine.device)
+    heads = [
+        policy_loss(
+            row, target, method, algorithm, temperature, num_answers, num_tokens, config.rollout.max_completion_length
+        )
+        for row, target in zip(rows, targets, strict=True)
+    ]
+    for _ in range(1 if is_sft else algorithm.updates_per_batch):
+        row_metrics = optimizer_step(engine, rows, heads, learning_rate)
+    return _combine(row_metrics, rows) | {
+        "optim/learning_rate": learning_rate,
+        "optim/grad_norm": float(engine.get_global_grad_norm() or 0.0),
+        "batch/num_tokens": float(sum(row.num_tokens for row in rows)),
+    }
+
+
+def _targets(
+    rows: Sequence[PackedRow],
+    groups: Sequence[RolloutGroup],
+    old: Sequence[Tensor] | None,
+    ref: Sequence[Tensor] | None,
+) -> list[RowTargets]:
+    """Rows hold the answers of group after group, in order."""
+    assert all(group.advantages is not None for group in groups)
+    sizes = [row.num_completions for row in rows]
+    advantages = torch.cat([group.advantages for group in groups if group.advantages is not None]).split(sizes)
+    is_off_policy = torch.cat([group.is_off_policy() for group in groups]).split(sizes)
+    return [
+        RowTargets(advantages[i], is_off_policy[i], old[i] if old else None, ref[i] if ref else None)
+        for i in range(len(rows))
+    ]
+
+
+@torch.no_grad()
+def _log_probs(policy: Policy, rows: Sequence[PackedRow], config: Config) -> list[Tensor]:
+    device = next(policy.parameters()).device
+    return [policy(row.to(device), log_probs(row, config.algorithm, config.rollout.temperature)) for row in rows]
+
+
+def _mean_over_ranks(number: float, device: torch.device) -> float:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return float(number)
+    total = torch.tensor(float(number), device=device)
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()
+
+
+def _combine(row_metrics: Sequence[Any], rows: Sequence[PackedRow]) -> dict[str, float]:
+    """Metrics of all rows: losses add up (each is already divided by the step's counts), the rest is averaged."""
+    weights = torch.tensor([float(row.num_completions) for row in rows])
+    weights /= weights.sum()
+    parts = [metrics.as_dict() for metrics in row_metrics]
+    combined = {
+        name: sum(part[name] * float(weight) for part, weight in zip(parts, weights, strict=True)) for name in parts[0]
+    }
+    combined["loss"] = sum(part["loss"] for part in parts)
+    return combined
+
+
+def mean_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
+    """Every metric averaged over the ranks that have it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return metrics
+    gathered: list[dict[str, float]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(gathered, metrics)
+    names = dict.fromkeys(name for part in gathered for name in part)
+    having = {name: [part[name] for part in gathered if name in part] for name in names}
+    return {name: sum(values) / len(values) for name, values in having.items()}
