@@ -1,0 +1,124 @@
+"""Keys and values for decoding: each prompt's once, shared by all of its rows, and each row's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tempsamp_fast.attention import SplitAttention
+from tempsamp_fast.packing import PackedRow
+
+OWN_BLOCK = 64
+"""Room for a row's own tokens grows by this many."""
+
+
+class PrefillAttention(SplitAttention):
+    """Attention over a row of prompts that keeps the keys and values of every layer."""
+
+    def __init__(self, row: PackedRow, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(row.layout, dtype=dtype, device=device)
+        self._prompt_lens = [group.prompt_len for group in row.layout]
+        self.keys: list[tuple[Tensor, ...]] = []
+        """By layer, by prompt: [prompt_len, kv_heads, dim]."""
+        self.values: list[tuple[Tensor, ...]] = []
+
+    def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        assert layer_index == len(self.keys)
+        self.keys.append(key[0].transpose(0, 1).split(self._prompt_lens))
+        self.values.append(value[0].transpose(0, 1).split(self._prompt_lens))
+        return super().__call__(layer_index, query, key, value, scaling)
+
+
+class SharedPrefixCache:
+    """Attention of one new token per row to its prompt and to the row's earlier tokens.
+
+    The two parts are computed apart and merged by their log-sum-exps, so that a prompt's keys are stored and read
+    once however many rows continue it. Prompts are padded to the longest. Rows start as prompt 0's, prompt 1's, ...
+    """
+
+    def __init__(self, prefills: Sequence[PrefillAttention], num_rows_per_prompt: int) -> None:
+        prompt_keys = [sum((p.keys[layer] for p in prefills), ()) for layer in range(len(prefills[0].keys))]
+        prompt_values = [sum((p.values[layer] for p in prefills), ()) for layer in range(len(prefills[0].keys))]
+        self._prefix_keys = [_pad(keys) for keys in prompt_keys]
+        self._prefix_values = [_pad(values) for values in prompt_values]
+        lengths = torch.tensor([len(keys) for keys in prompt_keys[0]], device=prompt_keys[0][0].device)
+        is_padding = torch.arange(int(lengths.max()), device=lengths.device) >= lengths[:, None]
+        self._prefix_bias = torch.zeros_like(is_padding, dtype=torch.float32).masked_fill(is_padding, float("-inf"))
+        self._row_prompts = torch.arange(len(lengths), device=lengths.device).repeat_interleave(num_rows_per_prompt)
+        self._own_keys: list[Tensor] = []
+        self._own_values: list[Tensor] = []
+        self._num_own = 0
+        self._assign_slots()
+
+    def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """query [R, heads, 1, dim], key and value [R, kv_heads, 1, dim] -> [R, 1, heads, dim]."""
+        if layer_index == 0:
+            self._num_own += 1
+        own_keys = self._append(self._own_keys, layer_index, key)
+        own_values = self._append(self._own_values, layer_index, value)
+        query = (query * scaling)[:, :, 0].unflatten(1, (key.shape[1], -1))
+        own, own_lse = _attend(query, own_keys, own_values)
+        prefix, prefix_lse = self._attend_prefix(layer_index, query)
+        prefix_share = torch.sigmoid(prefix_lse - own_lse)[..., None].to(own.dtype)
+        return torch.lerp(own, prefix, prefix_share).flatten(1, 2)[:, None]
+
+    def retire(self, keep: Tensor) -> None:
+        """Keep only these rows ([R] int64, increasing) and the prompts they continue."""
+        self._own_keys = [keys[keep] for keys in self._own_keys]
+        self._own_values = [values[keep] for values in self._own_values]
+        prompts, self._row_prompts = self._row_prompts[keep].unique(return_inverse=True)
+        if len(prompts) < len(self._prefix_bias):
+            self._prefix_keys = [keys[prompts] for keys in self._prefix_keys]
+            self._prefix_values = [values[prompts] for values in self._prefix_values]
+            self._prefix_bias = self._prefix_bias[prompts]
+        self._assign_slots()
+
+    def _assign_slots(self) -> None:
+        """Give the rows of a prompt places 0, 1, ..., so that their queries stack into one matrix per prompt."""
+        counts = torch.bincount(self._row_prompts, minlength=len(self._prefix_bias))
+        first = counts.cumsum(0) - counts
+        place = torch.arange(len(self._row_prompts), device=counts.device) - first[self._row_prompts]
+        self._num_slots = int(counts.max())
+        self._slots = self._row_prompts * self._num_slots + place
+
+    def _attend_prefix(self, layer_index: int, query: Tensor) -> tuple[Tensor, Tensor]:
+        """query [R, kv_heads, heads per kv_head, dim] -> the same shape, and log-sum-exps without the last axis."""
+        num_prompts, _, group, _ = shape = (len(self._prefix_bias), *query.shape[1:])
+        stacked = query.new_zeros(num_prompts * self._num_slots, *shape[1:])
+        stacked[self._slots] = query
+        stacked = stacked.unflatten(0, (num_prompts, -1)).transpose(1, 2).flatten(2, 3)
+        output, lse = _attend(
+            stacked,
+            self._prefix_keys[layer_index],
+            self._prefix_values[layer_index],
+            self._prefix_bias[:, None, None],
+        )
+        unstack = lambda tensor: tensor.unflatten(2, (-1, group)).transpose(1, 2).flatten(0, 1)[self._slots]
+        return unstack(output), unstack(lse)
+
+    def _append(self, buffers: list[Tensor], layer_index: int, new: Tensor) -> Tensor:
+        """Store [R, kv_heads, 1, dim] as the newest own token; returns all own tokens."""
+        if layer_index == len(buffers):
+            buffers.append(new.new_empty(*new.shape[:2], 0, new.shape[3]))
+        if self._num_own > buffers[layer_index].shape[2]:
+            room = new.new_empty(*new.shape[:2], OWN_BLOCK, new.shape[3])
+            buffers[layer_index] = torch.cat([buffers[layer_index], room], dim=2)
+        buffers[layer_index][:, :, self._num_own - 1] = new[:, :, 0]
+        return buffers[layer_index][:, :, : self._num_own]
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scaled queries [B, heads, Q, dim] on [B, heads, K, dim] -> outputs, and float32 log-sum-exps [B, heads, Q]."""
+    scores = (query @ keys.transpose(-1, -2)).float()
+    if bias is not None:
+        scores = scores + bias
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp().to(values.dtype) @ values, lse
+
+
+def _pad(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors [length, heads, dim] -> [N, heads, longest, dim], zeros after each."""
+    return pad_sequence(list(tensors), batch_first=True).transpose(1, 2).contiguous()

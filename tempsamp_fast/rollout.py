@@ -1,0 +1,179 @@
+"""Answers from the current policy: every prompt prefilled once, the rows of many prompts decoded together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tempsamp_fast.batch import Prompt
+from tempsamp_fast.kv_cache import PrefillAttention, SharedPrefixCache
+from tempsamp_fast.packing import PackedRow, pack_prompts
+from tempsamp_fast.token_sampling import SampleNoise, SamplingParams, choose_tokens
+
+__all__ = ["SampledAnswer", "SamplingParams", "generate"]
+
+RETIRE_SHARE = 1 / 8
+"""Finished rows are dropped once they are this share of all: dropping copies the caches of the others."""
+
+
+@dataclass(frozen=True)
+class SampledAnswer:
+    """One answer; `ids` end with an end-of-sequence id unless the length limit cut it off."""
+
+    ids: Tensor
+    """[completion_len] int64."""
+    logps: Tensor
+    """[completion_len] float32; of which distribution, `choose_tokens` says."""
+
+
+@dataclass(frozen=True)
+class _DecodeStep:
+    """The newest token of every row; a `PolicyInput`."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    logit_indices: Tensor
+
+
+@dataclass
+class _Prefilled:
+    """What prefilling leaves of P prompts."""
+
+    logits: Tensor
+    """[P, vocab_size] of each prompt's last token."""
+    next_positions: Tensor
+    """[P] int64: where the answers start."""
+    attentions: list[PrefillAttention]
+
+
+@torch.no_grad()
+def generate(
+    policy: Any,
+    prompts: Sequence[Prompt],
+    num_completions: int,
+    params: SamplingParams,
+    *,
+    seed: Sequence[int],
+    eos_token_ids: Sequence[int],
+    banned_token_ids: Sequence[int] = (),
+    max_tokens_per_row: int = 32_768,
+    synced: bool = False,
+) -> list[list[SampledAnswer]]:
+    """Draw `num_completions` answers to every prompt.
+
+    policy: a `Policy`, or a DeepSpeed engine around one.
+    seed: any integers, (seed, step) say. What is drawn depends on them, on the prompt's sample id and mode, and on
+        the answer's index: not on the rank, nor on the other prompts.
+    banned_token_ids: never drawn; the vision placeholders never are.
+    max_tokens_per_row: prompt tokens per prefill pass.
+    synced: all ranks make the same number of forward passes, as ZeRO-3 needs it.
+    Returns the answers by prompt, on the CPU.
+    Raises ValueError naming the sample of a prompt that is longer than `max_tokens_per_row`.
+    """
+    if not prompts:
+        raise ValueError("prompts is empty")
+    config = getattr(policy, "module", policy).config
+    prefilled = _prefill(policy, prompts, config, max_tokens_per_row, synced)
+    cache = SharedPrefixCache(prefilled.attentions, num_completions)
+    logits = prefilled.logits.repeat_interleave(num_completions, dim=0)
+    positions = prefilled.next_positions.repeat_interleave(num_completions)
+    prefilled.attentions.clear()
+
+    names = [f"{p.sample.sample_id} {p.mode} {index}" for p in prompts for index in range(num_completions)]
+    noise = SampleNoise(seed, names)
+    banned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    banned[[*banned_token_ids, config.image_token_id, config.video_token_id]] = True
+    answers = _Answers(len(names), params.max_completion_length, eos_token_ids, logits.device)
+    for index in range(params.max_completion_length):
+        tokens, logps = choose_tokens(logits, params, noise.uniforms(answers.rows, index), banned)
+        answers.append(index, tokens, logps)
+        if index + 1 == params.max_completion_length or not _on_any_rank(answers.unfinished, synced, logits.device):
+            break
+        keep = answers.retire()
+        if keep is not None:
+            cache.retire(keep)
+            tokens, positions = tokens[keep], positions[keep]
+        step = _DecodeStep(
+            input_ids=tokens[:, None],
+            position_ids=(positions + index).expand(3, -1)[..., None],
+            logit_indices=torch.arange(len(tokens), device=tokens.device),
+        )
+        logits = policy(step, _logits, attention=cache)
+    return answers.by_prompt(num_completions)
+
+
+class _Answers:
+    """The tokens drawn so far, and which rows still run."""
+
+    def __init__(self, num_rows: int, max_length: int, eos_token_ids: Sequence[int], device: torch.device) -> None:
+        self.rows = torch.arange(num_rows, device=device)
+        """[R] int64: the rows being decoded."""
+        self._ids = torch.zeros(num_rows, max_length, dtype=torch.int64, device=device)
+        self._logps = torch.zeros(num_rows, max_length, device=device)
+        self._lengths = torch.full((num_rows,), max_length, device=device)
+        self._is_finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self._eos = torch.tensor(list(eos_token_ids), device=device)
+        self.unfinished = num_rows
+
+    def append(self, index: int, tokens: Tensor, logps: Tensor) -> None:
+        """Token `index` of every row being decoded; a finished row's is beyond its length and never read."""
+        self._ids[self.rows, index] = tokens
+        self._logps[self.rows, index] = logps
+        ends = torch.isin(tokens, self._eos) & ~self._is_finished[self.rows]
+        self._lengths[self.rows[ends]] = index + 1
+        self._is_finished[self.rows[ends]] = True
+        self.unfinished -= int(ends.sum())
+
+    def retire(self) -> Tensor | None:
+        """Stop decoding finished rows if they are many; returns the indices into `rows` that stay."""
+        num_finished = len(self.rows) - self.unfinished
+        if self.unfinished == 0 or num_finished < max(1, RETIRE_SHARE * len(self.rows)):
+            return None
+        keep = (~self._is_finished[self.rows]).nonzero()[:, 0]
+        self.rows = self.rows[keep]
+        return keep
+
+    def by_prompt(self, num_completions: int) -> list[list[SampledAnswer]]:
+        ids, logps, lengths = self._ids.cpu(), self._logps.cpu(), self._lengths.tolist()
+        answers = [SampledAnswer(ids[row, :n].clone(), logps[row, :n].clone()) for row, n in enumerate(lengths)]
+        return [answers[start : start + num_completions] for start in range(0, len(answers), num_completions)]
+
+
+def _prefill(policy: Any, prompts: Sequence[Prompt], config: Any, max_tokens_per_row: int, synced: bool) -> _Prefilled:
+    parameter = next(policy.parameters())
+    rows = pack_prompts(prompts, config=config, max_tokens_per_row=max_tokens_per_row)
+    attentions, logits = [], []
+    for row in rows:
+        attentions.append(PrefillAttention(row, parameter.dtype, parameter.device))
+        logits.append(policy(row.to(parameter.device), _logits, attention=attentions[-1]))
+    for _ in range(_most_of_any_rank(len(rows), synced, parameter.device) - len(rows)):
+        policy(rows[-1].to(parameter.device), _logits)
+    next_positions = torch.cat([_next_positions(row) for row in rows]).to(parameter.device)
+    return _Prefilled(torch.cat(logits), next_positions, attentions)
+
+
+def _next_positions(row: PackedRow) -> Tensor:
+    """[prompts of the row] int64: one past the largest position of each."""
+    prompts = row.position_ids[:, 0].split([group.prompt_len for group in row.layout], dim=1)
+    return torch.stack([positions.max() + 1 for positions in prompts])
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    return hidden @ weight.T
+
+
+def _on_any_rank(count: int, synced: bool, device: torch.device) -> bool:
+    return _most_of_any_rank(count, synced, device) > 0
+
+
+def _most_of_any_rank(count: int, synced: bool, device: torch.device) -> int:
+    if not synced:
+        return count
+    most = torch.tensor(count, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
