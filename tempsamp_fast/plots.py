@@ -1,0 +1,227 @@
+"""Pictures of a run, each drawn from its record: RUN/metrics.jsonl and RUN/eval/<stage>_<mode>.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+from tempsamp_fast.sample import Mode, Span
+
+Row = Mapping[str, Any]
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b6b6b")
+"""Okabe and Ito's, told apart by colour-blind readers too."""
+GRID = "#d5d9de"
+PHASE_SHADES = ("#f1f3f6", "#e3e8ee")
+EVAL_PHASE = "eval"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file; none for a file that is missing."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def eval_files(run: Path, mode: str) -> list[Path]:
+    """The answers of a run in one mode, from the cold start to the last phase."""
+    files = (run / "eval").glob(f"*_{mode}.jsonl")
+    return sorted(files, key=lambda file: -1 if file.stem.startswith("start_") else int(file.stem.split("_")[0]))
+
+
+def plot_run(run: Path) -> list[Path]:
+    """Draw every picture that the record of `run` has the figures for, into RUN/plots; returns the files."""
+    rows = read_rows(run / "metrics.jsonl")
+    folder = run / "plots"
+    folder.mkdir(exist_ok=True)
+    drawn = []
+    if series_names(rows, "reward/"):
+        drawn += [plot_reward(rows, folder / "reward.png")]
+    if series_names(rows, "reward/off_policy_mean"):
+        drawn += [plot_on_and_off_policy(rows, folder / "on_and_off_policy_reward.png")]
+    if series_names(rows, "advantage/skew/"):
+        drawn += [plot_skewness(rows, folder / "advantage_skewness.png")]
+    for mode in get_args(Mode):
+        files = eval_files(run, mode)
+        if len(files) > 1:
+            answers = {file.stem.removesuffix(f"_{mode}"): read_rows(file) for file in files}
+            drawn += [plot_iou_distribution(answers, folder / f"iou_{mode}.png", mode)]
+    return drawn
+
+
+def plot_reward(rows: Sequence[Row], path: Path) -> Path:
+    """Mean on-policy rewards over the steps, and below them the mIoU of every evaluation; phases shaded."""
+    with _figure(path, height=5.4) as figure:
+        top, bottom = figure.subplots(2, sharex=True)
+        means = ("reward/on_policy_mean", "reward/off_policy_mean")
+        for name, colour in zip(
+            [n for n in series_names(rows, "reward/") if n not in means], cycle(COLOURS), strict=False
+        ):
+            draw_series(top, rows, name, name.removeprefix("reward/"), colour)
+        for name, colour in zip(
+            [n for n in series_names(rows, "eval/") if n.endswith("/miou")], cycle(COLOURS), strict=False
+        ):
+            steps, values = series(rows, name)
+            bottom.plot(steps, values, "o-", color=colour, label=name.split("/")[1])
+        for axes, label in ((top, "on-policy reward"), (bottom, "held-out mIoU")):
+            axes.set_ylabel(label)
+            _finish(axes, rows)
+        bottom.set_xlabel("step")
+        label_phases(top, rows)
+    return path
+
+
+def plot_on_and_off_policy(rows: Sequence[Row], path: Path) -> Path:
+    """Mean total reward of the sampled answers against that of the answer made from the ground truth."""
+    rows = [row for row in rows if "reward/off_policy_mean" in row]
+    with _figure(path) as figure:
+        axes = figure.subplots()
+        for source, colour in zip(("on", "off"), cycle(COLOURS), strict=False):
+            draw_series(axes, rows, f"reward/{source}_policy_mean", f"{source}-policy", colour)
+        axes.set(xlabel="step", ylabel="mean reward")
+        _finish(axes, rows)
+        label_phases(axes, rows)
+    return path
+
+
+def plot_skewness(rows: Sequence[Row], path: Path) -> Path:
+    """Skewness of the advantages each rule gives the same rewards (paper figure 4)."""
+    names = series_names(rows, "advantage/skew/")
+    rows = [row for row in rows if names[0] in row]
+    with _figure(path) as figure:
+        axes = figure.subplots()
+        axes.axhline(0, color="#999999", linewidth=0.8)
+        for name, colour in zip(names, cycle(COLOURS), strict=False):
+            draw_series(axes, rows, name, name.rsplit("/", 1)[1], colour)
+        axes.set(xlabel="step", ylabel="skewness of the advantages")
+        _finish(axes, rows)
+        label_phases(axes, rows)
+    return path
+
+
+def plot_iou_distribution(answers: Mapping[str, Sequence[Row]], path: Path, mode: str) -> Path:
+    """IoUs of several evaluations by label: their histogram, and the share of queries that reach each IoU."""
+    with _figure(path) as figure:
+        left, right = figure.subplots(1, 2)
+        thresholds = np.linspace(0, 1, 101)
+        for (label, rows), colour in zip(answers.items(), cycle(COLOURS), strict=False):
+            ious = np.array([row["iou"] for row in rows])
+            shares = np.full(len(ious), 1 / len(ious))
+            left.hist(ious, list(thresholds[::5]), weights=shares, color=colour, histtype="step", linewidth=1.5)
+            reached = (ious[:, None] >= thresholds).mean(axis=0)
+            right.plot(thresholds[1:], reached[1:], color=colour, label=f"{label}\nmean {ious.mean():.3f}")
+        left.set(xlabel=f"IoU ({mode} mode)", ylabel="share of held-out queries", xlim=(0, 1))
+        right.set(xlabel="IoU of at least", xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.3, 0.5, 0.7, 1))
+        right.grid(axis="x", color=GRID, linewidth=0.6)
+        _finish(left)
+        _finish(right)
+    return path
+
+
+def plot_timeline(
+    frames: ArrayLike, times_s: Sequence[float], duration_s: float, spans: Mapping[str, Span], query: str, path: Path
+) -> Path:
+    """A bar over the video's seconds for every labelled span, and frames under it.
+
+    `frames` is [num_frames, 3, height, width] uint8, best taken at equal distances; `times_s` their times.
+    """
+    pictures = np.asarray(frames).transpose(0, 2, 3, 1)
+    num_frames, height, width = pictures.shape[:3]
+    strip = 8.6 * height / (width * num_frames)
+    bars = 0.3 * len(spans) + 0.1
+    with _figure(path, height=bars + strip + 1.0) as figure:
+        top, bottom = figure.subplots(2, height_ratios=(bars, strip), gridspec_kw={"hspace": 0.0})
+        for position, ((start, end), colour) in enumerate(zip(spans.values(), cycle(COLOURS), strict=False)):
+            top.barh(position, end - start, left=start, height=0.55, color=colour)
+            place, side = (end, "left") if end < 0.8 * duration_s else (start, "right")
+            top.text(place, position, f" {start:.2f} to {end:.2f} s ", va="center", ha=side, fontsize=8)
+        top.set_title(f"“{query}”", fontsize=11)
+        top.set(xlim=(0, duration_s), ylim=(len(spans) - 0.4, -0.6), yticks=range(len(spans)), yticklabels=list(spans))
+        top.tick_params(axis="y", length=0)
+        top.spines[["top", "right", "left"]].set_visible(False)
+        slot = duration_s / num_frames
+        for index, (picture, time) in enumerate(zip(pictures, times_s, strict=True)):
+            bottom.imshow(picture, extent=(index * slot, (index + 1) * slot, 0, 1), aspect="auto")
+            bottom.text((index + 0.5) * slot, -0.05, f"{time:.1f} s", ha="center", va="top", fontsize=8)
+        bottom.set(xlim=(0, duration_s), ylim=(0, 1))
+        bottom.axis("off")
+    return path
+
+
+def series(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the rows that have the metric `name`."""
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+    return steps, values
+
+
+def series_names(rows: Sequence[Row], prefix: str) -> list[str]:
+    """Metrics that start with `prefix`, in the order in which they first occur."""
+    return list(dict.fromkeys(name for row in rows for name in row if name.startswith(prefix)))
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean over about a twentieth of the points on either side."""
+    reach = len(values) // 20
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    first = np.maximum(np.arange(len(values)) - reach, 0)
+    last = np.minimum(np.arange(len(values)) + reach + 1, len(values))
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def draw_series(axes: Axes, rows: Sequence[Row], name: str, label: str, colour: str) -> None:
+    """A metric over the steps: its running mean within each phase, and faintly every value."""
+    for _, first, last in phase_ranges(rows):
+        steps, values = series([row for row in rows if first <= row["step"] < last], name)
+        axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)
+        axes.plot(steps, smooth(values), color=colour, linewidth=1.6)
+    axes.plot([], [], color=colour, label=label)
+
+
+def phase_ranges(rows: Sequence[Row]) -> list[tuple[str, int, int]]:
+    """(phase, first step, step after its last one) for every phase of training."""
+    ranges: list[tuple[str, int, int]] = []
+    for row in rows:
+        if row["phase"] == EVAL_PHASE:
+            continue
+        if ranges and ranges[-1][0] == row["phase"]:
+            ranges[-1] = (row["phase"], ranges[-1][1], row["step"] + 1)
+        else:
+            ranges.append((row["phase"], row["step"], row["step"] + 1))
+    return ranges
+
+
+def label_phases(axes: Axes, rows: Sequence[Row]) -> None:
+    """Write the names of the phases above `axes`."""
+    for phase, first, last in phase_ranges(rows):
+        place = ((first + last) / 2, 1.02)
+        axes.text(*place, phase, transform=axes.get_xaxis_transform(), ha="center", fontsize=8, color="#555555")
+
+
+def _finish(axes: Axes, rows: Sequence[Row] = ()) -> None:
+    ranges = phase_ranges(rows)
+    for index, (_, first, last) in enumerate(ranges):
+        axes.axvspan(first, last, color=PHASE_SHADES[index % 2], linewidth=0, zorder=0)
+    if ranges:
+        axes.set_xlim(ranges[0][1], ranges[-1][2])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+@contextmanager
+def _figure(path: Path, height: float = 3.4) -> Iterator[Figure]:
+    figure = Figure(figsize=(9, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    yield figure
+    figure.savefig(path, dpi=130)
