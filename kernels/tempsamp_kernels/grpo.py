@@ -1,0 +1,311 @@
+"""From hidden states and rewards to the policy loss, its gradients made in the forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tempsamp_kernels.advantages import grouped_advantages
+from tempsamp_kernels.head import ChunkedHead, HeadGradients, check_head, chunk_rows
+from tempsamp_kernels.logprob import forward_sweep, gradient_sweep
+from tempsamp_kernels.metrics import LossMetrics, summarise
+from tempsamp_kernels.objectives import SELF, TokenLoss, token_loss
+from tempsamp_kernels.reference import token_log_ratio, token_terms
+from tempsamp_kernels.rows import row_kernels
+from tempsamp_kernels.sequences import Sequences, Vespo
+from tempsamp_kernels.tokens import NUM_TERMS, TERMS, HeadOptions, Tokens, choose_impl, per_token
+
+
+@dataclass(frozen=True)
+class LossPlan:
+    """Everything about a loss that is not differentiable."""
+
+    tokens: Tokens
+    mask: Tensor
+    """[N] bool: where False, the hidden state is taken as zero, whatever it holds."""
+    options: HeadOptions
+    loss: TokenLoss
+    chunk_rows: int
+    num_live: int
+    """Tokens from here on have no gradient and leave the backward GEMMs."""
+    sequences: Sequences | None = None
+    """Set where the tokens of a row depend on each other: all log-probs come first then, at 8NHV instead of 6NHV."""
+
+
+class FusedLinearLoss(torch.autograd.Function):
+    """`(hidden, weight, bias, plan, wants_grad) -> (loss, terms [NUM_TERMS, N])`; the loss is the sum of its terms."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: LossPlan, wants_grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        head = ChunkedHead(hidden, weight, plan.mask, plan.chunk_rows)
+        gradients = head.gradients(*(wants_grad and needed for needed in ctx.needs_input_grad[:3]))
+        num_live = plan.num_live if gradients.any() else 0
+        terms = torch.empty(NUM_TERMS, len(hidden), device=hidden.device)
+        live, dead = slice(0, num_live), slice(num_live, None)
+        if plan.sequences is None:
+            _learn(head.part(live), plan, terms[:, live], gradients)
+            _watch(head.part(dead), plan, terms[:, dead], plan.tokens.map(lambda field: field[dead]))
+        else:
+            rows = forward_sweep(head, plan.tokens, plan.options)
+            terms, d_logp = plan.sequences.terms(rows, plan.tokens, plan.loss)
+            cut = lambda values: values[live]
+            gradient_sweep(
+                head.part(live), plan.tokens.map(cut), plan.options, rows.map(cut), d_logp[live], None, gradients
+            )
+        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(terms)
+        return terms[TERMS.index("loss")].sum(), terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (
+            None if gradient is None else torch.mul(gradient, d_loss, out=torch.empty_like(gradient, dtype=dtype))
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*scaled, None, None)
+
+
+def _learn(head: ChunkedHead, plan: LossPlan, terms: Tensor, gradients: HeadGradients) -> None:
+    """One pass, 6NHV FLOPs: logits, loss and its gradient while they are at hand, dX and dW."""
+    kernels = row_kernels(plan.options.impl)
+    tokens = plan.tokens.map(lambda field: field[: head.num_tokens]).padded(head.num_padded)
+
+    def consume(logits: Tensor, chunk: slice) -> Tensor:
+        found, d_logits = kernels.row_loss(logits, tokens.map(lambda field: field[chunk]), plan.options, plan.loss)
+        target = terms[:, chunk]
+        target.copy_(found[:, : target.shape[1]])
+        return d_logits
+
+    head.sweep(consume, gradients)
+
+
+def _watch(head: ChunkedHead, plan: LossPlan, terms: Tensor, tokens: Tokens) -> None:
+    """Terms of tokens without a gradient: 2NHV FLOPs."""
+    rows = forward_sweep(head, tokens, plan.options)
+    terms.copy_(token_terms(rows.logp, rows.entropy, token_log_ratio(rows.logp, tokens), tokens, plan.loss)[0])
+
+
+def row_lengths(mask: Tensor, row_ids: Tensor, num_row_ids: int) -> Tensor:
+    """[N] fp32: unmasked tokens in the row of each token, at least 1."""
+    counts = torch.zeros(num_row_ids, device=mask.device).index_add_(0, row_ids, mask.float())
+    return counts.clamp(min=1)[row_ids]
+
+
+def token_weights(
+    loss_type: str,
+    mask: Tensor,
+    lengths: Tensor,
+    num_rows: float | Tensor,
+    num_items_in_batch: float | Tensor | None,
+    max_completion_length: int | None,
+) -> Tensor:
+    """[N] fp32: what each token's loss counts for; the normalisers of Liger and TRL, 0 where masked."""
+    weight = mask.float()
+    if loss_type in ("grpo", "sapo", "sft"):
+        return weight / lengths / num_rows
+    if loss_type == "luspo":
+        return weight / num_rows
+    if loss_type == "dr_grpo":
+        if max_completion_length is None:
+            raise ValueError("loss_type 'dr_grpo' needs max_completion_length")
+        return weight / (num_rows * max_completion_length)
+    num_items = weight.sum() if loss_type == "bnpo" or num_items_in_batch is None else num_items_in_batch
+    return weight / torch.as_tensor(num_items, device=mask.device).clamp(min=1)
+
+
+def live_tokens(mask: Tensor | None, advantage: Tensor, always: bool) -> Tensor | None:
+    """[N] bool on the CPU: tokens that may have a gradient, or None where only the device could tell.
+
+    Without a KL term (`always` False) that takes a nonzero advantage.
+    """
+    if advantage.is_cuda or (mask is not None and mask.is_cuda):
+        return None
+    live = torch.ones(len(advantage), dtype=torch.bool) if always else advantage != 0
+    return live if mask is None else live & mask
+
+
+def fused_linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    row_ids: Tensor,
+    *,
+    advantages: Tensor | None = None,
+    rewards: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    is_off_policy: Tensor | None = None,
+    format_rewards: Tensor | None = None,
+    shaping: str = "nonlinear",
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    loss_type: str = "grpo",
+    importance_sampling_level: str = "token",
+    beta: float = 0.04,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    delta: float | None = None,
+    dual_clip: float | None = None,
+    kl_type: str = "k3",
+    off_policy_ratio: str = "detach",
+    off_policy_kl: bool = True,
+    num_rows: float | Tensor | None = None,
+    num_items_in_batch: float | Tensor | None = None,
+    max_completion_length: int | None = None,
+    live_rows: Tensor | None = None,
+    chunk_size: int | None = None,
+    impl: str | None = None,
+    **shaping_options: Any,
+) -> tuple[Tensor, LossMetrics]:
+    """Policy loss of packed tokens, from hidden states to a scalar with gradients for head and hidden states.
+
+    Args:
+        hidden: [N, H] packed hidden states, float32, bfloat16 or float16, each predicting its token of `token_ids`.
+        weight: [V, H] head.
+        token_ids: [N] int64.
+        row_ids: [N] int64: the completion each token belongs to, numbered from 0.
+        advantages: [B], one per completion, or [N] (a length of N always means one per token). Not for "sft".
+        rewards, group_ids, is_off_policy, format_rewards, shaping, shaping_options: in place of `advantages`, the
+            arguments of `grouped_advantages` ([B] each); `shaping_options` are its remaining keywords (`tau`, ...).
+        is_off_policy: [B] bool, also without `rewards`: completions that the policy did not sample.
+        old_logps: [N]; without them the ratio is exp(logp - logp.detach()).
+        ref_logps: [N]; without them there is no KL term.
+        mask: [N] bool, tokens that count; the others may hold anything, NaN included.
+        bias: [V].
+        temperature: a positive number, [B] or [N].
+        softcap, logit_scale: as in `linear_logprob`.
+        loss_type: "grpo", "bnpo", "dr_grpo", "dapo", "luspo" (clipped ratio), "cispo", "sapo", "vespo" as in TRL and
+            Liger 0.8.5, or "sft": negative log-likelihood, mean over rows of the mean over tokens.
+        importance_sampling_level: "token", or "sequence" for the geometric mean over the row (GSPO), at 8NHV FLOPs.
+        beta: weight of the KL term; kl_type: "k1", "k2", "k3" (default) or "k3_corrected" (times the ratio).
+        epsilon_low, epsilon_high, delta, dual_clip: bounds of the ratio; for "cispo" `epsilon_high` is the bound itself.
+        off_policy_ratio: "detach" gives off-policy completions ratio exp(logp - logp.detach()) whatever `old_logps`
+            say; "old" treats them like the others. off_policy_kl: whether they pay the KL term.
+        num_rows: normaliser of "grpo", "dr_grpo", "sapo", "luspo" and "sft"; by default the completions present in
+            `row_ids`. Pass the global count for exact gradient accumulation.
+        num_items_in_batch: normaliser of "dapo", "cispo" and "vespo"; by default the unmasked tokens.
+        max_completion_length: required by "dr_grpo".
+        live_rows: [N] bool on the CPU, False for tokens known to have no gradient: they leave the backward GEMMs. Found
+            out here where `row_ids`, `mask` and `advantages` or `rewards` are CPU tensors.
+        chunk_size: tokens per chunk of logits; chosen from V by default.
+        impl: "triton", "torch", or None for the one that suits the device.
+
+    Returns:
+        `(loss, metrics)`: float32 scalar, and `LossMetrics` on the device.
+
+    Gradients are made in the forward pass at 6NHV FLOPs (4NHV with a frozen head) without keeping the logits.
+    Raises ValueError for shapes, dtypes, names and combinations that do not fit.
+    """
+    check_head(hidden, weight, token_ids, bias)
+    loss = token_loss(loss_type, kl_type, epsilon_low, epsilon_high, delta, dual_clip)
+    for name, value, choices in (
+        ("importance_sampling_level", importance_sampling_level, ("token", "sequence")),
+        ("off_policy_ratio", off_policy_ratio, ("detach", "old")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} {value!r} is not one of {choices}")
+    if importance_sampling_level == "sequence" and loss_type in ("cispo", "sapo", "vespo", "sft"):
+        raise ValueError(f"loss_type {loss_type!r} has no importance_sampling_level 'sequence'")
+    impl = choose_impl(impl, hidden)
+    if rewards is not None:
+        if advantages is not None or group_ids is None or is_off_policy is None:
+            raise ValueError("rewards need group_ids and is_off_policy, and take the place of advantages")
+        advantages = grouped_advantages(
+            rewards,
+            group_ids,
+            is_off_policy,
+            shaping=shaping,
+            format_rewards=format_rewards,
+            impl=impl if rewards.is_cuda else None,
+            **shaping_options,
+        )
+    elif shaping_options:
+        raise TypeError(f"without rewards there is no use for {sorted(shaping_options)}")
+    if loss_type == "sft":
+        if advantages is not None:
+            raise ValueError("loss_type 'sft' takes neither advantages nor rewards")
+        advantages = torch.ones(len(row_ids), device=row_ids.device)
+    elif advantages is None:
+        raise ValueError("advantages or rewards are missing")
+
+    num_tokens, device = len(hidden), hidden.device
+    if row_ids.shape != (num_tokens,):
+        raise ValueError(f"row_ids must be ({num_tokens},) like token_ids; got {tuple(row_ids.shape)}")
+    num_row_ids = max(1, num_tokens, len(advantages), 0 if is_off_policy is None else len(is_off_policy))
+    if not row_ids.is_cuda and num_tokens and int(row_ids.max()) >= num_row_ids:
+        raise ValueError(f"row_ids must be below {num_row_ids}; got {int(row_ids.max())}")
+    has_kl = beta != 0 and ref_logps is not None
+    if live_rows is None and not row_ids.is_cuda:
+        by_token = advantages if len(advantages) == num_tokens else advantages[row_ids.to(advantages.device)]
+        live_rows = live_tokens(mask, by_token, always=has_kl or loss_type == "sft")
+    elif live_rows is not None and (live_rows.is_cuda or live_rows.shape != (num_tokens,)):
+        raise ValueError(f"live_rows must be ({num_tokens},) bool on the CPU; got {tuple(live_rows.shape)}")
+
+    row_ids = row_ids.to(device)
+    mask = torch.ones(num_tokens, dtype=torch.bool, device=device) if mask is None else mask.to(device, torch.bool)
+    off_policy = torch.zeros_like(mask) if is_off_policy is None else is_off_policy.to(device, torch.bool)[row_ids]
+    lengths = row_lengths(mask, row_ids, num_row_ids)
+    if num_rows is None:
+        num_rows = torch.zeros(num_row_ids, device=device).index_fill_(0, row_ids, 1.0).sum().clamp(min=1)
+    counts_for = token_weights(loss_type, mask, lengths, num_rows, num_items_in_batch, max_completion_length)
+    pays_kl = counts_for if off_policy_kl else counts_for * ~off_policy
+    tokens = Tokens(
+        token_ids=token_ids.masked_fill(~mask, 0),
+        temperature=per_token(temperature, row_ids, num_tokens, "temperature", device),
+        advantage=per_token(advantages, row_ids, num_tokens, "advantages", device),
+        policy_weight=counts_for,
+        kl_weight=beta * pays_kl if has_kl else torch.zeros_like(counts_for),
+        old_logps=_known_logps(old_logps, mask & ~off_policy if off_policy_ratio == "detach" else mask, "old_logps"),
+        ref_logps=_known_logps(ref_logps if has_kl else None, mask, "ref_logps"),
+    )
+    sequences = None
+    if importance_sampling_level == "sequence":
+        sequences = Sequences(row_ids, num_row_ids, mask, lengths)
+    elif loss_type == "vespo" and old_logps is not None:
+        sequences = Sequences(row_ids, num_row_ids, mask, lengths, Vespo())
+    options = HeadOptions(None if bias is None else bias.detach().float(), softcap, logit_scale, impl)
+    rows = chunk_size or chunk_rows(num_tokens, len(weight), device.type)
+    plan = LossPlan(tokens, mask, options, loss, rows, num_tokens, sequences)
+    value, terms = run(plan, hidden, weight, bias, live_rows)
+    return value, summarise(terms, mask, off_policy)
+
+
+def run(
+    plan: LossPlan, hidden: Tensor, weight: Tensor, bias: Tensor | None, live: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss and terms [NUM_TERMS, N] of a plan; tokens not `live` ([N] bool on the CPU) are moved behind the others."""
+    wants_grad = torch.is_grad_enabled()
+    if live is None or bool(live.all()):
+        return FusedLinearLoss.apply(hidden, weight, bias, plan, wants_grad)
+    order = torch.argsort(~live, stable=True).to(hidden.device)
+    place = torch.argsort(order)
+    moved = replace(
+        plan,
+        tokens=plan.tokens.map(lambda field: field[order]),
+        mask=plan.mask[order],
+        num_live=int(live.sum()),
+        sequences=plan.sequences and plan.sequences.reordered(order),
+    )
+    loss, terms = FusedLinearLoss.apply(hidden.index_select(0, order), weight, bias, moved, wants_grad)
+    return loss, terms[:, place]
+
+
+def _known_logps(logps: Tensor | None, known: Tensor, name: str) -> Tensor:
+    """[N] fp32 log-probs, `SELF` where there are none or `known` [N] bool is False."""
+    if logps is None:
+        return torch.full(known.shape, SELF, device=known.device)
+    if logps.shape != known.shape:
+        raise ValueError(f"{name} must be {tuple(known.shape)}; got {tuple(logps.shape)}")
+    return logps.detach().to(known.device, torch.float32).masked_fill(~known, SELF)

@@ -1,0 +1,68 @@
+"""Tokens that depend on each other: ratios shared by a whole row (GSPO) and row weights (VESPO)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import log
+
+import torch
+from torch import Tensor
+
+from tempsamp_kernels.objectives import TokenLoss
+from tempsamp_kernels.reference import token_log_ratio, token_terms
+from tempsamp_kernels.tokens import RowStatistics, Tokens
+
+LOG_SMALLEST_WEIGHT = log(1e-8)
+
+
+@dataclass(frozen=True)
+class Vespo:
+    """Gamma weight of a row's importance ratio w: `w^k * exp(lambda * (1 - w))`, by the advantage's sign."""
+
+    k_pos: float = 2.0
+    lambda_pos: float = 3.0
+    k_neg: float = 3.0
+    lambda_neg: float = 2.0
+    log_weight: Tensor | float = 0.0
+    """Added to the row's log-ratio: [B], or a number for all rows."""
+
+    def weight(self, row_log_ratio: Tensor, advantage: Tensor) -> Tensor:
+        log_w = row_log_ratio.clamp(LOG_SMALLEST_WEIGHT, 20.0)
+        k = torch.where(advantage >= 0, self.k_pos, self.k_neg)
+        rate = torch.where(advantage >= 0, self.lambda_pos, self.lambda_neg).clamp(min=1e-4)
+        return (rate + k * log_w - rate * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Which tokens make up a row, and what its tokens share."""
+
+    row_ids: Tensor
+    """[N] int64 below `num_row_ids`."""
+    num_row_ids: int
+    mask: Tensor
+    """[N] bool: tokens that count in the row's ratio."""
+    lengths: Tensor
+    """[N] fp32: counted tokens of the token's row, at least 1."""
+    vespo: Vespo | None = None
+    """None: the geometric mean of a row's ratios replaces each of them (GSPO, arXiv 2507.18071)."""
+
+    def reordered(self, order: Tensor) -> Sequences:
+        return replace(self, row_ids=self.row_ids[order], mask=self.mask[order], lengths=self.lengths[order])
+
+    def _row_sum(self, values: Tensor) -> Tensor:
+        """[B] sums."""
+        return values.new_zeros(self.num_row_ids).index_add_(0, self.row_ids, values)
+
+    def terms(self, rows: RowStatistics, tokens: Tokens, loss: TokenLoss) -> tuple[Tensor, Tensor]:
+        """Terms [NUM_TERMS, N] of the loss and its derivative with respect to each log-prob [N]."""
+        log_ratio = token_log_ratio(rows.logp, tokens)
+        if self.vespo is not None:
+            row_log_ratio = self._row_sum(log_ratio.clamp(-20.0, 20.0) * self.mask) + self.vespo.log_weight
+            weight = self.vespo.weight(row_log_ratio[self.row_ids], tokens.advantage)
+            tokens = replace(tokens, advantage=tokens.advantage * weight)
+            terms, d_logp, d_log_ratio = token_terms(rows.logp, rows.entropy, log_ratio, tokens, loss)
+            return terms, d_logp + d_log_ratio
+        log_ratio = self._row_sum(log_ratio * self.mask)[self.row_ids] / self.lengths
+        terms, d_logp, d_log_ratio = token_terms(rows.logp, rows.entropy, log_ratio, tokens, loss)
+        return terms, d_logp + self._row_sum(d_log_ratio)[self.row_ids] / self.lengths * self.mask
