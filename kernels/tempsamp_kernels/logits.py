@@ -1,12 +1,13 @@
-"""The logits level: log-probabilities and the GRPO loss for trainers that hold the logits already.
+"""Log-probabilities for trainers that hold the logits already.
 
-Forward reads the logits once; backward reads them once and writes their gradient once, by default over the logits.
+Forward reads the logits once; backward reads them once and writes their gradient once, over the logits if asked to.
 """
 
 import torch
 from torch.nn import functional as F
 
 from tempsamp_kernels.logits_kernels import logits_gradient_kernel, logits_logprob_kernel
+from tempsamp_kernels.tokens import choose_impl
 
 ROWS_PER_CHUNK = 256
 
@@ -83,8 +84,13 @@ class _RowLogProb(torch.autograd.Function):
         return grad_logits, None, None, None, None
 
 
-def _completion_logps(logits, completion_ids, completion_mask, temperature, inplace, impl):
+def completion_logps(logits, completion_ids, completion_mask, temperature, inplace, impl):
     """fp32 [B, L] log-probabilities from logits [B, L + 1, V], of which the last position predicts nothing."""
+    impl = choose_impl(impl, logits)
+    if completion_ids.shape != (logits.shape[0], logits.shape[1] - 1):
+        raise ValueError(f"logits {tuple(logits.shape)} must be [B, L + 1, V] for ids {tuple(completion_ids.shape)}")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
     token_ids = completion_ids if completion_mask is None else completion_ids.where(completion_mask.bool(), -1)
     token_ids = F.pad(token_ids, (0, 1), value=-1)
     if logits.stride(-1) != 1:
@@ -111,4 +117,4 @@ def fused_selective_log_softmax(
     length = logits.shape[1] - 1
     completion_ids = input_ids[:, -length:] if length else input_ids[:, :0]
     mask = None if mask is None else mask[:, mask.shape[1] - length :]
-    return _completion_logps(logits, completion_ids, mask, temperature, inplace, impl or "torch")
+    return completion_logps(logits, completion_ids, mask, temperature, inplace, impl)

@@ -101,3 +101,41 @@ def logits_gradient_kernel(
         z = tl.load(row_ptr + columns, mask=(columns < vocab) & live, other=float("-inf")).to(tl.float32)
         gradient = tl.where(columns == token_id, target_gradient, -scale * tl.exp(z * inv_temperature - lse))
         tl.store(grad_row_ptr + columns, gradient.to(grad_logits_ptr.dtype.element_ty), mask=columns < vocab)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def token_loss_kernel(
+    logp_ptr,
+    log_ratio_ptr,
+    ref_logp_ptr,
+    advantage_ptr,
+    policy_weight_ptr,
+    kl_weight_ptr,
+    output_ptr,
+    num_tokens,
+    lower,
+    upper,
+    first,
+    second,
+    OBJECTIVE: tl.constexpr,
+    KL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Loss, KL, clip flag, d loss / d logp and d loss / d log_ratio of flat tokens into output [5, num_tokens]."""
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < num_tokens
+    logp = tl.load(logp_ptr + token, mask=inside, other=0.0)
+    log_ratio = tl.load(log_ratio_ptr + token, mask=inside, other=0.0)
+    advantage = tl.load(advantage_ptr + token, mask=inside, other=0.0)
+    policy_weight = tl.load(policy_weight_ptr + token, mask=inside, other=0.0)
+    kl_weight = tl.load(kl_weight_ptr + token, mask=inside, other=0.0)
+    delta = tl.load(ref_logp_ptr + token, mask=inside, other=0.0) - logp
+    loss, d_logp, d_log_ratio = OBJECTIVE(logp, log_ratio, advantage, lower, upper, first, second)
+    kl, kl_d_logp, kl_d_log_ratio = KL(delta, log_ratio)
+    ratio = tl.exp(log_ratio)
+    is_clipped = ((ratio < lower) & (advantage < 0)) | ((ratio > upper) & (advantage > 0))
+    tl.store(output_ptr + token, policy_weight * loss + kl_weight * kl, mask=inside)
+    tl.store(output_ptr + num_tokens + token, kl, mask=inside)
+    tl.store(output_ptr + 2 * num_tokens + token, is_clipped.to(tl.float32), mask=inside)
+    tl.store(output_ptr + 3 * num_tokens + token, policy_weight * d_logp + kl_weight * kl_d_logp, mask=inside)
+    tl.store(output_ptr + 4 * num_tokens + token, policy_weight * d_log_ratio + kl_weight * kl_d_log_ratio, mask=inside)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple
 from typing import Any
 
@@ -53,15 +55,30 @@ def gradient_sweep(
     head.sweep(consume, gradients)
 
 
+GatherHead = Callable[[Tensor, Tensor | None], AbstractContextManager[object]]
+
+
+def _as_it_is(weight: Tensor, bias: Tensor | None) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tokens, options: HeadOptions, rows: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tokens,
+        options: HeadOptions,
+        rows: int,
+        gather: GatherHead,
     ) -> tuple[Tensor, Tensor]:
         head = ChunkedHead(hidden, weight, None, rows)
         found = forward_sweep(head, tokens, options)
         ctx.save_for_backward(hidden, weight, bias, found.logp, found.entropy, found.lse)
         ctx.tokens, ctx.options, ctx.rows, ctx.compute_dtype = tokens, options, rows, head.compute_dtype
+        ctx.gather = gather
         ctx.set_materialize_grads(False)
         return found.logp, found.entropy
 
@@ -69,14 +86,15 @@ class _LinearLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, *statistics = ctx.saved_tensors
-        head = ChunkedHead(hidden, weight, None, ctx.rows, ctx.compute_dtype)
-        gradients = head.gradients(*ctx.needs_input_grad[:3])
         rows = RowStatistics(*statistics)
         if d_logp is None:
             d_logp = torch.zeros_like(rows.logp)
-        gradient_sweep(head, ctx.tokens, ctx.options, rows, d_logp, d_entropy, gradients)
+        with ctx.gather(weight, bias):
+            head = ChunkedHead(hidden, weight, None, ctx.rows, ctx.compute_dtype)
+            gradients = head.gradients(*ctx.needs_input_grad[:3])
+            gradient_sweep(head, ctx.tokens, ctx.options, rows, d_logp, d_entropy, gradients)
         wanted = zip((gradients.hidden, gradients.weight, gradients.bias), (hidden, weight, bias), strict=True)
-        return (*(None if grad is None else grad.to(like.dtype) for grad, like in wanted), None, None, None)
+        return (*(None if grad is None else grad.to(like.dtype) for grad, like in wanted), None, None, None, None)
 
 
 def linear_logprob(
@@ -89,6 +107,7 @@ def linear_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
+    gather: GatherHead = _as_it_is,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of `token_ids` and entropy under `softmax(head(hidden) / temperature)`, differentiable in both.
@@ -102,6 +121,8 @@ def linear_logprob(
         softcap: `z -> softcap * tanh(z / softcap)`, applied after `logit_scale` and before the temperature.
         logit_scale: factor of the raw logits.
         chunk_size: tokens per chunk of logits; chosen from V by default.
+        gather: context in which a sharded weight and bias are whole (ZeRO-3). The caller holds it around this call; the
+            backward enters it again.
         impl: "triton", "torch", or None for the one that suits the device.
 
     Returns:
@@ -128,5 +149,5 @@ def linear_logprob(
     )
     options = HeadOptions(None if bias is None else bias.detach().float(), softcap, logit_scale, impl)
     rows = chunk_size or chunk_rows(num_tokens, len(weight), hidden.device.type)
-    logp, entropy = _LinearLogprob.apply(flat, weight, bias, tokens, options, rows)
+    logp, entropy = _LinearLogprob.apply(flat, weight, bias, tokens, options, rows, gather)
     return logp.view(token_ids.shape), entropy.view(token_ids.shape)

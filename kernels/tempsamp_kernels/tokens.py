@@ -81,7 +81,7 @@ def choose_impl(impl: str | None, tensor: Tensor) -> str:
         return "triton" if tensor.is_cuda else "torch"
     if impl not in ("torch", "triton"):
         raise ValueError(f"impl {impl!r} is not one of ['torch', 'triton']")
-    if impl == "triton" and not tensor.is_cuda:
+    if impl == "triton" and tensor.device.type == "cpu":
         from triton import knobs
 
         if not knobs.runtime.interpret:
