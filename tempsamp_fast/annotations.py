@@ -232,6 +232,19 @@ def _read_timelens(path: Path) -> Iterator[_Record]:
         )
 
 
+def _read_timelens_100k(path: Path) -> Iterator[_Record]:
+    for number, row in _json_rows(path):
+        place = f"{path}: line {number}"
+        video = _typed(place, "video_path", _get(place, row, "video_path"), str)
+        place = f"{place}, video {video!r}"
+        for index, event in enumerate(_typed(place, "events", _get(place, row, "events"), list)):
+            fields = _typed(place, "event", event, dict)
+            query, windows = _get(place, fields, "query"), _get(place, fields, "span")
+            yield _Record(
+                f"{place}, query {index}", f"{video}/{index}", video, query, _get(place, row, "duration"), windows
+            )
+
+
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -273,9 +286,11 @@ FORMATS: dict[str, Callable[[Path], Iterator[_Record]]] = {
     "charades_text": _read_charades_text,
     "qvhighlights": _read_qvhighlights,
     "timelens": _read_timelens,
+    "timelens_100k": _read_timelens_100k,
     "timelens_bench": partial(_read_by_video, queries_key="queries", windows_key="spans"),
 }
-"""Readers by name; `captions` is the JSON of Charades-STA and of ActivityNet Captions."""
+"""Readers by name. `captions` is the JSON of Charades-STA and of ActivityNet Captions; `timelens_100k` is TimeLens-100K
+as published, `timelens` the rows of question and answer that TempSamp-R1's release made from it."""
 
 
 def _detect_format(path: Path) -> str:
@@ -283,6 +298,7 @@ def _detect_format(path: Path) -> str:
     if path.suffix == ".txt":
         return "charades_text"
     if path.suffix == ".jsonl":
-        return "timelens" if any("problem" in row for _, row in islice(_json_rows(path), 1)) else "qvhighlights"
+        keys = set[str]().union(*(row for _, row in islice(_json_rows(path), 1)))
+        return "timelens" if "problem" in keys else "timelens_100k" if "events" in keys else "qvhighlights"
     content = _json_object(path)
     return "timelens_bench" if any("queries" in entry for entry in islice(content.values(), 1)) else "captions"

@@ -102,6 +102,17 @@ def test_timelens_rows(written):
     assert (sample.video, sample.windows, sample.difficulty) == (Path("clips/cats/c1.mp4"), ((98.0, 103.0),), 0.4)
 
 
+def test_timelens_100k_rows_hold_several_events(written):
+    events = [{"query": "one", "span": [[1, 2]]}, {"query": "two", "span": [[3, 4.5], [6, 7]]}]
+    row = {"video_path": "didemo/a.mp4", "duration": 20, "source": "didemo", "events": events}
+    samples = load_annotations(written("a.jsonl", row), videos="clips")
+    assert [(s.sample_id, s.query, s.windows) for s in samples] == [
+        ("didemo/a.mp4/0", "one", ((1.0, 2.0),)),
+        ("didemo/a.mp4/1", "two", ((3.0, 4.5), (6.0, 7.0))),
+    ]
+    assert {sample.video for sample in samples} == {Path("clips/didemo/a.mp4")}
+
+
 def test_timelens_bench(written):
     content = {"v1": {"duration": 20, "queries": ["one", "two"], "spans": [[1, 2], [3, 4.5]]}}
     samples = load_annotations(written("a.json", content))

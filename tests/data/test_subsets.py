@@ -1,0 +1,62 @@
+"""Few-shot subsets, filters, and the check that a pair of data sets shares no video."""
+
+from pathlib import Path
+
+import pytest
+
+from tempsamp_fast.sample import Sample
+from tempsamp_fast.subsets import few_shot, require_disjoint, within
+
+
+def sample(video, query=0, duration_s=30.0, window=(0.0, 5.0), difficulty=None):
+    return Sample(f"{video}/{query}", Path(f"{video}.mp4"), "q", duration_s, (window,), difficulty=difficulty)
+
+
+SAMPLES = [sample(f"v{video}", query) for video in range(20) for query in range(3)]
+
+
+def videos(samples):
+    return {s.video_id for s in samples}
+
+
+def test_few_shot_keeps_all_queries_of_the_drawn_videos_in_file_order():
+    drawn = few_shot(SAMPLES, 5, seed=1)
+    assert len(videos(drawn)) == 5 and len(drawn) == 15
+    assert drawn == [s for s in SAMPLES if s.video_id in videos(drawn)]
+
+
+def test_few_shot_is_seeded_and_nested_and_ignores_the_order_of_the_file():
+    assert few_shot(SAMPLES, 5, seed=1) == few_shot(SAMPLES, 5, seed=1) != few_shot(SAMPLES, 5, seed=2)
+    assert videos(few_shot(SAMPLES, 5, seed=1)) < videos(few_shot(SAMPLES, 10, seed=1))
+    assert videos(few_shot(SAMPLES[::-1], 5, seed=1)) == videos(few_shot(SAMPLES, 5, seed=1))
+
+
+def test_few_shot_can_draw_one_query_per_video():
+    drawn = few_shot(SAMPLES, 20, one_query_per_video=True)
+    assert len(drawn) == 20 and len(videos(drawn)) == 20
+    assert len({s.sample_id[-1] for s in drawn}) == 3
+
+
+@pytest.mark.parametrize("num_videos", [0, 21])
+def test_few_shot_names_a_number_it_cannot_draw(num_videos):
+    with pytest.raises(ValueError, match=rf"num_videos={num_videos}: must be between 1 and the 20 videos"):
+        few_shot(SAMPLES, num_videos)
+
+
+def test_ranges_include_their_ends():
+    samples = [sample("a", difficulty=0.2), sample("b", duration_s=60.0, window=(0.0, 40.0), difficulty=0.8)]
+    assert videos(within(samples)) == {"a", "b"}
+    assert videos(within(samples, duration_s=(30.0, 59.9))) == {"a"}
+    assert videos(within(samples, window_s=(5.1, 40.0))) == {"b"}
+    assert videos(within(samples, difficulty=(0.2, 0.5))) == {"a"}
+
+
+def test_difficulty_of_a_data_set_without_it_is_an_error():
+    with pytest.raises(ValueError, match="sample 'a/0' has no difficulty"):
+        within([sample("a")], difficulty=(0, 1))
+
+
+def test_a_video_in_training_and_test_is_named():
+    require_disjoint(SAMPLES, [sample("w1")])
+    with pytest.raises(ValueError, match=r"1 videos are in training and in test: v3"):
+        require_disjoint(SAMPLES, [sample("w1"), sample("v3")])
