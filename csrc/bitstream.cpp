@@ -1,0 +1,190 @@
+#include "bitstream.h"
+
+#include <algorithm>
+
+namespace video {
+namespace {
+
+// Bits of a NAL unit; past the end every bit is 0. Emulation prevention is skipped.
+class BitReader {
+public:
+    BitReader(const uint8_t* data, int size) : data_(data), size_(size) {}
+
+    unsigned bits(int count) {
+        unsigned value = 0;
+        while (count-- > 0) value = value << 1 | bit();
+        return value;
+    }
+
+    unsigned exp_golomb() {
+        int zeros = 0;
+        while (zeros < 32 && position_ < size_ && !bit()) ++zeros;
+        return zeros < 32 ? (1u << zeros) - 1 + bits(zeros) : 0;
+    }
+
+    int signed_exp_golomb() {
+        const unsigned value = exp_golomb();
+        return value & 1 ? static_cast<int>(value / 2 + 1) : -static_cast<int>(value / 2);
+    }
+
+private:
+    unsigned bit() {
+        if (position_ >= size_) return 0;
+        if (shift_ == 8) {
+            if (position_ >= 2 && data_[position_] == 3 && !data_[position_ - 1] && !data_[position_ - 2]) ++position_;
+            if (position_ >= size_) return 0;
+        }
+        const unsigned value = data_[position_] >> --shift_ & 1;
+        if (shift_ == 0) {
+            shift_ = 8;
+            ++position_;
+        }
+        return value;
+    }
+
+    const uint8_t* data_;
+    int size_;
+    int position_ = 0;
+    int shift_ = 8;
+};
+
+bool has_chroma_fields(unsigned profile) {
+    constexpr unsigned kProfiles[] = {100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135};
+    return std::find(std::begin(kProfiles), std::end(kProfiles), profile) != std::end(kProfiles);
+}
+
+void skip_scaling_list(BitReader& reader, int size) {
+    int last = 8;
+    int next = 8;
+    for (int i = 0; i < size; ++i) {
+        if (next != 0) next = (last + reader.signed_exp_golomb()) & 255;
+        if (next != 0) last = next;
+    }
+}
+
+// frame_mbs_only_flag of a sequence parameter set (H.264 7.3.2.1.1), `data` past the NAL header.
+bool is_frames_only(const uint8_t* data, int size) {
+    BitReader reader(data, size);
+    const unsigned profile = reader.bits(8);
+    reader.bits(16);
+    reader.exp_golomb();
+    if (has_chroma_fields(profile)) {
+        const unsigned chroma_format = reader.exp_golomb();
+        if (chroma_format == 3) reader.bits(1);
+        reader.exp_golomb();
+        reader.exp_golomb();
+        reader.bits(1);
+        if (reader.bits(1)) {
+            for (int list = 0; list < (chroma_format == 3 ? 12 : 8); ++list) {
+                if (reader.bits(1)) skip_scaling_list(reader, list < 6 ? 16 : 64);
+            }
+        }
+    }
+    reader.exp_golomb();
+    const unsigned order_type = reader.exp_golomb();
+    if (order_type == 0) {
+        reader.exp_golomb();
+    } else if (order_type == 1) {
+        reader.bits(1);
+        reader.exp_golomb();
+        reader.exp_golomb();
+        const unsigned cycle = std::min(reader.exp_golomb(), 255u);
+        for (unsigned i = 0; i < cycle; ++i) reader.exp_golomb();
+    }
+    reader.exp_golomb();
+    reader.bits(1);
+    reader.exp_golomb();
+    reader.exp_golomb();
+    return reader.bits(1);
+}
+
+// The first start code at or after `from`, or `size`.
+int find_start_code(const uint8_t* data, int size, int from) {
+    for (int i = from; i + 3 <= size; ++i) {
+        if (data[i + 2] > 1) {
+            i += 2;
+        } else if (data[i] == 0 && data[i + 1] == 0 && data[i + 2] == 1) {
+            return i;
+        }
+    }
+    return size;
+}
+
+void merge(PacketTraits* traits, bool is_reference, int temporal_id) {
+    if (traits->reference != Reference::kNeeded) {
+        traits->reference = is_reference ? Reference::kNeeded : Reference::kUnused;
+    }
+    traits->temporal_id = static_cast<uint8_t>(temporal_id);
+}
+
+}  // namespace
+
+BitstreamReader::BitstreamReader(const AVCodecParameters* codec) : codec_id_(codec->codec_id) {
+    can_drop_ = codec_id_ == AV_CODEC_ID_H264 || codec_id_ == AV_CODEC_ID_HEVC;
+    const uint8_t* extra = codec->extradata;
+    const int size = codec->extradata_size;
+    PacketTraits ignored;
+    if (codec_id_ == AV_CODEC_ID_H264 && size >= 7 && extra[0] == 1) {
+        length_size_ = (extra[4] & 3) + 1;
+        const int sps_size = size >= 8 ? extra[6] << 8 | extra[7] : 0;
+        if ((extra[5] & 31) > 0 && sps_size > 0 && 8 + sps_size <= size) read_nal(extra + 8, sps_size, &ignored);
+    } else if (codec_id_ == AV_CODEC_ID_HEVC && size >= 23 && (extra[0] || extra[1] || extra[2] > 1)) {
+        length_size_ = (extra[21] & 3) + 1;
+    } else if (can_drop_) {
+        read(extra, size);
+    }
+}
+
+PacketTraits BitstreamReader::read(const uint8_t* data, int size) {
+    PacketTraits traits;
+    if (codec_id_ == AV_CODEC_ID_VP8) {
+        traits.hidden = size > 0 && !(data[0] >> 4 & 1);
+        return traits;
+    }
+    if (!can_drop_) return traits;
+    if (length_size_ > 0) {
+        for (int at = 0; at + length_size_ < size;) {
+            uint32_t length = 0;
+            for (int i = 0; i < length_size_; ++i) length = length << 8 | data[at + i];
+            at += length_size_;
+            length = std::min<uint32_t>(length, static_cast<uint32_t>(size - at));
+            read_nal(data + at, static_cast<int>(length), &traits);
+            at += static_cast<int>(length);
+        }
+    } else {
+        for (int at = find_start_code(data, size, 0); at < size;) {
+            const int next = find_start_code(data, size, at + 3);
+            read_nal(data + at + 3, next - at - 3, &traits);
+            at = next;
+        }
+    }
+    return traits;
+}
+
+void BitstreamReader::read_nal(const uint8_t* data, int size, PacketTraits* traits) {
+    if (size < 2) return;
+    if (codec_id_ == AV_CODEC_ID_H264) {
+        read_h264_nal(data, size, traits);
+    } else {
+        read_hevc_nal(data, size, traits);
+    }
+}
+
+void BitstreamReader::read_h264_nal(const uint8_t* data, int size, PacketTraits* traits) {
+    constexpr int kSps = 7, kPrefix = 14, kSubsetSps = 15, kSliceExtension = 20, kDepthExtension = 21;
+    const int type = data[0] & 31;
+    const bool is_slice = type >= 1 && type <= 5;
+    if (is_slice) merge(traits, data[0] >> 5 & 3, 0);
+    if (type == kPrefix || type == kSubsetSps || type == kSliceExtension || type == kDepthExtension) can_drop_ = false;
+    if (type == kSps && !is_frames_only(data + 1, size - 1)) can_drop_ = false;
+}
+
+void BitstreamReader::read_hevc_nal(const uint8_t* data, int, PacketTraits* traits) {
+    const int type = data[0] >> 1 & 63;
+    const int layer = (data[0] & 1) << 5 | data[1] >> 3;
+    const int temporal_id = (data[1] & 7) - 1;
+    if (layer > 0) can_drop_ = false;
+    if (type < 32) merge(traits, type > 14 || type % 2 == 1, temporal_id);
+}
+
+}  // namespace video

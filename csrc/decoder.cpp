@@ -1,0 +1,48 @@
+#include "decoder.h"
+
+namespace video {
+namespace {
+
+class SoftwareDecoder final : public Decoder {
+public:
+    SoftwareDecoder(CodecPtr context, FramePtr frame) : context_(std::move(context)), frame_(std::move(frame)) {}
+
+    bool decode(const AVPacket* packet, const Take& take, Status* status) override {
+        int error = avcodec_send_packet(context_.get(), packet);
+        const bool is_whole = error >= 0 || error == AVERROR_EOF;
+        while (status->ok()) {
+            error = avcodec_receive_frame(context_.get(), frame_.get());
+            if (error == AVERROR(EAGAIN) || error == AVERROR_EOF) return is_whole;
+            if (error < 0) return false;
+            *status = take(*frame_);
+        }
+        return is_whole;
+    }
+
+    void reset() override { avcodec_flush_buffers(context_.get()); }
+
+private:
+    CodecPtr context_;
+    FramePtr frame_;
+};
+
+}  // namespace
+
+Status open_software_decoder(const AVStream* stream, const Limits& limits, std::unique_ptr<Decoder>* decoder) {
+    const AVCodec* codec = avcodec_find_decoder(stream->codecpar->codec_id);
+    const char* codec_name = avcodec_get_name(stream->codecpar->codec_id);
+    if (!codec) return {Code::kDecodeFailed, std::string("has no decoder for ") + codec_name};
+    CodecPtr context(avcodec_alloc_context3(codec));
+    FramePtr frame(av_frame_alloc());
+    if (!context || !frame) return out_of_memory();
+    int error = avcodec_parameters_to_context(context.get(), stream->codecpar);
+    context->pkt_timebase = stream->time_base;
+    context->thread_count = 1;
+    context->max_pixels = limits.max_frame_pixels;
+    if (error >= 0) error = avcodec_open2(context.get(), codec, nullptr);
+    if (error < 0) return {Code::kDecodeFailed, std::string(codec_name) + " decoder: " + error_text(error)};
+    *decoder = std::make_unique<SoftwareDecoder>(std::move(context), std::move(frame));
+    return {};
+}
+
+}  // namespace video

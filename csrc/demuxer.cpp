@@ -1,0 +1,96 @@
+#include "demuxer.h"
+
+#include <sys/stat.h>
+
+namespace video {
+namespace {
+
+// Formats that hold their own data; playlists and image sequences would open other files.
+constexpr const char* kFormats =
+    "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,av1,flv,ogg,asf,mxf,nut,gif,rm,wtv,dv,y4m";
+
+// Everything a decoder needs to start; without it the stream has to be probed, which takes a lock of the whole process.
+bool is_complete(const AVFormatContext* format, const AVStream* stream) {
+    const std::string name = format->iformat->name;
+    if (name.rfind("mov", 0) != 0 && name.rfind("matroska", 0) != 0) return false;
+    const AVCodecParameters* codec = stream->codecpar;
+    const bool in_header = codec->codec_id == AV_CODEC_ID_VP8 || codec->codec_id == AV_CODEC_ID_VP9 ||
+                           codec->codec_id == AV_CODEC_ID_AV1 || codec->extradata_size > 0;
+    return codec->codec_id != AV_CODEC_ID_NONE && codec->width > 0 && codec->height > 0 && in_header;
+}
+
+}  // namespace
+
+Status Demuxer::open(const std::string& path) {
+    struct stat file = {};
+    if (stat(path.c_str(), &file) != 0) return {Code::kNotFound, "no such file"};
+    // Opening a FIFO would block where no interrupt callback is asked.
+    if (!S_ISREG(file.st_mode)) return {Code::kOpenFailed, "not a regular file"};
+    if (file.st_size == 0) return {Code::kOpenFailed, "the file is empty"};
+
+    AVFormatContext* context = avformat_alloc_context();
+    if (!context) return out_of_memory();
+    context->interrupt_callback = {Watch::interrupt, const_cast<Watch*>(&watch_)};
+    AVDictionary* options = nullptr;
+    av_dict_set(&options, "protocol_whitelist", "file", 0);
+    av_dict_set(&options, "format_whitelist", kFormats, 0);
+    const int error = avformat_open_input(&context, ("file:" + path).c_str(), nullptr, &options);
+    av_dict_free(&options);
+    if (error < 0) {
+        if (watch_.expired()) return watch_.status();
+        return {Code::kOpenFailed, "cannot be opened as a video (" + error_text(error) + ")"};
+    }
+    format_.reset(context);
+    stream_ = best_stream();
+    if (!stream_ || !is_complete(format_.get(), stream_)) {
+        const int probe_error = avformat_find_stream_info(format_.get(), nullptr);
+        if (watch_.expired()) return watch_.status();
+        if (probe_error < 0) return {Code::kOpenFailed, "cannot be probed (" + error_text(probe_error) + ")"};
+        stream_ = best_stream();
+    }
+    if (!stream_) return {Code::kNoVideoStream, "has no video stream"};
+    for (unsigned i = 0; i < format_->nb_streams; ++i) {
+        if (format_->streams[i] != stream_) format_->streams[i]->discard = AVDISCARD_ALL;
+    }
+    return {};
+}
+
+// As the ffmpeg command line picks: the default one first, then the largest; never a cover picture.
+AVStream* Demuxer::best_stream() const {
+    AVStream* best = nullptr;
+    int64_t best_score = -1;
+    for (unsigned i = 0; i < format_->nb_streams; ++i) {
+        AVStream* stream = format_->streams[i];
+        const AVCodecParameters* codec = stream->codecpar;
+        if (codec->codec_type != AVMEDIA_TYPE_VIDEO || (stream->disposition & AV_DISPOSITION_ATTACHED_PIC)) continue;
+        const int64_t is_default = (stream->disposition & AV_DISPOSITION_DEFAULT) ? 1 : 0;
+        const int64_t score = int64_t{codec->width} * codec->height + 5'000'000 * is_default;
+        if (score > best_score) {
+            best = stream;
+            best_score = score;
+        }
+    }
+    return best;
+}
+
+int Demuxer::read(AVPacket* packet) {
+    for (;;) {
+        av_packet_unref(packet);
+        if (watch_.expired()) return AVERROR_EXIT;
+        const int error = av_read_frame(format_.get(), packet);
+        if (error == AVERROR(EAGAIN)) continue;
+        if (error < 0 || packet->stream_index == stream_->index) return error;
+    }
+}
+
+bool Demuxer::seek(int64_t timestamp, bool by_byte) {
+    const int flags = AVSEEK_FLAG_BACKWARD | (by_byte ? AVSEEK_FLAG_BYTE : 0);
+    return av_seek_frame(format_.get(), stream_->index, timestamp, flags) >= 0;
+}
+
+bool Demuxer::is_format(const char* name) const {
+    const std::string names = std::string(",") + format_->iformat->name + ",";
+    return names.find(std::string(",") + name + ",") != std::string::npos;
+}
+
+}  // namespace video

@@ -1,0 +1,35 @@
+// Packets of the one video stream of a file that is worth decoding.
+#pragma once
+
+#include <string>
+
+#include "ffmpeg.h"
+#include "watch.h"
+
+namespace video {
+
+class Demuxer {
+public:
+    // `watch` must outlive the demuxer.
+    explicit Demuxer(const Watch& watch) : watch_(watch) {}
+
+    Status open(const std::string& path);
+    // Next packet of the stream: 0, AVERROR_EOF or another FFmpeg error.
+    int read(AVPacket* packet);
+    // To a key frame at or before `timestamp`, in stream time or, if `by_byte`, at this place in the file.
+    // Where it lands is not to be trusted: compare the packets that follow with the index.
+    bool seek(int64_t timestamp, bool by_byte);
+
+    const AVStream* stream() const { return stream_; }
+    const char* format_name() const { return format_->iformat->name; }
+    bool is_format(const char* name) const;
+
+private:
+    AVStream* best_stream() const;
+
+    const Watch& watch_;
+    FormatPtr format_;
+    AVStream* stream_ = nullptr;
+};
+
+}  // namespace video

@@ -1,0 +1,212 @@
+#include "frame_reader.h"
+
+#include <algorithm>
+
+namespace video {
+namespace {
+
+// Reading on costs less than a seek up to about here.
+constexpr int64_t kSeekBytes = 1 << 20;
+// Packets that may go by before one that the index knows, after a seek.
+constexpr int kMaxStrangers = 64;
+
+bool is_flagged(const AVFrame& frame) { return frame.decode_error_flags != 0 || (frame.flags & AV_FRAME_FLAG_CORRUPT); }
+
+}  // namespace
+
+Status FrameReader::read(const std::vector<int32_t>& frames, const Take& take, std::vector<FrameState>* states) {
+    states->assign(frames.size(), FrameState::kMissing);
+    take_ = &take;
+    states_ = states;
+    if (Status opened = open(); !opened.ok()) return opened;
+    if (!index_.has_times) return count_frames(frames);
+
+    wanted_.clear();
+    for (size_t i = 0; i < frames.size(); ++i) wanted_.push_back({index_.shown[frames[i]], i});
+    std::sort(wanted_.begin(), wanted_.end(), [](const Wanted& a, const Wanted& b) { return a.packet < b.packet; });
+    const std::vector<Run> runs = plan();
+    for (const Run& run : runs) {
+        if (Status status = read_run(run, run.key); !status.ok()) return status;
+    }
+    // What is broken for good costs one decode from the start of the file, after everything else is safe.
+    for (const Run& run : runs) {
+        if (is_whole(run)) continue;
+        if (Status status = retry(run); !status.ok()) return status.code == Code::kDeadline ? Status() : status;
+        if (!is_whole(run)) break;
+    }
+    return {};
+}
+
+Status FrameReader::open() {
+    demuxer_ = std::make_unique<Demuxer>(watch_);
+    if (Status opened = demuxer_->open(index_.path); !opened.ok()) return opened;
+    if (!decoder_) {
+        if (Status opened = open_software_decoder(demuxer_->stream(), limits_, &decoder_); !opened.ok()) return opened;
+    }
+    packet_.reset(av_packet_alloc());
+    if (!packet_) return out_of_memory();
+    current_ = -1;
+    is_pending_ = at_end_ = false;
+    return {};
+}
+
+std::vector<FrameReader::Run> FrameReader::plan() const {
+    std::vector<Run> runs;
+    for (size_t i = 0; i < wanted_.size(); ++i) {
+        const int key = index_.key_before(wanted_[i].packet);
+        // A run that reaches past this key passes the frame on its way.
+        if (!runs.empty() && wanted_[runs.back().end - 1].packet >= index_.keys[key]) {
+            runs.back().end = i + 1;
+        } else {
+            runs.push_back({key, i, i + 1});
+        }
+    }
+    return runs;
+}
+
+// Without time stamps of their own, frames are what they are by the order in which they come out.
+Status FrameReader::count_frames(const std::vector<int32_t>& frames) {
+    Status status;
+    size_t next = 0;
+    int32_t count = 0;
+    bool is_broken = false;
+    const auto take = [&](const AVFrame& frame) -> Status {
+        if (next < frames.size() && count++ == frames[next]) {
+            (*states_)[next] = is_broken || is_flagged(frame) ? FrameState::kDamaged : FrameState::kGood;
+            return (*take_)(frame, next++);
+        }
+        return {};
+    };
+    while (status.ok() && next < frames.size()) {
+        if (const int error = demuxer_->read(packet_.get()); error < 0) {
+            if (watch_.expired()) return watch_.status();
+            decoder_->decode(nullptr, take, &status);
+            break;
+        }
+        if (packet_->size == 0) continue;
+        ++counts_.decoded;
+        if (packet_->flags & AV_PKT_FLAG_KEY) is_broken = false;
+        if (!decoder_->decode(packet_.get(), take, &status)) is_broken = true;
+    }
+    return status;
+}
+
+Status FrameReader::retry(const Run& run) {
+    int key = run.key;
+    for (int step = 1; key > 0 && !is_whole(run); step *= 2) {
+        key = std::max(key - step, 0);
+        ++counts_.back_offs;
+        if (Status status = read_run(run, key); !status.ok()) return status;
+    }
+    return {};
+}
+
+Status FrameReader::read_run(const Run& run, int key) {
+    const int32_t last = wanted_[run.end - 1].packet;
+    if (Status moved = move_to(index_.keys[key]); !moved.ok()) return moved;
+    broken_.clear();
+    Status status;
+    const Decoder::Take take = [&](const AVFrame& frame) -> Status {
+        if (is_flagged(frame)) broken_.push_back(static_cast<int32_t>(frame.pts));
+        const Wanted* wanted = find_wanted(frame.pts);
+        if (!wanted || (*states_)[wanted->place] == FrameState::kGood) return {};
+        (*states_)[wanted->place] = FrameState::kGood;
+        return (*take_)(frame, wanted->place);
+    };
+    while (status.ok() && !at_end_ && current_ <= last) {
+        const bool is_known = current_ >= 0;
+        if (is_known && index_.packets[current_].is_droppable && !find_wanted(current_)) {
+            ++counts_.dropped;
+        } else {
+            ++counts_.decoded;
+            packet_->pts = packet_->dts = current_;
+            if (!decoder_->decode(packet_.get(), take, &status) && is_known) {
+                broken_.push_back(static_cast<int32_t>(current_));
+            }
+        }
+        if (!status.ok()) break;
+        status = read_packet();
+    }
+    if (status.ok()) decoder_->decode(nullptr, take, &status);
+    decoder_->reset();
+    mark_damage(run);
+    return status;
+}
+
+// A broken picture spoils what is decoded after it, up to the next key; nothing more if no other refers to it.
+void FrameReader::mark_damage(const Run& run) {
+    std::sort(broken_.begin(), broken_.end());
+    for (size_t i = run.begin; i < run.end; ++i) {
+        FrameState& state = (*states_)[wanted_[i].place];
+        if (state != FrameState::kGood) continue;
+        const int32_t packet = wanted_[i].packet;
+        const int32_t key = index_.keys[index_.key_before(packet)];
+        for (auto broken = std::lower_bound(broken_.begin(), broken_.end(), key);
+             broken != broken_.end() && *broken <= packet; ++broken) {
+            if (*broken == packet || !index_.packets[*broken].is_droppable) state = FrameState::kDamaged;
+        }
+    }
+}
+
+bool FrameReader::is_whole(const Run& run) const {
+    return std::all_of(wanted_.begin() + run.begin, wanted_.begin() + run.end,
+                       [this](const Wanted& wanted) { return (*states_)[wanted.place] == FrameState::kGood; });
+}
+
+const FrameReader::Wanted* FrameReader::find_wanted(int64_t packet) const {
+    const auto found = std::lower_bound(wanted_.begin(), wanted_.end(), packet,
+                                        [](const Wanted& wanted, int64_t value) { return wanted.packet < value; });
+    return found != wanted_.end() && found->packet == packet ? &*found : nullptr;
+}
+
+Status FrameReader::read_packet() {
+    is_pending_ = false;
+    do {
+        if (demuxer_->read(packet_.get()) < 0) {
+            at_end_ = true;
+            current_ = -1;
+            return watch_.status();
+        }
+    } while (packet_->size == 0);
+    is_pending_ = true;
+    current_ = index_.find(packet_->pts);
+    return {};
+}
+
+Status FrameReader::move_to(int32_t target) {
+    if (!is_pending_ && !at_end_) {
+        if (Status read = read_packet(); !read.ok()) return read;
+    }
+    const int64_t position = is_pending_ && current_ >= 0 ? current_ : target + 1;
+    const bool is_near = position <= target && index_.packets[target].byte_position -
+                                                       index_.packets[position].byte_position < kSeekBytes;
+    bool is_before = is_near;
+    int key = index_.key_before(target);
+    for (int step = 1; !is_before && key > 0; key -= step, step *= 2) {
+        is_before = try_seek(index_.keys[key]) && current_ <= target;
+    }
+    if (!is_before) {
+        if (Status opened = open(); !opened.ok()) return opened;
+        if (Status read = read_packet(); !read.ok()) return read;
+    }
+    while (!at_end_ && current_ < target) {
+        if (Status read = read_packet(); !read.ok()) return read;
+    }
+    return watch_.status();
+}
+
+bool FrameReader::try_seek(int32_t key) {
+    ++counts_.seeks;
+    const IndexedPacket& packet = index_.packets[key];
+    const bool by_byte = (demuxer_->is_format("mpegts") || demuxer_->is_format("mpeg")) && packet.byte_position >= 0;
+    const bool by_dts = demuxer_->is_format("mov") && packet.dts != IndexedPacket::kNone;
+    at_end_ = false;
+    if (!demuxer_->seek(by_byte ? packet.byte_position : by_dts ? packet.dts : packet.pts, by_byte)) return false;
+    for (int strangers = 0; strangers < kMaxStrangers; ++strangers) {
+        if (!read_packet().ok() || at_end_) return false;
+        if (current_ >= 0) return true;
+    }
+    return false;
+}
+
+}  // namespace video

@@ -1,0 +1,72 @@
+// All packets of a video, read once: which frames there are, when they are shown and what is needed to decode them.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "demuxer.h"
+
+namespace video {
+
+struct IndexedPacket {
+    int64_t pts;
+    int64_t dts;
+    int64_t duration;
+    int64_t byte_position;
+    int32_t size;
+    bool is_key;
+    bool is_shown;     // decodes to a frame of the presentation (not cut by an edit list, hidden, or before the first key)
+    bool is_droppable; // no other frame needs it
+
+    static constexpr int64_t kNone = AV_NOPTS_VALUE;
+};
+
+// How a coded picture is turned for display: transposed first, then mirrored.
+struct Orientation {
+    bool transpose = false;
+    bool mirror_x = false;
+    bool mirror_y = false;
+
+    bool is_identity() const { return !transpose && !mirror_x && !mirror_y; }
+};
+
+struct Index {
+    std::string path;
+    std::string format;
+    std::string codec;
+    int64_t file_size = 0;
+    int64_t modified_ns = 0;
+    int width = 0;  // coded; display size follows `orientation`
+    int height = 0;
+    Orientation orientation;
+    AVRational time_base = {0, 1};
+    AVRational frame_rate = {0, 1};  // as the header gives it; 0/1 where it does not
+    bool has_times = false;          // every packet has its own pts; else frames are known by counting them
+    bool is_truncated = false;       // the container promises more than could be read
+    std::string trouble;             // what went wrong while reading, if anything
+
+    std::vector<IndexedPacket> packets;  // in decoding order
+    std::vector<int32_t> shown;          // packet of each frame, in order of presentation
+    std::vector<int32_t> keys;           // packets that decoding can start from, ascending
+
+    // The packet with this pts (only with has_times), or -1.
+    int32_t find(int64_t pts) const;
+    // Index into `keys` of the last key that `packet` can be decoded from.
+    int key_before(int32_t packet) const;
+
+    // Fills `by_pts`, `shown`, `keys` from `packets`.
+    void arrange();
+
+private:
+    std::vector<int32_t> by_pts_;
+};
+
+struct IndexResult {
+    Status status;
+    std::shared_ptr<const Index> index;  // null unless the status is ok
+};
+
+IndexResult read_index(const std::string& path, const Limits& limits, const Watch& watch);
+
+}  // namespace video

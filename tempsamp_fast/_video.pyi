@@ -1,0 +1,34 @@
+"""Types of the C++ extension (csrc/bindings.cpp)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+class Index:
+    path: str
+    format: str
+    codec: str
+    has_times: bool
+    is_truncated: bool
+    trouble: str
+    coded_size: tuple[int, int]
+    size: tuple[int, int]
+    time_base: float
+    frame_rate: float
+    num_keys: int
+    clock: np.ndarray
+    packets: dict[str, np.ndarray]
+
+def index(
+    paths: Sequence[str],
+    deadlines_s: Sequence[float],
+    *,
+    max_frame_pixels: int,
+    max_num_frames: int,
+    num_threads: int,
+) -> list[tuple[Index | None, tuple[str, str]]]: ...
+def decode(
+    requests: Sequence[Mapping[str, Any]], *, max_frame_pixels: int, num_threads: int, simd: str = ""
+) -> list[tuple[np.ndarray, tuple[str, str], dict[str, int]]]: ...
+def simd_levels() -> list[str]: ...

@@ -1,0 +1,218 @@
+"""Decoding with the C++ extension: two calls without the interpreter lock, one to index files, one to fill patches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tempsamp_fast import _video
+from tempsamp_fast.video.backend import Request
+from tempsamp_fast.video.geometry import Geometry
+from tempsamp_fast.video.patches import patchify, unpatchify
+from tempsamp_fast.video.result import Code, Limits, VideoError, VideoResult, failure
+from tempsamp_fast.video.sampling import FRAME_FACTOR, Sampling, frames_on_screen, sample_indices, sample_times
+
+NAME = "native"
+NO_PTS = np.iinfo(np.int64).min
+MISSING, GOOD = 0, 1
+
+
+def load(
+    requests: Sequence[Request],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    *,
+    keep_partial: bool,
+    num_threads: int,
+    deadline_s: float,
+    limits: Limits,
+) -> tuple[Tensor, list[VideoResult]]:
+    """See `backend.Backend`; the threads work on files and on parts of them that start at different key frames."""
+    started = time.monotonic()
+    paths = list(dict.fromkeys(path for path, _ in requests))
+    indexes = dict(zip(paths, _indexes(paths, num_threads, deadline_s, limits), strict=True))
+    left_s = max(deadline_s - (time.monotonic() - started), 0.0)
+    plans = [_plan(*request, indexes[request[0]], geometry, dtype, limits) for request in requests]
+    sizes = [plan.num_patches(geometry) if isinstance(plan, Plan) else 0 for plan in plans]
+    rows = torch.empty(sum(sizes), geometry.row_width, dtype=dtype)
+    parts = rows.split(sizes)
+    answers = iter(
+        _video.decode(
+            [
+                plan.request(part, geometry, left_s)
+                for plan, part in zip(plans, parts, strict=True)
+                if isinstance(plan, Plan)
+            ],
+            max_frame_pixels=limits.max_frame_pixels,
+            num_threads=num_threads,
+        )
+    )
+    kept, results = [], []
+    for (path, _), plan, part in zip(requests, plans, parts, strict=True):
+        try:
+            if isinstance(plan, VideoError):
+                raise plan
+            states, status, _ = next(answers)
+            patches, result = plan.result(path, part, geometry, states, status, keep_partial)
+        except VideoError as error:
+            results.append(failure(error, NAME))
+            continue
+        kept.append(patches)
+        results.append(result)
+    if sum(map(len, kept)) == len(rows):
+        return rows, results
+    return torch.cat(kept) if kept else rows[:0], results
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The frames wanted of one indexed file and the size that they become."""
+
+    index: _video.Index
+    frames: np.ndarray
+    """[n] int64 places in order of presentation."""
+    times_s: np.ndarray
+    """[n] float64 seconds since the first frame of the file."""
+    begin_s: float
+    second_per_frame: float
+    frame_size: tuple[int, int]
+
+    def num_patches(self, geometry: Geometry) -> int:
+        return math.prod(geometry.grid_thw(len(self.frames), self.frame_size))
+
+    def request(self, out: Tensor, geometry: Geometry, deadline_s: float) -> dict[str, Any]:
+        """What the extension needs to fill `out`; the floats are those of `patches.normalise_rows`."""
+        height, width = self.frame_size
+        return {
+            "index": self.index,
+            "frames": self.frames,
+            "deadline_s": deadline_s,
+            "height": height,
+            "width": width,
+            "patch_size": geometry.patch_size,
+            "temporal_patch_size": geometry.temporal_patch_size,
+            "merge_size": geometry.merge_size,
+            "mean": (255 * torch.tensor(geometry.mean)).tolist(),
+            "std": (255 * torch.tensor(geometry.std)).tolist(),
+            "dtype": str(out.dtype).removeprefix("torch."),
+            "out": out.data_ptr(),
+            "out_bytes": out.nbytes,
+        }
+
+    def result(
+        self,
+        path: Path,
+        patches: Tensor,
+        geometry: Geometry,
+        states: np.ndarray,
+        status: tuple[str, str],
+        keep_partial: bool,
+    ) -> tuple[Tensor, VideoResult]:
+        """The patches of the good frames and their description. Raises VideoError when they are too few to keep."""
+        good = states == GOOD
+        code, reason = self._verdict(states, status)
+        grid = geometry.grid_thw(int(good.sum()), self.frame_size)
+        message = ""
+        if code != "OK":
+            error = VideoError(path, code, f"{good.sum()} of {len(good)} wanted frames are good ({reason})")
+            if not keep_partial or good.sum() < FRAME_FACTOR:
+                raise error
+            message = str(error)
+        if not good.all():
+            whole = unpatchify(patches, geometry.grid_thw(len(good), self.frame_size), geometry)
+            patches = patchify(whole[: len(good)][torch.from_numpy(good)], geometry)
+        return patches, VideoResult(
+            path=path,
+            status="ok" if code == "OK" else "partial",
+            code=code,
+            message=message,
+            num_frames=int(good.sum()),
+            frame_times_s=torch.from_numpy(self.times_s[good]),
+            grid_thw=grid,
+            second_per_grid=geometry.temporal_patch_size * self.second_per_frame,
+            begin_s=self.begin_s,
+            backend=NAME,
+        )
+
+    def _verdict(self, states: np.ndarray, status: tuple[str, str]) -> tuple[Code, str]:
+        good = states == GOOD
+        if status[0] != "OK":
+            return cast(Code, status[0]), status[1]
+        if not good.any():
+            return "DECODE_FAILED", "none could be decoded"
+        if not good.all():
+            ends_early = not good[good.sum() :].any() and (states[~good] == MISSING).all()
+            return (
+                ("TRUNCATED", "the rest is missing") if ends_early else ("DAMAGED", "the others are damaged or missing")
+            )
+        if self.index.is_truncated:
+            return "TRUNCATED", self.index.trouble or "the file ends early"
+        return "OK", ""
+
+
+def _indexes(
+    paths: Sequence[Path], num_threads: int, deadline_s: float, limits: Limits
+) -> list[tuple[_video.Index | None, tuple[str, str]]]:
+    return _video.index(
+        [str(path) for path in paths],
+        [deadline_s] * len(paths),
+        max_frame_pixels=limits.max_frame_pixels,
+        max_num_frames=limits.max_num_frames,
+        num_threads=num_threads,
+    )
+
+
+def _plan(
+    path: Path,
+    sampling: Sampling,
+    indexed: tuple[_video.Index | None, tuple[str, str]],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    limits: Limits,
+) -> Plan | VideoError:
+    index, (code, message) = indexed
+    if index is None:
+        return VideoError(path, cast(Code, code), message)
+    times, duration_s, begin_s = frame_times(index)
+    if len(times) < FRAME_FACTOR or duration_s <= 0:
+        return VideoError(path, "TOO_FEW_FRAMES", f"has {len(times)} frames, at least {FRAME_FACTOR} are needed")
+    if sampling.mode == "pts":
+        wanted, second_per_frame = sample_times(sampling, len(times), duration_s)
+        frames = frames_on_screen(wanted, times)
+    else:
+        frames, second_per_frame = sample_indices(sampling, len(times), index.frame_rate or len(times) / duration_s)
+    if len(frames) < FRAME_FACTOR:
+        return VideoError(path, "TOO_FEW_FRAMES", f"gives {len(frames)} frames for {sampling}")
+    try:
+        frame_size = geometry.frame_size(len(frames), *index.size)
+    except ValueError as error:
+        return VideoError(path, "BAD_GEOMETRY", str(error))
+    plan = Plan(index, frames, times[frames], begin_s, second_per_frame, frame_size)
+    patch_bytes = plan.num_patches(geometry) * geometry.row_width * dtype.itemsize
+    try:
+        limits.check(path, math.prod(index.coded_size), len(times), duration_s, patch_bytes)
+    except VideoError as error:
+        return error
+    return plan
+
+
+def frame_times(index: _video.Index) -> tuple[np.ndarray, float, float]:
+    """([n] float64 seconds since the first frame in order of presentation, seconds to the end of the last, begin)."""
+    pts, durations = index.clock
+    if len(pts) == 0:
+        return np.empty(0), 0.0, 0.0
+    if (pts == NO_PTS).any():
+        step = 1 / (index.frame_rate or 25.0)
+        return np.arange(len(pts)) * step, len(pts) * step, 0.0
+    last = int(np.argmax(pts))
+    end = pts[last] + durations[last]
+    pts = np.sort(pts)
+    return (pts - pts[0]) * index.time_base, float(end - pts[0]) * index.time_base, float(pts[0]) * index.time_base
