@@ -9,7 +9,17 @@ from torch import Tensor
 
 from tempsamp_fast.sample import Mode, Sample, Span, Task
 
-__all__ = ["Completion", "Mode", "Prompt", "RolloutGroup", "Sample", "Span", "Task", "VideoPatches"]
+__all__ = ["Completion", "Mode", "Prompt", "RolloutGroup", "Sample", "Span", "Task", "VideoPatches", "VisionFeatures"]
+
+
+@dataclass(frozen=True)
+class VisionFeatures:
+    """What the vision tower gives the language model for one video, or for several one after the other."""
+
+    embeds: Tensor
+    """[num_placeholders, hidden_size]."""
+    deepstack: tuple[Tensor, ...] = ()
+    """One [num_placeholders, hidden_size] per early decoder layer; empty for Qwen2.5-VL."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,8 @@ class VideoPatches:
     """Seconds between two neighbours along the time axis of the grid."""
     timestamps_s: Tensor
     """[grid_t] float64: mean time of the frames of each temporal patch."""
+    features: VisionFeatures | None = None
+    """Of a frozen tower, computed once; `pixel_values` are not read then."""
 
 
 @dataclass(frozen=True)

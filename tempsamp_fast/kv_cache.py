@@ -8,28 +8,33 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tempsamp_fast.attention import SplitAttention
-from tempsamp_fast.packing import PackedRow
+from tempsamp_fast.attention import PackedAttention
+from tempsamp_fast.packing import GroupLayout
 
 OWN_BLOCK = 64
 """Room for a row's own tokens grows by this many."""
 
 
-class PrefillAttention(SplitAttention):
-    """Attention over a row of prompts that keeps the keys and values of every layer."""
+class PrefillAttention:
+    """The attention of a row of prompts, keeping the keys and values of every layer."""
 
-    def __init__(self, row: PackedRow, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(row.layout, dtype=dtype, device=device)
-        self._prompt_lens = [group.prompt_len for group in row.layout]
-        self.keys: list[tuple[Tensor, ...]] = []
-        """By layer, by prompt: [prompt_len, kv_heads, dim]."""
-        self.values: list[tuple[Tensor, ...]] = []
+    def __init__(self, layout: Sequence[GroupLayout], attention: PackedAttention) -> None:
+        self.prompt_lens = [group.prompt_len for group in layout]
+        self._attention = attention
+        self.keys: list[Tensor] = []
+        """By layer: [1, kv_heads, N, dim]."""
+        self.values: list[Tensor] = []
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        assert layer_index == len(self.keys)
-        self.keys.append(key[0].transpose(0, 1).split(self._prompt_lens))
-        self.values.append(value[0].transpose(0, 1).split(self._prompt_lens))
-        return super().__call__(layer_index, query, key, value, scaling)
+        # A checkpointed layer comes by a second time, in the backward pass.
+        if layer_index == len(self.keys):
+            self.keys.append(key)
+            self.values.append(value)
+        return self._attention(layer_index, query, key, value, scaling)
+
+    def by_prompt(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Split [1, kv_heads, N, dim] into [prompt_len, kv_heads, dim] of each prompt."""
+        return tensor[0].transpose(0, 1).split(self.prompt_lens)
 
 
 class SharedPrefixCache:
@@ -40,11 +45,12 @@ class SharedPrefixCache:
     """
 
     def __init__(self, prefills: Sequence[PrefillAttention], num_rows_per_prompt: int) -> None:
-        prompt_keys = [sum((p.keys[layer] for p in prefills), ()) for layer in range(len(prefills[0].keys))]
-        prompt_values = [sum((p.values[layer] for p in prefills), ()) for layer in range(len(prefills[0].keys))]
-        self._prefix_keys = [_pad(keys) for keys in prompt_keys]
-        self._prefix_values = [_pad(values) for values in prompt_values]
-        lengths = torch.tensor([len(keys) for keys in prompt_keys[0]], device=prompt_keys[0][0].device)
+        layers = range(len(prefills[0].keys))
+        self._prefix_keys = [_pad([k for p in prefills for k in p.by_prompt(p.keys[layer])]) for layer in layers]
+        self._prefix_values = [_pad([v for p in prefills for v in p.by_prompt(p.values[layer])]) for layer in layers]
+        lengths = torch.tensor(
+            [length for p in prefills for length in p.prompt_lens], device=prefills[0].keys[0].device
+        )
         is_padding = torch.arange(int(lengths.max()), device=lengths.device) >= lengths[:, None]
         self._prefix_bias = torch.zeros_like(is_padding, dtype=torch.float32).masked_fill(is_padding, float("-inf"))
         self._row_prompts = torch.arange(len(lengths), device=lengths.device).repeat_interleave(num_rows_per_prompt)

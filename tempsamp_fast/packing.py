@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tempsamp_fast.batch import Prompt, RolloutGroup
+from tempsamp_fast.batch import Prompt, RolloutGroup, VideoPatches, VisionFeatures
 from tempsamp_fast.mrope import mrope_positions
 
 PackingMode = Literal["shared_prefix", "none"]
@@ -47,6 +47,10 @@ class PackedRow:
     """[M] int64: the tokens of all answers, answer after answer."""
     row_ids: Tensor
     """[M] int64: which answer of this row each of them belongs to."""
+    vision: VisionFeatures | None = None
+    """Features of the row's videos when they are at hand; `pixel_values` are not read then."""
+    branch_chunks: tuple[tuple[int, ...], ...] = ()
+    """For a group longer than a row: its branch lengths, chunk by chunk, each chunk run by itself after the prompt."""
 
     @property
     def num_tokens(self) -> int:
@@ -60,6 +64,9 @@ class PackedRow:
         """The same row with every tensor on `device`."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        if self.vision is not None:
+            deepstack = tuple(layer.to(device) for layer in self.vision.deepstack)
+            moved["vision"] = VisionFeatures(self.vision.embeds.to(device), deepstack)
         return replace(self, **moved)
 
 
@@ -89,8 +96,11 @@ def pack(
     Order is kept: the answers of row after row are the answers of group after group, whatever the mode. With mode
     "none" every answer becomes a group of its own, with its own copy of the prompt and of the video.
 
+    A group longer than a row gets a row to itself that is run in stages: the prompt, then chunks of answers.
+
     config: the model's transformers configuration.
-    Raises ValueError naming the sample for a group longer than a row and for an empty answer; for an unknown mode.
+    Raises ValueError naming the sample for a prompt or an answer longer than a row and for an empty answer; for an
+    unknown mode.
     """
     if mode == "shared_prefix":
         branches = [(group.prompt, [completion.ids for completion in group.completions]) for group in groups]
@@ -109,9 +119,8 @@ def pack_prompts(prompts: Sequence[Prompt], *, config: Any, max_tokens_per_row: 
 def _segment(prompt: Prompt, branches: Sequence[Tensor], config: Any) -> _Segment:
     if any(len(ids) == 0 for ids in branches):
         raise ValueError(f"sample {prompt.sample.sample_id!r} has an answer without tokens")
-    has_video = prompt.video.pixel_values.shape[0] > 0
-    grids = [prompt.video.grid_thw] if has_video else []
-    seconds = [prompt.video.second_per_grid] if has_video else []
+    videos = _videos([prompt])
+    grids, seconds = [video.grid_thw for video in videos], [video.second_per_grid for video in videos]
     positions, start = mrope_positions(prompt.input_ids, grids, seconds, config)
     branch_positions = [torch.arange(start, start + len(ids)).expand(3, -1) for ids in branches]
     return _Segment(
@@ -122,27 +131,44 @@ def _segment(prompt: Prompt, branches: Sequence[Tensor], config: Any) -> _Segmen
     )
 
 
+def _videos(prompts: Iterable[Prompt]) -> list[VideoPatches]:
+    """A grid without frames stands for a prompt without a video."""
+    return [prompt.video for prompt in prompts if prompt.video.grid_thw[0] > 0]
+
+
 def _rows(segments: Iterable[_Segment], max_tokens_per_row: int) -> list[PackedRow]:
     rows: list[list[_Segment]] = []
     used = 0
     for segment in segments:
-        if segment.num_tokens > max_tokens_per_row:
-            raise ValueError(
-                f"sample {segment.prompt.sample.sample_id!r}: its group has {segment.num_tokens} tokens (prompt "
-                f"{len(segment.prompt.input_ids)}, {len(segment.branches)} answers), "
-                f"more than max_tokens_per_row={max_tokens_per_row}"
-            )
         if not rows or used + segment.num_tokens > max_tokens_per_row:
             rows.append([])
             used = 0
         rows[-1].append(segment)
         used += segment.num_tokens
-    return [_concatenate(row) for row in rows]
+    return [_concatenate(row, _branch_chunks(row[0], max_tokens_per_row)) for row in rows]
 
 
-def _concatenate(segments: Sequence[_Segment]) -> PackedRow:
+def _branch_chunks(segment: _Segment, max_tokens_per_row: int) -> tuple[tuple[int, ...], ...]:
+    """Empty unless the group, which then has a row of its own, is longer than a row."""
+    if segment.num_tokens <= max_tokens_per_row:
+        return ()
+    prompt_len, lengths = len(segment.prompt.input_ids), [len(ids) for ids in segment.branches]
+    if max(prompt_len, *lengths, 0) > max_tokens_per_row:
+        raise ValueError(
+            f"sample {segment.prompt.sample.sample_id!r}: its prompt has {prompt_len} tokens and its longest answer "
+            f"{max(lengths, default=0)}, each of which must fit max_tokens_per_row={max_tokens_per_row}"
+        )
+    chunks: list[list[int]] = [[]]
+    for length in lengths:
+        if sum(chunks[-1]) + length > max_tokens_per_row:
+            chunks.append([])
+        chunks[-1].append(length)
+    return tuple(map(tuple, chunks))
+
+
+def _concatenate(segments: Sequence[_Segment], branch_chunks: tuple[tuple[int, ...], ...]) -> PackedRow:
     layout = tuple(GroupLayout(len(s.prompt.input_ids), tuple(map(len, s.branches))) for s in segments)
-    videos = [s.prompt.video for s in segments if s.prompt.video.pixel_values.shape[0] > 0]
+    videos = _videos(segment.prompt for segment in segments)
     branches = [ids for segment in segments for ids in segment.branches]
     nothing = torch.empty(0, dtype=torch.int64)
     return PackedRow(
@@ -154,7 +180,19 @@ def _concatenate(segments: Sequence[_Segment]) -> PackedRow:
         logit_indices=_logit_indices(layout),
         token_ids=torch.cat([nothing, *branches]),
         row_ids=torch.cat([nothing, *(torch.full_like(ids, index) for index, ids in enumerate(branches))]),
+        vision=_features(videos),
+        branch_chunks=branch_chunks,
     )
+
+
+def _features(videos: Sequence[VideoPatches]) -> VisionFeatures | None:
+    features = [video.features for video in videos if video.features is not None]
+    if not features:
+        return None
+    if len(features) < len(videos):
+        raise ValueError(f"{len(videos) - len(features)} of a row's {len(videos)} videos lack their features")
+    deepstack = zip(*(each.deepstack for each in features), strict=True)
+    return VisionFeatures(torch.cat([each.embeds for each in features]), tuple(map(torch.cat, deepstack)))
 
 
 def _logit_indices(layout: Sequence[GroupLayout]) -> Tensor:
@@ -170,3 +208,21 @@ def _logit_indices(layout: Sequence[GroupLayout]) -> Tensor:
             pieces.append(torch.tensor([last]))
         start = branch
     return torch.cat(pieces)
+
+
+def assign_groups(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Spread whole groups over ranks so that their tokens are balanced: longest first, to the least loaded rank.
+
+    num_tokens: of each group. Returns the groups' indices by rank, in their given order; at most 4/3 of the best
+    possible maximum (Graham 1969).
+    Raises ValueError when there are fewer groups than ranks.
+    """
+    if len(num_tokens) < num_ranks:
+        raise ValueError(f"num_tokens has {len(num_tokens)} groups for num_ranks={num_ranks}; need one per rank")
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for group in sorted(range(len(num_tokens)), key=lambda index: -num_tokens[index]):
+        rank = min(range(num_ranks), key=lambda index: (loads[index], len(ranks[index])))
+        ranks[rank].append(group)
+        loads[rank] += num_tokens[group]
+    return [sorted(groups) for groups in ranks]

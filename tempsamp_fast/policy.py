@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 
-from tempsamp_fast.attention import PackedAttention, SplitAttention, use_packed_attention
-from tempsamp_fast.packing import PackedRow
+from tempsamp_fast.attention import AttentionCore, PackedAttention, packed_attention, use_packed_attention
+from tempsamp_fast.batch import Prompt, VisionFeatures
+from tempsamp_fast.kv_cache import PrefillAttention
+from tempsamp_fast.packing import GroupLayout, PackedRow
+from tempsamp_fast.split_attention import BranchAttention
 
 SUPPORTED = (Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration)
 
@@ -38,16 +41,6 @@ class PolicyInput(Protocol):
         """[M] int64 into the flattened [B * N] tokens."""
 
 
-@dataclass(frozen=True)
-class VisionFeatures:
-    """What the vision tower gives the language model for the videos of a row."""
-
-    embeds: Tensor
-    """[num_placeholders, hidden_size]."""
-    deepstack: tuple[Tensor, ...] = ()
-    """One [num_placeholders, hidden_size] per early decoder layer; empty for Qwen2.5-VL."""
-
-
 class Policy(nn.Module):
     """A Qwen2.5-VL or Qwen3-VL model over packed rows.
 
@@ -56,16 +49,32 @@ class Policy(nn.Module):
 
     model: a transformers model of a supported class, or such a model wrapped by PEFT.
     gradient_checkpointing: recompute decoder layers and vision blocks in the backward pass (training mode only).
-    Raises ValueError for a model whose attention cannot be packed.
+    checkpoint_every: of the decoder layers, only every k-th.
+    checkpoint_vision: whether vision blocks are among them.
+    attention_core: see `packed_attention`.
+    Raises ValueError for a model whose attention cannot be packed, and for checkpoint_every below 1.
     """
 
-    def __init__(self, model: nn.Module, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        gradient_checkpointing: bool = False,
+        checkpoint_every: int = 1,
+        checkpoint_vision: bool = True,
+        attention_core: AttentionCore = "auto",
+    ) -> None:
         super().__init__()
+        if checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every={checkpoint_every}: must be at least 1")
         self.model = model
+        self.attention_core = attention_core
         check_architecture(self.base_model)
         use_packed_attention(self.base_model)
-        _set_checkpointing(self.base_model.model.language_model.layers, gradient_checkpointing)
-        _set_checkpointing(self.base_model.model.visual.blocks, gradient_checkpointing)
+        for index, layer in enumerate(self.base_model.model.language_model.layers):
+            _set_checkpointing(layer, gradient_checkpointing and index % checkpoint_every == 0)
+        for block in self.base_model.model.visual.blocks:
+            _set_checkpointing(block, gradient_checkpointing and checkpoint_vision)
 
     @property
     def base_model(self) -> PreTrainedModel:
@@ -78,54 +87,104 @@ class Policy(nn.Module):
         """The transformers configuration."""
         return self.base_model.config
 
-    def forward(
-        self,
-        row: PolicyInput,
-        head: Head | None = None,
-        *,
-        vision: VisionFeatures | None = None,
-        attention: PackedAttention | None = None,
-    ) -> Any:
+    def forward(self, row: PolicyInput, head: Head | None = None, *, attention: PackedAttention | None = None) -> Any:
         """Hidden states [M, hidden_size] at `row.logit_indices`, or `head` of them.
 
         head: called inside this forward with the hidden states and the output embedding.
-        vision: features of the row's videos, when they are at hand (a frozen tower's, say).
         attention: how the tokens attend; by default as the layout of a `PackedRow` says.
         """
-        hidden = self._hidden_states(row, vision, attention).flatten(0, 1)[row.logit_indices]
+        embeds, deepstack = self._embed(row)
+        if isinstance(row, PackedRow) and row.branch_chunks:
+            hidden = self._run_in_stages(row, embeds, deepstack)
+        else:
+            hidden = self._run_text(embeds, row.position_ids, attention or self._attention(row, embeds), deepstack)
+        hidden = hidden.flatten(0, 1)[row.logit_indices]
         return hidden if head is None else head(hidden, self.base_model.lm_head.weight)
 
-    def encode_videos(self, row: PackedRow) -> VisionFeatures:
-        """Run the vision tower on the row's videos; without a graph when the tower is frozen."""
+    def encode_videos(self, pixel_values: Tensor, video_grid_thw: Tensor) -> VisionFeatures:
+        """Run the vision tower; without a graph when it is frozen."""
         visual = self.base_model.model.visual
-        frozen = not any(parameter.requires_grad for parameter in visual.parameters())
-        with torch.no_grad() if frozen else nullcontext():
-            output = visual(row.pixel_values.to(visual.dtype), grid_thw=row.video_grid_thw)
+        with torch.no_grad() if self.has_frozen_tower else nullcontext():
+            output = visual(pixel_values.to(visual.dtype), grid_thw=video_grid_thw)
         return VisionFeatures(output.pooler_output, tuple(getattr(output, "deepstack_features", ())))
 
-    def _hidden_states(
-        self, row: PolicyInput, vision: VisionFeatures | None, attention: PackedAttention | None
+    @property
+    def has_frozen_tower(self) -> bool:
+        """Whether no parameter of the vision tower is trained."""
+        return not any(parameter.requires_grad for parameter in self.base_model.model.visual.parameters())
+
+    def _embed(self, row: PolicyInput) -> tuple[Tensor, dict[str, Any]]:
+        """Embeddings [B, N, hidden_size] with the videos in place, and the keywords that carry deepstack features."""
+        embeds = self.base_model.model.get_input_embeddings()(row.input_ids)
+        if not isinstance(row, PackedRow) or not len(row.video_grid_thw):
+            return embeds, {}
+        vision = row.vision or self.encode_videos(row.pixel_values, row.video_grid_thw)
+        is_video = row.input_ids == self.config.video_token_id
+        embeds = embeds.masked_scatter(is_video[..., None], vision.embeds.to(embeds.dtype))
+        if not vision.deepstack:
+            return embeds, {}
+        return embeds, {"visual_pos_masks": is_video, "deepstack_visual_embeds": list(vision.deepstack)}
+
+    def _run_text(
+        self, embeds: Tensor, position_ids: Tensor, attention: PackedAttention, deepstack: dict[str, Any] | None = None
     ) -> Tensor:
-        model = self.base_model.model
-        embeds = model.get_input_embeddings()(row.input_ids)
-        if vision is None and isinstance(row, PackedRow) and len(row.video_grid_thw):
-            vision = self.encode_videos(row)
-        deepstack = {}
-        if vision is not None:
-            is_video = row.input_ids == self.config.video_token_id
-            embeds = embeds.masked_scatter(is_video[..., None], vision.embeds.to(embeds.dtype))
-            if vision.deepstack:
-                deepstack = {"visual_pos_masks": is_video, "deepstack_visual_embeds": list(vision.deepstack)}
-        if attention is None:
-            assert isinstance(row, PackedRow), "only a PackedRow says by itself how its tokens attend"
-            attention = SplitAttention(row.layout, dtype=embeds.dtype, device=embeds.device)
-        return model.language_model(
+        """[B, N, hidden_size] after the last norm."""
+        return self.base_model.model.language_model(
             inputs_embeds=embeds,
-            position_ids=row.position_ids,
+            position_ids=position_ids,
             use_cache=False,
             packed_attention=attention,
-            **deepstack,
+            **(deepstack or {}),
         ).last_hidden_state
+
+    def _run_in_stages(self, row: PackedRow, embeds: Tensor, deepstack: dict[str, Any]) -> Tensor:
+        """The prompt once, then chunk after chunk of branches against its keys and values.
+
+        A chunk's activations are dropped and recomputed when its turn comes in the backward pass, so that one chunk
+        at a time is held; the gradients of all chunks meet in the prompt's keys and values.
+        """
+        (group,) = row.layout
+        prompt = GroupLayout(group.prompt_len, ())
+        prefill = PrefillAttention([prompt], self._core([prompt], embeds))
+        if deepstack:
+            deepstack = deepstack | {"visual_pos_masks": deepstack["visual_pos_masks"][:, : group.prompt_len]}
+        start = group.prompt_len
+        outputs = [self._run_text(embeds[:, :start], row.position_ids[..., :start], prefill, deepstack)]
+        for branch_lens in row.branch_chunks:
+            tokens = slice(start, start + sum(branch_lens))
+            attention = BranchAttention(prefill.keys, prefill.values, branch_lens)
+            chunk = embeds[:, tokens], row.position_ids[..., tokens], attention
+            outputs.append(checkpoint(self._run_text, *chunk, use_reentrant=False))
+            start = tokens.stop
+        return torch.cat(outputs, dim=1)
+
+    def _attention(self, row: PolicyInput, embeds: Tensor) -> PackedAttention:
+        assert isinstance(row, PackedRow), "only a PackedRow says by itself how its tokens attend"
+        return self._core(row.layout, embeds)
+
+    def _core(self, layout: Sequence[GroupLayout], embeds: Tensor) -> PackedAttention:
+        return packed_attention(layout, dtype=embeds.dtype, device=embeds.device, core=self.attention_core)
+
+
+@torch.no_grad()
+def with_vision_features(policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts with their videos' features in place of pixels: encoded once, for rollout, update and later epochs.
+
+    Raises ValueError when the tower is trained, since its features change with every update.
+    """
+    if not policy.has_frozen_tower:
+        raise ValueError("with_vision_features needs a frozen vision tower, and this one is trained")
+    device = next(policy.parameters()).device
+    encoded = []
+    for prompt in prompts:
+        video = prompt.video
+        if video.features is None:
+            features = policy.encode_videos(
+                video.pixel_values.to(device), torch.tensor([video.grid_thw], device=device)
+            )
+            video = replace(video, pixel_values=video.pixel_values[:0], features=features)
+        encoded.append(replace(prompt, video=video))
+    return encoded
 
 
 def check_architecture(model: nn.Module) -> None:
@@ -143,8 +202,7 @@ def check_architecture(model: nn.Module) -> None:
         raise ValueError(f"attention_dropout={text.attention_dropout} is not supported; set it to 0")
 
 
-def _set_checkpointing(layers: Iterable[Any], enabled: bool) -> None:
+def _set_checkpointing(layer: Any, enabled: bool) -> None:
     """transformers' `GradientCheckpointingLayer` reads these two attributes, and keeps keyword arguments."""
-    for layer in layers:
-        layer.gradient_checkpointing = enabled
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    layer.gradient_checkpointing = enabled
+    layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tempsamp_fast.attention import packed_attention
 from tempsamp_fast.batch import Prompt
 from tempsamp_fast.kv_cache import PrefillAttention, SharedPrefixCache
 from tempsamp_fast.packing import PackedRow, pack_prompts
@@ -149,7 +150,8 @@ def _prefill(policy: Any, prompts: Sequence[Prompt], config: Any, max_tokens_per
     rows = pack_prompts(prompts, config=config, max_tokens_per_row=max_tokens_per_row)
     attentions, logits = [], []
     for row in rows:
-        attentions.append(PrefillAttention(row, parameter.dtype, parameter.device))
+        attention = packed_attention(row.layout, dtype=parameter.dtype, device=parameter.device)
+        attentions.append(PrefillAttention(row.layout, attention))
         logits.append(policy(row.to(parameter.device), _logits, attention=attentions[-1]))
     for _ in range(_most_of_any_rank(len(rows), synced, parameter.device) - len(rows)):
         policy(rows[-1].to(parameter.device), _logits)

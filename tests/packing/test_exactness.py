@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from transformers import PreTrainedModel
 from tempsamp_fast.batch import RolloutGroup
 from tempsamp_fast.mrope import mrope_positions
 from tempsamp_fast.packing import PackedRow, pack
-from tempsamp_fast.policy import Policy
+from tempsamp_fast.policy import Policy, with_vision_features
 
 RTOL = 2e-5
 
@@ -108,7 +110,7 @@ def test_branches_in_several_blocks_equal_one(tiny, monkeypatch: pytest.MonkeyPa
     """How many branches share an attention call changes nothing."""
     rows = pack(tiny.groups(), config=tiny.model().config, max_tokens_per_row=10_000)
     expected = packed_run(tiny, rows)
-    monkeypatch.setattr("tempsamp_fast.attention.BRANCH_BLOCK", 5)
+    monkeypatch.setattr("tempsamp_fast.split_attention.BRANCH_BLOCK", 5)
     logits, _, grads = packed_run(tiny, rows)
     assert_close(logits, expected[0], "logits")
     for name, gradient in grads.items():
@@ -116,16 +118,24 @@ def test_branches_in_several_blocks_equal_one(tiny, monkeypatch: pytest.MonkeyPa
 
 
 def test_features_at_hand_replace_the_tower(tiny) -> None:
-    """A frozen tower's features, computed once, give the same logits and leave the tower without gradients."""
-    model = tiny.model()
+    """A frozen tower's features, computed once, give the same logits as the pixels, without running it again."""
+    model, groups = tiny.model(), tiny.groups()
     model.model.visual.requires_grad_(False)
     policy = Policy(model)
-    (row,) = pack(tiny.groups(), config=policy.config, max_tokens_per_row=10_000)
-    vision = policy.encode_videos(row)
-    assert not vision.embeds.requires_grad
+    (row,) = pack(groups, config=policy.config, max_tokens_per_row=10_000)
     expected = policy(row, logits_head)
+    prompts = with_vision_features(policy, [group.prompt for group in groups])
+    encoded = [replace(group, prompt=prompt) for group, prompt in zip(groups, prompts, strict=True)]
+    (row,) = pack(encoded, config=policy.config, max_tokens_per_row=10_000)
+    assert len(row.pixel_values) == 0 and not row.vision.embeds.requires_grad
     model.model.visual.register_forward_hook(lambda *_: pytest.fail("the tower ran although features were given"))
-    assert torch.equal(policy(row, logits_head, vision=vision), expected)
+    assert_close(policy(row, logits_head), expected)
+    assert with_vision_features(policy, prompts)[0].video.features is prompts[0].video.features
+
+
+def test_features_of_a_trained_tower_are_not_kept(tiny) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        with_vision_features(Policy(tiny.model()), [tiny.prompt((2, 4, 4))])
 
 
 def test_the_prepared_model_still_runs_plainly(tiny) -> None:
