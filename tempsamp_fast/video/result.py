@@ -22,13 +22,15 @@ Code = Literal[
     "NO_VIDEO_STREAM",
     "TOO_FEW_FRAMES",
     "BAD_GEOMETRY",
+    "UNSUPPORTED",
     "TRUNCATED",
     "DAMAGED",
     "DECODE_FAILED",
     "LIMIT_EXCEEDED",
     "DEADLINE",
 ]
-"""Why a video is not `ok`. `TRUNCATED`: the good frames end early; `DAMAGED`: some are missing in between."""
+"""Why a video is not `ok`. `TRUNCATED`: the good frames end early; `DAMAGED`: some are missing in between;
+`UNSUPPORTED`: the file may be good, but this backend cannot tell its frames apart."""
 
 
 class VideoError(ValueError):

@@ -1,0 +1,73 @@
+"""The frame that comes back is the frame that was asked for, or a status says that it is not."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.video.corpus import CASES, Case, draw, read
+from tests.video.verdict import judge
+
+TORCHCODEC_REFUSES = {
+    "h264.ts": "seeks past the first frame of MPEG-TS",
+    "h264_zero_start.ts": "as above",
+    "h264_clock_wraps.ts": "as above",
+    "h264_no_first_key.ts": "as above",
+    "h264_open_gop.ts": "as above",
+    "hevc.ts": "as above",
+    "truncated.ts": "as above",
+    "lost_packets.ts": "as above",
+    "h264.avi": "takes decoding for presentation times in AVI",
+    "mpeg4_b_frames.avi": "as above",
+    "edit_list_mid_gop.mp4": "loses the first frames after a cut inside a GOP",
+    "h264.h264": "cannot seek in raw streams",
+    "hevc.hevc": "as above",
+    "half.h264": "as above",
+    "size_change.h264": "as above",
+}
+"""Good files that the torchcodec backend turns away, and why."""
+
+TORCHCODEC_GETS_WRONG = {
+    "mpeg2.mpg": "off by one in MPEG-PS",
+    "truncated.mp4": "loses the last frame before the cut",
+    "cut_fragments.mp4": "as above",
+    "garbage.mp4": "returns concealed frames as good ones",
+    "garbage.webm": "as above",
+    "garbage_hevc.mkv": "as above",
+    "zeroed.mkv": "as above",
+}
+
+
+def ids(case: Case) -> str:
+    return case.name
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tempsamp_fast._video") is None, reason="the extension tempsamp_fast._video is not built"
+)
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_native_returns_the_frame_asked_for(case: Case, corpus: Path) -> None:
+    verdict = judge(case, corpus, "native")
+    assert verdict.good, verdict
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name not in TORCHCODEC_GETS_WRONG], ids=ids)
+def test_torchcodec_backend_returns_the_frame_asked_for_or_refuses(case: Case, corpus: Path) -> None:
+    verdict = judge(case, corpus, "torchcodec")
+    if case.name in TORCHCODEC_REFUSES:
+        assert verdict.outcome in ("failed UNSUPPORTED", "failed OPEN_FAILED") and not verdict.wrong, verdict
+    else:
+        assert verdict.good, verdict
+
+
+def test_every_number_survives_drawing_and_reading() -> None:
+    numbers = np.arange(1 << 10)
+    for width, height in ((280, 56), (281, 57), (16, 16)):
+        assert read(draw(numbers, width, height)) == numbers.tolist()
+
+
+def test_names_of_the_corpus_are_unique() -> None:
+    assert len({case.name for case in CASES}) == len(CASES) >= 36

@@ -1,0 +1,157 @@
+"""`load_videos`: shapes, times, statuses and errors, with the torchcodec backend."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torchcodec.decoders import VideoDecoder
+
+from tempsamp_fast import video
+from tempsamp_fast.video import Geometry, Limits, Sampling, VideoError, load_videos, normalise_rows
+from tempsamp_fast.video.patches import patchify, resize_frames
+from tests.video.corpus import read
+from tests.video.verdict import GEOMETRY, numbers_shown
+
+HALF_SECONDS = [round(index * 12.5 - 1e-9) for index in range(12)]
+"""Numbers on screen every half second at 25 frames a second."""
+
+
+def test_rows_are_the_frames_of_torchcodec_resized_and_patchified(corpus: Path) -> None:
+    geometry = Geometry.of_family("qwen3_vl")
+    sampling = Sampling("hf_qwen3", fps=2.0)
+    batch = load_videos([(corpus / "hevc.mp4", sampling)], geometry, backend="torchcodec")
+    frames = (
+        VideoDecoder(str(corpus / "hevc.mp4")).get_frames_at(torch.linspace(0, 149, 12).round().int().tolist()).data
+    )
+    rows = patchify(resize_frames(frames, geometry.frame_size(12, 56, 280)), geometry)
+    assert torch.equal(batch.pixel_values, normalise_rows(rows, geometry))
+    assert batch.video_grid_thw.tolist() == [list(geometry.grid_thw(12, geometry.frame_size(12, 56, 280)))]
+
+
+def test_batch_is_packed_in_order_and_split_again(corpus: Path) -> None:
+    names = ["h264.mp4", "missing.mp4", "vp9_odd.webm", "rotated_90.mp4"]
+    requests = [(corpus / name, Sampling()) for name in names]
+    batch = load_videos(requests, GEOMETRY, backend="torchcodec", dtype=torch.uint8, on_error="skip", num_threads=2)
+    assert batch.pixel_values.dtype == torch.uint8
+    assert batch.video_grid_thw.shape == (3, 3) and batch.second_per_grid.tolist() == [1.0, 1.0, 1.0]
+    assert batch.video_grid_thw.prod(dim=1).sum() == len(batch.pixel_values)
+    parts = batch.split()
+    assert [part is None for part in parts] == [False, True, False, False]
+    for part, result in zip(parts, batch.results, strict=True):
+        if part is not None:
+            assert numbers_shown(part.pixel_values, result) == HALF_SECONDS
+            assert part.grid_thw == result.grid_thw
+            assert part.timestamps_s.tolist() == pytest.approx([0.24 + i if i else 0.24 for i in range(6)])
+
+
+def test_times_are_those_of_the_frames_since_the_first(corpus: Path) -> None:
+    result = load_videos([(corpus / "starts_late.mkv", Sampling())], GEOMETRY, backend="torchcodec").results[0]
+    assert result.begin_s == pytest.approx(8.33)
+    assert result.frame_times_s.tolist() == pytest.approx([number / 25 for number in HALF_SECONDS])
+
+
+def test_window_takes_its_part_of_the_video(corpus: Path) -> None:
+    sampling = Sampling(start_s=2.0, end_s=4.0)
+    batch = load_videos([(corpus / "h264.mp4", sampling)], GEOMETRY, backend="torchcodec", dtype=torch.uint8)
+    assert numbers_shown(batch.pixel_values, batch.results[0]) == [50, 62, 75, 87]
+
+
+@pytest.mark.parametrize("mode", ["pts", "qwen_utils", "hf_qwen2", "hf_qwen3"])
+def test_seconds_per_grid_is_two_over_the_sampled_rate(mode: str, corpus: Path) -> None:
+    result = load_videos([(corpus / "h264.mp4", Sampling(mode, fps=1.0))], GEOMETRY, backend="torchcodec").results[0]  # type: ignore[arg-type]
+    assert result.num_frames == 6
+    assert result.second_per_grid == pytest.approx(2 * 6.0 / 6)
+
+
+def test_dtypes_differ_only_in_rounding(corpus: Path) -> None:
+    def rows(dtype: torch.dtype) -> torch.Tensor:
+        requests = [(corpus / "h264.mp4", Sampling())]
+        return load_videos(requests, GEOMETRY, backend="torchcodec", dtype=dtype).pixel_values
+
+    exact = rows(torch.float32)
+    assert torch.equal(rows(torch.bfloat16), exact.to(torch.bfloat16))
+    assert torch.equal(normalise_rows(rows(torch.uint8), GEOMETRY), exact)
+
+
+@pytest.mark.parametrize(
+    "name, code",
+    [("missing.mp4", "NOT_FOUND"), ("prose.mp4", "OPEN_FAILED"), ("one_frame.mp4", "TOO_FEW_FRAMES")],
+)
+def test_first_failure_raises_and_names_the_file(name: str, code: str, corpus: Path) -> None:
+    with pytest.raises(VideoError, match=name) as caught:
+        load_videos([(corpus / name, Sampling())], GEOMETRY, backend="torchcodec")
+    assert caught.value.code == code and caught.value.path == corpus / name
+    assert isinstance(caught.value, ValueError)
+
+
+def test_skip_logs_and_keeps_the_rest(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
+    requests = [(corpus / "prose.mp4", Sampling()), (corpus / "truncated.mp4", Sampling())]
+    with caplog.at_level(logging.WARNING):
+        batch = load_videos(requests, GEOMETRY, backend="torchcodec", on_error="skip")
+    assert [result.status for result in batch.results] == ["failed", "failed"]
+    assert batch.pixel_values.shape == (0, GEOMETRY.row_width) and batch.video_grid_thw.shape == (0, 3)
+    assert "prose.mp4" in caplog.text and "truncated.mp4" in caplog.text
+
+
+def test_partial_keeps_the_good_frames(corpus: Path) -> None:
+    requests = [(corpus / "truncated.mp4", Sampling())]
+    batch = load_videos(requests, GEOMETRY, backend="torchcodec", on_error="partial", dtype=torch.uint8)
+    (result,) = batch.results
+    assert (result.status, result.code) == ("partial", "TRUNCATED")
+    assert numbers_shown(batch.pixel_values, result) == HALF_SECONDS[: result.num_frames]
+    assert 4 <= result.num_frames < 12
+
+
+def test_limits_and_deadline_have_their_own_codes(corpus: Path) -> None:
+    request = [(corpus / "h264.mp4", Sampling())]
+    for limits in (
+        Limits(max_frame_pixels=99),
+        Limits(max_num_frames=9),
+        Limits(max_duration_s=1),
+        Limits(max_patch_bytes=9),
+    ):
+        with pytest.raises(VideoError, match="max_"):
+            load_videos(request, GEOMETRY, backend="torchcodec", limits=limits)
+    with pytest.raises(VideoError) as caught:
+        load_videos(request, GEOMETRY, backend="torchcodec", deadline_s=1e-9)
+    assert caught.value.code == "DEADLINE"
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"backend": "opencv"},
+        {"on_error": "ignore"},
+        {"dtype": torch.float16},
+        {"num_threads": 0},
+        {"deadline_s": math.nan},
+    ],
+)
+def test_arguments_out_of_their_choices_are_named(argument: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(argument))):
+        load_videos([], GEOMETRY, **argument)
+
+
+def test_no_requests_give_an_empty_batch() -> None:
+    batch = load_videos([], GEOMETRY, backend="torchcodec")
+    assert batch.pixel_values.shape == (0, GEOMETRY.row_width) and batch.split() == []
+
+
+def test_thumbnails_show_the_frames_on_screen(corpus: Path) -> None:
+    pictures = video.frames(corpus / "h264.mp4", [0.0, 2.01, 99.0], height=28)
+    assert pictures.shape == (3, 3, 28, 140)
+    assert read(pictures.float().mean(dim=1).numpy()) == [0, 50, 149]
+
+
+@pytest.mark.shared
+def test_real_clips_load(real_videos: Path) -> None:
+    """Whole clips are `ok` with the frames that two a second give; the damaged one says so."""
+    expected = {"nasa_13013.mp4": ("ok", 26), "video_90.mov": ("ok", 2), "corrupted.mp4": ("partial", 9)}
+    requests = [(real_videos / name, Sampling()) for name in expected]
+    batch = load_videos(requests, Geometry(), backend="torchcodec", on_error="partial", dtype=torch.uint8)
+    assert [(result.status, result.num_frames) for result in batch.results] == list(expected.values())
+    assert batch.results[1].grid_thw == (1, 40, 22)

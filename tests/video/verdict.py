@@ -1,0 +1,116 @@
+"""How a decoder did on one file of the corpus, judged by the numbers its frames show."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tempsamp_fast.video import Geometry, Sampling, VideoResult, load_videos
+from tempsamp_fast.video.patches import unpatchify
+from tempsamp_fast.video.sampling import frames_on_screen
+from tests.video.corpus import Case, command_line_frames, read
+
+EVERY_FRAME = Sampling("hf_qwen3", fps=1e6)
+TWO_PER_SECOND = Sampling("pts", fps=2.0)
+GEOMETRY = Geometry(min_pixels=28 * 28, total_pixels=None)
+SAME_TIME_S = 0.006
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`wanted` frames can be had (the command line decodes them); `wrong` ones came back showing another number."""
+
+    name: str
+    wanted: int
+    right: int
+    wrong: int
+    outcome: str
+    """Status and code."""
+    good: bool
+
+    def row(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@cache
+def truth(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
+    """Times and numbers of all frames, as the command line decodes them."""
+    return command_line_frames(path, size)
+
+
+def numbers_shown(rows: torch.Tensor, result: VideoResult, geometry: Geometry = GEOMETRY) -> list[int]:
+    """The number on each good frame of a result with uint8 patches."""
+    frames = unpatchify(rows, result.grid_thw, geometry)[: result.num_frames]
+    return read(frames.float().mean(dim=1).numpy())
+
+
+def judge(case: Case, folder: Path, backend: str) -> Verdict:
+    """All frames by index, then two per second by the clock, from one backend of `load_videos`."""
+    path = folder / case.name
+    batch = load_videos(
+        [(path, EVERY_FRAME), (path, TWO_PER_SECOND)],
+        GEOMETRY,
+        backend=backend,  # type: ignore[arg-type]
+        dtype=torch.uint8,
+        on_error="partial",
+        deadline_s=10.0,
+        num_threads=1,
+    )
+    every, sampled = batch.results
+    outcome = f"{every.status} {every.code}"
+    if case.expect == "refused":
+        refused = every.status == sampled.status == "failed" and every.code in case.codes
+        return Verdict(case.name, 0, 0, 0, outcome, refused and str(path) in every.message)
+    shown = [
+        [] if video is None else numbers_shown(video.pixel_values, result)
+        for video, result in zip(batch.split(), batch.results, strict=True)
+    ]
+    if case.expect == "exact":
+        _, numbers = truth(path, case.size)
+        right = sum(ours == true for ours, true in zip(shown[0], numbers, strict=False))
+        wrong = len(shown[0]) - right + wrong_on_the_clock(case, path, sampled, shown[1])
+        good = every.status == sampled.status == "ok" and right == len(numbers) and not wrong
+        return Verdict(case.name, len(numbers), right, wrong, outcome, good)
+    right, wrong = by_time(case, folder, every, shown[0])
+    _, wrong_sampled = by_time(case, folder, sampled, shown[1])
+    wanted = recoverable(case, folder)
+    return Verdict(
+        case.name, wanted, right, wrong + wrong_sampled, outcome, right >= wanted and not wrong + wrong_sampled
+    )
+
+
+def wrong_on_the_clock(case: Case, path: Path, result: VideoResult, shown: list[int]) -> int:
+    """Frames of an even time grid that are not the ones on screen at those times."""
+    times, numbers = truth(path, case.size)
+    if not shown:
+        return 0
+    grid = np.arange(len(shown)) * result.second_per_grid / GEOMETRY.temporal_patch_size
+    assert math.isclose(len(shown) * grid[1], times[-1] - times[0], rel_tol=0.1, abs_tol=0.2)
+    on_screen = [times[frames_on_screen(grid + slack, times - times[0])] for slack in (-SAME_TIME_S, 0.0, SAME_TIME_S)]
+    wrong = 0
+    for at, ours in enumerate(shown):
+        allowed = {number for time, number in zip(times, numbers, strict=True) if any(time == s[at] for s in on_screen)}
+        wrong += ours not in allowed
+    return wrong
+
+
+def by_time(case: Case, folder: Path, result: VideoResult, shown: list[int]) -> tuple[int, int]:
+    """(right, wrong) frames of a damaged file: each against the whole file's frame of the same time."""
+    times, numbers = truth(folder / case.pristine, case.size)
+    right = 0
+    for time, number in zip(result.frame_times_s.numpy() + result.begin_s, shown, strict=True):
+        nearest = int(np.abs(times - time).argmin())
+        right += number == numbers[nearest] and abs(times[nearest] - time) < SAME_TIME_S
+    return right, len(shown) - right
+
+
+def recoverable(case: Case, folder: Path) -> int:
+    """Frames of a damaged file that the command line still decodes right."""
+    whole = dict(zip(*truth(folder / case.pristine, case.size), strict=True))
+    damaged = zip(*truth(folder / case.name, case.size), strict=True)
+    return sum(whole.get(time) == number for time, number in damaged)
