@@ -43,8 +43,7 @@ def packed_attention(
     Raises ValueError for an unknown core, and for "varlen" without a kernel.
     """
     if core == "auto":
-        runs_flash = device.type == "cuda" and dtype in FLASH_DTYPES and varlen_kernel() is not None
-        core = "varlen" if runs_flash else "split"
+        core = "varlen" if _runs_flash(device, dtype) and varlen_kernel() is not None else "split"
     if core == "split":
         return SplitAttention(layout, dtype=dtype, device=device)
     if core == "flex":
@@ -92,11 +91,15 @@ def vision_attention(
 ) -> tuple[Tensor, None]:
     """transformers' flash contract: [1, heads, N, dim] in, full attention inside each window."""
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    kernel = varlen_kernel() if query.is_cuda and query.dtype in FLASH_DTYPES else None
+    kernel = varlen_kernel() if _runs_flash(query.device, query.dtype) else None
     if kernel is None:
         return attend_windows(query, key, value, cu_seq_lens_q, scaling)[None], None
     cu, longest = cu_seq_lens_q, max_length_q
     return kernel(query, key, value, cu, cu, longest, longest, scale=scaling, causal=False)[None], None
+
+
+def _runs_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype in FLASH_DTYPES
 
 
 AttentionInterface.register(TEXT_ATTENTION, text_attention)

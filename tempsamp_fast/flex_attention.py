@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class FlexAttention:
         self._block_mask = _block_mask(layout, self._padding, device)
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        attend = _compiled_flex_attention() if query.is_cuda else flex_attention
+        attend: Any = _compiled_flex_attention() if query.is_cuda else flex_attention
         query, key, value = (pad(tensor, (0, 0, 0, self._padding)) for tensor in (query, key, value))
         enable_gqa = query.shape[1] != key.shape[1]
         output = attend(query, key, value, block_mask=self._block_mask, scale=scaling, enable_gqa=enable_gqa)

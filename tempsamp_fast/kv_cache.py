@@ -48,12 +48,11 @@ class SharedPrefixCache:
         layers = range(len(prefills[0].keys))
         self._prefix_keys = [_pad([k for p in prefills for k in p.by_prompt(p.keys[layer])]) for layer in layers]
         self._prefix_values = [_pad([v for p in prefills for v in p.by_prompt(p.values[layer])]) for layer in layers]
-        lengths = torch.tensor(
-            [length for p in prefills for length in p.prompt_lens], device=prefills[0].keys[0].device
-        )
-        is_padding = torch.arange(int(lengths.max()), device=lengths.device) >= lengths[:, None]
+        device = prefills[0].keys[0].device
+        lengths = torch.tensor([length for p in prefills for length in p.prompt_lens], device=device)
+        is_padding = torch.arange(int(lengths.max()), device=device) >= lengths[:, None]
         self._prefix_bias = torch.zeros_like(is_padding, dtype=torch.float32).masked_fill(is_padding, float("-inf"))
-        self._row_prompts = torch.arange(len(lengths), device=lengths.device).repeat_interleave(num_rows_per_prompt)
+        self._row_prompts = torch.arange(len(lengths), device=device).repeat_interleave(num_rows_per_prompt)
         self._own_keys: list[Tensor] = []
         self._own_values: list[Tensor] = []
         self._num_own = 0

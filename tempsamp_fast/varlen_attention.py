@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -53,21 +53,21 @@ def varlen_kernel() -> VarlenKernel | None:
     return adapt_torch_varlen(varlen_attn)
 
 
-def adapt_flash_attn(flash_attn_varlen_func: Callable[..., Tensor]) -> VarlenKernel:
+def adapt_flash_attn(flash_attn_varlen_func: Callable[..., Any]) -> VarlenKernel:
     """flash-attn 2.1 or newer: grouped heads and bottom-right causal are its own."""
 
-    def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, causal):  # type: ignore[no-untyped-def]
+    def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, causal):
         return flash_attn_varlen_func(query, key, value, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=causal)
 
     return kernel
 
 
-def adapt_torch_varlen(varlen_attn: Callable[..., Tensor]) -> VarlenKernel:
+def adapt_torch_varlen(varlen_attn: Callable[..., Any]) -> VarlenKernel:
     """torch's `varlen_attn`, whose keywords differ between releases: causal by flag or by window, grouped or not."""
     parameters = inspect.signature(varlen_attn).parameters
     by_window, has_gqa = "window_size" in parameters, "enable_gqa" in parameters
 
-    def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, causal):  # type: ignore[no-untyped-def]
+    def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, causal):
         options = {"window_size": (-1, 0 if causal else -1)} if by_window else {"is_causal": causal}
         if has_gqa:
             options["enable_gqa"] = query.shape[1] != key.shape[1]

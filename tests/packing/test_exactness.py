@@ -6,130 +6,73 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from tempsamp_fast.batch import RolloutGroup
-from tempsamp_fast.mrope import mrope_positions
-from tempsamp_fast.packing import PackedRow, pack
+from tempsamp_fast.packing import pack
 from tempsamp_fast.policy import Policy, with_vision_features
-
-RTOL = 2e-5
-
-
-def assert_close(actual: Tensor, expected: Tensor, name: str = "") -> None:
-    error = (actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
-    assert error < RTOL, f"{name}: relative error {error:.1e}"
-
-
-def logits_head(hidden: Tensor, weight: Tensor) -> Tensor:
-    return hidden @ weight.T
-
-
-def loss_of(logits: Tensor, token_ids: Tensor, weights: Tensor) -> Tensor:
-    return -(weights * logits.log_softmax(-1).gather(-1, token_ids[:, None])[:, 0]).sum()
-
-
-def token_weights(num_tokens: int) -> Tensor:
-    """A different weight, of either sign, for every predicted token."""
-    return torch.randn(num_tokens, generator=torch.Generator().manual_seed(5))
-
-
-def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-def plain_logits(model: PreTrainedModel, groups: list[RolloutGroup]) -> Tensor:
-    """transformers' own forward, one row per answer, positions explicit; [M, vocab] in packing order."""
-    pieces = []
-    for group in groups:
-        video = group.prompt.video
-        positions, start = mrope_positions(
-            group.prompt.input_ids, [video.grid_thw], [video.second_per_grid], model.config
-        )
-        for completion in group.completions:
-            length = len(completion.ids)
-            answer_positions = torch.arange(start, start + length).expand(3, -1)
-            logits = model(
-                input_ids=torch.cat([group.prompt.input_ids, completion.ids])[None],
-                position_ids=torch.cat([positions, answer_positions], dim=1)[:, None],
-                pixel_values_videos=video.pixel_values,
-                video_grid_thw=torch.tensor([video.grid_thw]),
-                use_cache=False,
-            ).logits
-            pieces.append(logits[0, -length - 1 : -1])
-    return torch.cat(pieces)
-
-
-def plain_run(tiny, groups: list[RolloutGroup]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    model = tiny.model()
-    logits = plain_logits(model, groups)
-    token_ids = torch.cat([completion.ids for group in groups for completion in group.completions])
-    loss = loss_of(logits, token_ids, token_weights(len(token_ids)))
-    loss.backward()
-    return logits.detach(), loss.detach(), gradients(model)
-
-
-def packed_run(tiny, rows: list[PackedRow], **options) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    policy = Policy(tiny.model(), **options).train()
-    logits = torch.cat([policy(row, logits_head) for row in rows])
-    token_ids = torch.cat([row.token_ids for row in rows])
-    loss = loss_of(logits, token_ids, token_weights(len(token_ids)))
-    loss.backward()
-    return logits.detach(), loss.detach(), gradients(policy.base_model)
 
 
 @pytest.mark.parametrize("mode", ["shared_prefix", "none"])
 @pytest.mark.parametrize("max_tokens_per_row", [80, 10_000], ids=["row_per_group", "one_row"])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_packed_equals_plain(tiny, mode: str, max_tokens_per_row: int, gradient_checkpointing: bool) -> None:
+def test_packed_equals_plain(oracle, tiny, mode: str, max_tokens_per_row: int, gradient_checkpointing: bool) -> None:
     groups = tiny.groups()
     rows = pack(groups, config=tiny.model().config, mode=mode, max_tokens_per_row=max_tokens_per_row)
-    logits, loss, grads = packed_run(tiny, rows, gradient_checkpointing=gradient_checkpointing)
-    plain = plain_run(tiny, groups)
-    assert_close(logits, plain[0], "logits")
-    assert_close(loss, plain[1], "loss")
-    assert grads.keys() == plain[2].keys()
-    for name, gradient in grads.items():
-        assert plain[2][name] is not None and plain[2][name].abs().max() > 0, f"{name} is not exercised"
-        assert_close(gradient, plain[2][name], name)
+    policy = Policy(tiny.model(), gradient_checkpointing=gradient_checkpointing)
+    oracle.assert_same(oracle.packed_pass(policy, rows), oracle.plain_pass(tiny, groups))
 
 
-def test_checkpointing_recomputes_decoder_layers_and_vision_blocks(tiny) -> None:
-    """The switch acts: each checkpointed layer runs a second time in the backward pass."""
-    policy = Policy(tiny.model(), gradient_checkpointing=True).train()
-    calls = []
-    for module in (policy.base_model.model.language_model.layers[0].mlp, policy.base_model.model.visual.blocks[0].mlp):
-        module.register_forward_pre_hook(lambda *_: calls.append(1))
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_a_group_longer_than_a_row_runs_in_stages_with_the_same_gradients(oracle, tiny, gradient_checkpointing) -> None:
+    """The prompt's keys and values collect the gradients of every chunk of answers."""
+    groups = [tiny.group(tiny.prompt((3, 6, 4), seed=1), [20, 15, 1, 9, 12]), tiny.groups()[1]]
+    rows = pack(groups, config=tiny.model().config, max_tokens_per_row=40)
+    assert [row.branch_chunks for row in rows] == [((20, 15, 1), (9, 12)), ()]
+    policy = Policy(tiny.model(), gradient_checkpointing=gradient_checkpointing)
+    oracle.assert_same(oracle.packed_pass(policy, rows), oracle.plain_pass(tiny, groups))
+
+
+def test_branches_in_several_blocks_equal_one(oracle, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many branches share an attention call changes nothing."""
+    groups = tiny.groups()
+    rows = pack(groups, config=tiny.model().config, max_tokens_per_row=10_000)
+    monkeypatch.setattr("tempsamp_fast.split_attention.BRANCH_BLOCK", 5)
+    oracle.assert_same(oracle.packed_pass(Policy(tiny.model()), rows), oracle.plain_pass(tiny, groups))
+
+
+@pytest.mark.parametrize(
+    ("options", "recomputed"),
+    [
+        ({}, {"layers": [], "blocks": []}),
+        ({"gradient_checkpointing": True}, {"layers": [0, 1, 2], "blocks": [0, 1]}),
+        ({"gradient_checkpointing": True, "checkpoint_every": 2}, {"layers": [0, 2], "blocks": [0, 1]}),
+        ({"gradient_checkpointing": True, "checkpoint_vision": False}, {"layers": [0, 1, 2], "blocks": []}),
+    ],
+)
+def test_checkpointed_layers_run_again_in_the_backward_pass(tiny, options: dict, recomputed: dict) -> None:
+    policy = Policy(tiny.model(), **options).train()
+    modules = {"layers": policy.base_model.model.language_model.layers, "blocks": policy.base_model.model.visual.blocks}
+    calls = {name: [0] * len(modules[name]) for name in modules}
+    for name, layers in modules.items():
+        for index, layer in enumerate(layers):
+            count = lambda *_, name=name, index=index: calls[name].__setitem__(index, calls[name][index] + 1)
+            layer.mlp.register_forward_pre_hook(count)
     (row,) = pack(tiny.groups(), config=policy.config, max_tokens_per_row=10_000)
     policy(row).sum().backward()
-    assert len(calls) == 4
+    assert {name: [i for i, n in enumerate(counts) if n == 2] for name, counts in calls.items()} == recomputed
 
 
-def test_branches_in_several_blocks_equal_one(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many branches share an attention call changes nothing."""
-    rows = pack(tiny.groups(), config=tiny.model().config, max_tokens_per_row=10_000)
-    expected = packed_run(tiny, rows)
-    monkeypatch.setattr("tempsamp_fast.split_attention.BRANCH_BLOCK", 5)
-    logits, _, grads = packed_run(tiny, rows)
-    assert_close(logits, expected[0], "logits")
-    for name, gradient in grads.items():
-        assert_close(gradient, expected[2][name], name)
-
-
-def test_features_at_hand_replace_the_tower(tiny) -> None:
+def test_features_at_hand_replace_the_tower(oracle, tiny) -> None:
     """A frozen tower's features, computed once, give the same logits as the pixels, without running it again."""
     model, groups = tiny.model(), tiny.groups()
     model.model.visual.requires_grad_(False)
     policy = Policy(model)
-    (row,) = pack(groups, config=policy.config, max_tokens_per_row=10_000)
-    expected = policy(row, logits_head)
+    expected = oracle.packed_logits(policy, pack(groups, config=policy.config, max_tokens_per_row=10_000))
     prompts = with_vision_features(policy, [group.prompt for group in groups])
     encoded = [replace(group, prompt=prompt) for group, prompt in zip(groups, prompts, strict=True)]
     (row,) = pack(encoded, config=policy.config, max_tokens_per_row=10_000)
     assert len(row.pixel_values) == 0 and not row.vision.embeds.requires_grad
     model.model.visual.register_forward_hook(lambda *_: pytest.fail("the tower ran although features were given"))
-    assert_close(policy(row, logits_head), expected)
+    oracle.assert_close(oracle.packed_logits(policy, [row]), expected)
     assert with_vision_features(policy, prompts)[0].video.features is prompts[0].video.features
 
 
@@ -138,7 +81,7 @@ def test_features_of_a_trained_tower_are_not_kept(tiny) -> None:
         with_vision_features(Policy(tiny.model()), [tiny.prompt((2, 4, 4))])
 
 
-def test_the_prepared_model_still_runs_plainly(tiny) -> None:
+def test_the_prepared_model_still_runs_plainly(oracle, tiny) -> None:
     """Registering the attention changes nothing for plain forwards, padding masks included."""
     plain, prepared = tiny.model(), Policy(tiny.model()).base_model
     prompt = tiny.prompt((2, 4, 4))
@@ -147,7 +90,7 @@ def test_the_prepared_model_still_runs_plainly(tiny) -> None:
         "attention_mask": torch.tensor([[0] * 3 + [1] * 9, [1] * 12]),
         "position_ids": torch.arange(12).expand(3, 2, -1),
     }
-    assert_close(prepared(**padded).logits, plain(**padded).logits)
+    oracle.assert_close(prepared(**padded).logits, plain(**padded).logits)
     video = {"pixel_values_videos": prompt.video.pixel_values, "video_grid_thw": torch.tensor([[2, 4, 4]])}
     ids = {"input_ids": prompt.input_ids[None], "position_ids": torch.arange(len(prompt.input_ids)).expand(3, 1, -1)}
-    assert_close(prepared(**video, **ids).logits, plain(**video, **ids).logits)
+    oracle.assert_close(prepared(**video, **ids).logits, plain(**video, **ids).logits)

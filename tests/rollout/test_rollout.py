@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
 from tempsamp_fast.mrope import mrope_positions
 from tempsamp_fast.packing import pack
-from tempsamp_fast.policy import Policy
+from tempsamp_fast.policy import Policy, with_vision_features
 from tempsamp_fast.rollout import SampledAnswer, SamplingParams, generate
+from tempsamp_fast.token_sampling import choose_tokens
 
 EOS = 7
 PARAMS = SamplingParams(temperature=1.3, max_completion_length=12)
@@ -136,6 +137,49 @@ def test_vision_placeholders_and_banned_ids_are_never_drawn(tiny) -> None:
     answers = sample(Policy(tiny.model()), prompts_of(tiny), 8, banned_token_ids=range(10, 60))
     drawn = {token for group in answers for answer in group for token in answer.ids.tolist()}
     assert drawn <= {*range(10), 62, 63} and len(drawn) > 3
+
+
+def test_a_policy_that_prefers_placeholders_is_kept_from_them(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of the two placeholders are opposite and all others zero: without the ban one of them wins every time."""
+    model = tiny.model()
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(64, 32))
+    model.lm_head.weight.data[60], model.lm_head.weight.data[61] = torch.ones(32), -torch.ones(32)
+    greedy = SamplingParams(temperature=0, max_completion_length=4)
+    drawn = lambda: {t for group in sample(Policy(model), prompts_of(tiny), 1, greedy) for t in group[0].ids.tolist()}
+    assert not drawn() & {60, 61}
+    without_ban = lambda logits, params, uniforms, banned: choose_tokens(logits, params, uniforms)
+    monkeypatch.setattr("tempsamp_fast.rollout.choose_tokens", without_ban)
+    assert drawn() <= {60, 61}
+
+
+def test_a_checkpointed_policy_in_training_mode_samples_the_same(tiny) -> None:
+    """transformers' checkpointing drops caches that are passed as such; ours is not."""
+    policy = Policy(tiny.model(), gradient_checkpointing=True).train()
+    prompts = prompts_of(tiny)
+    assert all(map(same_ids, sample(policy, prompts), sample(Policy(tiny.model()), prompts)))
+
+
+def test_kept_vision_features_give_the_same_answers(tiny) -> None:
+    model = tiny.model()
+    model.model.visual.requires_grad_(False)
+    policy, prompts = Policy(model), prompts_of(tiny)
+    assert all(map(same_ids, sample(policy, with_vision_features(policy, prompts)), sample(policy, prompts)))
+
+
+def test_synced_ranks_make_as_many_passes_as_the_busiest(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rank, a double, needs 5 prefill rows and decodes up to the limit; this rank's answers stay its own."""
+    policy, prompts = Policy(tiny.model()), prompts_of(tiny)
+    ends = list(range(20, 40))
+    expected = sample(policy, prompts, 2, eos_token_ids=ends)
+    longest = max(len(answer.ids) for group in expected for answer in group)
+    assert longest < PARAMS.max_completion_length
+    other_rank = iter([5, *[1] * PARAMS.max_completion_length])
+    monkeypatch.setattr("tempsamp_fast.rollout.dist.all_reduce", lambda tensor, op: tensor.clamp_(min=next(other_rank)))
+    calls = []
+    policy.register_forward_pre_hook(lambda *_: calls.append(1))
+    answers = sample(policy, prompts, 2, eos_token_ids=ends, synced=True)
+    assert all(map(same_ids, answers, expected))
+    assert len(calls) == 5 + PARAMS.max_completion_length - 1
 
 
 def test_a_prompt_longer_than_a_row_is_named(tiny) -> None:
