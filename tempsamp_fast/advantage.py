@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from typing import get_args
 
 import torch
-from tempsamp_kernels import Shaping, grouped_advantages
+from tempsamp_kernels import grouped_advantages
 from torch import Tensor
 
 from tempsamp_fast.batch import RolloutGroup
-from tempsamp_fast.config import AlgorithmConfig, Method
-
-RULES: tuple[str, ...] = get_args(Shaping)
+from tempsamp_fast.config import AlgorithmConfig, Method, Shaping
 
 
 def assign_advantages(groups: Sequence[RolloutGroup], method: Method, algorithm: AlgorithmConfig) -> None:
@@ -50,12 +48,18 @@ def _advantages(groups: Sequence[RolloutGroup], shaping: str, algorithm: Algorit
 
 
 def skewness_by_rule(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> dict[str, float]:
-    """Skewness of the advantages that each rule gives these rewards (paper figure 4); 0 where all are equal."""
-    return {rule: skewness(_advantages(groups, rule, algorithm)) for rule in RULES}
+    """Skewness of the advantages that each rule gives these rewards (paper figure 4); `grpo` sees on-policy ones only."""
+    on_policy = [
+        RolloutGroup(group.prompt, [each for each in group.completions if not each.is_off_policy]) for group in groups
+    ]
+    return {
+        rule: skewness(_advantages(on_policy if rule == "grpo" else groups, rule, algorithm))
+        for rule in get_args(Shaping)
+    }
 
 
 def skewness(values: Tensor) -> float:
-    """Third standardised moment of [n] values."""
+    """Third standardised moment of [n] values; 0 where all are equal."""
     centred = values.double() - values.double().mean()
     variance = centred.square().mean()
     return 0.0 if variance == 0 else float(centred.pow(3).mean() / variance**1.5)

@@ -15,6 +15,7 @@ import yaml
 from tempsamp_fast.sample import Mode, Task
 
 Method = Literal["sft", "grpo", "tempsamp"]
+Shaping = Literal["grpo", "mixed", "downscale", "anchor", "nonlinear", "orarl"]
 METHODS: tuple[str, ...] = get_args(Method)
 MODES: tuple[str, ...] = get_args(Mode)
 
@@ -77,6 +78,7 @@ class DataConfig:
     task: Task = "grounding"
     max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate the first N queries only"})
     on_bad_video: Literal["raise", "skip"] = "raise"
+    video_backend: Literal["auto", "native", "torchcodec"] = "auto"
     sampling: Literal["pts", "qwen_utils", "hf_qwen2", "hf_qwen3"] = "pts"
     fps: float = field(default=2.0, metadata={"help": "frames per second shown to the model"})
     min_frames: int = 4
@@ -150,9 +152,7 @@ class RolloutConfig:
 class AlgorithmConfig:
     """Advantages and loss (paper section 3; defaults are the paper's best)."""
 
-    shaping: Literal["grpo", "mixed", "downscale", "anchor", "nonlinear", "orarl"] = field(
-        default="nonlinear", metadata={"help": "advantage rule of the tempsamp method"}
-    )
+    shaping: Shaping = field(default="nonlinear", metadata={"help": "advantage rule of the tempsamp method"})
     tau: float = 0.8
     alpha_1: float = 0.01
     alpha_2: float = 1.0

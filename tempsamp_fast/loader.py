@@ -88,6 +88,7 @@ class PromptLoader:
         batch = load_videos(
             [(path, self.sampling) for path in missing],
             self.geometry,
+            backend=self.config.video_backend,
             dtype=torch.uint8,
             on_error=self.config.on_bad_video,
         )

@@ -53,7 +53,7 @@ def policy_loss(
             weight,
             row.token_ids.to(device),
             row.row_ids.to(device),
-            advantages=targets.advantages.to(device),
+            advantages=None if is_sft else targets.advantages.to(device),
             is_off_policy=targets.is_off_policy.to(device),
             old_logps=on_device(targets.old_logps),
             ref_logps=on_device(targets.ref_logps),

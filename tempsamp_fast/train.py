@@ -12,6 +12,7 @@ from tempsamp_fast.device import prepare_environment
 prepare_environment()
 
 import deepspeed  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from tempsamp_fast.advantage import assign_advantages, skewness_by_rule  # noqa: E402
 from tempsamp_fast.config import parse_args  # noqa: E402
@@ -43,6 +44,7 @@ def train(run: Run) -> None:
                     f"advantage/skew/{rule}": skew for rule, skew in skewness_by_rule(groups, algorithm).items()
                 }
             log.log(at.step, str(at.phase), mean_over_ranks(metrics))
+            log.log_groups(at.step, str(at.phase), groups)
 
             if at.is_last_of_phase:
                 results.evaluate(f"{at.phase_index + 1}_{at.phase}", at.step + 1, log)
@@ -54,6 +56,7 @@ def train(run: Run) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Parse, build, train; user errors end with one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.INFO if os.environ["RANK"] == "0" else logging.WARNING, format="%(message)s")
+    disable_progress_bar()
     try:
         config = parse_args(arguments)
         deepspeed.init_distributed(verbose=False)
