@@ -90,7 +90,8 @@ def wrong_on_the_clock(case: Case, path: Path, result: VideoResult, shown: list[
     if not shown:
         return 0
     grid = np.arange(len(shown)) * result.second_per_grid / GEOMETRY.temporal_patch_size
-    assert math.isclose(len(shown) * grid[1], times[-1] - times[0], rel_tol=0.1, abs_tol=0.2)
+    if not math.isclose(len(shown) * grid[1], times[-1] - times[0], rel_tol=0.1, abs_tol=0.2):
+        return len(shown)
     on_screen = [times[frames_on_screen(grid + slack, times - times[0])] for slack in (-SAME_TIME_S, 0.0, SAME_TIME_S)]
     wrong = 0
     for at, ours in enumerate(shown):
@@ -105,7 +106,7 @@ def by_time(case: Case, folder: Path, result: VideoResult, shown: list[int]) -> 
     right = 0
     for time, number in zip(result.frame_times_s.numpy() + result.begin_s, shown, strict=True):
         nearest = int(np.abs(times - time).argmin())
-        right += number == numbers[nearest] and abs(times[nearest] - time) < SAME_TIME_S
+        right += bool(number == numbers[nearest] and abs(times[nearest] - time) < SAME_TIME_S)
     return right, len(shown) - right
 
 
