@@ -73,7 +73,7 @@ def plot_reward(rows: Sequence[Row], path: Path) -> Path:
             bottom.plot(steps, values, "o-", color=colour, label=name.split("/")[1])
         for axes, label in ((top, "on-policy reward"), (bottom, "held-out mIoU")):
             axes.set_ylabel(label)
-            _finish(axes, rows)
+            finish_axes(axes, rows)
         bottom.set_xlabel("step")
         label_phases(top, rows)
     return path
@@ -87,7 +87,7 @@ def plot_on_and_off_policy(rows: Sequence[Row], path: Path) -> Path:
         for source, colour in zip(("on", "off"), cycle(COLOURS), strict=False):
             draw_series(axes, rows, f"reward/{source}_policy_mean", f"{source}-policy", colour)
         axes.set(xlabel="step", ylabel="mean reward")
-        _finish(axes, rows)
+        finish_axes(axes, rows)
         label_phases(axes, rows)
     return path
 
@@ -102,7 +102,7 @@ def plot_skewness(rows: Sequence[Row], path: Path) -> Path:
         for name, colour in zip(names, cycle(COLOURS), strict=False):
             draw_series(axes, rows, name, name.rsplit("/", 1)[1], colour)
         axes.set(xlabel="step", ylabel="skewness of the advantages")
-        _finish(axes, rows)
+        finish_axes(axes, rows)
         label_phases(axes, rows)
     return path
 
@@ -121,8 +121,8 @@ def plot_iou_distribution(answers: Mapping[str, Sequence[Row]], path: Path, mode
         left.set(xlabel=f"IoU ({mode} mode)", ylabel="share of held-out queries", xlim=(0, 1))
         right.set(xlabel="IoU of at least", xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.3, 0.5, 0.7, 1))
         right.grid(axis="x", color=GRID, linewidth=0.6)
-        _finish(left)
-        _finish(right)
+        finish_axes(left)
+        finish_axes(right)
     return path
 
 
@@ -206,7 +206,8 @@ def label_phases(axes: Axes, rows: Sequence[Row]) -> None:
         axes.text(*place, phase, transform=axes.get_xaxis_transform(), ha="center", fontsize=8, color="#555555")
 
 
-def _finish(axes: Axes, rows: Sequence[Row] = ()) -> None:
+def finish_axes(axes: Axes, rows: Sequence[Row] = ()) -> None:
+    """Shade the phases of `rows`, add the grid and, where there are labels, the legend."""
     ranges = phase_ranges(rows)
     for index, (_, first, last) in enumerate(ranges):
         axes.axvspan(first, last, color=PHASE_SHADES[index % 2], linewidth=0, zorder=0)

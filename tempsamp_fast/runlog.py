@@ -7,6 +7,7 @@ import logging
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tempsamp_fast.batch import RolloutGroup
 from tempsamp_fast.config import Config
 
 logger = logging.getLogger(__name__)
@@ -70,19 +72,15 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.metrics_path = folder / "metrics.jsonl"
-        self._drop_rows_from(first_step)
+        self.groups_path = folder / "groups.jsonl"
+        for path in (self.metrics_path, self.groups_path):
+            _drop_rows_from(path, first_step)
         write_json(folder / "config.json", config.as_dict())
         write_json(folder / "machine.json", describe_machine())
         from torch.utils.tensorboard import SummaryWriter
 
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         self._bar = tqdm(total=total_steps, initial=first_step, dynamic_ncols=True, unit="step", disable=None)
-
-    def _drop_rows_from(self, first_step: int) -> None:
-        if not self.metrics_path.exists():
-            return
-        rows = [line for line in self.metrics_path.read_text().splitlines() if json.loads(line)["step"] < first_step]
-        self.metrics_path.write_text("".join(line + "\n" for line in rows))
 
     def log(self, step: int, phase: str, metrics: dict[str, float], advance: bool = True) -> None:
         """Append one row; `advance` moves the progress bar by a step."""
@@ -101,6 +99,21 @@ class RunLog:
                     "step %d %s %s", step, phase, {SHOWN[k]: round(metrics[k], 4) for k in SHOWN if k in metrics}
                 )
 
+    def log_groups(self, step: int, phase: str, groups: Sequence[RolloutGroup]) -> None:
+        """Append to RUN/groups.jsonl every group of this rank that has rewards, for the report's distributions."""
+        if not self.active:
+            return
+        with self.groups_path.open("a") as file:
+            for group in groups:
+                answers = group.completions
+                if answers[0].rewards and group.advantages is not None:
+                    row = {
+                        "rewards": {name: [answer.rewards[name] for answer in answers] for name in answers[0].rewards},
+                        "advantages": group.advantages.tolist(),
+                        "is_off_policy": [answer.is_off_policy for answer in answers],
+                    }
+                    file.write(json.dumps({"step": step, "phase": phase, **row}) + "\n")
+
     def __enter__(self) -> RunLog:
         return self
 
@@ -110,6 +123,12 @@ class RunLog:
         if self.active:
             self._bar.close()
             self._tensorboard.close()
+
+
+def _drop_rows_from(path: Path, first_step: int) -> None:
+    if path.exists():
+        rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first_step]
+        path.write_text("".join(line + "\n" for line in rows))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,30 @@
+"""`python -m tempsamp_fast.report RUN [RUN...] [--out FILE]`: compare runs on one self-contained HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tempsamp_fast.report.page import build_page
+from tempsamp_fast.report.runs import read_runs
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line and write the page; exits with 2 for a folder that holds no run."""
+    parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.report", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders; the first is the baseline")
+    parser.add_argument("--out", type=Path, help="the page; default: report.html in the first run's folder")
+    parser.add_argument("--gallery", type=int, default=8, help="held-out queries to show with frames")
+    options = parser.parse_args(arguments)
+    out = options.out or options.runs[0] / "report.html"
+    try:
+        out.write_text(build_page(read_runs(options.runs), options.gallery), encoding="utf-8")
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    sys.stdout.write(f"{out}\n")
+
+
+if __name__ == "__main__":
+    main()

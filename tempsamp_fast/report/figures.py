@@ -1,0 +1,179 @@
+"""The report's figures, each as SVG text: curves of several runs together, rewards and advantages by method."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from typing import Any, get_args
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from tempsamp_fast.plots import COLOURS, GRID, series, series_names, smooth
+from tempsamp_fast.report.runs import RunRecord, by_method
+from tempsamp_fast.sample import Mode
+
+NUM_PARTS = 20
+"""Stretches of training that a curve of group statistics has a point for."""
+
+
+def reward_curves(runs: Sequence[RunRecord]) -> str | None:
+    """Running mean of the on-policy task reward, a line per run; None without rewards."""
+    runs = [run for run in runs if series_names(run.metrics, "reward/on_policy_mean")]
+    if not runs:
+        return None
+    figure, axes = _figure(1, 1)
+    for run, colour in _coloured(runs):
+        name = next(n for n in series_names(run.metrics, "reward/") if not n.endswith(("_mean", "/format")))
+        steps, values = series(run.metrics, name)
+        axes[0].plot(steps, smooth(values), color=colour, alpha=0.8)
+    axes[0].set(xlabel="step", ylabel="mean sampled task reward")
+    return _curves(figure, runs)
+
+
+def miou_curves(runs: Sequence[RunRecord]) -> str | None:
+    """Held-out mIoU of every evaluation, a panel per mode and a line per run; None without evaluations."""
+    names = {mode: f"eval/{mode}/miou" for mode in get_args(Mode)}
+    names = {mode: name for mode, name in names.items() if any(series_names(run.metrics, name) for run in runs)}
+    if not names:
+        return None
+    figure, panels = _figure(1, len(names))
+    for axes, (mode, name) in zip(panels, names.items(), strict=True):
+        for run, colour in _coloured(runs):
+            axes.plot(*series(run.metrics, name), "o-", color=colour, alpha=0.8, markersize=4)
+        axes.set(xlabel="step", ylabel=f"held-out mIoU, {mode} mode")
+    return _curves(figure, runs)
+
+
+def best_reward(runs: Sequence[RunRecord]) -> str | None:
+    """Best sampled task reward of a group over training, by method: median, and quartiles shaded (paper figure 3)."""
+    methods = _with_groups(runs)
+    if not methods:
+        return None
+    figure, axes = _figure(1, 1)
+    for method, members in methods.items():
+        points = [(group["step"], max(task_rewards(group))) for run in members for group in run.groups]
+        parts = np.array_split(np.array(sorted(points)), min(NUM_PARTS, len(points)))
+        steps = [part[:, 0].mean() for part in parts]
+        low, median, high = np.array([np.percentile(part[:, 1], (25, 50, 75)) for part in parts]).T
+        colour = method_colours(runs)[method]
+        axes[0].fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
+        axes[0].plot(steps, median, color=colour)
+    axes[0].set(xlabel="step", ylabel="best sampled reward of a group")
+    return _curves(figure, runs)
+
+
+def reward_distribution(runs: Sequence[RunRecord]) -> str | None:
+    """Sampled task rewards in the first and the last quarter of the groups, a panel per method."""
+
+    def draw(axes: Axes, members: Sequence[RunRecord], colour: str) -> None:
+        quarters = [np.array_split(np.array(run.groups, dtype=object), 4) for run in members]
+        for label, quarter, style in (("first quarter", 0, ":"), ("last quarter", 3, "-")):
+            rewards = [reward for parts in quarters for group in parts[quarter] for reward in task_rewards(group)]
+            if rewards:
+                _histogram(axes, rewards, (0.0, 1.0), colour, style, f"{label}: mean {np.mean(rewards):.2f}")
+
+    return _panels(runs, draw, "sampled task reward")
+
+
+def advantage_distribution(runs: Sequence[RunRecord]) -> str | None:
+    """Advantages of sampled answers and of those made from the ground truth, a panel per method (paper figure 4)."""
+    every = [value for run in runs for group in run.groups for value in group["advantages"]]
+    limits = (min(every), max(every)) if every else (0.0, 0.0)
+
+    def draw(axes: Axes, members: Sequence[RunRecord], colour: str) -> None:
+        groups = [group for run in members for group in run.groups]
+        for label, is_off_policy, style in (("sampled", False, "-"), ("ground truth", True, ":")):
+            values = [value for group in groups for value in select(group, group["advantages"], is_off_policy)]
+            if values:
+                _histogram(axes, values, limits, colour, style, f"{label}: skewness {skewness(values):.2f}")
+
+    return _panels(runs, draw, "advantage")
+
+
+def skewness(values: Sequence[float]) -> float:
+    """Third standardised moment; 0 where all values are equal."""
+    centred = np.array(values) - np.mean(values)
+    variance = np.mean(centred**2)
+    return 0.0 if variance == 0 else float(np.mean(centred**3) / variance**1.5)
+
+
+def task_rewards(group: dict[str, Any]) -> list[float]:
+    """Rewards of a group's sampled answers, without that for the format."""
+    name = next(name for name in group["rewards"] if name != "format")
+    return select(group, group["rewards"][name], is_off_policy=False)
+
+
+def select(group: dict[str, Any], values: Sequence[float], is_off_policy: bool) -> list[float]:
+    """The values, one per answer of the group, of its sampled answers or of the other ones."""
+    return [value for value, off in zip(values, group["is_off_policy"], strict=True) if off == is_off_policy]
+
+
+def method_colours(runs: Sequence[RunRecord]) -> dict[str, str]:
+    """A colour for each method, the same all over the page."""
+    return dict(zip(by_method(runs), cycle(COLOURS), strict=False))
+
+
+def _coloured(runs: Sequence[RunRecord]) -> list[tuple[RunRecord, str]]:
+    colours = method_colours(runs)
+    return [(run, colours[run.method]) for run in runs]
+
+
+def _with_groups(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    return by_method([run for run in runs if run.groups])
+
+
+def _figure(num_rows: int, num_columns: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(9, 0.6 + 2.6 * num_rows), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, list(figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).flat)
+
+
+def _curves(figure: Figure, runs: Sequence[RunRecord]) -> str:
+    handles = [Line2D([], [], color=colour, label=method) for method, colour in method_colours(runs).items()]
+    figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def _panels(
+    runs: Sequence[RunRecord], draw: Callable[[Axes, Sequence[RunRecord], str], None], label: str
+) -> str | None:
+    """A panel for each method that has groups, drawn by `draw(axes, its runs, its colour)`; None where none has."""
+    methods = _with_groups(runs)
+    if not methods:
+        return None
+    colours = method_colours(runs)
+    num_columns = min(3, len(methods))
+    figure, panels = _figure(-(-len(methods) // num_columns), num_columns)
+    for axes, (method, members) in zip(panels, methods.items(), strict=False):
+        draw(axes, members, colours[method])
+        axes.set_title(method, fontsize=9)
+        axes.set_xlabel(label)
+        axes.legend(frameon=False, fontsize=7, loc="upper center")
+    panels[0].set_ylabel("share of answers")
+    panels[0].set_ylim(top=1.3 * panels[0].get_ylim()[1])
+    for axes in panels[len(methods) :]:
+        axes.remove()
+    return _svg(figure)
+
+
+def _histogram(
+    axes: Axes, values: Sequence[float], limits: tuple[float, float], colour: str, style: str, label: str
+) -> None:
+    shares = np.full(len(values), 1 / len(values))
+    axes.hist(
+        values, bins=24, range=limits, weights=shares, histtype="step", color=colour, ls=style, lw=1.5, label=label
+    )
+
+
+def _svg(figure: Figure) -> str:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=GRID, linewidth=0.6)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()

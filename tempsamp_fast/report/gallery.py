@@ -1,0 +1,83 @@
+"""Held-out videos on a timeline: frames, the true span, and what every run answered."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tempsamp_fast.report.runs import RunRecord
+from tempsamp_fast.video import VideoError, frames
+
+NUM_FRAMES = 8
+FRAME_HEIGHT = 72
+TRUE_COLOUR = "#444444"
+
+
+def pick_samples(runs: Sequence[RunRecord], mode: str, num_samples: int) -> list[str]:
+    """Ids of samples that every run answered, at equal distances from the first run's worst answer to its best."""
+    answered = [{row["sample_id"] for row in run.answers[mode]} for run in runs]
+    common = set.intersection(*answered)
+    rows = sorted((row for row in runs[0].answers[mode] if row["sample_id"] in common), key=lambda row: row["iou"])
+    if len(rows) <= num_samples:
+        return [row["sample_id"] for row in rows]
+    return [rows[round(index * (len(rows) - 1) / (num_samples - 1))]["sample_id"] for index in range(num_samples)]
+
+
+def gallery(runs: Sequence[RunRecord], colours: Mapping[str, str], num_samples: int) -> str:
+    """The HTML of the gallery, from the runs' answers in the first mode that all of them have; empty without any."""
+    modes = [mode for mode in runs[0].answers if all(mode in run.answers for run in runs)]
+    if not modes or num_samples == 0:
+        return ""
+    rows_by_run = [{row["sample_id"]: row for row in run.answers[modes[0]]} for run in runs]
+    parts = []
+    for sample_id in pick_samples(runs, modes[0], num_samples):
+        answers = [rows[sample_id] for rows in rows_by_run]
+        first = answers[0]
+        bars = [_bar("true", first["windows"], first["duration_s"], TRUE_COLOUR, "")]
+        for run, answer in zip(runs, answers, strict=True):
+            spans = [answer["span"]] if answer["span"] else []
+            note = f"IoU {answer['iou']:.2f}" if spans else "no answer"
+            bars.append(_bar(run.label, spans, first["duration_s"], colours[run.method], note))
+        parts.append(
+            f'<article><h3>“{escape(first["query"])}”</h3><p class="file">{escape(Path(first["video"]).name)}, '
+            f"{first['duration_s']:.1f} s</p>{_strip(first)}{''.join(bars)}</article>"
+        )
+    return "".join(parts)
+
+
+def _bar(label: str, spans: Sequence[Sequence[float]], duration_s: float, colour: str, note: str) -> str:
+    blocks = []
+    for start, end in spans:
+        left, right = (100 * min(max(time / duration_s, 0.0), 1.0) for time in (start, max(start, end)))
+        blocks.append(f'<i style="left:{left:.2f}%;width:{right - left:.2f}%;background:{colour}"></i>')
+    times = ", ".join(f"{start:.2f} to {end:.2f} s" for start, end in spans)
+    return (
+        f'<div class="bar"><span class="label">{escape(label)}</span><span class="track">{"".join(blocks)}</span>'
+        f'<span class="note">{times} {escape(note)}</span></div>'
+    )
+
+
+def _strip(answer: Mapping[str, Any]) -> str:
+    """Frames at equal distances, above the track that the bars are drawn on; the reason where there are none."""
+    times_s = [answer["duration_s"] * (index + 0.5) / NUM_FRAMES for index in range(NUM_FRAMES)]
+    try:
+        pictures = frames(answer["video"], times_s, FRAME_HEIGHT)
+    except VideoError as error:
+        return f'<p class="missing">no frames: {escape(str(error))}</p>'
+    images = [
+        f'<img alt="{time:.1f} s" src="data:image/jpeg;base64,{_jpeg(picture.permute(1, 2, 0).numpy())}">'
+        for picture, time in zip(pictures, times_s, strict=True)
+    ]
+    return f'<div class="strip"><span></span><span class="frames">{"".join(images)}</span></div>'
+
+
+def _jpeg(picture: Any) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="JPEG", quality=80)
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,88 @@
+"""The page: its sections put together, with nothing loaded from anywhere else."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+
+from tempsamp_fast.report import figures
+from tempsamp_fast.report.gallery import gallery
+from tempsamp_fast.report.runs import RunRecord, ScoreRow, score_table
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2126; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { font-size: 1rem; margin: 0; }
+table { border-collapse: collapse; font-size: .9rem; } .wide { overflow-x: auto; }
+th, td { text-align: left; padding: .3rem .55rem; border-bottom: 1px solid #d5d9de; vertical-align: bottom; }
+table.numbers td { white-space: nowrap; font-variant-numeric: tabular-nums; }
+figure { margin: 1.5rem 0; } figure img { width: 100%; } figcaption, .hint, .file { color: #5a6570; font-size: .85rem; }
+article { margin: 1.5rem 0 2.5rem; } .file { margin: 0 0 .4rem; }
+.strip, .bar { display: grid; grid-template-columns: 11rem minmax(0, 1fr) 13rem; gap: .6rem; align-items: center; }
+.strip { margin-bottom: .3rem; } .frames { display: flex; } .frames img { flex: 1; min-width: 0; }
+.track { position: relative; height: .8rem; background: #eceff2; }
+.track i { position: absolute; top: 0; bottom: 0; min-width: 2px; }
+.label, .note { font-size: .8rem; } .label { text-align: right; overflow-wrap: anywhere; } .missing { color: #a04000; }
+"""
+
+
+def build_page(runs: Sequence[RunRecord], num_gallery: int) -> str:
+    """The HTML of the report on `runs`; parts that the runs left no record for are left out."""
+    pictures = [
+        (figures.reward_curves(runs), "Running mean of the sampled answers' task reward; one line per run."),
+        (figures.miou_curves(runs), "Held-out mIoU before training and after each phase; one line per run."),
+        (figures.best_reward(runs), "Best sampled reward of each group: median, quartiles shaded."),
+        (figures.reward_distribution(runs), "Sampled rewards early and late in reinforcement learning."),
+        (figures.advantage_distribution(runs), "Advantages as the updates used them."),
+    ]
+    shown = gallery(runs, figures.method_colours(runs), num_gallery)
+    sections = [
+        ("Runs", _run_list(runs)),
+        ("Scores", _score_table(score_table(runs))),
+        ("Curves and distributions", "".join(_figure(svg, caption) for svg, caption in pictures if svg)),
+        (
+            "Gallery",
+            shown
+            and '<p class="hint">Held-out queries at equal distances from the first run’s worst answer to its best.</p>'
+            + shown,
+        ),
+    ]
+    body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections if content)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Training report</title>'
+        f"<style>{STYLE}</style></head><body><h1>Training report</h1>{body}</body></html>\n"
+    )
+
+
+def _run_list(runs: Sequence[RunRecord]) -> str:
+    rows = [
+        [run.folder.name, run.method, str(run.seed), run.config["model"]["model"], run.config["train"]["phases"]]
+        for run in runs
+    ]
+    return _table(["folder", "method", "seed", "model", "phases"], rows)
+
+
+def _score_table(rows: Sequence[ScoreRow]) -> str:
+    if not rows:
+        return ""
+    names = list(rows[0].scores)
+    cells = [
+        [row.method, row.mode, str(len(row.seeds)), *(str(row.scores[name]) for name in names), str(row.gain or "")]
+        for row in rows
+    ]
+    hint = (
+        '<p class="hint">After the last phase, mean ± 95 % interval: over the seeds (Student’s t), or over the queries '
+        "where there is one seed. The last column is paired by seed.</p>"
+    )
+    return _table(["method", "mode", "seeds", *names, f"mIoU against {rows[0].method}"], cells) + hint
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _figure(svg: str, caption: str) -> str:
+    source = f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+    return f'<figure><img alt="{escape(caption)}" src="{source}"><figcaption>{escape(caption)}</figcaption></figure>'

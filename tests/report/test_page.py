@@ -1,0 +1,117 @@
+"""The report: one file that needs nothing else, and that a browser shows as meant."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+
+from tempsamp_fast.plots import COLOURS
+from tempsamp_fast.report.__main__ import main
+
+QUERY = "the <b>red</b> square & the circle"
+
+
+def write_run(folder, shaping, seed, video, span):
+    """A run of two steps, evaluated before and after on two queries, one of them about a missing video."""
+    config = {"model": {"model": "tiny"}, "algorithm": {"shaping": shaping}, "train": {"seed": seed, "phases": "p"}}
+    rewards = {"reward/tiou": 0.4, "reward/on_policy_mean": 0.4, "reward/off_policy_mean": 1.0}
+    metrics = [{"step": 0, "phase": "eval", "eval/answer/miou": 0.1}]
+    metrics += [{"step": step, "phase": "tempsamp/answer", **rewards} for step in range(4)]
+    metrics += [{"step": 4, "phase": "eval", "eval/answer/miou": 0.5}]
+    group = {"rewards": {"tiou": [0.2, 0.6, 1.0]}, "advantages": [-1, 0, 1], "is_off_policy": [False, False, True]}
+    groups = [{"step": step, "phase": "tempsamp/answer", **group} for step in range(4)]
+    answer = {"query": QUERY, "duration_s": 4.0, "windows": [[1.0, 3.0]], "text": ""}
+    answers = [
+        {**answer, "sample_id": "a", "video": str(video), "span": span, "iou": 0.5},
+        {**answer, "sample_id": "b", "video": str(folder / "gone.mp4"), "span": None, "iou": 0.0},
+    ]
+    (folder / "eval").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    files = {"metrics": metrics, "groups": groups, "eval/start_answer": answers, "eval/1_tempsamp_answer": answers}
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The report on two methods, each with two seeds."""
+    folder = tmp_path_factory.mktemp("report")
+    video = folder / "video.mp4"
+    source = ["-f", "lavfi", "-i", "color=c=0x2060a0:duration=4:size=64x48:rate=10"]
+    subprocess.run(["ffmpeg", "-v", "error", *source, "-pix_fmt", "yuv420p", str(video)], check=True)
+    runs = []
+    for shaping, span in (("mixed", [0.0, 2.0]), ("anchor", [2.0, 4.0])):
+        for seed in (0, 1):
+            runs.append(str(folder / f"{shaping}-{seed}"))
+            write_run(folder / f"{shaping}-{seed}", shaping, seed, video, span)
+    main([*runs, "--out", str(folder / "page.html")])
+    return folder / "page.html"
+
+
+def test_page_loads_nothing_from_elsewhere(page):
+    html = page.read_text()
+    sources = re.findall(r"""(?:src|href)=["']([^"']*)""", html)
+    assert sources and all(source.startswith("data:") for source in sources)
+    assert "<script" not in html and "url(" not in html and "@import" not in html
+
+
+def test_page_has_every_section_and_escapes_what_it_shows(page):
+    html = page.read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", html) == ["Runs", "Scores", "Curves and distributions", "Gallery"]
+    assert html.count("<figure>") == 5 and html.count("<article>") == 2
+    assert "&lt;b&gt;red&lt;/b&gt;" in html and "<b>red" not in html
+    assert "shaping=anchor" in html and "0.250 ± 0.000" in html
+
+
+def test_a_missing_video_is_said_in_its_place(page):
+    assert re.search(r'class="missing">no frames: .*gone\.mp4', page.read_text())
+
+
+def test_a_run_without_groups_and_evaluations_still_has_a_page(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"model": "m"}, "train": {"seed": 0, "phases": "p"}}))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "phase": "sft/answer", "loss": 1.0}\n')
+    main([str(tmp_path)])
+    html = (tmp_path / "report.html").read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", html) == ["Runs"]
+
+
+def test_command_line_names_a_folder_without_a_run(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "nothing")])
+    assert "not a run folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_browser_shows_spans_where_they_are_on_the_frames(page, tmp_path):
+    """Each method's bar covers half the frames' width: the first method the left half, the second the right one."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium on the PATH to look at the page with")
+    shot = tmp_path / "shot.png"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,4200"]
+    command = [browser, *options, f"--screenshot={shot}", f"--user-data-dir={tmp_path}", page.as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    picture = imread(shot)[..., :3]
+    is_frame = _has(picture, (0x20 / 255, 0x60 / 255, 0xA0 / 255), tolerance=0.05)
+    first_row = np.flatnonzero(is_frame.sum(axis=1) > 300)[0]
+    frames = _columns(is_frame[first_row:])
+    left, right = (_columns(_has(picture[first_row:], to_rgb(colour), tolerance=0.01)) for colour in COLOURS[:2])
+    middle = sum(frames) / 2
+    assert left == pytest.approx((frames[0], middle), abs=4)
+    assert right == pytest.approx((middle, frames[1]), abs=4)
+
+
+def _has(picture, colour, tolerance):
+    """[height, width] bool: where the picture has the colour."""
+    return abs(picture - np.array(colour)).max(axis=2) <= tolerance
+
+
+def _columns(where):
+    """First column, and the one after the last, with at least 20 such pixels."""
+    columns = np.flatnonzero(where.sum(axis=0) >= 20)
+    return columns[0], columns[-1] + 1

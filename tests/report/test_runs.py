@@ -1,0 +1,80 @@
+"""Runs read back: named by what differs between them, their scores with intervals."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from tempsamp_fast.report.figures import select, skewness, task_rewards
+from tempsamp_fast.report.gallery import pick_samples
+from tempsamp_fast.report.runs import Interval, RunRecord, interval, name_methods, read_runs, score_table
+
+
+def config(seed=0, shaping="mixed", output_dir="a"):
+    return {"algorithm": {"shaping": shaping, "tau": 0.8}, "train": {"seed": seed, "output_dir": output_dir}}
+
+
+def record(method, seed, ious, mode="answer"):
+    answers = [{"sample_id": str(i), "iou": iou, "span": None if iou is None else (0, 1)} for i, iou in enumerate(ious)]
+    return RunRecord(None, method, seed, config(seed), [], [], {mode: answers})
+
+
+def test_methods_are_named_by_the_settings_that_differ_but_not_by_seed_and_folder(tmp_path):
+    configs = [config(0, "mixed", "a"), config(1, "mixed", "b"), config(0, "anchor", "c")]
+    assert name_methods(configs, [tmp_path] * 3) == ["shaping=mixed", "shaping=mixed", "shaping=anchor"]
+    assert name_methods(configs[:2], [tmp_path / "run"] * 2) == ["run", "run"]
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config()))
+    with pytest.raises(ValueError, match=r"not a run folder, it has no metrics\.jsonl"):
+        read_runs([tmp_path])
+
+
+def test_interval_is_students():
+    """Mean 2, standard deviation 1, three values: 4.303 / sqrt(3)."""
+    assert interval([1.0, 2.0, 3.0]).half_width == pytest.approx(4.303 / math.sqrt(3))
+    assert math.isnan(interval([1.0]).half_width)
+
+
+def test_interval_covers_the_mean_95_times_in_100():
+    rng = np.random.default_rng(0)
+    draws = [interval(rng.normal(size=5).tolist()) for _ in range(2000)]
+    assert np.mean([abs(draw.mean) <= draw.half_width for draw in draws]) == pytest.approx(0.95, abs=0.015)
+
+
+def test_gain_is_paired_by_seed():
+    """The second method gains 0.1 on each seed, though the seeds differ by much more."""
+    runs = [record("a", 0, [0.1]), record("a", 1, [0.7]), record("b", 1, [0.8]), record("b", 0, [0.2])]
+    first, second = score_table(runs)
+    assert first.gain is None and (second.gain.mean, second.gain.half_width) == pytest.approx((0.1, 0.0))
+    assert second.scores["miou"].half_width > 1 and second.seeds == (1, 0)
+
+
+def test_one_seed_has_its_interval_over_the_queries():
+    (row,) = score_table([record("a", 0, [1.0, 0.0, None, 0.6])])
+    assert row.scores["miou"] == Interval(0.4, pytest.approx(interval([1.0, 0.0, 0.0, 0.6]).half_width))
+    assert row.scores["parse_rate"].mean == 0.75 and row.gain is None
+
+
+def test_modes_are_scored_apart():
+    rows = score_table([record("a", 0, [1.0, 1.0]), record("b", 0, [0.5, 0.5], mode="think")])
+    assert [(row.method, row.mode) for row in rows] == [("a", "answer"), ("b", "think")]
+
+
+def test_gallery_spans_the_first_runs_worst_to_best():
+    runs = [record("a", 0, [0.5, 0.1, 0.9, 0.3, 0.7]), record("b", 0, [0.1, 0.1, 0.1, 0.1])]
+    assert pick_samples(runs, "answer", 2) == ["1", "2"]
+    assert pick_samples(runs, "answer", 10) == ["1", "3", "0", "2"]
+
+
+def test_task_rewards_are_those_of_sampled_answers_without_the_format():
+    group = {"rewards": {"tiou": [0.2, 0.4, 1.0], "format": [1, 0, 1]}, "is_off_policy": [False, False, True]}
+    assert task_rewards(group) == [0.2, 0.4]
+    assert select(group, [5.0, 6.0, 7.0], is_off_policy=True) == [7.0]
+
+
+def test_skewness():
+    assert skewness([1.0, 1.0]) == 0 and skewness([-1.0, 0.0, 1.0]) == 0
+    assert skewness([0.0, 0.0, 0.0, 1.0]) == pytest.approx(1.1547, abs=1e-4)
