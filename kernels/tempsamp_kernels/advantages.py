@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from tempsamp_kernels.tokens import choose_impl
@@ -70,20 +72,44 @@ def grouped_advantages(
         raise ValueError("group_mean and group_std come together")
     if group_mean is not None and shaping in ("anchor", "orarl"):
         raise ValueError(f"shaping {shaping!r} takes no group_mean and group_std")
-    choose_impl(impl, rewards)
-    rewards = rewards.detach().float()
-    off_policy = is_off_policy.to(rewards.device, torch.bool)
-    group_ids = group_ids.to(rewards.device)
+    impl = choose_impl(impl, rewards)
+    rewards = rewards.detach().float().contiguous()
+    fields = (format_rewards, group_mean, group_std)
+    form, mean, std = (None if field is None else field.detach().to(rewards).contiguous() for field in fields)
+    off_policy = is_off_policy.to(rewards.device, torch.bool).contiguous()
+    group_ids = group_ids.to(rewards.device).contiguous()
+    if impl == "torch":
+        rewards = shape_rewards(rewards, tau, alpha_1, alpha_2) if shaping == "nonlinear" else rewards
+        return _torch(rewards, group_ids, off_policy, shaping, form, lambda_off, downscale, eps, mean, std)
+    advantages = torch.empty_like(rewards)
+    if len(rewards):
+        group_advantage_kernel[(len(rewards),)](
+            rewards, form, group_ids, off_policy.view(torch.int8), mean, std, advantages, len(rewards),
+            float(tau), float(alpha_1), float(alpha_2), float(lambda_off), float(downscale), float(eps),
+            SHAPING=shaping, BLOCK=min(1024, triton.next_power_of_2(len(rewards))),
+        )  # fmt: skip
+    return advantages
+
+
+def _torch(
+    rewards: Tensor,
+    group_ids: Tensor,
+    off_policy: Tensor,
+    shaping: str,
+    format_rewards: Tensor | None,
+    lambda_off: float,
+    downscale: float,
+    eps: float,
+    group_mean: Tensor | None,
+    group_std: Tensor | None,
+) -> Tensor:
     group = group_ids[:, None] == group_ids[None, :]
-    if shaping == "nonlinear":
-        rewards = shape_rewards(rewards, tau, alpha_1, alpha_2)
-    elif shaping == "downscale":
+    if shaping == "downscale":
         rewards = torch.where(off_policy, downscale * _extreme(rewards, group, largest=True), rewards)
     if format_rewards is not None:
-        rewards = rewards + format_rewards.to(rewards)
+        rewards = rewards + format_rewards
     if group_mean is not None and group_std is not None:
-        centred = rewards - group_mean.to(rewards)
-        return torch.where(group_std.to(rewards) == 0, 0.0, centred / (group_std.to(rewards) + eps))
+        return torch.where(group_std == 0, 0.0, (rewards - group_mean) / (group_std + eps))
     if shaping == "anchor":
         peers = group & ~off_policy[None, :]
         on_policy = _normalised(rewards, peers, eps)
@@ -133,3 +159,129 @@ def _orarl(values: Tensor, group: Tensor, off_policy: Tensor) -> Tensor:
     bonus = torch.minimum(2 * surplus.square(), (1.2 * largest).clamp(0.05, 1))
     has_contrast = (count > 0) & (_extreme(values, group, largest=True) > _extreme(values, group, largest=False))
     return torch.where(has_contrast, torch.where(off_policy, bonus, centred), 0.0)
+
+
+@triton.jit
+def _members(
+    rewards_ptr,
+    format_ptr,
+    group_ids_ptr,
+    off_policy_ptr,
+    group_id,
+    top,
+    rows,
+    num_rows,
+    tau,
+    alpha_1,
+    alpha_2,
+    downscale,
+    SHAPING: tl.constexpr,
+):
+    """Shaped rewards of a block of rows, which of them are in the group, and which of those are on-policy."""
+    inside = rows < num_rows
+    value = tl.load(rewards_ptr + rows, mask=inside, other=0.0)
+    member = inside & (tl.load(group_ids_ptr + rows, mask=inside, other=0) == group_id)
+    off_policy = tl.load(off_policy_ptr + rows, mask=inside, other=0) != 0
+    if SHAPING == "nonlinear":
+        above = tau + alpha_1 * tl.log(1 + tl.maximum(value - tau, 0.0))
+        below = tau - (tl.exp(alpha_2 * tl.maximum(tau - value, 0.0)) - 1) / (tl.exp(alpha_2) - 1)
+        value = tl.where(value >= tau, above, below)
+    if SHAPING == "downscale":
+        value = tl.where(off_policy, downscale * top, value)
+    if format_ptr is not None:
+        value += tl.load(format_ptr + rows, mask=inside, other=0.0)
+    return value, member, member & (off_policy == 0)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def group_advantage_kernel(
+    rewards_ptr,
+    format_ptr,
+    group_ids_ptr,
+    off_policy_ptr,
+    mean_ptr,
+    std_ptr,
+    advantages_ptr,
+    num_rows,
+    tau,
+    alpha_1,
+    alpha_2,
+    lambda_off,
+    downscale,
+    eps,
+    SHAPING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per row, which reads its whole group: a few rows, and no order of them is assumed."""
+    row = tl.program_id(0)
+    group_id = tl.load(group_ids_ptr + row)
+    top = -float("inf")
+    if SHAPING == "downscale":
+        for start in range(0, num_rows, BLOCK):
+            rows = start + tl.arange(0, BLOCK)
+            inside = rows < num_rows
+            member = inside & (tl.load(group_ids_ptr + rows, mask=inside, other=0) == group_id)
+            value = tl.load(rewards_ptr + rows, mask=inside, other=0.0)
+            top = tl.maximum(top, tl.max(tl.where(member, value, float("-inf")), axis=0))
+
+    own, count, total, high, low = 0.0, 0.0, 0.0, -float("inf"), float("inf")
+    on_count, on_total, on_high, on_low = 0.0, 0.0, -float("inf"), float("inf")
+    for start in range(0, num_rows, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        value, member, on_policy = _members(
+            rewards_ptr, format_ptr, group_ids_ptr, off_policy_ptr, group_id, top,
+            rows, num_rows, tau, alpha_1, alpha_2, downscale, SHAPING,
+        )  # fmt: skip
+        own += tl.sum(tl.where(rows == row, value, 0.0), axis=0)
+        count += tl.sum(member.to(tl.float32), axis=0)
+        total += tl.sum(tl.where(member, value, 0.0), axis=0)
+        high = tl.maximum(high, tl.max(tl.where(member, value, float("-inf")), axis=0))
+        low = tl.minimum(low, tl.min(tl.where(member, value, float("inf")), axis=0))
+        on_count += tl.sum(on_policy.to(tl.float32), axis=0)
+        on_total += tl.sum(tl.where(on_policy, value, 0.0), axis=0)
+        on_high = tl.maximum(on_high, tl.max(tl.where(on_policy, value, float("-inf")), axis=0))
+        on_low = tl.minimum(on_low, tl.min(tl.where(on_policy, value, float("inf")), axis=0))
+    mean, on_mean = total / count, on_total / tl.maximum(on_count, 1.0)
+
+    squares, on_squares = 0.0, 0.0
+    for start in range(0, num_rows, BLOCK):
+        value, member, on_policy = _members(
+            rewards_ptr, format_ptr, group_ids_ptr, off_policy_ptr, group_id, top,
+            start + tl.arange(0, BLOCK), num_rows, tau, alpha_1, alpha_2, downscale, SHAPING,
+        )  # fmt: skip
+        squares += tl.sum(tl.where(member, (value - mean) * (value - mean), 0.0), axis=0)
+        on_squares += tl.sum(tl.where(on_policy, (value - on_mean) * (value - on_mean), 0.0), axis=0)
+
+    is_off_policy = tl.load(off_policy_ptr + row) != 0
+    if mean_ptr is not None:
+        std = tl.load(std_ptr + row)
+        advantage = tl.where(std == 0, 0.0, (own - tl.load(mean_ptr + row)) / (std + eps))
+    elif SHAPING == "anchor":
+        scale = tl.where(on_high > on_low, 1 / (tl.sqrt(on_squares / tl.maximum(on_count - 1, 1.0)) + eps), 0.0)
+        best = tl.where(on_high > on_low, on_high - on_mean, 0.0)
+        advantage = tl.where(is_off_policy, lambda_off * best, own - on_mean) * scale
+    elif SHAPING == "orarl":
+        varies = on_high > on_low
+        variance_ratio = (squares / count) / tl.maximum(on_squares / tl.maximum(on_count, 1.0), 1e-30)
+        gain = tl.where(varies, tl.minimum(tl.exp(0.125 * tl.log(tl.maximum(variance_ratio, 1.0))), 4.0), 1.0)
+        surplus_total = 0.0
+        for start in range(0, num_rows, BLOCK):
+            value, _, on_policy = _members(
+                rewards_ptr, format_ptr, group_ids_ptr, off_policy_ptr, group_id, top,
+                start + tl.arange(0, BLOCK), num_rows, tau, alpha_1, alpha_2, downscale, SHAPING,
+            )  # fmt: skip
+            centred = value - on_mean
+            centred = tl.where(centred > 0, centred * gain, centred)
+            surplus_total += tl.sum(tl.where(on_policy, centred, 0.0), axis=0)
+        offset = surplus_total / tl.maximum(on_count, 1.0)
+        centred = own - on_mean
+        centred = tl.where(varies, tl.where(centred > 0, centred * gain, centred) - offset, 0.0)
+        largest = tl.where(varies, (on_high - on_mean) * gain - offset, 0.0)
+        surplus = tl.minimum(tl.maximum((own - on_mean) / tl.maximum(own, 1e-6), 0.0), 1.0)
+        bonus = tl.minimum(2 * surplus * surplus, tl.minimum(tl.maximum(1.2 * largest, 0.05), 1.0))
+        advantage = tl.where(is_off_policy, bonus, centred)
+        advantage = tl.where(high > low, tl.where(on_count > 0, advantage, 0.0), 0.0)
+    else:
+        std = tl.sqrt(squares / tl.maximum(count - 1, 1.0))
+        advantage = tl.where(high > low, (own - mean) / (std + eps), 0.0)
+    tl.store(advantages_ptr + row, advantage)

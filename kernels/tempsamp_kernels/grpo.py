@@ -11,11 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from tempsamp_kernels.advantages import grouped_advantages
 from tempsamp_kernels.head import ChunkedHead, HeadGradients, check_head, chunk_rows
-from tempsamp_kernels.logprob import forward_sweep, gradient_sweep
+from tempsamp_kernels.logprob import KERNELS, forward_sweep, gradient_sweep
 from tempsamp_kernels.metrics import LossMetrics, summarise
 from tempsamp_kernels.objectives import SELF, TokenLoss, token_loss
 from tempsamp_kernels.reference import token_log_ratio, token_terms
-from tempsamp_kernels.rows import row_kernels
 from tempsamp_kernels.sequences import Sequences, Vespo
 from tempsamp_kernels.tokens import NUM_TERMS, TERMS, HeadOptions, Tokens, choose_impl, per_token
 
@@ -75,11 +74,12 @@ class FusedLinearLoss(torch.autograd.Function):
 
 def _learn(head: ChunkedHead, plan: LossPlan, terms: Tensor, gradients: HeadGradients) -> None:
     """One pass, 6NHV FLOPs: logits, loss and its gradient while they are at hand, dX and dW."""
-    kernels = row_kernels(plan.options.impl)
+    kernels = KERNELS[plan.options.impl]
     tokens = plan.tokens.map(lambda field: field[: head.num_tokens]).padded(head.num_padded)
 
     def consume(logits: Tensor, chunk: slice) -> Tensor:
-        found, d_logits = kernels.row_loss(logits, tokens.map(lambda field: field[chunk]), plan.options, plan.loss)
+        inputs = tokens.map(lambda field: field[chunk])
+        found, d_logits = kernels.row_loss(logits, inputs, plan.options, plan.loss, head.gemm_dtype)
         target = terms[:, chunk]
         target.copy_(found[:, : target.shape[1]])
         return d_logits
@@ -121,12 +121,17 @@ def token_weights(
     return weight / torch.as_tensor(num_items, device=mask.device).clamp(min=1)
 
 
+def on_host(*tensors: Tensor | None) -> bool:
+    """Whether all values can be looked at without waiting for a device."""
+    return all(tensor is None or tensor.device.type == "cpu" for tensor in tensors)
+
+
 def live_tokens(mask: Tensor | None, advantage: Tensor, always: bool) -> Tensor | None:
     """[N] bool on the CPU: tokens that may have a gradient, or None where only the device could tell.
 
     Without a KL term (`always` False) that takes a nonzero advantage.
     """
-    if advantage.is_cuda or (mask is not None and mask.is_cuda):
+    if not on_host(advantage, mask):
         return None
     live = torch.ones(len(advantage), dtype=torch.bool) if always else advantage != 0
     return live if mask is None else live & mask
@@ -190,7 +195,7 @@ def fused_linear_grpo_loss(
             Liger 0.8.5, or "sft": negative log-likelihood, mean over rows of the mean over tokens.
         importance_sampling_level: "token", or "sequence" for the geometric mean over the row (GSPO), at 8NHV FLOPs.
         beta: weight of the KL term; kl_type: "k1", "k2", "k3" (default) or "k3_corrected" (times the ratio).
-        epsilon_low, epsilon_high, delta, dual_clip: bounds of the ratio; for "cispo" `epsilon_high` is the bound itself.
+        epsilon_low, epsilon_high, delta, dual_clip: bounds of the ratio; for "cispo" `epsilon_high` is the bound.
         off_policy_ratio: "detach" gives off-policy completions ratio exp(logp - logp.detach()) whatever `old_logps`
             say; "old" treats them like the others. off_policy_kl: whether they pay the KL term.
         num_rows: normaliser of "grpo", "dr_grpo", "sapo", "luspo" and "sft"; by default the completions present in
@@ -209,7 +214,7 @@ def fused_linear_grpo_loss(
     Raises ValueError for shapes, dtypes, names and combinations that do not fit.
     """
     check_head(hidden, weight, token_ids, bias)
-    loss = token_loss(loss_type, kl_type, epsilon_low, epsilon_high, delta, dual_clip)
+    objective = token_loss(loss_type, kl_type, epsilon_low, epsilon_high, delta, dual_clip)
     for name, value, choices in (
         ("importance_sampling_level", importance_sampling_level, ("token", "sequence")),
         ("off_policy_ratio", off_policy_ratio, ("detach", "old")),
@@ -243,14 +248,15 @@ def fused_linear_grpo_loss(
     num_tokens, device = len(hidden), hidden.device
     if row_ids.shape != (num_tokens,):
         raise ValueError(f"row_ids must be ({num_tokens},) like token_ids; got {tuple(row_ids.shape)}")
-    num_row_ids = max(1, num_tokens, len(advantages), 0 if is_off_policy is None else len(is_off_policy))
-    if not row_ids.is_cuda and num_tokens and int(row_ids.max()) >= num_row_ids:
+    by_row = [len(field) for field in (advantages, is_off_policy) if field is not None and len(field) != num_tokens]
+    num_row_ids = max(by_row, default=max(1, num_tokens))
+    if on_host(row_ids) and num_tokens and int(row_ids.max()) >= num_row_ids:
         raise ValueError(f"row_ids must be below {num_row_ids}; got {int(row_ids.max())}")
     has_kl = beta != 0 and ref_logps is not None
-    if live_rows is None and not row_ids.is_cuda:
+    if live_rows is None and on_host(row_ids):
         by_token = advantages if len(advantages) == num_tokens else advantages[row_ids.to(advantages.device)]
         live_rows = live_tokens(mask, by_token, always=has_kl or loss_type == "sft")
-    elif live_rows is not None and (live_rows.is_cuda or live_rows.shape != (num_tokens,)):
+    elif live_rows is not None and (not on_host(live_rows) or live_rows.shape != (num_tokens,)):
         raise ValueError(f"live_rows must be ({num_tokens},) bool on the CPU; got {tuple(live_rows.shape)}")
 
     row_ids = row_ids.to(device)
@@ -264,22 +270,22 @@ def fused_linear_grpo_loss(
     tokens = Tokens(
         token_ids=token_ids.masked_fill(~mask, 0),
         temperature=per_token(temperature, row_ids, num_tokens, "temperature", device),
-        advantage=per_token(advantages, row_ids, num_tokens, "advantages", device),
+        advantage=per_token(advantages, row_ids, num_tokens, "advantages", device).masked_fill(~mask, 0),
         policy_weight=counts_for,
         kl_weight=beta * pays_kl if has_kl else torch.zeros_like(counts_for),
-        old_logps=_known_logps(old_logps, mask & ~off_policy if off_policy_ratio == "detach" else mask, "old_logps"),
-        ref_logps=_known_logps(ref_logps if has_kl else None, mask, "ref_logps"),
+        old_logps=known_logps(old_logps, mask & ~off_policy if off_policy_ratio == "detach" else mask, "old_logps"),
+        ref_logps=known_logps(ref_logps if has_kl else None, mask, "ref_logps"),
     )
     sequences = None
     if importance_sampling_level == "sequence":
-        sequences = Sequences(row_ids, num_row_ids, mask, lengths)
+        sequences = Sequences(row_ids, num_row_ids, mask, lengths, impl)
     elif loss_type == "vespo" and old_logps is not None:
-        sequences = Sequences(row_ids, num_row_ids, mask, lengths, Vespo())
+        sequences = Sequences(row_ids, num_row_ids, mask, lengths, impl, Vespo())
     options = HeadOptions(None if bias is None else bias.detach().float(), softcap, logit_scale, impl)
     rows = chunk_size or chunk_rows(num_tokens, len(weight), device.type)
-    plan = LossPlan(tokens, mask, options, loss, rows, num_tokens, sequences)
-    value, terms = run(plan, hidden, weight, bias, live_rows)
-    return value, summarise(terms, mask, off_policy)
+    plan = LossPlan(tokens, mask, options, objective, rows, num_tokens, sequences)
+    loss, terms = run(plan, hidden, weight, bias, live_rows)
+    return loss, summarise(terms, mask, off_policy)
 
 
 def run(
@@ -302,7 +308,7 @@ def run(
     return loss, terms[:, place]
 
 
-def _known_logps(logps: Tensor | None, known: Tensor, name: str) -> Tensor:
+def known_logps(logps: Tensor | None, known: Tensor, name: str) -> Tensor:
     """[N] fp32 log-probs, `SELF` where there are none or `known` [N] bool is False."""
     if logps is None:
         return torch.full(known.shape, SELF, device=known.device)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 ROW_MULTIPLE = 32
 LOGITS_BYTES = {"cuda": 5 << 28, "cpu": 1 << 28}
-"""Size of one chunk's fp32 logits: 1.25 GiB holds 2,048 rows of a 152k vocabulary, enough to amortise the dW traffic."""
+"""Size of a chunk's fp32 logits: 1.25 GiB holds 2,048 rows of a 152k vocabulary, enough to amortise the dW traffic."""
 
 
 def chunk_rows(num_tokens: int, vocab_size: int, device_type: str) -> int:
@@ -70,7 +70,9 @@ class ChunkedHead:
         self.num_padded = -(-self.num_tokens // rows) * rows
         self.hidden, self.mask = hidden, mask
         self.compute_dtype = compute_dtype or _compute_dtype(hidden)
-        self.gemm_dtype = torch.bfloat16 if hidden.is_cuda and self.compute_dtype == torch.bfloat16 else torch.float32
+        self.gemm_dtype = (
+            torch.float32 if hidden.device.type == "cpu" or self.compute_dtype == torch.float16 else self.compute_dtype
+        )
         self.weight = weight.detach().to(self.compute_dtype).to(self.gemm_dtype)
 
     def part(self, tokens: slice) -> ChunkedHead:
@@ -103,9 +105,9 @@ class ChunkedHead:
         return HeadGradients(grad_hidden, zeros(weight, vocab_size, hidden_size), zeros(bias, vocab_size))
 
     def sweep(self, consume: Callable[[Tensor, slice], Tensor | None], gradients: HeadGradients | None = None) -> None:
-        """Give each chunk's raw logits [rows, V] fp32 to `consume`; with `gradients`, push what it returns through the GEMMs.
+        """Give each chunk's raw logits [rows, V] fp32 to `consume`, which may overwrite them.
 
-        `consume` may overwrite the logits and return them, or a view of their memory in the GEMM's dtype, as the gradient.
+        With `gradients`, it returns d loss / d logits in the GEMM's dtype, to be multiplied into them.
         """
         if self.num_tokens == 0:
             return
@@ -118,7 +120,6 @@ class ChunkedHead:
                     continue
                 if gradients.bias is not None:
                     gradients.bias += d_logits.sum(0, dtype=torch.float32)
-                d_logits = d_logits.to(self.gemm_dtype)
                 if gradients.hidden is not None:
                     target = gradients.hidden[chunk]
                     target.copy_(_mm(d_logits, self.weight)[: len(target)])

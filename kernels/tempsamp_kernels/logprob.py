@@ -11,14 +11,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tempsamp_kernels import reference
+from tempsamp_kernels import rows as triton_rows
 from tempsamp_kernels.head import ChunkedHead, HeadGradients, check_head, chunk_rows
-from tempsamp_kernels.rows import row_kernels
 from tempsamp_kernels.tokens import HeadOptions, RowStatistics, Tokens, choose_impl, per_token
+
+Gather = Callable[[Tensor, Tensor | None], AbstractContextManager[object]]
+KERNELS = {"torch": reference, "triton": triton_rows}
+"""What each chunk's logits are given to, by `impl`."""
 
 
 def forward_sweep(head: ChunkedHead, tokens: Tokens, options: HeadOptions) -> RowStatistics:
     """Softmax statistics of all tokens: one GEMM, 2NHV FLOPs."""
-    kernels = row_kernels(options.impl)
+    kernels = KERNELS[options.impl]
     tokens = tokens.padded(head.num_padded)
     found = []
 
@@ -42,7 +47,7 @@ def gradient_sweep(
     gradients: HeadGradients,
 ) -> None:
     """Recompute the logits and push d loss / d logp and / d entropy [N] through them: three GEMMs, 6NHV FLOPs."""
-    kernels = row_kernels(options.impl)
+    kernels = KERNELS[options.impl]
     tokens = tokens.padded(head.num_padded)
     rows, d_logp = rows.map(head.padded), head.padded(d_logp)
     d_entropy = None if d_entropy is None else head.padded(d_entropy)
@@ -50,16 +55,11 @@ def gradient_sweep(
     def consume(logits: Tensor, chunk: slice) -> Tensor:
         cut = lambda values: values[chunk]
         d_entropy_chunk = None if d_entropy is None else d_entropy[chunk]
-        return kernels.row_gradient(logits, tokens.map(cut), options, rows.map(cut), d_logp[chunk], d_entropy_chunk)
+        return kernels.row_gradient(
+            logits, tokens.map(cut), options, rows.map(cut), d_logp[chunk], d_entropy_chunk, head.gemm_dtype
+        )
 
     head.sweep(consume, gradients)
-
-
-GatherHead = Callable[[Tensor, Tensor | None], AbstractContextManager[object]]
-
-
-def _as_it_is(weight: Tensor, bias: Tensor | None) -> AbstractContextManager[object]:
-    return nullcontext()
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -72,7 +72,7 @@ class _LinearLogprob(torch.autograd.Function):
         tokens: Tokens,
         options: HeadOptions,
         rows: int,
-        gather: GatherHead,
+        gather: Gather | None,
     ) -> tuple[Tensor, Tensor]:
         head = ChunkedHead(hidden, weight, None, rows)
         found = forward_sweep(head, tokens, options)
@@ -89,7 +89,7 @@ class _LinearLogprob(torch.autograd.Function):
         rows = RowStatistics(*statistics)
         if d_logp is None:
             d_logp = torch.zeros_like(rows.logp)
-        with ctx.gather(weight, bias):
+        with nullcontext() if ctx.gather is None else ctx.gather(weight, bias):
             head = ChunkedHead(hidden, weight, None, ctx.rows, ctx.compute_dtype)
             gradients = head.gradients(*ctx.needs_input_grad[:3])
             gradient_sweep(head, ctx.tokens, ctx.options, rows, d_logp, d_entropy, gradients)
@@ -107,7 +107,7 @@ def linear_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
-    gather: GatherHead = _as_it_is,
+    gather: Gather | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of `token_ids` and entropy under `softmax(head(hidden) / temperature)`, differentiable in both.
@@ -121,8 +121,8 @@ def linear_logprob(
         softcap: `z -> softcap * tanh(z / softcap)`, applied after `logit_scale` and before the temperature.
         logit_scale: factor of the raw logits.
         chunk_size: tokens per chunk of logits; chosen from V by default.
-        gather: context in which a sharded weight and bias are whole (ZeRO-3). The caller holds it around this call; the
-            backward enters it again.
+        gather: makes the context in which a sharded weight and bias are whole (ZeRO-3). The caller holds one around
+            this call; the backward enters another.
         impl: "triton", "torch", or None for the one that suits the device.
 
     Returns:

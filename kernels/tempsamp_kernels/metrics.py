@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tempsamp_kernels.tokens import TERMS
 
@@ -50,7 +51,7 @@ class LossMetrics:
 
 
 def summarise(terms: Tensor, mask: Tensor, is_off_policy: Tensor) -> LossMetrics:
-    """Reduce terms [NUM_TERMS, N] over the tokens where `mask` [N] bool is set; `is_off_policy` [N] bool splits them."""
+    """Reduce terms [NUM_TERMS, N] over the tokens of `mask` [N] bool, split by `is_off_policy` [N] bool."""
     row = {name: terms[i] for i, name in enumerate(TERMS)}
     values = [row["loss"].sum()[None]]
     for tokens in (mask, mask & ~is_off_policy, mask & is_off_policy):
@@ -59,13 +60,10 @@ def summarise(terms: Tensor, mask: Tensor, is_off_policy: Tensor) -> LossMetrics
         mean = weight / count.clamp(min=1)
         means = (torch.stack([*(row[name] for name in MEANS), row["ratio"], row["ratio"].square()]) * mean).sum(1)
         ratio_mean, ratio_square = means[-2], means[-1]
-        any_ratio = row["ratio"] if len(weight) else torch.zeros_like(weight.sum()[None])
-        present = tokens if len(weight) else torch.zeros_like(any_ratio, dtype=torch.bool)
-        values += [
-            count[None],
-            means[:-1],
-            torch.where(present, any_ratio, torch.inf).amin()[None],
-            torch.where(present, any_ratio, -torch.inf).amax()[None],
-            (ratio_mean.square() / ratio_square.clamp(min=torch.finfo(torch.float32).tiny))[None],
-        ]
+        is_empty = count == 0
+        low = functional.pad(row["ratio"].masked_fill(~tokens, torch.inf), (0, 1), value=torch.inf).amin()
+        high = functional.pad(row["ratio"].masked_fill(~tokens, 0.0), (0, 1)).amax()
+        effective = ratio_mean.square() / ratio_square.clamp(min=torch.finfo(torch.float32).tiny)
+        values += [count[None], means[:-1]]
+        values += [torch.where(is_empty, 1.0, value)[None] for value in (low, high, effective)]
     return LossMetrics(torch.cat(values), row["logp"] * mask, row["entropy"] * mask)

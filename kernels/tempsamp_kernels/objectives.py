@@ -20,12 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+UNBOUNDED = 1e30
+"""A bound that nothing reaches; finite, for infinity times an advantage of 0 is no number."""
 SELF = inf
-"""In old or reference log-probs: stands for the current log-prob itself (ratio 1, KL 0, the gradient of a detached copy)."""
+"""In old or reference log-probs: stands for a detached copy of the current one (ratio 1, KL 0)."""
 
 
 def clipped(logp, log_ratio, advantage, lower, upper, cap, dual):
-    """PPO's pessimistic clip (arXiv 1707.06347), two-sided `cap` (arXiv 2505.07291) and `dual` clip (arXiv 1912.09729)."""
+    """PPO's pessimistic clip (arXiv 1707.06347) with INTELLECT-2's `cap` (2505.07291) and `dual` clip (1912.09729)."""
     ratio = log_ratio.exp()
     surrogate = ratio.clamp(max=cap) * advantage
     clipped_surrogate = ratio.clamp(lower, upper) * advantage
@@ -206,9 +208,9 @@ def token_loss(
             raise ValueError(f"{name} must be positive, got {value}")
     objective = OBJECTIVE_OF_LOSS_TYPE[loss_type]
     bounds = {
-        "clipped": (1 - epsilon_low, 1 + epsilon_high, inf if delta is None else delta, dual_clip or inf),
-        "cispo": (-inf, epsilon_high, inf, inf),
-        "sapo": (-inf, inf, sapo_temperature_pos, sapo_temperature_neg),
-        "likelihood": (-inf, inf, inf, inf),
+        "clipped": (1 - epsilon_low, 1 + epsilon_high, delta or UNBOUNDED, dual_clip or UNBOUNDED),
+        "cispo": (-UNBOUNDED, epsilon_high, UNBOUNDED, UNBOUNDED),
+        "sapo": (-UNBOUNDED, UNBOUNDED, sapo_temperature_pos, sapo_temperature_neg),
+        "likelihood": (-UNBOUNDED, UNBOUNDED, UNBOUNDED, UNBOUNDED),
     }[objective]
     return TokenLoss(OBJECTIVES[objective], KL_ESTIMATORS[kl_type], bounds)

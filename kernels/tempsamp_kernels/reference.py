@@ -104,15 +104,25 @@ def row_statistics(logits: Tensor, tokens: Tokens, head: HeadOptions) -> RowStat
 
 
 def row_gradient(
-    logits: Tensor, tokens: Tokens, head: HeadOptions, rows: RowStatistics, d_logp: Tensor, d_entropy: Tensor | None
+    logits: Tensor,
+    tokens: Tokens,
+    head: HeadOptions,
+    rows: RowStatistics,
+    d_logp: Tensor,
+    d_entropy: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Turn raw logits [C, V] fp32 into their gradient, in place."""
-    return softmax_gradient_(scale_logits_(logits, tokens, head), tokens, head, rows, d_logp, d_entropy)
+    """The gradient of raw logits [C, V] fp32 as `dtype`; the logits are overwritten."""
+    scaled = scale_logits_(logits, tokens, head)
+    return softmax_gradient_(scaled, tokens, head, rows, d_logp, d_entropy).to(dtype)
 
 
-def row_loss(logits: Tensor, tokens: Tokens, head: HeadOptions, loss: TokenLoss) -> tuple[Tensor, Tensor]:
-    """From raw logits [C, V] fp32 to the terms [NUM_TERMS, C] and, in place, the gradient of the loss."""
+def row_loss(
+    logits: Tensor, tokens: Tokens, head: HeadOptions, loss: TokenLoss, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Loss terms [NUM_TERMS, C] of raw logits [C, V] fp32 and their gradient as `dtype`; the logits are overwritten."""
     scaled = scale_logits_(logits, tokens, head)
     rows = softmax_statistics(scaled, tokens.token_ids)
-    terms, d_logp, d_log_ratio = token_terms(rows.logp, rows.entropy, token_log_ratio(rows.logp, tokens), tokens, loss)
-    return terms, softmax_gradient_(scaled, tokens, head, rows, d_logp + d_log_ratio, None)
+    log_ratio = token_log_ratio(rows.logp, tokens)
+    terms, d_logp, d_log_ratio = token_terms(rows.logp, rows.entropy, log_ratio, tokens, loss)
+    return terms, softmax_gradient_(scaled, tokens, head, rows, d_logp + d_log_ratio, None).to(dtype)

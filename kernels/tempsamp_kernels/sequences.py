@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from math import log
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from tempsamp_kernels.objectives import TokenLoss
@@ -33,6 +35,19 @@ class Vespo:
         return (rate + k * log_w - rate * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
+@triton.jit(do_not_specialize=["num_tokens"])
+def row_sum_kernel(values_ptr, row_ids_ptr, sums_ptr, num_tokens, BLOCK: tl.constexpr):
+    """One program per row, which looks at every token: no atomics, so no order to vary."""
+    row = tl.program_id(0)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, num_tokens, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        inside = tokens < num_tokens
+        mine = tl.load(row_ids_ptr + tokens, mask=inside, other=-1) == row
+        total += tl.load(values_ptr + tokens, mask=inside & mine, other=0.0)
+    tl.store(sums_ptr + row, tl.sum(total, axis=0))
+
+
 @dataclass(frozen=True)
 class Sequences:
     """Which tokens make up a row, and what its tokens share."""
@@ -44,25 +59,30 @@ class Sequences:
     """[N] bool: tokens that count in the row's ratio."""
     lengths: Tensor
     """[N] fp32: counted tokens of the token's row, at least 1."""
+    impl: str
     vespo: Vespo | None = None
     """None: the geometric mean of a row's ratios replaces each of them (GSPO, arXiv 2507.18071)."""
 
     def reordered(self, order: Tensor) -> Sequences:
         return replace(self, row_ids=self.row_ids[order], mask=self.mask[order], lengths=self.lengths[order])
 
-    def _row_sum(self, values: Tensor) -> Tensor:
-        """[B] sums."""
-        return values.new_zeros(self.num_row_ids).index_add_(0, self.row_ids, values)
+    def row_sum(self, values: Tensor) -> Tensor:
+        """[N] values to [B] sums, the same bits every time."""
+        sums = values.new_zeros(self.num_row_ids)
+        if self.impl == "torch":
+            return sums.index_add_(0, self.row_ids, values)
+        row_sum_kernel[(self.num_row_ids,)](values.contiguous(), self.row_ids, sums, len(values), BLOCK=1024)
+        return sums
 
     def terms(self, rows: RowStatistics, tokens: Tokens, loss: TokenLoss) -> tuple[Tensor, Tensor]:
         """Terms [NUM_TERMS, N] of the loss and its derivative with respect to each log-prob [N]."""
         log_ratio = token_log_ratio(rows.logp, tokens)
         if self.vespo is not None:
-            row_log_ratio = self._row_sum(log_ratio.clamp(-20.0, 20.0) * self.mask) + self.vespo.log_weight
+            row_log_ratio = self.row_sum(log_ratio.clamp(-20.0, 20.0) * self.mask) + self.vespo.log_weight
             weight = self.vespo.weight(row_log_ratio[self.row_ids], tokens.advantage)
             tokens = replace(tokens, advantage=tokens.advantage * weight)
             terms, d_logp, d_log_ratio = token_terms(rows.logp, rows.entropy, log_ratio, tokens, loss)
             return terms, d_logp + d_log_ratio
-        log_ratio = self._row_sum(log_ratio * self.mask)[self.row_ids] / self.lengths
+        log_ratio = self.row_sum(log_ratio * self.mask)[self.row_ids] / self.lengths
         terms, d_logp, d_log_ratio = token_terms(rows.logp, rows.entropy, log_ratio, tokens, loss)
-        return terms, d_logp + self._row_sum(d_log_ratio)[self.row_ids] / self.lengths * self.mask
+        return terms, d_logp + self.row_sum(d_log_ratio)[self.row_ids] / self.lengths * self.mask

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn import functional
 
@@ -81,13 +82,8 @@ def choose_impl(impl: str | None, tensor: Tensor) -> str:
         return "triton" if tensor.is_cuda else "torch"
     if impl not in ("torch", "triton"):
         raise ValueError(f"impl {impl!r} is not one of ['torch', 'triton']")
-    if impl == "triton" and tensor.device.type == "cpu":
-        from triton import knobs
-
-        if not knobs.runtime.interpret:
-            raise ValueError(
-                "impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1 in the environment); got a CPU tensor"
-            )
+    if impl == "triton" and tensor.device.type == "cpu" and not triton.knobs.runtime.interpret:
+        raise ValueError("impl 'triton' needs CUDA tensors, or TRITON_INTERPRET=1 before the import")
     return impl
 
 

@@ -1,0 +1,134 @@
+"""Door B: our class and Liger's give the same loss, metrics and gradients for everything that Liger's accepts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
+from tempsamp_kernels.liger import FusedLinearGRPOLoss
+
+BATCH, LENGTH, HIDDEN, VOCAB = 4, 7, 12, 37
+TOKEN_LEVEL_ONLY = ("cispo", "sapo", "vespo")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", *TOKEN_LEVEL_ONLY)
+CASES = [
+    (loss_type, level)
+    for loss_type in LOSS_TYPES
+    for level in ("token", "sequence")
+    if level == "token" or loss_type not in TOKEN_LEVEL_ONLY
+]
+
+
+def batch(seed=0):
+    """A padded batch whose old and reference policies are far enough to reach every clip."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)
+    hidden, weight, bias = normal(BATCH, LENGTH, HIDDEN), normal(VOCAB, HIDDEN) * 0.5, normal(VOCAB) * 0.1
+    ids = torch.randint(VOCAB, (BATCH, LENGTH), generator=generator)
+    lengths = torch.tensor([LENGTH, 3, 0, 5])
+    logps = torch.log_softmax(hidden @ weight.T + bias, -1).gather(-1, ids[..., None])[..., 0]
+    return {
+        "_input": hidden,
+        "lin_weight": weight,
+        "selected_token_ids": ids,
+        "attention_mask": (torch.arange(LENGTH) < lengths[:, None]).long(),
+        "advantages": normal(BATCH),
+        "bias": bias,
+        "ref_per_token_logps": logps + 0.3 * normal(BATCH, LENGTH),
+        "old_per_token_logps": logps + 0.3 * normal(BATCH, LENGTH),
+        "importance": torch.rand(BATCH, LENGTH, generator=generator) + 0.5,
+    }
+
+
+def outcome(cls, inputs, **options):
+    inputs = {name: value.clone() if torch.is_tensor(value) else value for name, value in inputs.items()}
+    learned = [
+        inputs[name].requires_grad_() for name in ("_input", "lin_weight", "bias") if inputs.get(name) is not None
+    ]
+    loss, metrics = cls(**options)(**inputs)
+    (1.5 * loss).backward()
+    return [loss.detach(), *metrics, *(tensor.grad for tensor in learned)]
+
+
+def assert_same(inputs, **options):
+    theirs = outcome(LigerFusedLinearGRPOLoss, inputs, compiled=False, **options)
+    ours = outcome(FusedLinearGRPOLoss, inputs, **options)
+    for actual, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(("loss_type", "level"), CASES)
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("importance", [None, "row", "token"])
+def test_loss_metrics_and_gradients_equal_ligers(loss_type, level, beta, importance):
+    inputs = batch()
+    weights = inputs.pop("importance")
+    if importance is not None:
+        inputs["vllm_is_ratio"] = weights if importance == "token" else weights[:, 0]
+    options = {
+        "loss_type": loss_type,
+        "importance_sampling_level": level,
+        "beta": beta,
+        "epsilon_high": 1.3 if loss_type == "cispo" else 0.25,
+        "temperature": 0.8,
+        "max_completion_length": 9,
+    }
+    assert_same(inputs, use_ref_model=beta != 0, **options)
+
+
+@pytest.mark.parametrize(("loss_type", "level"), CASES)
+@pytest.mark.parametrize(
+    ("dropped", "options"),
+    [
+        (("bias",), {}),
+        (("old_per_token_logps",), {}),
+        ((), {"delta": 1.1}),
+        ((), {"use_bias_correction_kl": True}),
+        (("ref_per_token_logps",), {"use_ref_model": False}),
+        ((), {"num_items_in_batch": 31}),
+    ],
+    ids=["no bias", "no old", "delta", "bias-corrected KL", "no reference", "given item count"],
+)
+def test_options_act_as_in_liger(loss_type, level, dropped, options):
+    inputs = {name: value for name, value in batch(1).items() if name not in (*dropped, "importance")}
+    if "num_items_in_batch" in options:
+        inputs["num_items_in_batch"] = options["num_items_in_batch"]
+        options = {}
+    assert_same(
+        inputs,
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        epsilon_high=1.2 if loss_type == "cispo" else 0.2,
+        max_completion_length=9,
+        **options,
+    )
+
+
+def test_reference_head_stands_in_for_reference_log_probs():
+    inputs = batch(2)
+    del inputs["importance"], inputs["ref_per_token_logps"]
+    assert_same({**inputs, "ref_input": inputs["_input"] + 0.1, "ref_weight": inputs["lin_weight"] * 0.9}, beta=0.1)
+
+
+def test_a_frozen_head_gets_no_gradient():
+    inputs = batch(3)
+    del inputs["importance"]
+    hidden = inputs["_input"].requires_grad_()
+    loss, _ = FusedLinearGRPOLoss()(**inputs)
+    loss.backward()
+    assert hidden.grad is not None and inputs["lin_weight"].grad is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "ppo"}, "loss_type 'ppo'"),
+        ({"importance_sampling_level": "row"}, "importance_sampling_level 'row'"),
+        ({"loss_type": "cispo", "importance_sampling_level": "sequence"}, "'cispo'"),
+        ({"loss_type": "dr_grpo"}, "max_completion_length"),
+        ({"sapo_temperature_pos": 0.0}, "sapo_temperature_pos"),
+        ({"delta": -1.0}, "delta"),
+    ],
+)
+def test_what_liger_refuses_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        FusedLinearGRPOLoss(**options)
