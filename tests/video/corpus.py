@@ -100,6 +100,13 @@ def command_line_frames(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT)) -> 
     return times[: len(frames)], read(frames) if len(frames) else []
 
 
+def key_times(path: Path) -> np.ndarray:
+    """Presentation times of the key frames, in seconds."""
+    what = ["-select_streams", "v:0", "-skip_frame", "nokey", "-show_entries", "frame=pts_time", "-of", "csv=p=0"]
+    listed = subprocess.run(["ffprobe", "-v", "error", *what, path], capture_output=True, check=True, text=True).stdout
+    return np.array([float(time) for time in listed.replace(",", " ").split()])
+
+
 def encoded(*arguments: str, size: tuple[int, int] = (WIDTH, HEIGHT), num_frames: int = NUM_FRAMES, vf: str = ""):
     """Builder: numbered frames through an encoder."""
 
