@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, get_args
 
 import numpy as np
@@ -143,7 +144,7 @@ def plot_timeline(
             top.barh(position, end - start, left=start, height=0.55, color=colour)
             place, side = (end, "left") if end < 0.8 * duration_s else (start, "right")
             top.text(place, position, f" {start:.2f} to {end:.2f} s ", va="center", ha=side, fontsize=8)
-        top.set_title(f"“{query}”", fontsize=11)
+        top.set_title(shorten(f"“{query}”", width=110, placeholder=" …"), fontsize=11)
         top.set(xlim=(0, duration_s), ylim=(len(spans) - 0.4, -0.6), yticks=range(len(spans)), yticklabels=list(spans))
         top.tick_params(axis="y", length=0)
         top.spines[["top", "right", "left"]].set_visible(False)

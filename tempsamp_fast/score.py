@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -36,6 +37,12 @@ def grounding_scores(ious: Sequence[float | None]) -> dict[str, float]:
     recalls = {f"r1@{threshold}": float(np.mean(values >= threshold)) for threshold in RECALL_THRESHOLDS}
     parse_rate = float(np.mean([iou is not None for iou in ious]))
     return {"miou": float(values.mean()), **recalls, "parse_rate": parse_rate}
+
+
+def oracle_ious(ious_by_mode: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """The best IoU of each query over the modes: the paper's "mixed CoT", an upper bound that looks at the truth."""
+    answered = ([iou for iou in ious if iou is not None] for ious in zip(*ious_by_mode, strict=True))
+    return [max(ious, default=None) for ious in answered]
 
 
 def score_spans(samples: Sequence[Sample], spans: Sequence[Span | None]) -> dict[str, float]:
@@ -223,9 +230,13 @@ def _row_spans(row: Mapping[str, Any]) -> list[Span]:
         raise ValueError(f"prediction {dict(row)} has no text, span or spans")
     spans = row["spans"] if "spans" in row else [row["span"]] if row["span"] is not None else []
     for span in spans:
-        if len(span) != 2 or not all(isinstance(time, (int, float)) for time in span):
+        if not isinstance(span, list) or len(span) != 2 or not all(map(_is_seconds, span)):
             raise ValueError(f"prediction {dict(row)}: span {span!r} is not a pair of seconds")
     return [(float(start), float(end)) for start, end in spans]
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -59,7 +59,7 @@ def _bar(label: str, spans: Sequence[Sequence[float]], duration_s: float, colour
     times = ", ".join(f"{start:.2f} to {end:.2f} s" for start, end in spans)
     return (
         f'<div class="bar"><span class="label">{escape(label)}</span><span class="track">{"".join(blocks)}</span>'
-        f'<span class="note">{times} {escape(note)}</span></div>'
+        f'<span class="note">{escape(", ".join(filter(None, (times, note))))}</span></div>'
     )
 
 

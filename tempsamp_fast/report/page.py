@@ -11,7 +11,7 @@ from tempsamp_fast.report.gallery import gallery
 from tempsamp_fast.report.runs import RunRecord, ScoreRow, score_table
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2126; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2126; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { font-size: 1rem; margin: 0; }
 table { border-collapse: collapse; font-size: .9rem; } .wide { overflow-x: auto; }
 th, td { text-align: left; padding: .3rem .55rem; border-bottom: 1px solid #d5d9de; vertical-align: bottom; }
@@ -43,8 +43,7 @@ def build_page(runs: Sequence[RunRecord], num_gallery: int) -> str:
         (
             "Gallery",
             shown
-            and '<p class="hint">Held-out queries at equal distances from the first run’s worst answer to its best.</p>'
-            + shown,
+            and _hint("Held-out queries at equal distances from the first run’s worst answer to its best.") + shown,
         ),
     ]
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections if content)
@@ -71,16 +70,21 @@ def _score_table(rows: Sequence[ScoreRow]) -> str:
         for row in rows
     ]
     hint = (
-        '<p class="hint">After the last phase, mean ± 95 % interval: over the seeds (Student’s t), or over the queries '
-        "where there is one seed. The last column is paired by seed.</p>"
+        "After the last phase: mean ± 95 % interval, over the seeds (Student’s t), or over the queries where there is "
+        "one seed. The last column is paired by seed. “Oracle of both” takes the better mode of each query by looking "
+        "at the truth: an upper bound, not a result."
     )
-    return _table(["method", "mode", "seeds", *names, f"mIoU against {rows[0].method}"], cells) + hint
+    return _table(["method", "mode", "seeds", *names, f"mIoU against {rows[0].method}"], cells) + _hint(hint)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _hint(text: str) -> str:
+    return f'<p class="hint">{escape(text)}</p>'
 
 
 def _figure(svg: str, caption: str) -> str:

@@ -13,7 +13,10 @@ import numpy as np
 
 from tempsamp_fast.plots import eval_files, read_rows
 from tempsamp_fast.sample import Mode
-from tempsamp_fast.score import grounding_scores
+from tempsamp_fast.score import grounding_scores, oracle_ious
+
+ORACLE = "oracle of both"
+"""Of a query's answers in both modes the better one, by its IoU: the paper's "mixed CoT", an upper bound."""
 
 NOT_A_METHOD = {"seed", "output_dir", "resume", "local_rank", "record_rollouts", "replay_rollouts", "synthetic_dir"}
 """Settings that tell runs of one method apart."""
@@ -125,26 +128,31 @@ def interval(values: Sequence[float]) -> Interval:
 
 def score_table(runs: Sequence[RunRecord]) -> list[ScoreRow]:
     """A row per mode and method, the methods of a mode together."""
-    methods = by_method(runs)
     rows = []
-    for mode in get_args(Mode):
+    for mode in (*get_args(Mode), ORACLE):
         baseline: dict[int, float] = {}
-        for method, members in methods.items():
-            members = [run for run in members if mode in run.answers]
-            if not members:
+        for method, members in by_method(runs).items():
+            ious = {run.seed: found for run in members if (found := _ious(run, mode))}
+            if not ious:
                 continue
-            scores = [grounding_scores(_ious(run.answers[mode])) for run in members]
-            miou = {run.seed: score["miou"] for run, score in zip(members, scores, strict=True)}
+            scores = {seed: grounding_scores(found) for seed, found in ious.items()}
+            miou = {seed: score["miou"] for seed, score in scores.items()}
+            gains = [miou[seed] - baseline[seed] for seed in miou if seed in baseline]
             baseline = baseline or miou
-            gains = [value - baseline[seed] for seed, value in miou.items() if seed in baseline]
-            seeds = tuple(run.seed for run in members)
-            names = scores[0]
-            intervals = {name: interval([score[name] for score in scores]) for name in names}
-            if len(members) == 1:
-                intervals = over_queries(_ious(members[0].answers[mode]))
-            gain = interval(gains) if len(gains) > 1 and miou is not baseline else None
-            rows.append(ScoreRow(method, mode, seeds, intervals, gain))
+            rows.append(
+                ScoreRow(
+                    method=method,
+                    mode=mode,
+                    seeds=tuple(ious),
+                    scores=_over_seeds(list(scores.values())) if len(ious) > 1 else over_queries(*ious.values()),
+                    gain=interval(gains) if len(gains) > 1 else None,
+                )
+            )
     return rows
+
+
+def _over_seeds(scores: Sequence[dict[str, float]]) -> dict[str, Interval]:
+    return {name: interval([score[name] for score in scores]) for name in scores[0]}
 
 
 def over_queries(ious: Sequence[float | None]) -> dict[str, Interval]:
@@ -153,5 +161,9 @@ def over_queries(ious: Sequence[float | None]) -> dict[str, Interval]:
     return {name: interval([scores[name] for scores in per_query]) for name in per_query[0]}
 
 
-def _ious(answers: Sequence[dict[str, Any]]) -> list[float | None]:
-    return [None if row["span"] is None else row["iou"] for row in answers]
+def _ious(run: RunRecord, mode: str) -> list[float | None]:
+    """One per held-out query, None where the answer did not parse; empty where the run has no such answers."""
+    if mode == ORACLE:
+        by_mode = [_ious(run, each) for each in get_args(Mode)]
+        return oracle_ious(by_mode) if all(by_mode) else []
+    return [None if row["span"] is None else row["iou"] for row in run.answers.get(mode, [])]

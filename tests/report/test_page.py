@@ -93,7 +93,7 @@ def test_a_browser_shows_spans_where_they_are_on_the_frames(page, tmp_path):
     if browser is None:
         pytest.skip("no Chromium on the PATH to look at the page with")
     shot = tmp_path / "shot.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,4200"]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,4600"]
     command = [browser, *options, f"--screenshot={shot}", f"--user-data-dir={tmp_path}", page.as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     picture = imread(shot)[..., :3]

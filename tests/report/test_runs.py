@@ -63,6 +63,13 @@ def test_modes_are_scored_apart():
     assert [(row.method, row.mode) for row in rows] == [("a", "answer"), ("b", "think")]
 
 
+def test_oracle_of_both_modes_needs_both():
+    run = record("a", 0, [1.0, 0.0])
+    run.answers["think"] = [{"iou": 0.2, "span": (0, 1)}, {"iou": 0.4, "span": (0, 1)}]
+    rows = {row.mode: row.scores["miou"].mean for row in score_table([run])}
+    assert rows == {"answer": 0.5, "think": pytest.approx(0.3), "oracle of both": 0.7}
+
+
 def test_gallery_spans_the_first_runs_worst_to_best():
     runs = [record("a", 0, [0.5, 0.1, 0.9, 0.3, 0.7]), record("b", 0, [0.1, 0.1, 0.1, 0.1])]
     assert pick_samples(runs, "answer", 2) == ["1", "2"]

@@ -17,6 +17,7 @@ from tempsamp_fast.score import (
     highlight_scores,
     main,
     moment_retrieval_scores,
+    oracle_ious,
     ranking_average_precision,
     score_spans,
     window_average_precision,
@@ -40,6 +41,10 @@ def test_nothing_to_score_is_an_error():
 def test_a_parsed_miss_differs_from_an_unparsed_answer_in_parse_rate_alone():
     miss, unparsed = (score_spans([sample((0, 1))], [span]) for span in ((5.0, 6.0), None))
     assert miss == {**unparsed, "parse_rate": 1.0} and unparsed["parse_rate"] == 0
+
+
+def test_oracle_takes_the_better_mode_of_each_query():
+    assert oracle_ious([[0.1, None, 0.5, None], [0.3, 0.2, None, None]]) == [0.3, 0.2, 0.5, None]
 
 
 def test_a_span_is_scored_against_its_best_window():
@@ -162,7 +167,9 @@ def test_command_line_takes_ids_or_queries_and_texts_or_spans(files, capsys):
         ([{"vid": "v1", "query": "six"}], r"line 1: vid 'v1' with query 'six' is not in the annotations"),
         ([{"sample_id": "v1/0", "span": None}] * 2, r"line 2: sample_id 'v1/0' has a prediction already"),
         ([{"sample_id": "v1/0"}, {"sample_id": "v1/1"}], r"has no text, span or spans"),
-        ([{"sample_id": f"v1/{i}", "span": ["0", 1]} for i in (0, 1)], r"is not a pair of seconds"),
+        ([{"sample_id": f"v1/{i}", "span": ["0", 1]} for i in (0, 1)], r"\['0', 1\] is not a pair of seconds"),
+        ([{"sample_id": f"v1/{i}", "span": [0, float("nan")]} for i in (0, 1)], r"\[0, nan\] is not a pair"),
+        ([{"sample_id": f"v1/{i}", "span": 5} for i in (0, 1)], r"span 5 is not a pair of seconds"),
         ([3], r"line 1: expected an object, got '3'"),
     ],
 )

@@ -1,0 +1,30 @@
+"""groups.jsonl: what a run writes is what the report reads, also after a resumption."""
+
+import json
+
+import torch
+
+from tempsamp_fast.batch import Completion, RolloutGroup
+from tempsamp_fast.config import parse_args
+from tempsamp_fast.report.figures import select, task_rewards
+from tempsamp_fast.runlog import RunLog
+
+
+def group(*rewards):
+    """A group with these rewards, the last one off-policy; advantages are 0, 1, ..."""
+    ids = torch.tensor([1])
+    completions = [Completion(ids, "", i == len(rewards) - 1, rewards={"tiou": r}) for i, r in enumerate(rewards)]
+    return RolloutGroup(None, completions, torch.arange(float(len(rewards))))
+
+
+def test_groups_are_recorded_and_dropped_from_the_step_of_a_resumption(tmp_path):
+    config = parse_args([])
+    unrewarded = RolloutGroup(None, [Completion(torch.tensor([1]), "")], torch.ones(1))
+    with RunLog(tmp_path, config, total_steps=3, first_step=0, active=True) as log:
+        for step in range(3):
+            log.log_groups(step, "tempsamp/answer", [group(0.25, 0.5, 1.0), unrewarded])
+    with RunLog(tmp_path, config, total_steps=3, first_step=2, active=True) as log:
+        log.log_groups(2, "tempsamp/answer", [group(0.75, 1.0)])
+    rows = [json.loads(line) for line in (tmp_path / "groups.jsonl").read_text().splitlines()]
+    assert [(row["step"], task_rewards(row)) for row in rows] == [(0, [0.25, 0.5]), (1, [0.25, 0.5]), (2, [0.75])]
+    assert [select(row, row["advantages"], is_off_policy=True) for row in rows] == [[2.0], [2.0], [1.0]]
