@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "batch.h"
 
 namespace py = pybind11;
@@ -103,11 +105,15 @@ py::list decode_requests(const std::vector<py::dict>& fields, int64_t max_frame_
     return answers;
 }
 
-// [2, num_frames]: pts and duration of the shown frames.
+// [2, num_frames]: pts (dts where some have no pts) and duration of the shown frames.
 py::array_t<int64_t> clock_of(const Index& index) {
     py::array_t<int64_t> ticks({py::ssize_t{2}, static_cast<py::ssize_t>(index.shown.size())});
+    const bool has_pts = std::all_of(index.shown.begin(), index.shown.end(), [&](int32_t packet) {
+        return index.packets[packet].pts != IndexedPacket::kNone;
+    });
     for (size_t i = 0; i < index.shown.size(); ++i) {
-        ticks.mutable_at(0, i) = index.packets[index.shown[i]].pts;
+        const IndexedPacket& packet = index.packets[index.shown[i]];
+        ticks.mutable_at(0, i) = has_pts ? packet.pts : packet.dts;
         ticks.mutable_at(1, i) = index.packets[index.shown[i]].duration;
     }
     return ticks;
@@ -116,7 +122,7 @@ py::array_t<int64_t> clock_of(const Index& index) {
 py::dict packets_of(const Index& index) {
     const auto size = static_cast<py::ssize_t>(index.packets.size());
     py::array_t<int64_t> pts(size), bytes(size);
-    py::array_t<bool> key(size), shown(size), droppable(size);
+    py::array_t<bool> key(size), shown(size), droppable(size), cut(size);
     for (py::ssize_t i = 0; i < size; ++i) {
         const IndexedPacket& packet = index.packets[i];
         pts.mutable_at(i) = packet.pts;
@@ -124,6 +130,7 @@ py::dict packets_of(const Index& index) {
         key.mutable_at(i) = packet.is_key;
         shown.mutable_at(i) = packet.is_shown;
         droppable.mutable_at(i) = packet.is_droppable;
+        cut.mutable_at(i) = packet.is_cut;
     }
     py::dict columns;
     columns["pts"] = pts;
@@ -131,6 +138,7 @@ py::dict packets_of(const Index& index) {
     columns["key"] = key;
     columns["shown"] = shown;
     columns["droppable"] = droppable;
+    columns["cut"] = cut;
     return columns;
 }
 
@@ -156,13 +164,15 @@ PYBIND11_MODULE(_video, m) {
                                    return py::make_tuple(turned ? i.width : i.height, turned ? i.height : i.width);
                                },
                                "(height, width) as displayed.")
-        .def_property_readonly("time_base", [](const Index& i) { return av_q2d(i.time_base); }, "Seconds per tick.")
+        .def_property_readonly("time_base",
+                               [](const Index& i) { return py::make_tuple(i.time_base.num, i.time_base.den); },
+                               "Seconds per tick as a fraction.")
         .def_property_readonly("frame_rate", [](const Index& i) { return av_q2d(i.frame_rate); },
                                "Frames per second as the header gives it, 0 where it does not.")
         .def_property_readonly("num_keys", [](const Index& i) { return i.keys.size(); })
         .def_property_readonly("clock", clock_of,
-                               "[2, num_frames] int64 ticks: pts and duration of the shown frames, in order of "
-                               "presentation; in decoding order without `has_times`.")
+                               "[2, num_frames] int64 ticks: pts (dts where some have no pts) and duration of the shown "
+                               "frames, in order of presentation; in decoding order without `has_times`.")
         .def_property_readonly("packets", packets_of, "Columns of all packets in decoding order.");
 
     m.def("index", &index_paths, py::arg("paths"), py::arg("deadlines_s"), py::kw_only(), py::arg("max_frame_pixels"),

@@ -21,7 +21,7 @@ bool is_complete(const AVFormatContext* format, const AVStream* stream) {
 
 }  // namespace
 
-Status Demuxer::open(const std::string& path) {
+Status Demuxer::open(const std::string& path, bool keep_others) {
     struct stat file = {};
     if (stat(path.c_str(), &file) != 0) return {Code::kNotFound, "no such file"};
     // Opening a FIFO would block where no interrupt callback is asked.
@@ -49,7 +49,7 @@ Status Demuxer::open(const std::string& path) {
         stream_ = best_stream();
     }
     if (!stream_) return {Code::kNoVideoStream, "has no video stream"};
-    for (unsigned i = 0; i < format_->nb_streams; ++i) {
+    for (unsigned i = 0; !keep_others && i < format_->nb_streams; ++i) {
         if (format_->streams[i] != stream_) format_->streams[i]->discard = AVDISCARD_ALL;
     }
     return {};
@@ -74,13 +74,26 @@ AVStream* Demuxer::best_stream() const {
 }
 
 int Demuxer::read(AVPacket* packet) {
-    for (;;) {
+    int error = 0;
+    do {
+        error = read_any(packet);
+    } while (error >= 0 && !is_ours(packet));
+    return error;
+}
+
+int Demuxer::read_any(AVPacket* packet) {
+    int error = AVERROR(EAGAIN);
+    while (error == AVERROR(EAGAIN)) {
         av_packet_unref(packet);
         if (watch_.expired()) return AVERROR_EXIT;
-        const int error = av_read_frame(format_.get(), packet);
-        if (error == AVERROR(EAGAIN)) continue;
-        if (error < 0 || packet->stream_index == stream_->index) return error;
+        error = av_read_frame(format_.get(), packet);
     }
+    return error;
+}
+
+double Demuxer::promised_end_s() const {
+    const bool is_in_header = is_format("matroska") && format_->duration > 0;
+    return is_in_header ? static_cast<double>(format_->duration) / AV_TIME_BASE : 0.0;
 }
 
 bool Demuxer::seek(int64_t timestamp, bool by_byte) {

@@ -13,14 +13,21 @@ public:
     // `watch` must outlive the demuxer.
     explicit Demuxer(const Watch& watch) : watch_(watch) {}
 
-    Status open(const std::string& path);
+    // Packets of other streams are skipped unless `keep_others`.
+    Status open(const std::string& path, bool keep_others = false);
     // Next packet of the stream: 0, AVERROR_EOF or another FFmpeg error.
     int read(AVPacket* packet);
+    // Next packet of any stream.
+    int read_any(AVPacket* packet);
+    bool is_ours(const AVPacket* packet) const { return packet->stream_index == stream_->index; }
     // To a key frame at or before `timestamp`, in stream time or, if `by_byte`, at this place in the file.
     // Where it lands is not to be trusted: compare the packets that follow with the index.
     bool seek(int64_t timestamp, bool by_byte);
 
     const AVStream* stream() const { return stream_; }
+    const AVStream* stream_of(const AVPacket* packet) const { return format_->streams[packet->stream_index]; }
+    // Seconds from 0 to the end of the last packet, as the header of the file says; 0 where it does not.
+    double promised_end_s() const;
     const char* format_name() const { return format_->iformat->name; }
     bool is_format(const char* name) const;
 

@@ -22,7 +22,14 @@ Status FrameReader::read(const std::vector<int32_t>& frames, const Take& take, s
     if (!index_.has_times) return count_frames(frames);
 
     wanted_.clear();
-    for (size_t i = 0; i < frames.size(); ++i) wanted_.push_back({index_.shown[frames[i]], i});
+    for (size_t i = 0; i < frames.size(); ++i) {
+        const int32_t packet = index_.shown[frames[i]];
+        if (index_.is_spoiled(packet)) {
+            (*states)[i] = FrameState::kDamaged;
+        } else {
+            wanted_.push_back({packet, i});
+        }
+    }
     std::sort(wanted_.begin(), wanted_.end(), [](const Wanted& a, const Wanted& b) { return a.packet < b.packet; });
     const std::vector<Run> runs = plan();
     for (const Run& run : runs) {
@@ -120,6 +127,7 @@ Status FrameReader::read_run(const Run& run, int key) {
         } else {
             ++counts_.decoded;
             packet_->pts = packet_->dts = current_;
+            packet_->flags &= ~AV_PKT_FLAG_CORRUPT;  // the index knows what that spoils
             if (!decoder_->decode(packet_.get(), take, &status) && is_known) {
                 broken_.push_back(static_cast<int32_t>(current_));
             }

@@ -10,6 +10,10 @@
 namespace video {
 namespace {
 
+// Bytes of headers that may lie between two packets of a Matroska file, and seconds that its header may be wrong by.
+constexpr int64_t kLargestGap = 1024;
+constexpr double kLargestPause = 0.5;
+
 Orientation orientation_of(const AVStream* stream) {
     const int32_t* matrix = display_matrix(stream);
     if (!matrix) return {};
@@ -25,27 +29,65 @@ struct Reading {
     std::vector<PacketTraits> traits;
     bool can_drop = true;
     int error = 0;
-    bool is_corrupt = false;
+    double end_s = 0.0;       // of the last packet of any stream
+    int64_t end_byte = 0;     // likewise
+    int64_t largest = 0;      // bytes of a packet
 };
+
+// Matroska carries its packets one after the other: a hole between two means that the demuxer lost its way.
+void follow(const Demuxer& demuxer, const AVPacket* packet, Reading* reading, Index* index) {
+    if (packet->pos >= 0) {
+        const bool is_hole = reading->end_byte > 0 && packet->pos - reading->end_byte > kLargestGap;
+        if (is_hole && demuxer.is_format("matroska") && !index->packets.empty()) index->packets.back().is_cut = true;
+        reading->end_byte = std::max(reading->end_byte, packet->pos + packet->size);
+    }
+    reading->largest = std::max<int64_t>(reading->largest, packet->size);
+    if (packet->pts != AV_NOPTS_VALUE) {
+        const double ticks = static_cast<double>(packet->pts + std::max<int64_t>(packet->duration, 0));
+        reading->end_s = std::max(reading->end_s, ticks * av_q2d(demuxer.stream_of(packet)->time_base));
+    }
+}
 
 Status read_packets(Demuxer& demuxer, const Limits& limits, const Watch& watch, Index* index, Reading* reading) {
     const PacketPtr packet(av_packet_alloc());
     if (!packet) return out_of_memory();
     BitstreamReader bitstream(demuxer.stream()->codecpar);
-    while ((reading->error = demuxer.read(packet.get())) >= 0) {
-        if (static_cast<int64_t>(index->packets.size()) >= limits.max_num_frames) {
-            return {Code::kLimitExceeded, "has more than max_num_frames = " + std::to_string(limits.max_num_frames) + " frames"};
-        }
+    // Where a parser cuts packets out of a stream, the mark of a damaged piece comes on the packet before it.
+    const bool marks_early = demuxer.is_format("mpegts");
+    bool is_next_cut = false;
+    while ((reading->error = demuxer.read_any(packet.get())) >= 0) {
         if (packet->size == 0) continue;
+        follow(demuxer, packet.get(), reading, index);
+        if (!demuxer.is_ours(packet.get())) continue;
+        if (static_cast<int64_t>(index->packets.size()) >= limits.max_num_frames) {
+            return {Code::kLimitExceeded,
+                    "has more than max_num_frames = " + std::to_string(limits.max_num_frames) + " frames"};
+        }
         const PacketTraits traits = bitstream.read(packet->data, packet->size);
-        const bool is_discarded = packet->flags & AV_PKT_FLAG_DISCARD;
-        reading->is_corrupt |= (packet->flags & AV_PKT_FLAG_CORRUPT) != 0;
+        const auto has_flag = [&](int flag) { return (packet->flags & flag) != 0; };
         index->packets.push_back({packet->pts, packet->dts, packet->duration, packet->pos, packet->size,
-                                  (packet->flags & AV_PKT_FLAG_KEY) != 0, !is_discarded && !traits.hidden, false});
+                                  has_flag(AV_PKT_FLAG_KEY), !has_flag(AV_PKT_FLAG_DISCARD) && !traits.hidden, false,
+                                  marks_early ? is_next_cut : has_flag(AV_PKT_FLAG_CORRUPT)});
+        is_next_cut = has_flag(AV_PKT_FLAG_CORRUPT);
         reading->traits.push_back(traits);
     }
     reading->can_drop = bitstream.can_drop();
     return watch.status();
+}
+
+// Whether the file holds less than its header promises.
+void find_early_end(const Demuxer& demuxer, const Reading& reading, Index* index) {
+    // Only these containers list their packets before they hold them.
+    const int promised = demuxer.is_format("mov") ? avformat_index_get_entries_count(demuxer.stream()) : 0;
+    const bool ends_early = demuxer.promised_end_s() - reading.end_s > kLargestPause;
+    if (reading.error != AVERROR_EOF) index->trouble = error_text(reading.error);
+    index->is_truncated =
+        ends_early || !index->trouble.empty() || static_cast<int>(index->packets.size()) < promised;
+    // More than one packet follows unread: the last one read is where the demuxer lost its way.
+    const int64_t unread = index->file_size - reading.end_byte;
+    if (ends_early && unread > reading.largest + kLargestGap && !index->packets.empty()) {
+        index->packets.back().is_cut = true;
+    }
 }
 
 // A picture that others of its layer do not refer to may still serve higher layers: only the highest can go.
@@ -83,8 +125,10 @@ void Index::arrange() {
         if (pts == IndexedPacket::kNone || (i > 0 && pts == packets[by_pts_[i - 1]].pts)) has_times = false;
     }
     keys.clear();
+    cuts_.clear();
     for (size_t i = 0; i < packets.size(); ++i) {
         if (packets[i].is_key) keys.push_back(static_cast<int32_t>(i));
+        if (packets[i].is_cut) cuts_.push_back(static_cast<int32_t>(i));
     }
     if (keys.empty() && !packets.empty()) keys.push_back(0);
 
@@ -111,9 +155,15 @@ int Index::key_before(int32_t packet) const {
     return std::max(key, 0);
 }
 
+bool Index::is_spoiled(int32_t packet) const {
+    const auto cut = std::lower_bound(cuts_.begin(), cuts_.end(), keys[key_before(packet)]);
+    // H.264's decoder notices by itself when a picture is not whole.
+    return cut != cuts_.end() && (*cut < packet || (*cut == packet && codec != "h264"));
+}
+
 IndexResult read_index(const std::string& path, const Limits& limits, const Watch& watch) {
     Demuxer demuxer(watch);
-    if (Status opened = demuxer.open(path); !opened.ok()) return {std::move(opened), nullptr};
+    if (Status opened = demuxer.open(path, true); !opened.ok()) return {std::move(opened), nullptr};
     auto index = std::make_shared<Index>();
     index->path = path;
     struct stat file = {};
@@ -132,11 +182,7 @@ IndexResult read_index(const std::string& path, const Limits& limits, const Watc
         return {std::move(read), nullptr};
     }
     mark_droppable(reading, index.get());
-    // Only these containers list their packets before they hold them.
-    const int promised = demuxer.is_format("mov") ? avformat_index_get_entries_count(demuxer.stream()) : 0;
-    if (reading.error != AVERROR_EOF) index->trouble = error_text(reading.error);
-    if (reading.is_corrupt) index->trouble = "a packet is cut or damaged";
-    index->is_truncated = !index->trouble.empty() || static_cast<int>(index->packets.size()) < promised;
+    find_early_end(demuxer, reading, index.get());
     index->arrange();
     return {{}, std::move(index)};
 }

@@ -18,6 +18,7 @@ struct IndexedPacket {
     bool is_key;
     bool is_shown;     // decodes to a frame of the presentation (not cut by an edit list, hidden, or before the first key)
     bool is_droppable; // no other frame needs it
+    bool is_cut;       // data is missing in it or right after it
 
     static constexpr int64_t kNone = AV_NOPTS_VALUE;
 };
@@ -54,12 +55,15 @@ struct Index {
     int32_t find(int64_t pts) const;
     // Index into `keys` of the last key that `packet` can be decoded from.
     int key_before(int32_t packet) const;
+    // Whether something that `packet` needs was lost before any decoder saw it.
+    bool is_spoiled(int32_t packet) const;
 
-    // Fills `by_pts`, `shown`, `keys` from `packets`.
+    // Fills all below and `has_times` from `packets`.
     void arrange();
 
 private:
     std::vector<int32_t> by_pts_;
+    std::vector<int32_t> cuts_;
 };
 
 struct IndexResult {

@@ -7,8 +7,9 @@ namespace {
 
 int padded(int width) { return (width + 63) / 64 * 64 + kRowPadding; }
 
+// What swscale converts with its special converter, whose arithmetic the kernels repeat; odd heights take its long way.
 bool is_yuv420(const AVFrame& frame) {
-    return frame.format == AV_PIX_FMT_YUV420P || frame.format == AV_PIX_FMT_YUVJ420P;
+    return (frame.format == AV_PIX_FMT_YUV420P || frame.format == AV_PIX_FMT_YUVJ420P) && frame.height % 2 == 0;
 }
 
 bool is_full_range(const AVFrame& frame) {
@@ -57,11 +58,11 @@ void RgbSource::convert_row(int y, uint8_t* out, int stride) const {
                      out + 2 * stride, frame_->width);
 }
 
-// Layouts other than 8-bit 4:2:0, through swscale.
+// Other layouts, through swscale.
 Status RgbSource::convert_other(const AVFrame& frame) {
     scaler_.reset(sws_getCachedContext(scaler_.release(), frame.width, frame.height,
                                        static_cast<AVPixelFormat>(frame.format), frame.width, frame.height,
-                                       AV_PIX_FMT_RGB24, SWS_BILINEAR, nullptr, nullptr, nullptr));
+                                       AV_PIX_FMT_RGB24, SWS_BICUBIC, nullptr, nullptr, nullptr));
     if (!scaler_) return {Code::kDecodeFailed, "pixel format without a conversion to RGB"};
     const int* table = sws_getCoefficients(frame.colorspace);
     sws_setColorspaceDetails(scaler_.get(), table, is_full_range(frame), table, 1, 0, 1 << 16, 1 << 16);

@@ -14,7 +14,7 @@ class Index:
     trouble: str
     coded_size: tuple[int, int]
     size: tuple[int, int]
-    time_base: float
+    time_base: tuple[int, int]
     frame_rate: float
     num_keys: int
     clock: np.ndarray

@@ -188,7 +188,7 @@ def _plan(
         wanted, second_per_frame = sample_times(sampling, len(times), duration_s)
         frames = frames_on_screen(wanted, times)
     else:
-        frames, second_per_frame = sample_indices(sampling, len(times), index.frame_rate or len(times) / duration_s)
+        frames, second_per_frame = sample_indices(sampling, len(times), _frame_rate(index) or len(times) / duration_s)
     if len(frames) < FRAME_FACTOR:
         return VideoError(path, "TOO_FEW_FRAMES", f"gives {len(frames)} frames for {sampling}")
     try:
@@ -204,6 +204,11 @@ def _plan(
     return plan
 
 
+def _frame_rate(index: _video.Index) -> float:
+    """As the header gives it; 0 where it counts fields or ticks (AVI) rather than the frames that are there."""
+    return index.frame_rate if index.has_times else 0.0
+
+
 def frame_times(index: _video.Index) -> tuple[np.ndarray, float, float]:
     """([n] float64 seconds since the first frame in order of presentation, seconds to the end of the last, begin)."""
     pts, durations = index.clock
@@ -212,7 +217,8 @@ def frame_times(index: _video.Index) -> tuple[np.ndarray, float, float]:
     if (pts == NO_PTS).any():
         step = 1 / (index.frame_rate or 25.0)
         return np.arange(len(pts)) * step, len(pts) * step, 0.0
-    last = int(np.argmax(pts))
-    end = pts[last] + durations[last]
-    pts = np.sort(pts)
-    return (pts - pts[0]) * index.time_base, float(end - pts[0]) * index.time_base, float(pts[0]) * index.time_base
+    order = np.argsort(pts, kind="stable")
+    numerator, denominator = index.time_base
+    seconds = pts[order] * numerator / denominator
+    end = (pts + durations)[order[-1]] * numerator / denominator
+    return seconds - seconds[0], float(end - seconds[0]), float(seconds[0])
