@@ -27,7 +27,7 @@ from tempsamp_fast.synthetic_render import CODECS, COLOURS, SHAPES, Actor, Clip,
 
 logger = logging.getLogger(__name__)
 
-GENERATOR_VERSION = 1  # raise it when the same config would give other files than before
+GENERATOR_VERSION = 2  # raise it when the same config would give other files than before
 SPLITS = ("train", "val", "test")
 FRAME_RATES = (Fraction(6), Fraction(8), Fraction(10), Fraction(12), Fraction(15), Fraction(12000, 1001))
 KEYFRAME_INTERVALS = (12, 30, 60, 250)
@@ -58,15 +58,17 @@ class SyntheticConfig:
     max_duration_s: float = 40.0
     sizes: tuple[str, ...] = ("96x72", "72x96", "80x80", "112x64", "98x70", "90x66")
     """WIDTHxHEIGHT of the frames in pixels, both even."""
-    colours: tuple[str, ...] = tuple(COLOURS)
-    shapes: tuple[str, ...] = SHAPES
+    colours: tuple[str, ...] = ("red", "green", "blue", "yellow")
+    shapes: tuple[str, ...] = ("circle", "square")
     max_events: int = 4
     """Each video has 1 to max_events events, drawn uniformly."""
     min_event_s: float = 1.5
     max_event_s: float = 12.0
+    time_step_s: float = 0.5
+    """Events start and end at multiples of it: what frames at 2 per second can tell."""
     max_event_share: float = 0.35
     """Longest event as a share of its video. Larger shares make always answering one span a stronger baseline."""
-    num_distractors: int = 2
+    num_distractors: int = 1
     """Further shapes that no query asks for, half of them visible all the time."""
     noise: float = 8.0
     """Standard deviation of the background noise, in grey levels of 0-255."""
@@ -79,6 +81,8 @@ class SyntheticConfig:
             raise ValueError(f"max_events must be at least 1, got {self.max_events}")
         if not 0 < self.min_event_s <= self.max_event_s:
             raise ValueError(f"need 0 < min_event_s <= max_event_s, got {self.min_event_s} and {self.max_event_s}")
+        if not 0 < self.time_step_s <= self.min_event_s:
+            raise ValueError(f"need 0 < time_step_s <= min_event_s = {self.min_event_s}, got {self.time_step_s}")
         if not 0 < self.max_event_share <= 1:
             raise ValueError(f"max_event_share must be in (0, 1], got {self.max_event_share}")
         shortest = self.min_event_s / self.max_event_share
@@ -122,12 +126,12 @@ class Video:
 
 
 def draw_interval(rng: random.Random, config: SyntheticConfig, duration_s: float) -> tuple[float, float]:
-    """Start and end in seconds of an event, both rounded down to 0.1 s (the resolution of Charades-STA)."""
+    """Start and end in seconds of an event, both rounded down to whole time steps."""
     longest = min(config.max_event_s, config.max_event_share * duration_s)
     length = rng.uniform(config.min_event_s, longest)
     start = rng.uniform(0, duration_s - length)
-    start, end = math.floor(start * 10) / 10, math.floor((start + length) * 10) / 10
-    return start, end
+    whole_steps = lambda time_s: round(math.floor(time_s / config.time_step_s) * config.time_step_s, 6)
+    return whole_steps(start), whole_steps(start + length)
 
 
 def draw_video(config: SyntheticConfig, split: str, index: int) -> Video:

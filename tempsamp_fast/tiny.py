@@ -73,6 +73,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase, family: Family, seed: int) ->
         "num_key_value_heads": 2,
         "max_position_embeddings": 8192,
         "bos_token_id": None,
+        "initializer_range": 0.05,
         "eos_token_id": token_id("<|im_end|>"),
         "pad_token_id": token_id(END_OF_TEXT),
     }
@@ -93,6 +94,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase, family: Family, seed: int) ->
             "window_size": 112,
             "fullatt_block_indexes": [1],
             "tokens_per_second": 2,
+            "initializer_range": 0.05,
         }
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
         return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
@@ -105,6 +107,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase, family: Family, seed: int) ->
             "out_hidden_size": 128,
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0],
+            "initializer_range": 0.05,
         }
         text |= {
             "head_dim": 32,
