@@ -74,6 +74,7 @@ def plot_reward(rows: Sequence[Row], path: Path) -> Path:
             bottom.plot(steps, values, "o-", color=colour, label=name.split("/")[1])
         for axes, label in ((top, "on-policy reward"), (bottom, "held-out mIoU")):
             axes.set_ylabel(label)
+            axes.set_ylim(bottom=0)
             finish_axes(axes, rows)
         bottom.set_xlabel("step")
         label_phases(top, rows)

@@ -31,7 +31,7 @@ def reward_curves(runs: Sequence[RunRecord]) -> str | None:
         name = next(n for n in series_names(run.metrics, "reward/") if not n.endswith(("_mean", "/format")))
         steps, values = series(run.metrics, name)
         axes[0].plot(steps, smooth(values), color=colour, alpha=0.8)
-    axes[0].set(xlabel="step", ylabel="mean sampled task reward")
+    axes[0].set(xlabel="step", ylabel="mean sampled task reward", ylim=(0, None))
     return _curves(figure, runs)
 
 
@@ -45,7 +45,7 @@ def miou_curves(runs: Sequence[RunRecord]) -> str | None:
     for axes, (mode, name) in zip(panels, names.items(), strict=True):
         for run, colour in _coloured(runs):
             axes.plot(*series(run.metrics, name), "o-", color=colour, alpha=0.8, markersize=4)
-        axes.set(xlabel="step", ylabel=f"held-out mIoU, {mode} mode")
+        axes.set(xlabel="step", ylabel=f"held-out mIoU, {mode} mode", ylim=(0, None))
     return _curves(figure, runs)
 
 

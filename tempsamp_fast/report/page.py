@@ -66,7 +66,7 @@ def _score_table(rows: Sequence[ScoreRow]) -> str:
         return ""
     names = list(rows[0].scores)
     cells = [
-        [row.method, row.mode, str(len(row.seeds)), *(str(row.scores[name]) for name in names), str(row.gain or "")]
+        [row.method, row.mode, str(len(row.seeds)), *(str(row.scores[name]) for name in names), str(row.gain or "-")]
         for row in rows
     ]
     hint = (
