@@ -1,19 +1,29 @@
-"""`corpus`: the folder of numbered, awkward and broken videos, made once per session."""
+"""`corpus`: the folder of numbered, awkward and broken videos, made once and kept in pytest's cache."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.video import corpus as corpus_module
 from tests.video.corpus import build_corpus
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    build_corpus(folder)
+def corpus(pytestconfig: pytest.Config) -> Path:
+    recipe = hashlib.sha256(Path(corpus_module.__file__).read_bytes()).hexdigest()[:12]
+    folder = pytestconfig.cache.mkdir("video_corpus") / recipe
+    if not folder.exists():
+        draft = folder.with_name(f"{recipe}_{os.getpid()}")
+        build_corpus(draft)
+        try:
+            draft.rename(folder)
+        except OSError:  # another session was faster
+            shutil.rmtree(draft)
     return folder
 
 

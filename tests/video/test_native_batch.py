@@ -1,0 +1,186 @@
+"""The extension as a whole call: threads, deadlines, cancellation, limits, kept indexes, forks, nothing left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tempsamp_fast.video import Geometry, Limits, Sampling, VideoBatch, load_videos
+from tests.video.corpus import H264, ffmpeg, joined
+from tests.video.verdict import EVERY_FRAME, GEOMETRY
+
+pytest.importorskip("tempsamp_fast._video", reason="the extension tempsamp_fast._video is not built")
+from tempsamp_fast import _video
+
+NAMES = ["h264.mp4", "hevc_open_gop.mkv", "vp9.webm", "h264_open_gop.ts", "mpeg4_b_frames.avi", "h264_pyramid.mp4"]
+
+
+def load(paths: list[Path], sampling: Sampling = EVERY_FRAME, **options: object) -> VideoBatch:
+    settings: dict = {"backend": "native", "dtype": torch.uint8, "on_error": "partial", "num_threads": 1, **options}
+    return load_videos([(path, sampling) for path in paths], GEOMETRY, **settings)
+
+
+def read_index(path: Path, **options: object) -> tuple[_video.Index | None, tuple[str, str]]:
+    settings: dict = {"max_frame_pixels": 2**25, "max_num_frames": 10**6, "num_threads": 1, **options}
+    return _video.index([str(path)], [10.0], **settings)[0]
+
+
+@pytest.fixture(scope="module")
+def slow_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Takes seconds to decode: intra frames of noise at a high rate."""
+    path = tmp_path_factory.mktemp("slow") / "noise.mp4"
+    noise = ["-f", "lavfi", "-i", "nullsrc=s=1280x720:r=25:d=1,geq=random(1)*255:128:128"]
+    ffmpeg(*noise, "-c:v", "libx264", "-preset", "ultrafast", "-qp", "4", "-pix_fmt", "yuv420p", path)
+    return path
+
+
+@pytest.mark.parametrize("num_threads", [2, 5])
+@pytest.mark.parametrize("sampling", [EVERY_FRAME, Sampling(fps=2.0)])
+def test_any_number_of_threads_gives_the_same_patches(corpus: Path, sampling: Sampling, num_threads: int) -> None:
+    paths = [corpus / name for name in NAMES]
+    alone = [load([path], sampling).pixel_values for path in paths]
+    together = load(paths, sampling, num_threads=num_threads)
+    assert torch.equal(together.pixel_values, torch.cat(alone))
+    assert torch.equal(load(paths[:1], sampling, num_threads=num_threads).pixel_values, alone[0])
+
+
+def test_frames_far_apart_are_reached_by_seeking_not_by_decoding_all(corpus: Path) -> None:
+    index, _ = read_index(corpus / "h264_open_gop.mp4")
+    assert index is not None
+    out = torch.empty(4 * 20, Geometry().row_width, dtype=torch.uint8)
+    geometry = {"height": 56, "width": 280, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+    request = {"index": index, "frames": [20, 21], "deadline_s": 10.0, **geometry, "mean": [0.0] * 3, "std": [1.0] * 3,
+               "dtype": "uint8", "out": out.data_ptr(), "out_bytes": out[:80].nbytes}  # fmt: skip
+    ((states, _, counts),) = _video.decode([request], max_frame_pixels=2**25, num_threads=1)
+    assert states.tolist() == [1, 1] and counts["decoded"] < 40 and counts["back_offs"] == 0
+
+
+@pytest.mark.parametrize("deadline_s", [1e-6, 0.15])
+def test_a_deadline_ends_the_call_and_names_itself(slow_clip: Path, deadline_s: float) -> None:
+    started = time.monotonic()
+    (result,) = load([slow_clip], Sampling("hf_qwen3", fps=25.0), deadline_s=deadline_s, on_error="skip").results
+    assert result.code == "DEADLINE" and str(slow_clip) in result.message
+    assert time.monotonic() - started < 5.0
+
+
+def test_a_deadline_leaves_other_videos_of_the_batch_alone(slow_clip: Path, corpus: Path) -> None:
+    batch = load([slow_clip, corpus / "h264_16x16.mp4"], Sampling("hf_qwen3", fps=25.0), deadline_s=0.2)
+    assert batch.results[0].code == "DEADLINE" and batch.results[1].status == "ok"
+
+
+def test_an_exception_from_a_signal_handler_cancels_the_call(slow_clip: Path) -> None:
+    class Alarm(Exception):
+        """Raised by the handler."""
+
+    def handler(*_: object) -> None:
+        raise Alarm
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(Alarm):
+            load([slow_clip] * 20, Sampling("hf_qwen3", fps=25.0), num_threads=2)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_stream_that_grows_past_the_limit_is_not_decoded(corpus: Path, tmp_path: Path) -> None:
+    for name in ("half.h264", "h264.h264"):
+        (tmp_path / name).symlink_to(corpus / name)
+    joined("half.h264", "h264.h264")(tmp_path / "grows.h264")
+    (result,) = load([tmp_path / "grows.h264"], limits=Limits(max_frame_pixels=144 * 32)).results
+    assert result.status == "partial" and result.num_frames == 150
+
+
+def test_more_frames_than_the_limit_are_refused(corpus: Path) -> None:
+    (result,) = load([corpus / "h264.mp4"], limits=Limits(max_num_frames=149)).results
+    assert (result.status, result.code) == ("failed", "LIMIT_EXCEEDED")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kept_index_is_the_index(corpus: Path, name: str, tmp_path: Path) -> None:
+    fresh, _ = read_index(corpus / name)
+    read_index(corpus / name, index_folder=str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 1
+    kept, _ = read_index(corpus / name, index_folder=str(tmp_path))
+    assert fresh is not None and kept is not None
+    assert all(np.array_equal(column, kept.packets[key]) for key, column in fresh.packets.items())
+    for field in ("path", "format", "codec", "size", "coded_size", "time_base", "frame_rate", "has_times", "num_keys"):
+        assert getattr(fresh, field) == getattr(kept, field)
+
+
+def test_a_kept_index_is_not_used_once_the_file_changes_or_the_copy_is_damaged(corpus: Path, tmp_path: Path) -> None:
+    clip, folder = tmp_path / "clip.mp4", tmp_path / "kept"
+    folder.mkdir()
+    clip.write_bytes((corpus / "h264.mp4").read_bytes())
+    read_index(clip, index_folder=str(folder))
+    (kept,) = folder.iterdir()
+    for damage in (
+        lambda data: data[:-20],
+        lambda data: data[:100] + bytes([data[100] ^ 1]) + data[101:],
+        lambda _: b"",
+    ):
+        kept.write_bytes(damage(kept.read_bytes()))
+        index, _ = read_index(clip, index_folder=str(folder))
+        assert index is not None and len(index.packets["pts"]) == 150
+    clip.write_bytes((corpus / "hevc.mp4").read_bytes())
+    index, _ = read_index(clip, index_folder=str(folder))
+    assert index is not None and index.codec == "hevc"
+
+
+def test_a_folder_that_cannot_be_written_only_costs_the_keeping(corpus: Path) -> None:
+    index, _ = read_index(corpus / "h264.mp4", index_folder="/proc/nowhere")
+    assert index is not None
+
+
+def test_a_forked_process_decodes(corpus: Path) -> None:
+    expected = load([corpus / "h264.mp4"], num_threads=2).pixel_values.float().mean().item()
+
+    def child() -> None:
+        os._exit(0 if load([corpus / "h264.mp4"], num_threads=2).pixel_values.float().mean().item() == expected else 1)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("frames", [0, 999]), ("frames", [-1, 0]), ("out_bytes", 17), ("height", 57), ("width", 0), ("dtype", "int8")],
+)
+def test_a_request_that_would_write_out_of_bounds_is_refused(corpus: Path, field: str, value: object) -> None:
+    index, _ = read_index(corpus / "h264.mp4")
+    out = torch.empty(80, Geometry().row_width, dtype=torch.uint8)
+    request = {"index": index, "frames": [0, 1], "deadline_s": 10.0, "height": 56, "width": 280, "patch_size": 14,
+               "temporal_patch_size": 2, "merge_size": 2, "mean": [0.0] * 3, "std": [1.0] * 3, "dtype": "uint8",
+               "out": out.data_ptr(), "out_bytes": out.nbytes, field: value}  # fmt: skip
+    with pytest.raises(ValueError):
+        _video.decode([request], max_frame_pixels=2**25, num_threads=1)
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.slow
+def test_two_thousand_opens_leave_no_descriptor_and_no_memory(tmp_path: Path) -> None:
+    clips = [tmp_path / name for name in ("a.mp4", "b.mkv", "broken.mp4")]
+    for clip in clips[:2]:
+        ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x64:r=10:d=1", *H264, clip)
+    clips[2].write_bytes(clips[0].read_bytes()[:900])
+    load(clips * 30)
+    descriptors, resident = len(os.listdir("/proc/self/fd")), resident_mib()
+    for _ in range(67):
+        load(clips * 10, Sampling(fps=2.0), num_threads=2)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert resident_mib() - resident < 16
