@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from transformers.utils import cached_file
 
 from tempsamp_fast.chat import Chat
@@ -32,8 +33,12 @@ def save_model(folder: Path, policy: Policy, chat: Chat, data: DataConfig) -> No
     """Write model, tokenizer and preprocessor settings as an ordinary Hugging Face folder.
 
     `video.json` beside them says how frames were taken in training, so that inference takes them alike.
+    Raises OSError when it cannot be written.
     """
-    policy.base_model.save_pretrained(folder)
+    try:
+        policy.base_model.save_pretrained(folder)
+    except SafetensorError as error:
+        raise OSError(f"{folder}: weights not written: {error}") from error
     chat.tokenizer.save_pretrained(folder)
     for name in PREPROCESSOR_FILES:
         file = cached_file(chat.tokenizer.name_or_path, name, _raise_exceptions_for_missing_entries=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -86,12 +88,22 @@ class DataConfig:
     min_pixels: int | None = field(default=None, metadata={"help": "per frame; None: the model family's default"})
     max_pixels: int | None = field(default=None, metadata={"help": "per frame; None: the model family's default"})
     total_pixels: int | None = field(default=None, metadata={"help": "per video; None: the model family's default"})
+    prefetch_steps: int = field(default=2, metadata={"help": "steps whose videos are decoded ahead"})
+    patch_cache: str | None = field(default=None, metadata={"help": "folder that keeps decoded videos between runs"})
     video_cache_gib: float = field(default=2.0, metadata={"help": "memory for decoded videos, per process"})
 
     def __post_init__(self) -> None:
-        _require(self.fps > 0, "fps", self.fps, "positive")
+        _require(0 < self.fps < math.inf, "fps", self.fps, "positive")
         _require(1 <= self.min_frames <= self.max_frames, "min_frames", self.min_frames, "between 1 and max_frames")
+        _require(self.prefetch_steps >= 1, "prefetch_steps", self.prefetch_steps, "at least 1")
         _require(self.video_cache_gib >= 0, "video_cache_gib", self.video_cache_gib, "zero or more")
+        for name in ("min_pixels", "max_pixels", "total_pixels"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "positive")
+        _require(
+            self.max_eval_samples is None or self.max_eval_samples >= 0,
+            "max_eval_samples", self.max_eval_samples, "zero (no evaluation) or more",
+        )  # fmt: skip
         if self.annotations != "synthetic":
             _require(self.videos is not None, "videos", self.videos, "given with your own annotations")
 
@@ -219,12 +231,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         parse_phases(self.phases)
-        for name in ("prompts_per_device", "gradient_accumulation_steps", "eval_batch_size", "keep_checkpoints"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in (
+            "prompts_per_device", "sft_prompts_per_device", "gradient_accumulation_steps", "max_tokens_per_row",
+            "eval_batch_size", "keep_checkpoints",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
         for name in ("learning_rate", "sft_learning_rate"):
             value = getattr(self, name)
             _require(value is None or (value > 0 and math.isfinite(value)), name, value, "positive")
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "zero or more")
         _require(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, "zero (off) or more")
         _require(self.save_steps >= 0, "save_steps", self.save_steps, "zero or more")
         for mode in self.eval_modes.split("+"):
@@ -256,33 +273,54 @@ def _yaml_flags(path: Path) -> list[str]:
         raise ValueError(f"--config {path}: not valid YAML: {error}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"--config {path}: expected `name: value` lines, found {type(entries).__name__}")
-    words: list[str] = []
-    for name, value in entries.items():
-        if value is not None:
-            words += [f"--{name}", str(value)]
-    return words
+    return _flags(entries)
+
+
+def _saved_flags(run: Path) -> list[str]:
+    """The settings that a run was started with, as command line words."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--resume {run}: no run in this folder (it has no config.json)")
+    sections = json.loads(path.read_text())
+    return _flags({name: value for section in sections.values() for name, value in section.items()})
+
+
+def _flags(settings: dict[str, Any]) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items() if value is not None]
 
 
 def parse_args(arguments: Sequence[str]) -> Config:
     """Settings from command line words; `--config FILE.yaml` counts as flags typed first.
 
-    Without `--config` the embedded tiny recipe is the base. Raises ValueError for values out of range and
-    SystemExit (with the usage) for unknown flags, as argparse does.
+    Without `--config` the embedded tiny recipe is the base, or with `--resume RUN` what that run was started with.
+    Raises ValueError for unknown flags and for values of the wrong type or out of range.
     """
     from transformers import HfArgumentParser
 
-    words = list(arguments)
-    config_file = DEFAULT_CONFIG
-    for position, word in enumerate(words):
-        if word == "--config" or word.startswith("--config="):
-            has_value = word == "--config"
-            if has_value and position + 1 == len(words):
-                raise ValueError("--config needs a file")
-            config_file = Path(words[position + 1] if has_value else word.removeprefix("--config="))
-            del words[position : position + 1 + has_value]
-            break
-    if not config_file.exists() and (CONFIGS / f"{config_file}.yaml").exists():
-        config_file = CONFIGS / f"{config_file}.yaml"
-    sections = (DataConfig, ModelConfig, RolloutConfig, AlgorithmConfig, TrainConfig)
-    parser = HfArgumentParser(sections, prog="train.py", allow_abbrev=False)  # type: ignore[arg-type]
-    return Config(*parser.parse_args_into_dataclasses(args=_yaml_flags(config_file) + words))
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    files.add_argument("--config", type=Path)
+    files.add_argument("--resume", type=Path)
+    sections: Any = (DataConfig, ModelConfig, RolloutConfig, AlgorithmConfig, TrainConfig)
+    parser = HfArgumentParser(sections, prog="train.py", allow_abbrev=False, exit_on_error=False)
+    try:
+        given, words = files.parse_known_args(list(arguments))
+        flags = [*_base_flags(given.config, given.resume), *words]
+        *settings, unknown = parser.parse_args_into_dataclasses(args=flags, return_remaining_strings=True)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    if unknown:
+        raise ValueError(f"unknown flag: {' '.join(unknown)}")
+    return Config(*settings)
+
+
+def _base_flags(config: Path | None, resume: Path | None) -> list[str]:
+    flags = [*_saved_flags(resume), f"--resume={resume}"] if resume else []
+    if config or not resume:
+        flags += _yaml_flags(_config_file(config) if config else DEFAULT_CONFIG)
+    return flags
+
+
+def _config_file(given: Path) -> Path:
+    """A file, or the name of one of the recipes that come with the package."""
+    recipe = CONFIGS / f"{given}.yaml"
+    return recipe if recipe.is_file() and not given.exists() else given

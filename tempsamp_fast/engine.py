@@ -82,8 +82,12 @@ def learning_rate(train: TrainConfig, step_in_phase: int, num_steps: int, is_sft
     return peak
 
 
-def optimizer_step(engine: Any, rows: Sequence[PackedRow], heads: Sequence[Head], rate: float) -> list[Any]:
-    """Accumulate the gradients of all rows, then update once; returns the metrics of each row.
+def optimizer_step(
+    engine: Any, rows: Sequence[PackedRow], heads: Sequence[Head], rate: float
+) -> tuple[list[Any], float]:
+    """Accumulate the gradients of all rows, then update once.
+
+    Returns the metrics of each row, and the norm of the whole gradient before clipping.
 
     Every rank runs as many rows as the one with the most, so that their collectives meet: a rank that has fewer
     repeats its last row with a loss of zero.
@@ -98,10 +102,22 @@ def optimizer_step(engine: Any, rows: Sequence[PackedRow], heads: Sequence[Head]
         loss, row_metrics = engine(row.to(engine.device), head)
         engine.set_gradient_accumulation_boundary(index == num_rounds - 1)
         engine.backward(loss if is_own else loss * 0.0)
+        if index == num_rounds - 1:
+            grad_norm = _plain_gradient_norm(engine)
         engine.step()
         if is_own:
             metrics.append(row_metrics)
-    return metrics
+    return metrics, float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
+
+
+def _plain_gradient_norm(engine: Any) -> Tensor | None:
+    """Of gradients that lie whole in their parameters: DeepSpeed clips such without keeping their norm.
+
+    None where its own optimizer (ZeRO, bf16) holds the gradients; that one does keep it.
+    """
+    if hasattr(engine.optimizer, "_global_grad_norm"):
+        return None
+    return nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
 
 def max_over_ranks(number: int, device: torch.device) -> int:

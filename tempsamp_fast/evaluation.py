@@ -27,7 +27,8 @@ def evaluate(
     own = samples[rank::world_size]
     for start in range(0, len(own), batch_size):
         prompts = loader.prompts(own[start : start + batch_size], [mode] * len(own[start : start + batch_size]))
-        for prompt, (completion,) in zip(prompts, sampler(prompts, 1), strict=True):
+        answers = sampler(prompts, 1) if prompts else []
+        for prompt, (completion,) in zip(prompts, answers, strict=True):
             texts[prompt.sample.sample_id] = completion.text
     gathered: list[dict[str, str]] = [texts]
     if world_size > 1:

@@ -75,31 +75,33 @@ class RecordedRollouts:
     def __init__(self, path: str | Path, chat: Chat):
         self.path = Path(path)
         self.chat = chat
-        self._answers: dict[tuple[int, str], list[Completion]] = {}
+        self._answers: dict[tuple[int, str, str], list[Completion]] = {}
 
     def write(self, step: int, prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]]) -> None:
         """Append the answers of one step."""
         with self.path.open("a") as file:
             for prompt, completions in zip(prompts, answers, strict=True):
                 ids = [completion.ids.tolist() for completion in completions]
-                file.write(json.dumps({"step": step, "sample_id": prompt.sample.sample_id, "ids": ids}) + "\n")
+                row = {"step": step, "sample_id": prompt.sample.sample_id, "mode": prompt.mode, "ids": ids}
+                file.write(json.dumps(row) + "\n")
 
     def read(self, step: int, prompts: Sequence[Prompt], num_completions: int) -> list[list[Completion]]:
         """The recorded answers to `prompts`. Raises ValueError naming the file and what it lacks."""
         if not self._answers:
             with self.path.open() as file:
                 for row in map(json.loads, file):
-                    self._answers[row["step"], row["sample_id"]] = [
+                    self._answers[row["step"], row["sample_id"], row["mode"]] = [
                         self.chat.completion(torch.tensor(ids)) for ids in row["ids"]
                     ]
         found = []
         for prompt in prompts:
-            key = (step, prompt.sample.sample_id)
+            key = (step, prompt.sample.sample_id, prompt.mode)
             completions = self._answers.get(key)
             if completions is None or len(completions) < num_completions:
                 have = 0 if completions is None else len(completions)
                 raise ValueError(
-                    f"{self.path}: {have} answers for step {key[0]}, sample {key[1]!r}; need {num_completions}"
+                    f"replay_rollouts={str(self.path)!r}: {have} answers for step {step}, sample "
+                    f"{prompt.sample.sample_id!r}, mode {prompt.mode}; need {num_completions}"
                 )
             found.append(completions[:num_completions])
         return found

@@ -28,7 +28,8 @@ class Results:
         self.run = run
         self.path = run.folder / "results.json"
         resumed = run.first_step > 0 and self.path.exists()
-        self.rows: list[dict[str, Any]] = json.loads(self.path.read_text()) if resumed else []
+        kept = json.loads(self.path.read_text()) if resumed else []
+        self.rows: list[dict[str, Any]] = [row for row in kept if row["num_steps"] <= run.first_step]
 
     def evaluate(self, stage: str, num_steps: int, log: RunLog) -> None:
         """Evaluate in every mode of `eval_modes`; writes RUN/eval/<stage>_<mode>.jsonl."""

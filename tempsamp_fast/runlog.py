@@ -127,8 +127,13 @@ class RunLog:
 
 def _drop_rows_from(path: Path, first_step: int) -> None:
     if path.exists():
-        rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first_step]
-        path.write_text("".join(line + "\n" for line in rows))
+        lines = path.read_text().splitlines()
+        path.write_text("".join(line + "\n" for line in lines if _is_before(json.loads(line), first_step)))
+
+
+def _is_before(row: dict[str, Any], first_step: int) -> bool:
+    """The evaluation after n steps is row n, and it comes before the checkpoint of n steps."""
+    return row["step"] < first_step or (row["phase"] == "eval" and row["step"] == first_step > 0)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

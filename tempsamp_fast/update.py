@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,14 @@ from tempsamp_fast.engine import optimizer_step
 from tempsamp_fast.loss import RowTargets, log_probs, policy_loss
 from tempsamp_fast.packing import PackedRow, pack
 from tempsamp_fast.policy import Policy
+
+REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
+    "loss": sum,
+    "num_tokens": sum,
+    "ratio_min": min,
+    "ratio_max": max,
+}
+"""How the figures of rows that are no means become one."""
 
 
 def update(
@@ -52,10 +61,12 @@ def update(
         for row, target in zip(rows, targets, strict=True)
     ]
     for _ in range(1 if is_sft else algorithm.updates_per_batch):
-        row_metrics = optimizer_step(engine, rows, heads, learning_rate)
-    return _combine(row_metrics, rows) | {
+        row_metrics, grad_norm = optimizer_step(engine, rows, heads, learning_rate)
+    combined = combine(_of_all_ranks([metrics.as_dict() for metrics in row_metrics]))
+    combined["loss"] /= _num_ranks()  # each rank divides by its share of the step's answers
+    return combined | {
         "optim/learning_rate": learning_rate,
-        "optim/grad_norm": float(engine.get_global_grad_norm() or 0.0),
+        "optim/grad_norm": grad_norm,
         "batch/num_tokens": float(sum(row.num_tokens for row in rows)),
     }
 
@@ -84,31 +95,48 @@ def _log_probs(policy: Policy, rows: Sequence[PackedRow], config: Config) -> lis
 
 
 def _mean_over_ranks(number: float, device: torch.device) -> float:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if _num_ranks() == 1:
         return float(number)
     total = torch.tensor(float(number), device=device)
     dist.all_reduce(total)
-    return float(total) / dist.get_world_size()
+    return float(total) / _num_ranks()
 
 
-def _combine(row_metrics: Sequence[Any], rows: Sequence[PackedRow]) -> dict[str, float]:
-    """Metrics of all rows: losses add up (each is already divided by the step's counts), the rest is averaged."""
-    weights = torch.tensor([float(row.num_completions) for row in rows])
-    weights /= weights.sum()
-    parts = [metrics.as_dict() for metrics in row_metrics]
-    combined = {
-        name: sum(part[name] * float(weight) for part, weight in zip(parts, weights, strict=True)) for name in parts[0]
-    }
-    combined["loss"] = sum(part["loss"] for part in parts)
+def combine(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The metrics of a step from `LossMetrics.as_dict` of all of its rows, as `loss` and `policy/<name>`.
+
+    Losses add up (each is already divided by the step's counts) and so do token counts; extremes stay extremes, and
+    all others are means over tokens. A row may lack the names of a side (on or off policy) that it has no answer of.
+    """
+    combined = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        having = [part for part in parts if name in part]
+        side, _, figure = name.rpartition("/")
+        values = [part[name] for part in having]
+        if figure in REDUCTIONS:
+            value = REDUCTIONS[figure](values)
+        else:
+            counts = [part[f"{side}/num_tokens" if side else "num_tokens"] for part in having]
+            value = sum(map(operator.mul, values, counts)) / sum(counts)
+        combined[name if name == "loss" else f"policy/{name}"] = value
     return combined
 
 
 def mean_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
     """Every metric averaged over the ranks that have it."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return metrics
-    gathered: list[dict[str, float]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(gathered, metrics)
-    names = dict.fromkeys(name for part in gathered for name in part)
-    having = {name: [part[name] for part in gathered if name in part] for name in names}
+    parts = _of_all_ranks([metrics])
+    names = dict.fromkeys(name for part in parts for name in part)
+    having = {name: [part[name] for part in parts if name in part] for name in names}
     return {name: sum(values) / len(values) for name, values in having.items()}
+
+
+def _of_all_ranks(parts: list[dict[str, float]]) -> list[dict[str, float]]:
+    if _num_ranks() == 1:
+        return parts
+    gathered: list[list[dict[str, float]]] = [[]] * _num_ranks()
+    dist.all_gather_object(gathered, parts)
+    return [part for rank in gathered for part in rank]
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
