@@ -4,6 +4,7 @@
 #include <deque>
 #include <new>
 
+#include "index_cache.h"
 #include "pool.h"
 
 namespace video {
@@ -83,6 +84,17 @@ void add(const Unit& unit, DecodeResult* result) {
     }
 }
 
+IndexResult index_file(const std::string& path, const CallOptions& options, const Watch& watch) {
+    if (options.index_folder.empty()) return read_index(path, options.limits, watch);
+    if (std::shared_ptr<const Index> kept = load_index(options.index_folder, path)) {
+        Status checked = check(*kept, options.limits);
+        return {checked, checked.ok() ? kept : nullptr};
+    }
+    IndexResult result = read_index(path, options.limits, watch);
+    if (result.index) store_index(options.index_folder, *result.index);
+    return result;
+}
+
 }  // namespace
 
 std::vector<IndexResult> index_files(const std::vector<std::string>& paths, const std::vector<double>& deadlines_s,
@@ -94,7 +106,7 @@ std::vector<IndexResult> index_files(const std::vector<std::string>& paths, cons
             Watch watch(options.cancelled);
             watch.start(deadlines_s[i]);
             try {
-                results[i] = read_index(paths[i], options.limits, watch);
+                results[i] = index_file(paths[i], options, watch);
             } catch (const std::bad_alloc&) {
                 results[i].status = out_of_memory();
             }

@@ -15,6 +15,7 @@ namespace video {
 struct CallOptions {
     Limits limits;
     int num_threads = 1;
+    std::string index_folder;  // where indexes are kept; "": nowhere
     const Kernels* kernels = nullptr;
     std::function<void()> poll;  // on the calling thread; may set `cancelled`
     std::atomic<bool> cancelled{false};

@@ -35,9 +35,10 @@ auto without_lock(Call call) {
 py::tuple status_of(const Status& status) { return py::make_tuple(name(status.code), status.message); }
 
 py::list index_paths(const std::vector<std::string>& paths, const std::vector<double>& deadlines_s, int64_t max_frame_pixels,
-                     int64_t max_num_frames, int num_threads) {
+                     int64_t max_num_frames, int num_threads, const std::string& index_folder) {
     CallOptions options;
     prepare(options, max_frame_pixels, max_num_frames, num_threads, "");
+    options.index_folder = index_folder;
     if (deadlines_s.size() != paths.size()) throw py::value_error("one deadline per path is needed");
     const auto results = without_lock([&] { return index_files(paths, deadlines_s, options); });
     if (options.cancelled) throw py::error_already_set();
@@ -176,7 +177,7 @@ PYBIND11_MODULE(_video, m) {
         .def_property_readonly("packets", packets_of, "Columns of all packets in decoding order.");
 
     m.def("index", &index_paths, py::arg("paths"), py::arg("deadlines_s"), py::kw_only(), py::arg("max_frame_pixels"),
-          py::arg("max_num_frames"), py::arg("num_threads"),
+          py::arg("max_num_frames"), py::arg("num_threads"), py::arg("index_folder") = "",
           "One (Index or None, (code, message)) per path.");
     m.def("decode", &decode_requests, py::arg("requests"), py::kw_only(), py::arg("max_frame_pixels"), py::arg("num_threads"),
           py::arg("simd") = "", "One (states [frames] uint8: 0 missing, 1 good, 2 damaged; (code, message); counts) per request.");

@@ -23,8 +23,6 @@ Orientation orientation_of(const AVStream* stream) {
     return {};
 }
 
-int64_t nanoseconds(const timespec& time) { return int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec; }
-
 struct Reading {
     std::vector<PacketTraits> traits;
     bool can_drop = true;
@@ -59,16 +57,13 @@ Status read_packets(Demuxer& demuxer, const Limits& limits, const Watch& watch, 
         if (packet->size == 0) continue;
         follow(demuxer, packet.get(), reading, index);
         if (!demuxer.is_ours(packet.get())) continue;
-        if (static_cast<int64_t>(index->packets.size()) >= limits.max_num_frames) {
-            return {Code::kLimitExceeded,
-                    "has more than max_num_frames = " + std::to_string(limits.max_num_frames) + " frames"};
-        }
         const PacketTraits traits = bitstream.read(packet->data, packet->size);
         const auto has_flag = [&](int flag) { return (packet->flags & flag) != 0; };
         index->packets.push_back({packet->pts, packet->dts, packet->duration, packet->pos, packet->size,
                                   has_flag(AV_PKT_FLAG_KEY), !has_flag(AV_PKT_FLAG_DISCARD) && !traits.hidden, false,
                                   marks_early ? is_next_cut : has_flag(AV_PKT_FLAG_CORRUPT)});
         is_next_cut = has_flag(AV_PKT_FLAG_CORRUPT);
+        if (Status checked = check(*index, limits); !checked.ok()) return checked;
         reading->traits.push_back(traits);
     }
     reading->can_drop = bitstream.can_drop();
@@ -113,6 +108,20 @@ void describe(const Demuxer& demuxer, Index* index) {
 }
 
 }  // namespace
+
+int64_t nanoseconds(const timespec& time) { return int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec; }
+
+Status check(const Index& index, const Limits& limits) {
+    if (int64_t{index.width} * index.height > limits.max_frame_pixels) {
+        return {Code::kLimitExceeded, std::to_string(index.width) + " x " + std::to_string(index.height) +
+                                          " is over max_frame_pixels = " + std::to_string(limits.max_frame_pixels)};
+    }
+    if (static_cast<int64_t>(index.packets.size()) > limits.max_num_frames) {
+        return {Code::kLimitExceeded,
+                "has more than max_num_frames = " + std::to_string(limits.max_num_frames) + " frames"};
+    }
+    return {};
+}
 
 void Index::arrange() {
     by_pts_.resize(packets.size());
@@ -172,11 +181,7 @@ IndexResult read_index(const std::string& path, const Limits& limits, const Watc
         index->modified_ns = nanoseconds(file.st_mtim);
     }
     describe(demuxer, index.get());
-    if (int64_t{index->width} * index->height > limits.max_frame_pixels) {
-        return {{Code::kLimitExceeded, std::to_string(index->width) + " x " + std::to_string(index->height) +
-                                           " is over max_frame_pixels = " + std::to_string(limits.max_frame_pixels)},
-                nullptr};
-    }
+    if (Status checked = check(*index, limits); !checked.ok()) return {std::move(checked), nullptr};
     Reading reading;
     if (Status read = read_packets(demuxer, limits, watch, index.get(), &reading); !read.ok()) {
         return {std::move(read), nullptr};

@@ -1,6 +1,7 @@
 // All packets of a video, read once: which frames there are, when they are shown and what is needed to decode them.
 #pragma once
 
+#include <ctime>
 #include <memory>
 #include <string>
 #include <vector>
@@ -70,6 +71,11 @@ struct IndexResult {
     Status status;
     std::shared_ptr<const Index> index;  // null unless the status is ok
 };
+
+int64_t nanoseconds(const timespec& time);
+
+// Not ok for an index of a file that may not be decoded.
+Status check(const Index& index, const Limits& limits);
 
 IndexResult read_index(const std::string& path, const Limits& limits, const Watch& watch);
 

@@ -27,6 +27,7 @@ def index(
     max_frame_pixels: int,
     max_num_frames: int,
     num_threads: int,
+    index_folder: str = "",
 ) -> list[tuple[Index | None, tuple[str, str]]]: ...
 def decode(
     requests: Sequence[Mapping[str, Any]], *, max_frame_pixels: int, num_threads: int, simd: str = ""

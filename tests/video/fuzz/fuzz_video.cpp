@@ -1,4 +1,4 @@
-// libFuzzer target: any bytes as a video file, through index, kept index, decoder and patches. `make -C tests/video/fuzz`.
+// libFuzzer target: any bytes as a video file, through index, decoder and patches. `make -C tests/video/fuzz`.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "../../../csrc/batch.h"
-#include "../../../csrc/index_cache.h"
 
 using namespace video;
 
