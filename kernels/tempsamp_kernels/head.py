@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,15 @@ def chunk_rows(num_tokens: int, vocab_size: int, device_type: str) -> int:
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     device_type = hidden.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return hidden.dtype
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -111,7 +120,7 @@ class ChunkedHead:
         """
         if self.num_tokens == 0:
             return
-        with torch.autocast(self.hidden.device.type, enabled=False):
+        with _without_autocast(self.hidden.device.type):
             buffer = torch.empty(self.rows, len(self.weight), dtype=torch.float32, device=self.weight.device)
             for chunk in self.chunks():
                 x = self.inputs(chunk)

@@ -56,51 +56,63 @@ def assert_same(inputs, **options):
         torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize(("loss_type", "level"), CASES)
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-@pytest.mark.parametrize("importance", [None, "row", "token"])
-def test_loss_metrics_and_gradients_equal_ligers(loss_type, level, beta, importance):
+def assert_same_with(loss_type, level, beta, importance):
     inputs = batch()
     weights = inputs.pop("importance")
     if importance is not None:
         inputs["vllm_is_ratio"] = weights if importance == "token" else weights[:, 0]
-    options = {
-        "loss_type": loss_type,
-        "importance_sampling_level": level,
-        "beta": beta,
-        "epsilon_high": 1.3 if loss_type == "cispo" else 0.25,
-        "temperature": 0.8,
-        "max_completion_length": 9,
-    }
-    assert_same(inputs, use_ref_model=beta != 0, **options)
-
-
-@pytest.mark.parametrize(("loss_type", "level"), CASES)
-@pytest.mark.parametrize(
-    ("dropped", "options"),
-    [
-        (("bias",), {}),
-        (("old_per_token_logps",), {}),
-        ((), {"delta": 1.1}),
-        ((), {"use_bias_correction_kl": True}),
-        (("ref_per_token_logps",), {"use_ref_model": False}),
-        ((), {"num_items_in_batch": 31}),
-    ],
-    ids=["no bias", "no old", "delta", "bias-corrected KL", "no reference", "given item count"],
-)
-def test_options_act_as_in_liger(loss_type, level, dropped, options):
-    inputs = {name: value for name, value in batch(1).items() if name not in (*dropped, "importance")}
-    if "num_items_in_batch" in options:
-        inputs["num_items_in_batch"] = options["num_items_in_batch"]
-        options = {}
     assert_same(
         inputs,
         loss_type=loss_type,
         importance_sampling_level=level,
-        epsilon_high=1.2 if loss_type == "cispo" else 0.2,
+        beta=beta,
+        use_ref_model=beta != 0,
+        epsilon_high=1.3 if loss_type == "cispo" else 0.25,
+        temperature=0.8,
         max_completion_length=9,
-        **options,
     )
+
+
+@pytest.mark.parametrize(("loss_type", "level"), CASES)
+def test_loss_metrics_and_gradients_equal_ligers(loss_type, level):
+    assert_same_with(loss_type, level, beta=0.1, importance="token")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("loss_type", "level"), CASES)
+@pytest.mark.parametrize(("beta", "importance"), [(0.0, None), (0.0, "row"), (0.0, "token"), (0.1, None), (0.1, "row")])
+def test_every_mix_of_kl_and_importance_weights_equals_ligers(loss_type, level, beta, importance):
+    assert_same_with(loss_type, level, beta, importance)
+
+
+def assert_same_option(loss_type, level, dropped, given, options):
+    inputs = {name: value for name, value in batch(1).items() if name not in (*dropped, "importance")}
+    bound = 1.2 if loss_type == "cispo" else 0.2
+    common = {"importance_sampling_level": level, "epsilon_high": bound, "max_completion_length": 9}
+    assert_same({**inputs, **given}, loss_type=loss_type, **common, **options)
+
+
+@pytest.mark.parametrize(("loss_type", "level"), CASES)
+def test_delta_and_corrected_kl_without_bias_equal_ligers(loss_type, level):
+    assert_same_option(loss_type, level, ("bias",), {}, {"delta": 1.1, "use_bias_correction_kl": True})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("loss_type", "level"), CASES)
+@pytest.mark.parametrize(
+    ("dropped", "given", "options"),
+    [
+        (("bias",), {}, {}),
+        (("old_per_token_logps",), {}, {}),
+        ((), {}, {"delta": 1.1}),
+        ((), {}, {"use_bias_correction_kl": True}),
+        (("ref_per_token_logps",), {}, {"use_ref_model": False}),
+        ((), {"num_items_in_batch": 31}, {}),
+    ],
+    ids=["no bias", "no old", "delta", "bias-corrected KL", "no reference", "given item count"],
+)
+def test_every_option_acts_as_in_liger(loss_type, level, dropped, given, options):
+    assert_same_option(loss_type, level, dropped, given, options)
 
 
 def test_reference_head_stands_in_for_reference_log_probs():
