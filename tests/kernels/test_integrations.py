@@ -1,0 +1,176 @@
+"""Trainers of other projects on these kernels: what they compute must not change."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from tempsamp_kernels.integrations import patch_trl, patch_verl
+from tempsamp_kernels.integrations.trl import _FusedLogProb
+
+WORDS = ["<pad>", "<eos>", *"abcdefghijklmn"]
+
+
+@pytest.fixture
+def head():
+    """hidden, weight, bias and targets of a small head; a factory, so that every caller has its own gradients."""
+
+    def make():
+        generator = torch.Generator().manual_seed(0)
+        hidden, weight, bias = (torch.randn(shape, generator=generator) for shape in [(11, 8), (37, 8), (37,)])
+        targets = torch.randint(37, (11,), generator=generator)
+        return hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), targets
+
+    return make
+
+
+def trl_call(function, head, softcap, logit_scale, with_bias):
+    hidden, weight, bias, targets = head
+    logp, entropy, *rest = function.apply(
+        hidden, weight, bias if with_bias else None, targets, 0.7, 16, softcap, logit_scale, ("log_probs", "entropy")
+    )
+    assert rest == [None, None, None]
+    (logp.sin().sum() + entropy.square().sum()).backward()
+    return logp, entropy, hidden.grad, weight.grad, bias.grad
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("logit_scale", [1.0, 0.5])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_log_probs_entropy_and_gradients_equal_those_of_trl(head, softcap, logit_scale, with_bias):
+    kernels = pytest.importorskip("trl.kernels", reason="needs a TRL with a fused head")
+    theirs = trl_call(kernels.ChunkedLogProbFunction, head(), softcap, logit_scale, with_bias)
+    ours = trl_call(_FusedLogProb, head(), softcap, logit_scale, with_bias)
+    for actual, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_trl_outputs_beyond_log_prob_and_entropy_are_refused_by_name(head):
+    with pytest.raises(ValueError, match="is_top1"):
+        _FusedLogProb.apply(*head(), 1.0, 16, None, 1.0, ("log_probs", "is_top1"))
+
+
+def test_trl_patch_rebinds_one_name_until_undone():
+    utils = pytest.importorskip("trl.trainer.utils")
+    original = utils._ChunkedLogProbFunction
+    with patch_trl():
+        assert utils._ChunkedLogProbFunction is _FusedLogProb
+    assert utils._ChunkedLogProbFunction is original
+
+
+def module(monkeypatch, name: str, **attributes) -> ModuleType:
+    """A stand-in for a module that is not installed in this version."""
+    stand_in = ModuleType(name)
+    stand_in.__dict__.update(attributes)
+    monkeypatch.setitem(sys.modules, name, stand_in)
+    return stand_in
+
+
+def test_older_trl_gets_our_class_in_place_of_ligers(monkeypatch):
+    from tempsamp_kernels.liger import FusedLinearGRPOLoss
+
+    module(monkeypatch, "trl.trainer.utils")
+    trainer = module(monkeypatch, "trl.trainer.grpo_trainer", LigerFusedLinearGRPOLoss=object)
+    with patch_trl():
+        assert trainer.LigerFusedLinearGRPOLoss is FusedLinearGRPOLoss
+    assert trainer.LigerFusedLinearGRPOLoss is object
+
+
+def test_trl_without_either_interface_is_refused(monkeypatch):
+    module(monkeypatch, "trl.trainer.utils")
+    module(monkeypatch, "trl.trainer.grpo_trainer")
+    with pytest.raises(ValueError, match="fused head"):
+        patch_trl()
+
+
+def test_verl_gets_flat_log_probs_and_entropy_with_gradients(head, monkeypatch):
+    """Called as `verl.models.transformers.dense_common.forward_with_triton_backend` does."""
+    verl = module(monkeypatch, "verl.utils.kernel.linear_cross_entropy", linear_cross_entropy=None)
+    hidden, weight, _, labels = head()
+    with patch_verl():
+        logp, entropy = verl.linear_cross_entropy(hidden.unsqueeze(0), weight, labels.unsqueeze(0), 0.7, "none")
+    assert verl.linear_cross_entropy is None
+    (logp.sum() + entropy.sum()).backward()
+    grads, (hidden, weight, _, _) = (hidden.grad, weight.grad), head()
+    logps = (hidden @ weight.T / 0.7).log_softmax(-1)
+    expected = logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1), -(logps.exp() * logps).sum(-1)
+    torch.testing.assert_close((logp, entropy), expected, rtol=1e-5, atol=1e-5)
+    (expected[0].sum() + expected[1].sum()).backward()
+    torch.testing.assert_close(grads, (hidden.grad, weight.grad), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("option", "value"), [("reduction", "mean"), ("dist_process_group", object())])
+def test_verl_options_without_support_are_refused_by_name(head, monkeypatch, option, value):
+    verl = module(monkeypatch, "verl.utils.kernel.linear_cross_entropy", linear_cross_entropy=None)
+    hidden, weight, _, labels = head()
+    with patch_verl(), pytest.raises(ValueError, match=option):
+        verl.linear_cross_entropy(hidden, weight, labels, **{option: value})
+
+
+LOGGED = ("loss", "kl", "entropy", "grad_norm", "clip_ratio/region_mean")
+
+
+def grpo_run(folder, with_patch: bool) -> torch.Tensor:
+    """What a real `trl.GRPOTrainer` logs at every step of a tiny Qwen2, [steps, len(LOGGED)]; always the same."""
+    from contextlib import nullcontext
+
+    from datasets import Dataset
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+    from trl import GRPOConfig, GRPOTrainer
+
+    words = Tokenizer(WordLevel({word: id_ for id_, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    config = Qwen2Config(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    set_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)  # the reference model is loaded from where the policy was
+    arguments = GRPOConfig(
+        output_dir=folder,
+        max_steps=8,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=6,
+        learning_rate=1e-2,
+        beta=0.1,
+        num_iterations=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    with patch_trl() if with_patch else nullcontext():
+        trainer = GRPOTrainer(
+            model=Qwen2ForCausalLM.from_pretrained(folder),
+            processing_class=tokenizer,
+            reward_funcs=lambda completions, **_: [float(text.count("a") - text.count("b")) for text in completions],
+            args=arguments,
+            train_dataset=Dataset.from_dict({"prompt": ["a b c", "d e f g"] * 4}),
+        )
+        trainer.train()
+    return torch.tensor([[entry[name] for name in LOGGED] for entry in trainer.state.log_history if "loss" in entry])
+
+
+def test_grpo_trainer_follows_the_unpatched_run(tmp_path, monkeypatch):
+    """Eight steps of a real trainer, two per generation so that ratios leave 1: loss, KL, entropy, gradient norm."""
+    pytest.importorskip("trl", reason="needs TRL")
+    calls, apply = [], _FusedLogProb.apply
+    monkeypatch.setattr(_FusedLogProb, "apply", lambda *arguments: calls.append(1) or apply(*arguments))
+    expected = grpo_run(tmp_path, with_patch=False)
+    assert not calls and expected.shape == (8, 5) and expected[:, -1].any()
+    torch.testing.assert_close(grpo_run(tmp_path, with_patch=True), expected, rtol=1e-3, atol=1e-5)
+    assert calls
