@@ -86,7 +86,7 @@ def grouped_advantages(
         group_advantage_kernel[(len(rewards),)](
             rewards, form, group_ids, off_policy.view(torch.int8), mean, std, advantages, len(rewards),
             float(tau), float(alpha_1), float(alpha_2), float(lambda_off), float(downscale), float(eps),
-            SHAPING=shaping, BLOCK=min(1024, triton.next_power_of_2(len(rewards))),
+            SHAPING=shaping, BLOCK=128,
         )  # fmt: skip
     return advantages
 

@@ -58,7 +58,8 @@ def _scaled(
     slope = logit_scale * inv_temperature
     if softcap is not None:
         squashed = 2 * tl.sigmoid(2 * z / softcap) - 1
-        return softcap * squashed * inv_temperature, slope * (1 - squashed * squashed)
+        z = softcap * squashed
+        slope *= 1 - squashed * squashed
     return z * inv_temperature, slope
 
 
@@ -132,9 +133,9 @@ def _write_gradient(
         else:
             gradient = -tl.exp(log_prob) * d_logp
         gradient = tl.where(columns == token_id, at_target, gradient) * slope
-        if gradient_ptr.dtype != row_ptr.dtype:
-            # Narrower elements land on logits that other warps of this program may not have read yet
-            tl.debug_barrier()
+        # What is written here may be a logit that another warp has yet to read: the target's, for the statistics, or,
+        # under narrower elements, one of this block.
+        tl.debug_barrier()
         tl.store(gradient_ptr + columns, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
