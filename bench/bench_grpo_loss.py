@@ -1,0 +1,233 @@
+"""The policy loss from hidden states, forward and backward, beside what other trainers run.
+
+    pytest bench/bench_grpo_loss.py
+
+Every round times all contenders in turn on the same inputs, after their losses and gradients were checked against each
+other. On a CPU the PyTorch implementations compete in fp32; on a GPU all of them in bf16 on the heads of Qwen2.5-VL 3B
+and 7B, with three bare cuBLAS GEMMs (2NHV FLOPs each) as the speed of light. `extra_info` has medians, ratios, memory.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+from tempsamp_kernels import fused_linear_grpo_loss
+from torch import Tensor
+from torch.nn import functional
+from trl.kernels import ChunkedLogProbFunction
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+ROUNDS = 10 if CUDA else 3
+EPSILON, BETA = 0.2, 0.04
+PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+HEADS = {"3B": (2048, 151936), "7B": (3584, 152064)}
+CASES = (
+    [pytest.param(n, *head, id=f"{name}-N{n}") for name, head in HEADS.items() for n in (1024, 4096, 8192, 32768)]
+    if CUDA
+    else [pytest.param(4096, 128, 32768, id="V32k-N4096"), pytest.param(1024, 256, 151936, id="V152k-N1024")]
+)
+
+
+@dataclass
+class Batch:
+    """Eight completions of N / 8 tokens; hidden [N, H] and weight [V, H] are leaves, the rest is fp32 or int64 [N]."""
+
+    hidden: Tensor
+    weight: Tensor
+    token_ids: Tensor
+    advantages: Tensor
+    old_logps: Tensor
+    ref_logps: Tensor
+
+
+def make_batch(num_tokens: int, hidden_size: int, vocab_size: int) -> Batch:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    hidden = torch.randn(num_tokens, hidden_size, device=DEVICE).to(dtype)
+    weight = (torch.randn(vocab_size, hidden_size, device=DEVICE) / hidden_size**0.5).to(dtype)
+    token_ids = torch.randint(vocab_size, (num_tokens,), device=DEVICE)
+    with torch.no_grad():
+        logps = trl_logps(hidden, weight, token_ids)
+    noise = torch.randn(2, num_tokens, device=DEVICE) * 0.2
+    advantages = torch.randn(8, device=DEVICE)
+    return Batch(
+        hidden.requires_grad_(), weight.requires_grad_(), token_ids, advantages, logps + noise[0], logps + noise[1]
+    )
+
+
+def policy_loss(logps: Tensor, batch: Batch) -> Tensor:
+    """The clipped objective with k3, mean over tokens, in PyTorch: what TRL does with log-probs."""
+    advantages = batch.advantages.repeat_interleave(len(logps) // 8)
+    ratio = (logps - batch.old_logps).exp()
+    policy = -torch.minimum(ratio * advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantages)
+    delta = batch.ref_logps - logps
+    return (policy + BETA * (torch.expm1(delta) - delta)).mean()
+
+
+def trl_logps(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
+    return ChunkedLogProbFunction.apply(hidden, weight, None, token_ids, 1.0, 32768, None, 1.0, ())[0]
+
+
+def ours(batch: Batch) -> Tensor:
+    return fused_linear_grpo_loss(
+        batch.hidden,
+        batch.weight,
+        batch.token_ids,
+        torch.arange(8, device=DEVICE).repeat_interleave(len(batch.hidden) // 8),
+        advantages=batch.advantages,
+        old_logps=batch.old_logps,
+        ref_logps=batch.ref_logps,
+        loss_type="dapo",
+        beta=BETA,
+        epsilon_low=EPSILON,
+        epsilon_high=EPSILON,
+    )[0]
+
+
+def trl(batch: Batch) -> Tensor:
+    return policy_loss(trl_logps(batch.hidden, batch.weight, batch.token_ids), batch)
+
+
+def liger(batch: Batch) -> Tensor:
+    # Off the GPU only its loss arithmetic would be compiled, which is nothing beside the head.
+    loss = LigerFusedLinearGRPOLoss(beta=BETA, compiled=CUDA, epsilon_low=EPSILON, epsilon_high=EPSILON)
+    rows = (8, len(batch.hidden) // 8)
+    return loss(
+        batch.hidden.view(*rows, -1),
+        batch.weight,
+        batch.token_ids.view(rows),
+        torch.ones(rows, device=DEVICE),
+        batch.advantages,
+        old_per_token_logps=batch.old_logps.view(rows),
+        ref_per_token_logps=batch.ref_logps.view(rows),
+    )[0]
+
+
+def liger_scaled_cross_entropy(batch: Batch) -> Tensor:
+    nll = LigerFusedLinearScaledCrossEntropyFunction.apply(batch.hidden, batch.weight, batch.token_ids)
+    return policy_loss(-(nll[0] if isinstance(nll, tuple) else nll), batch)
+
+
+def full_logits(batch: Batch) -> Tensor:
+    logits = functional.linear(batch.hidden, batch.weight).float()
+    return policy_loss(logits.log_softmax(1).gather(1, batch.token_ids[:, None])[:, 0], batch)
+
+
+CONTENDERS: dict[str, Callable[[Batch], Tensor]] = {
+    "ours": ours,
+    "trl": trl,
+    "liger": liger,
+    "liger_scaled_ce": liger_scaled_cross_entropy,
+    "torch_compile" if CUDA else "torch": torch.compile(full_logits) if CUDA else full_logits,
+}
+
+
+def step(contender: Callable[[Batch], Tensor], batch: Batch) -> list[Tensor]:
+    """Loss, dX and dW of one forward and backward, finished when this returns."""
+    loss = contender(batch)
+    results = [loss.detach(), *torch.autograd.grad(loss, (batch.hidden, batch.weight))]
+    if CUDA:
+        torch.cuda.synchronize()
+    return results
+
+
+def bare_gemms(batch: Batch) -> None:
+    """The floor: logits, dX and dW of the whole batch as three cuBLAS calls in bf16."""
+    hidden, weight = batch.hidden.detach(), batch.weight.detach()
+    logits = hidden @ weight.T
+    logits @ weight
+    logits.T @ hidden
+    torch.cuda.synchronize()
+
+
+def peak_gib(run: Callable[[], object]) -> float:
+    """Memory in use at the worst moment of `run`, less what was in use before it."""
+    if CUDA:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's way to reset VmHWM, the peak resident size
+    resident = resident_gib("VmRSS")
+    run()
+    return resident_gib("VmHWM") - resident
+
+
+def resident_gib(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
+
+
+def relative_distance(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def gradient_distances(batch: Batch) -> dict[str, float]:
+    """The correctness gate: relative distance of each contender's gradients from ours; none for one that cannot run."""
+    expected_loss, *expected = step(ours, batch)
+    distances = {}
+    for name, contender in CONTENDERS.items():
+        with suppress(ImportError, torch.OutOfMemoryError):
+            loss, *gradients = step(contender, batch)
+            torch.testing.assert_close(loss, expected_loss, rtol=2e-2, atol=2e-3)
+            distances[name] = max(map(relative_distance, gradients, expected))
+            assert distances[name] < (0.1 if CUDA else 1e-4), name
+    return distances
+
+
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize(("num_tokens", "hidden_size", "vocab_size"), CASES)
+def test_forward_and_backward_from_hidden_states(benchmark, num_tokens, hidden_size, vocab_size):
+    batch = make_batch(num_tokens, hidden_size, vocab_size)
+    distances = gradient_distances(batch)
+    runs: dict[str, Callable[[], object]] = {
+        name: partial(step, CONTENDERS[name], batch) for name in distances if name != "ours"
+    }
+    if CUDA:
+        runs["bare_gemms"] = partial(bare_gemms, batch)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+
+    def time_the_others() -> None:
+        for name, run in runs.items():
+            seconds[name].append(timed(run))
+
+    benchmark.pedantic(step, args=(ours, batch), setup=time_the_others, rounds=ROUNDS, warmup_rounds=1)
+    medians = {name: median(values[1:]) for name, values in seconds.items()}  # the first is the warm-up round's
+    medians["ours"] = benchmark.stats.stats.median
+    peaks = {name: peak_gib(partial(step, CONTENDERS[name], batch)) for name in distances}
+    peers = set(distances) - {"ours"}
+    elements = batch.hidden.numel() + batch.weight.numel()
+    owed = (elements * batch.hidden.element_size() + batch.weight.numel() * 4) / 2**30
+    flops = 6 * num_tokens * hidden_size * vocab_size
+    benchmark.extra_info.update(
+        left_out=sorted(CONTENDERS.keys() - distances.keys()),
+        ms={name: 1e3 * value for name, value in medians.items()},
+        peak_gib=peaks,
+        gradient_distance=distances,
+        tflops_per_s={name: flops / value / 1e12 for name, value in medians.items()},
+        speedup_over_best_peer=min(medians[name] for name in peers) / medians["ours"],
+        gib_beyond_gradients_and_fp32_dw=peaks["ours"] - owed,
+    )
+    if CUDA:
+        device = torch.cuda.get_device_name()
+        peak = next((value for name, value in PEAK_BF16_FLOPS.items() if name in device), None)
+        benchmark.extra_info.update(
+            device=device,
+            share_of_bare_gemms=medians["bare_gemms"] / medians["ours"],
+            share_of_roofline=flops / medians["ours"] / peak if peak else None,
+            goals={"speedup_over_best_peer": 1.25, "share_of_bare_gemms": 0.8, "gib_beyond_gradients_and_fp32_dw": 2},
+        )
