@@ -88,6 +88,9 @@ class DataConfig:
     min_pixels: int | None = field(default=None, metadata={"help": "per frame; None: the model family's default"})
     max_pixels: int | None = field(default=None, metadata={"help": "per frame; None: the model family's default"})
     total_pixels: int | None = field(default=None, metadata={"help": "per video; None: the model family's default"})
+    random_crop: float = field(
+        default=0.0, metadata={"help": "share of training videos cut to a random stretch around their true spans"}
+    )
     prefetch_steps: int = field(default=2, metadata={"help": "steps whose videos are decoded ahead"})
     patch_cache: str | None = field(default=None, metadata={"help": "folder that keeps decoded videos between runs"})
     video_cache_gib: float = field(default=2.0, metadata={"help": "memory for decoded videos, per process"})
@@ -95,6 +98,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(0 < self.fps < math.inf, "fps", self.fps, "positive")
         _require(1 <= self.min_frames <= self.max_frames, "min_frames", self.min_frames, "between 1 and max_frames")
+        _require(0 <= self.random_crop <= 1, "random_crop", self.random_crop, "in [0, 1]")
         _require(self.prefetch_steps >= 1, "prefetch_steps", self.prefetch_steps, "at least 1")
         _require(self.video_cache_gib >= 0, "video_cache_gib", self.video_cache_gib, "zero or more")
         for name in ("min_pixels", "max_pixels", "total_pixels"):

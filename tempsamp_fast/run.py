@@ -22,6 +22,7 @@ from tempsamp_fast.groups import RecordedRollouts, answer
 from tempsamp_fast.loader import PromptLoader
 from tempsamp_fast.model import geometry_of, load_model, resolve_dtype
 from tempsamp_fast.policy import Policy
+from tempsamp_fast.prefetch import Prefetch
 from tempsamp_fast.prompts import off_policy_text, question
 from tempsamp_fast.rollout import SamplingParams, generate
 from tempsamp_fast.runlog import RunLog
@@ -139,6 +140,11 @@ class Run:
         total = sum(phase.num_steps for phase in self.phases)
         return RunLog(self.folder, self.config, total, self.first_step, active=self.rank == 0)
 
+    def steps(self) -> Prefetch[tuple[PhaseStep, list[Prompt]]]:
+        """The remaining steps with this rank's prompts, videos decoded ahead in a thread; a context manager."""
+        remaining = plan(self.phases, self.first_step)
+        return Prefetch(((at, self.prompts(at)) for at in remaining), depth=self.config.data.prefetch_steps)
+
     def prompts(self, at: PhaseStep) -> list[Prompt]:
         """This rank's prompts of a step. The step's prompts are the same whatever the number of ranks."""
         per_rank = self.prompts_per_row(at.phase) * self.config.train.gradient_accumulation_steps
@@ -227,7 +233,9 @@ class Run:
         else:
             model = copy.deepcopy(self.policy.base_model)
             if self.rank == 0:
-                save_model(folder, self.policy, self.chat, self.config.data)
+                partial = folder.with_name(f"{REFERENCE}.partial")
+                save_model(partial, self.policy, self.chat, self.config.data)
+                partial.rename(folder)
         return Policy(model.to(self.device)).requires_grad_(False).eval()
 
     def is_save_step(self, at: PhaseStep) -> bool:

@@ -18,19 +18,18 @@ from tempsamp_fast.advantage import assign_advantages, skewness_by_rule  # noqa:
 from tempsamp_fast.config import parse_args  # noqa: E402
 from tempsamp_fast.groups import reward_metrics  # noqa: E402
 from tempsamp_fast.results import Results  # noqa: E402
-from tempsamp_fast.run import Run, Stopwatch, plan  # noqa: E402
+from tempsamp_fast.run import Run, Stopwatch  # noqa: E402
 from tempsamp_fast.update import mean_over_ranks  # noqa: E402
 
 
 def train(run: Run) -> None:
     """The whole job: sample, score, advantage, update, and an evaluation and a checkpoint after each phase."""
     algorithm, results = run.config.algorithm, Results(run)
-    with run.log() as log:
+    with run.log() as log, run.steps() as steps:
         if run.first_step == 0:
             results.evaluate("start", 0, log)
-        for at in plan(run.phases, run.first_step):
-            watch = Stopwatch()
-            prompts = run.prompts(at)
+        watch = Stopwatch()
+        for at, prompts in steps:
             watch.lap("data")
             groups = run.answer(at, prompts)
             watch.lap("rollout")
@@ -50,6 +49,7 @@ def train(run: Run) -> None:
                 results.evaluate(f"{at.phase_index + 1}_{at.phase}", at.step + 1, log)
             if at.is_last_of_phase or run.is_save_step(at):
                 run.save(at.step + 1)
+            watch = Stopwatch()
     results.finish()
 
 
