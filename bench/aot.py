@@ -2,8 +2,8 @@
 
     python bench/aot.py [--arch 80 90 100] [--output bench/results/aot.json]
 
-The public functions run on meta tensors of real sizes (7B head), with Triton's launcher replaced by one that compiles
-for the wanted chip and stops there: the kernels are exactly those that a real call would launch.
+The functions that launch them run on meta tensors of real sizes (7B head), with Triton's launcher replaced by one that
+compiles for the wanted chip and stops there: the kernels are exactly those that a real call would launch.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -24,13 +25,18 @@ from pkgutil import walk_packages
 import tempsamp_kernels
 import torch
 import triton
-from tempsamp_kernels.logits import fused_selective_log_softmax
+from tempsamp_kernels import grouped_advantages, rows, triton_grpo_loss
+from tempsamp_kernels.advantages import SHAPINGS
+from tempsamp_kernels.head import chunk_rows
+from tempsamp_kernels.objectives import token_loss
+from tempsamp_kernels.sequences import Sequences
+from tempsamp_kernels.tokens import HeadOptions, RowStatistics, Tokens
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block, CUDA programming guide
-VOCAB, HIDDEN = 152064, 3584  # Qwen2.5-VL-7B
+VOCAB = 152064  # Qwen2.5-VL-7B
 INSTRUCTION_CLASSES = {
     "tensor_core": r"(HMMA|HGMMA|IMMA|QGMMA|UTC\w*MMA)",
     "exp_log": r"MUFU",
@@ -59,17 +65,78 @@ class Workload:
     epsilon: float
 
 
-WORKLOADS = (Workload(8, 1024, 1.0, 0.2), Workload(5, 333, 0.7, 0.3))
+WORKLOADS = (Workload(8, 1024, 1.0, 0.2), Workload(150, 37, 0.7, 0.3))
 
 
-def selective_log_softmax(workload: Workload) -> None:
+def chunk(workload: Workload) -> tuple[torch.Tensor, Tokens]:
+    """fp32 logits of one chunk of the workload's tokens, and what the row kernels read beside them."""
+    num_rows = chunk_rows(workload.batch * workload.length, VOCAB, "cuda")
+    token = meta(num_rows, dtype=torch.float32)
+    return meta(num_rows, VOCAB, dtype=torch.float32), Tokens(token.long(), *[token] * 6)
+
+
+def row_loss(workload: Workload, loss_type: str, kl_type: str = "k3", dtype=torch.bfloat16, **head) -> None:
+    loss = token_loss(loss_type, kl_type, epsilon_high=workload.epsilon)
+    rows.row_loss(*chunk(workload), HeadOptions(**head), loss, dtype)
+
+
+def row_statistics(workload: Workload, **head) -> None:
+    rows.row_statistics(*chunk(workload), HeadOptions(**head))
+
+
+def row_gradient(workload: Workload, with_entropy: bool, **head) -> None:
+    logits, tokens = chunk(workload)
+    statistics = RowStatistics(*[tokens.advantage] * 3)
+    d_entropy = tokens.advantage if with_entropy else None
+    rows.row_gradient(logits, tokens, HeadOptions(**head), statistics, tokens.advantage, d_entropy, torch.bfloat16)
+
+
+def row_sum(workload: Workload) -> None:
+    _, tokens = chunk(workload)
+    every = tokens.token_ids
+    Sequences(every, workload.batch, every.bool(), tokens.advantage, impl="triton").row_sum(tokens.advantage)
+
+
+def advantages(workload: Workload, shaping: str) -> None:
+    rewards = meta(workload.batch, dtype=torch.float32)
+    ids = torch.empty_like(rewards, dtype=torch.int64)
+    grouped_advantages(rewards, ids, ids.bool(), shaping=shaping, tau=workload.epsilon, impl="triton")
+
+
+def logits_loss(workload: Workload) -> None:
     logits = meta(workload.batch, workload.length + 1, VOCAB, requires_grad=True)
-    token_ids = meta(workload.batch, workload.length, dtype=torch.int64)
-    logp = fused_selective_log_softmax(logits, token_ids, workload.temperature, inplace=True, impl="triton")
-    logp.sum().backward()
+    old, ref = (meta(workload.batch, workload.length, dtype=torch.float32) for _ in range(2))
+    loss, _ = triton_grpo_loss(
+        logits,
+        old,
+        ref,
+        torch.empty_like(old, dtype=torch.int64),
+        meta(workload.batch, dtype=torch.float32),
+        temperature=workload.temperature,
+        eps_high=workload.epsilon,
+        reduce=True,
+        impl="triton",
+    )
+    loss.backward()
 
 
-CASES: tuple[Callable[[Workload], None], ...] = (selective_log_softmax,)
+CASES: dict[str, Callable[[Workload], None]] = {
+    **{
+        f"row_loss/{loss_type}": partial(row_loss, loss_type=loss_type)
+        for loss_type in ("grpo", "cispo", "sapo", "sft")
+    },
+    **{f"row_loss/{kl_type}": partial(row_loss, loss_type="grpo", kl_type=kl_type) for kl_type in ("k1", "k2")},
+    "row_loss/k3_corrected, softcap": partial(row_loss, loss_type="grpo", kl_type="k3_corrected", softcap=30.0),
+    "row_loss/bias": partial(row_loss, loss_type="grpo", bias=meta(VOCAB, dtype=torch.float32)),
+    "row_loss/fp32": partial(row_loss, loss_type="grpo", dtype=torch.float32),
+    "row_statistics": row_statistics,
+    "row_statistics/softcap": partial(row_statistics, softcap=30.0),
+    "row_gradient": partial(row_gradient, with_entropy=False),
+    "row_gradient/entropy, softcap": partial(row_gradient, with_entropy=True, softcap=30.0),
+    "row_sum": row_sum,
+    **{f"advantages/{shaping}": partial(advantages, shaping=shaping) for shaping in SHAPINGS},
+    "logits": logits_loss,
+}
 
 
 @dataclass
@@ -97,9 +164,10 @@ def compile_only(arch: int) -> Iterator[dict[str, list]]:
     def compile_launch(kernel, *args, grid, warmup, **kwargs):
         named = {name: value for name, value in kwargs.items() if name in kernel.signature.parameters}
         bound = kernel.signature.bind(*args, **named).arguments
-        constexprs = ", ".join(f"{p.name}={bound[p.name]}" for p in kernel.params if p.is_constexpr and p.name in bound)
+        constexprs = {p.name: bound[p.name] for p in kernel.params if p.is_constexpr and p.name in bound}
+        shown = ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in constexprs.items())
         result = launch(kernel, *args, grid=grid, warmup=True, **kwargs)
-        compiled.setdefault(f"{kernel.__name__}({constexprs})", []).append(result)
+        compiled.setdefault(f"{kernel.__name__}({shown})", []).append(result)
         return result
 
     JITFunction.run = compile_launch
@@ -152,21 +220,21 @@ def main() -> None:
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler: unset it")
-    rows: dict[str, dict] = {}
-    for arch, case in product(arguments.arch, CASES):
+    table: dict[str, dict] = {}
+    for arch, (name, case) in product(arguments.arch, CASES.items()):
         with compile_only(arch) as compiled:
             for workload in WORKLOADS:
                 case(workload)
         for label, results in compiled.items():
-            rows.setdefault(f"{case.__name__}: {label}", {})[f"sm_{arch}"] = {
+            table.setdefault(f"{name}: {label}", {})[f"sm_{arch}"] = {
                 **measured(results[0]),
                 "compilations": len({result.hash for result in results}),
             }
-    missing = entry_kernels() - {re.findall(r": (\w+)\(", label)[0] for label in rows}
+    missing = entry_kernels() - {re.findall(r": (\w+)\(", label)[0] for label in table}
     if missing:
         raise RuntimeError(f"no case launches {sorted(missing)}: add one to CASES")
-    table = {"triton": triton.__version__, "torch": torch.__version__, "kernels": rows}
-    arguments.output.write_text(json.dumps(table, indent=1) + "\n")
+    result = {"triton": triton.__version__, "torch": torch.__version__, "kernels": table}
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,13 +27,16 @@ from trl.kernels import ChunkedLogProbFunction
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 ROUNDS = 10 if CUDA else 3
+# On a CPU: seconds of this process, since other work may share the machine.
+TIMER = time.perf_counter if CUDA else time.process_time
+pytestmark = pytest.mark.benchmark(timer=TIMER)
 EPSILON, BETA = 0.2, 0.04
 PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 HEADS = {"3B": (2048, 151936), "7B": (3584, 152064)}
 CASES = (
     [pytest.param(n, *head, id=f"{name}-N{n}") for name, head in HEADS.items() for n in (1024, 4096, 8192, 32768)]
     if CUDA
-    else [pytest.param(4096, 128, 32768, id="V32k-N4096"), pytest.param(1024, 256, 151936, id="V152k-N1024")]
+    else [pytest.param(1024, 128, 32768, id="V32k-N1024"), pytest.param(512, 256, 151936, id="V152k-N512")]
 )
 
 
@@ -185,9 +188,9 @@ def gradient_distances(batch: Batch) -> dict[str, float]:
 
 
 def timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = TIMER()
     run()
-    return time.perf_counter() - start
+    return TIMER() - start
 
 
 @pytest.mark.parametrize(("num_tokens", "hidden_size", "vocab_size"), CASES)
