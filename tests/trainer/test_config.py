@@ -1,0 +1,154 @@
+"""Settings: what can be written, what wins, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tempsamp_fast.config import Phase, parse_args, parse_phases
+
+
+def test_phases_are_read_in_order_with_answer_as_the_default_mode() -> None:
+    assert parse_phases("sft:300, tempsamp/think:150,grpo/answer+think:7") == [
+        Phase("sft", ("answer",), 300),
+        Phase("tempsamp", ("think",), 150),
+        Phase("grpo", ("answer", "think"), 7),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("sft", "'sft' is not of the form"),
+        ("", "'' is not of the form"),
+        ("sft:10,", "'' is not of the form"),
+        ("ppo:10", "'ppo'.*choose from sft, grpo, tempsamp"),
+        ("sft/loud:10", "'loud'.*choose from answer, think"),
+        ("sft:0", "'sft:0' has no steps"),
+        ("sft:-1", "'sft:-1' is not of the form"),
+    ],
+)
+def test_a_malformed_phase_is_named_with_the_choices(text: str, named: str) -> None:
+    with pytest.raises(ValueError, match=f"phases: .*{named}"):
+        parse_args([f"--phases={text}"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("fps", "0"),
+        ("fps", "nan"),
+        ("min_frames", "0"),
+        ("min_frames", "10000"),
+        ("max_pixels", "0"),
+        ("max_eval_samples", "-1"),
+        ("video_cache_gib", "-1"),
+        ("num_generations", "1"),
+        ("temperature", "0"),
+        ("top_p", "1.5"),
+        ("top_k", "-1"),
+        ("max_completion_length", "0"),
+        ("tau", "0"),
+        ("alpha_1", "0"),
+        ("alpha_2", "-1"),
+        ("beta", "-0.1"),
+        ("beta", "nan"),
+        ("epsilon_low", "1"),
+        ("epsilon_high", "-0.1"),
+        ("delta", "1.1"),
+        ("updates_per_batch", "0"),
+        ("prompts_per_device", "0"),
+        ("sft_prompts_per_device", "0"),
+        ("gradient_accumulation_steps", "0"),
+        ("max_tokens_per_row", "0"),
+        ("learning_rate", "0"),
+        ("learning_rate", "inf"),
+        ("sft_learning_rate", "-1e-5"),
+        ("warmup_ratio", "1.1"),
+        ("weight_decay", "-1"),
+        ("max_grad_norm", "-1"),
+        ("save_steps", "-1"),
+        ("keep_checkpoints", "0"),
+        ("eval_batch_size", "0"),
+        ("eval_modes", "answer+loud"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name_with_the_rule(flag: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"^{flag}=.+: must be "):
+        parse_args([f"--{flag}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--learning_rat", "1e-5"], "--learning_rat"),
+        (["--shaping", "linear"], "--shaping.*'linear'.*nonlinear.*orarl"),
+        (["--zero_stage", "4"], "--zero_stage.*'4'"),
+        (["--fps", "fast"], "--fps.*'fast'"),
+        (["--seed", "1.5"], "--seed.*'1.5'"),
+        (["--seed"], "--seed"),
+        (["--config"], "--config"),
+        (["--config", "missing.yaml"], "missing.yaml: No such file"),
+        (["--resume", "nowhere"], "nowhere: no run"),
+        (["--annotations", "mine.json"], "videos=None"),
+        (["--record_rollouts", "a", "--replay_rollouts", "b"], "record_rollouts='a'"),
+    ],
+)
+def test_what_is_wrong_on_the_command_line_is_named(words: list[str], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        parse_args(words)
+
+
+def test_a_yaml_file_counts_as_flags_typed_first(tmp_path: Path) -> None:
+    """Numbers are converted as on the command line (YAML itself takes 1e-5 for a text), and typed flags win."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("learning_rate: 1e-5\nseed: 3\nfreeze_vision: true\ndelta: null\nphases: 'sft:1,grpo:2'\n")
+    config = parse_args(["--seed", "4", "--config", str(file)])
+    assert config.train.learning_rate == 1e-5
+    assert config.train.seed == 4
+    assert config.model.freeze_vision is True
+    assert config.algorithm.delta is None
+    assert config.train.phases == "sft:1,grpo:2"
+    assert config.data.fps == 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("learning_rat: 1e-5", "--learning_rat=1e-5"),
+        ("train: {seed: 1}", "--train"),
+        ("seed: many", "--seed.*'many'"),
+        ("beta: -0.5", "beta=-0.5"),
+        ("a: [", "not valid YAML"),
+        ("just words", "expected `name: value` lines, found str"),
+    ],
+)
+def test_a_wrong_yaml_entry_is_named(tmp_path: Path, text: str, named: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=named):
+        parse_args(["--config", str(file)])
+
+
+def test_recipes_are_found_by_name_and_every_one_parses() -> None:
+    recipes = (Path(__file__).parents[2] / "tempsamp_fast/configs").glob("*.yaml")
+    names = [recipe.stem for recipe in recipes]
+    assert "tiny_cpu" in names
+    for name in names:
+        if name == "tiny_cpu":
+            assert parse_args(["--config", name]) == parse_args([])
+        else:
+            parse_args(["--config", name, "--annotations", "a.json", "--videos", "v"])
+
+
+def test_resuming_starts_from_the_settings_of_the_run(tmp_path: Path) -> None:
+    """All of them come back as they were, and flags typed with --resume win."""
+    started = parse_args(["--learning_rate=3e-7", "--phases=sft:1", "--freeze_vision", "--output_dir", str(tmp_path)])
+    (tmp_path / "config.json").write_text(json.dumps(started.as_dict()))
+    resumed = parse_args(["--resume", str(tmp_path), "--phases=sft:5"])
+    assert resumed.train.resume == str(tmp_path)
+    expected = started.as_dict()
+    expected["train"] |= {"resume": str(tmp_path), "phases": "sft:5"}
+    assert resumed.as_dict() == expected
