@@ -73,7 +73,7 @@ def save_checkpoint(run: Path, step: int, engine: Any, policy: Policy, chat: Cha
             write_json(partial / STATE, {"step": step})
     except (OSError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{final}: checkpoint not written: {error}") from error
+        raise OSError(f"{final}: checkpoint not written: {str(error).splitlines()[0]}") from error
     _barrier()
     if is_first:
         shutil.rmtree(final, ignore_errors=True)

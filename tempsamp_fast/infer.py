@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.plot:
             _plot(answer, options.plot)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
     print(json.dumps(answer))
     return 0

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
 from tempsamp_fast.chat import Chat
@@ -26,13 +27,19 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, Chat]:
     """A model and its chat format from a Hugging Face folder or hub name.
 
-    Raises ValueError for a folder without a model, or an architecture that is not supported.
+    Raises ValueError for a folder without a model, an architecture that is not supported, and weights that are
+    missing or cannot be read.
     """
     check_architecture(checkpoint, config.trust_remote_code)
-    model = AutoModelForImageTextToText.from_pretrained(
-        checkpoint, dtype=dtype, trust_remote_code=config.trust_remote_code
-    )
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=config.trust_remote_code)
+    try:
+        model, loading = AutoModelForImageTextToText.from_pretrained(
+            checkpoint, dtype=dtype, trust_remote_code=config.trust_remote_code, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=config.trust_remote_code)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"model={checkpoint!r}: cannot be loaded: {error}") from error
+    if loading["missing_keys"]:
+        raise ValueError(f"model={checkpoint!r}: has no weights for {', '.join(sorted(loading['missing_keys']))}")
     return model, Chat(tokenizer, model.config)
 
 

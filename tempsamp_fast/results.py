@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from tempsamp_fast.evaluation import evaluate, write_rows
 from tempsamp_fast.run import Run
 from tempsamp_fast.runlog import RunLog, write_json
@@ -51,10 +53,13 @@ class Results:
 
     def finish(self) -> None:
         """Print the table of all evaluations and draw the plots into RUN/plots."""
+        skipped: list[dict[Path, str]] = [{}] * self.run.world_size
+        dist.all_gather_object(skipped, self.run.loader.skipped)
         if self.run.rank != 0:
             return
-        for path, reason in self.run.loader.skipped.items():
-            logger.warning("skipped video %s: %s", path, reason)
+        reasons = {path: reason for part in skipped for path, reason in part.items()}
+        if reasons:
+            logger.warning("skipped videos: %d\n%s", len(reasons), "\n".join(reasons.values()))
         if self.run.eval_samples:
             sys.stdout.write(self.table() + "\n")
         from tempsamp_fast.plots import plot_run
