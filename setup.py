@@ -1,7 +1,9 @@
 """Build of the two packages and of the video extension; all other metadata is in pyproject.toml.
 
 The extension needs FFmpeg's development packages; without them it is left out, and videos are decoded by torchcodec.
-TEMPSAMP_SANITIZE=1 builds it with the address and undefined-behaviour sanitizers.
+TEMPSAMP_SANITIZE=1 builds it with the address and undefined-behaviour sanitizers, to be run as
+LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 pytest
+tests/video/test_corpus.py
 """
 
 import os
@@ -9,7 +11,7 @@ import subprocess
 import warnings
 from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
 
 FFMPEG = ["libavformat", "libavcodec", "libavutil", "libswscale"]
@@ -47,6 +49,7 @@ def video_extension() -> list[Pybind11Extension]:
     ]
 
 
+ParallelCompile().install()
 setup(
     packages=find_packages(include=["tempsamp_fast*"]) + find_packages("kernels"),
     package_dir={"tempsamp_kernels": "kernels/tempsamp_kernels"},

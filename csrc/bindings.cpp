@@ -157,6 +157,7 @@ PYBIND11_MODULE(_video, m) {
         .def_readonly("codec", &Index::codec)
         .def_readonly("has_times", &Index::has_times, "Whether every packet has its own time stamp.")
         .def_readonly("is_truncated", &Index::is_truncated)
+        .def_readonly("read_s", &Index::read_s, "Seconds that reading the file took, 0 for a kept index.")
         .def_readonly("trouble", &Index::trouble, "What went wrong while the file was read.")
         .def_property_readonly("coded_size", [](const Index& i) { return py::make_tuple(i.height, i.width); })
         .def_property_readonly("size",

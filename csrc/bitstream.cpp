@@ -110,6 +110,21 @@ int find_start_code(const uint8_t* data, int size, int from) {
     return size;
 }
 
+// Whether supplemental information, `data` past the NAL header, has a recovery point message (H.264 D.1.8).
+bool has_recovery_point(const uint8_t* data, int size) {
+    constexpr unsigned kRecoveryPoint = 6;
+    const auto number = [&](int* at) {
+        unsigned value = 0;
+        while (*at < size && data[*at] == 255) value += data[(*at)++];
+        return *at < size ? value + data[(*at)++] : value;
+    };
+    for (int at = 0; at + 2 < size;) {
+        if (number(&at) == kRecoveryPoint) return true;
+        at += static_cast<int>(std::min<unsigned>(number(&at), static_cast<unsigned>(size)));
+    }
+    return false;
+}
+
 void merge(PacketTraits* traits, bool is_reference, int temporal_id) {
     if (traits->reference != Reference::kNeeded) {
         traits->reference = is_reference ? Reference::kNeeded : Reference::kUnused;
@@ -141,7 +156,8 @@ PacketTraits BitstreamReader::read(const uint8_t* data, int size) {
         traits.hidden = size > 0 && !(data[0] >> 4 & 1);
         return traits;
     }
-    if (!can_drop_) return traits;
+    if (!knows_entries()) return traits;
+    traits.is_entry = false;
     if (length_size_ > 0) {
         for (int at = 0; at + length_size_ < size;) {
             uint32_t length = 0;
@@ -171,19 +187,22 @@ void BitstreamReader::read_nal(const uint8_t* data, int size, PacketTraits* trai
 }
 
 void BitstreamReader::read_h264_nal(const uint8_t* data, int size, PacketTraits* traits) {
-    constexpr int kSps = 7, kPrefix = 14, kSubsetSps = 15, kSliceExtension = 20, kDepthExtension = 21;
+    constexpr int kIdr = 5, kSei = 6, kSps = 7, kPrefix = 14, kSubsetSps = 15, kSliceExtension = 20, kDepthExtension = 21;
     const int type = data[0] & 31;
     const bool is_slice = type >= 1 && type <= 5;
     if (is_slice) merge(traits, data[0] >> 5 & 3, 0);
+    if (type == kIdr || (type == kSei && has_recovery_point(data + 1, size - 1))) traits->is_entry = true;
     if (type == kPrefix || type == kSubsetSps || type == kSliceExtension || type == kDepthExtension) can_drop_ = false;
     if (type == kSps && !is_frames_only(data + 1, size - 1)) can_drop_ = false;
 }
 
 void BitstreamReader::read_hevc_nal(const uint8_t* data, int, PacketTraits* traits) {
+    constexpr int kFirstEntry = 16, kLastEntry = 21;
     const int type = data[0] >> 1 & 63;
     const int layer = (data[0] & 1) << 5 | data[1] >> 3;
     const int temporal_id = (data[1] & 7) - 1;
     if (layer > 0) can_drop_ = false;
+    if (type >= kFirstEntry && type <= kLastEntry) traits->is_entry = true;
     if (type < 32) merge(traits, type > 14 || type % 2 == 1, temporal_id);
 }
 

@@ -15,6 +15,7 @@ struct PacketTraits {
     Reference reference = Reference::kUnknown;
     uint8_t temporal_id = 0;
     bool hidden = false;  // decodes to no picture of its own
+    bool is_entry = true;  // decoding may start here, as far as the bits tell
 };
 
 class BitstreamReader {
@@ -29,6 +30,8 @@ private:
     void read_nal(const uint8_t* data, int size, PacketTraits* traits);
     void read_h264_nal(const uint8_t* data, int size, PacketTraits* traits);
     void read_hevc_nal(const uint8_t* data, int size, PacketTraits* traits);
+
+    bool knows_entries() const { return codec_id_ == AV_CODEC_ID_H264 || codec_id_ == AV_CODEC_ID_HEVC; }
 
     AVCodecID codec_id_;
     int length_size_ = 0;  // 0: start codes

@@ -41,7 +41,7 @@ void follow(const Demuxer& demuxer, const AVPacket* packet, Reading* reading, In
     }
     reading->largest = std::max<int64_t>(reading->largest, packet->size);
     if (packet->pts != AV_NOPTS_VALUE) {
-        const double ticks = static_cast<double>(packet->pts + std::max<int64_t>(packet->duration, 0));
+        const double ticks = static_cast<double>(packet->pts) + static_cast<double>(packet->duration);
         reading->end_s = std::max(reading->end_s, ticks * av_q2d(demuxer.stream_of(packet)->time_base));
     }
 }
@@ -58,9 +58,11 @@ Status read_packets(Demuxer& demuxer, const Limits& limits, const Watch& watch, 
         follow(demuxer, packet.get(), reading, index);
         if (!demuxer.is_ours(packet.get())) continue;
         const PacketTraits traits = bitstream.read(packet->data, packet->size);
+        // Some files mark keys that are none; where the first one is wrong there is no better.
+        const bool is_entry = traits.is_entry || index->packets.empty();
         const auto has_flag = [&](int flag) { return (packet->flags & flag) != 0; };
         index->packets.push_back({packet->pts, packet->dts, packet->duration, packet->pos, packet->size,
-                                  has_flag(AV_PKT_FLAG_KEY), !has_flag(AV_PKT_FLAG_DISCARD) && !traits.hidden, false,
+                                  has_flag(AV_PKT_FLAG_KEY) && is_entry, !has_flag(AV_PKT_FLAG_DISCARD) && !traits.hidden, false,
                                   marks_early ? is_next_cut : has_flag(AV_PKT_FLAG_CORRUPT)});
         is_next_cut = has_flag(AV_PKT_FLAG_CORRUPT);
         if (Status checked = check(*index, limits); !checked.ok()) return checked;
@@ -171,6 +173,7 @@ bool Index::is_spoiled(int32_t packet) const {
 }
 
 IndexResult read_index(const std::string& path, const Limits& limits, const Watch& watch) {
+    const auto started = Watch::Clock::now();
     Demuxer demuxer(watch);
     if (Status opened = demuxer.open(path, true); !opened.ok()) return {std::move(opened), nullptr};
     auto index = std::make_shared<Index>();
@@ -189,6 +192,7 @@ IndexResult read_index(const std::string& path, const Limits& limits, const Watc
     mark_droppable(reading, index.get());
     find_early_end(demuxer, reading, index.get());
     index->arrange();
+    index->read_s = std::chrono::duration<double>(Watch::Clock::now() - started).count();
     return {{}, std::move(index)};
 }
 

@@ -46,6 +46,7 @@ struct Index {
     AVRational frame_rate = {0, 1};  // as the header gives it; 0/1 where it does not
     bool has_times = false;          // every packet has its own pts; else frames are known by counting them
     bool is_truncated = false;       // the container promises more than could be read
+    double read_s = 0.0;             // seconds that reading it took
     std::string trouble;             // what went wrong while reading, if anything
 
     std::vector<IndexedPacket> packets;  // in decoding order

@@ -12,6 +12,7 @@ class Index:
     has_times: bool
     is_truncated: bool
     trouble: str
+    read_s: float
     coded_size: tuple[int, int]
     size: tuple[int, int]
     time_base: tuple[int, int]

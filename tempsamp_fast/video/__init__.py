@@ -54,6 +54,7 @@ def load_videos(
     num_threads: int | None = None,
     deadline_s: float = 60.0,
     limits: Limits = NO_LIMITS,
+    index_folder: str | os.PathLike[str] | None = None,
 ) -> VideoBatch:
     """Decode, sample, resize, normalise and cut into patches; bits as the Hugging Face processors on the CPU.
 
@@ -67,6 +68,8 @@ def load_videos(
         num_threads: files decoded at the same time; None is the number of usable cores.
         deadline_s: seconds for each video; `inf` for none.
         limits: what one file may cost.
+        index_folder: existing folder where `native` keeps the packet index of every file it has read, so that the next
+            run does not read the file through again; None keeps none. `torchcodec` makes no index.
 
     Raises:
         VideoError: a file failed and `on_error` is `raise`; it names the file and has a `code`.
@@ -88,6 +91,7 @@ def load_videos(
         num_threads=num_threads or len(os.sched_getaffinity(0)),
         deadline_s=deadline_s,
         limits=limits,
+        index_folder=None if index_folder is None else Path(index_folder),
     )
     for result in results:
         if result.status == "failed" and on_error == "raise":

@@ -30,6 +30,7 @@ class Backend(Protocol):
         num_threads: int,
         deadline_s: float,
         limits: Limits,
+        index_folder: Path | None,
     ) -> tuple[Tensor, list[VideoResult]]:
         """Decode every request on its own; never raise for what a file can cause.
 
@@ -40,6 +41,7 @@ class Backend(Protocol):
             num_threads: at least 1; files (or parts of them) decoded at the same time.
             deadline_s: seconds for each request from its own start; `inf` for none. Past it the request fails with
                 `DEADLINE`, or is `partial` with the frames so far.
+            index_folder: where packet indexes are kept between calls, if the backend makes any; None keeps none.
             limits: checked before decoding; over them the request fails with `LIMIT_EXCEEDED`.
 
         Which frames: `sampling.sample_times` + `frames_on_screen` in mode `pts`, else `sampling.sample_indices`, over

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,20 +33,27 @@ def load(
     num_threads: int,
     deadline_s: float,
     limits: Limits,
+    index_folder: Path | None,
 ) -> tuple[Tensor, list[VideoResult]]:
     """See `backend.Backend`; the threads work on files and on parts of them that start at different key frames."""
-    started = time.monotonic()
     paths = list(dict.fromkeys(path for path, _ in requests))
-    indexes = dict(zip(paths, _indexes(paths, num_threads, deadline_s, limits), strict=True))
-    left_s = max(deadline_s - (time.monotonic() - started), 0.0)
+    answers = _video.index(
+        [str(path) for path in paths],
+        [deadline_s] * len(paths),
+        max_frame_pixels=limits.max_frame_pixels,
+        max_num_frames=limits.max_num_frames,
+        num_threads=num_threads,
+        index_folder=str(index_folder or ""),
+    )
+    indexes = dict(zip(paths, answers, strict=True))
     plans = [_plan(*request, indexes[request[0]], geometry, dtype, limits) for request in requests]
     sizes = [plan.num_patches(geometry) if isinstance(plan, Plan) else 0 for plan in plans]
     rows = torch.empty(sum(sizes), geometry.row_width, dtype=dtype)
     parts = rows.split(sizes)
-    answers = iter(
+    decoded = iter(
         _video.decode(
             [
-                plan.request(part, geometry, left_s)
+                plan.request(part, geometry, max(deadline_s - plan.index.read_s, 0.0))
                 for plan, part in zip(plans, parts, strict=True)
                 if isinstance(plan, Plan)
             ],
@@ -60,7 +66,7 @@ def load(
         try:
             if isinstance(plan, VideoError):
                 raise plan
-            states, status, _ = next(answers)
+            states, status, _ = next(decoded)
             patches, result = plan.result(path, part, geometry, states, status, keep_partial)
         except VideoError as error:
             results.append(failure(error, NAME))
@@ -156,18 +162,6 @@ class Plan:
         if self.index.is_truncated:
             return "TRUNCATED", self.index.trouble or "the file ends early"
         return "OK", ""
-
-
-def _indexes(
-    paths: Sequence[Path], num_threads: int, deadline_s: float, limits: Limits
-) -> list[tuple[_video.Index | None, tuple[str, str]]]:
-    return _video.index(
-        [str(path) for path in paths],
-        [deadline_s] * len(paths),
-        max_frame_pixels=limits.max_frame_pixels,
-        max_num_frames=limits.max_num_frames,
-        num_threads=num_threads,
-    )
 
 
 def _plan(

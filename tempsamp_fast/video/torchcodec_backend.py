@@ -43,6 +43,7 @@ def load(
     num_threads: int,
     deadline_s: float,
     limits: Limits,
+    index_folder: Path | None,
 ) -> tuple[Tensor, list[VideoResult]]:
     """See `backend.Backend`; `num_threads` files are decoded at the same time, each by one thread."""
 

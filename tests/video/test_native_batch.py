@@ -136,6 +136,12 @@ def test_a_kept_index_is_not_used_once_the_file_changes_or_the_copy_is_damaged(c
     assert index is not None and index.codec == "hevc"
 
 
+def test_load_videos_keeps_indexes_where_it_is_told(corpus: Path, tmp_path: Path) -> None:
+    first, second = (load([corpus / "hevc.mp4"], index_folder=tmp_path) for _ in range(2))
+    assert len(list(tmp_path.iterdir())) == 1
+    assert torch.equal(first.pixel_values, second.pixel_values)
+
+
 def test_a_folder_that_cannot_be_written_only_costs_the_keeping(corpus: Path) -> None:
     index, _ = read_index(corpus / "h264.mp4", index_folder="/proc/nowhere")
     assert index is not None
