@@ -24,7 +24,9 @@ def _logprob_torch(logits, token_ids, inv_temperature):
         live, index = ids >= 0, ids.clamp(min=0).unsqueeze(-1)
         z = z.float() * inv_temperature
         target = z.gather(-1, index).squeeze(-1)
-        margin_rows.copy_((z.scatter_(-1, index, -torch.inf).logsumexp(-1) - target).where(live, 0))
+        peak = z.scatter_(-1, index, -torch.inf).amax(-1).clamp(min=-1e30)
+        log_total = z.sub_(peak.unsqueeze(-1)).exp_().sum(-1).log()
+        margin_rows.copy_((peak - target + log_total).where(live, 0))
         logp_rows.copy_((-F.softplus(margin_rows)).where(live, 0))
         lse_rows.copy_((target - logp_rows).where(live, 0))
     return logp, lse, margin

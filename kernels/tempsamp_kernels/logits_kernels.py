@@ -3,14 +3,7 @@
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _softplus(x):
-    """log(1 + exp(x)), accurate for very negative x, where a plain log(1 + u) rounds to 0."""
-    u = tl.exp(-tl.abs(x))
-    one_plus_u = 1.0 + u
-    kept = one_plus_u - 1.0
-    return tl.maximum(x, 0.0) + tl.where(kept == 0.0, u, tl.log(one_plus_u) * (u / tl.where(kept == 0.0, 1.0, kept)))
+from tempsamp_kernels.rows import log1p_triton
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -52,12 +45,12 @@ def logits_logprob_kernel(
 
     row_peak = tl.max(peak, axis=0)
     base = tl.where(row_peak == float("-inf"), 0.0, row_peak)
-    lse_others = base + tl.log(tl.sum(total * tl.exp(peak - base), axis=0))
+    log_total = tl.log(tl.sum(total * tl.exp(peak - base), axis=0))
     # A token id past the vocabulary must not read a neighbour's memory: its log-prob is NaN.
     target = tl.load(row_ptr + token_id, mask=live & (token_id < vocab), other=float("nan")).to(tl.float32)
     target = target * inv_temperature
-    margin = lse_others - target
-    logp = -_softplus(margin)
+    margin = (base - target) + log_total
+    logp = -(tl.maximum(margin, 0.0) + log1p_triton(tl.exp(-tl.abs(margin))))
     tl.store(logp_ptr + row, tl.where(live, logp, 0.0))
     tl.store(lse_ptr + row, tl.where(live, target - logp, 0.0))
     tl.store(margin_ptr + row, tl.where(live, margin, 0.0))
