@@ -148,12 +148,14 @@ class _Answers:
 def _prefill(policy: Any, prompts: Sequence[Prompt], config: Any, max_tokens_per_row: int, synced: bool) -> _Prefilled:
     parameter = next(policy.parameters())
     rows = pack_prompts(prompts, config=config, max_tokens_per_row=max_tokens_per_row)
+    # Agreed upon before the first pass: a pass is a collective of its own under ZeRO-3.
+    num_passes = _most_of_any_rank(len(rows), synced, parameter.device)
     attentions, logits = [], []
     for row in rows:
         attention = packed_attention(row.layout, dtype=parameter.dtype, device=parameter.device)
         attentions.append(PrefillAttention(row.layout, attention))
         logits.append(policy(row.to(parameter.device), _logits, attention=attentions[-1]))
-    for _ in range(_most_of_any_rank(len(rows), synced, parameter.device) - len(rows)):
+    for _ in range(num_passes - len(rows)):
         policy(rows[-1].to(parameter.device), _logits)
     next_positions = torch.cat([_next_positions(row) for row in rows]).to(parameter.device)
     return _Prefilled(torch.cat(logits), next_positions, attentions)
