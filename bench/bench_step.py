@@ -13,7 +13,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,9 +30,8 @@ from transformers import (
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup, Sample, VideoPatches
 from tempsamp_fast.packing import PackedRow, pack
 from tempsamp_fast.policy import Policy
+from tempsamp_fast.prefetch import Prefetch
 from tempsamp_fast.rollout import SamplingParams, generate
-from tempsamp_fast.video import Sampling
-from tempsamp_fast.video.prefetch import VideoLoader
 
 MODEL = Path(__file__).with_name("step_model.json")
 ROUNDS = 3
@@ -344,15 +342,15 @@ def test_step_against_trl(benchmark, tmp_path):
 # (e) Time blocked on the video queue.
 
 
-def decode_for(seconds: float, *_: object, **__: object) -> SimpleNamespace:
-    """A stand-in for `load_videos` that, like it, computes without the interpreter lock."""
+def decode_for(seconds: float) -> bytes:
+    """A stand-in for decoding that, like it, computes without the interpreter lock."""
     end, block = time.perf_counter() + seconds, bytes(2**20)
     while time.perf_counter() < end:
         hashlib.sha256(block).digest()
-    return SimpleNamespace(split=list, results=[])
+    return block
 
 
-def test_blocked_on_the_video_queue(benchmark, monkeypatch):
+def test_blocked_on_the_video_queue(benchmark):
     """Decoding takes half of the compute time, in the background; the share of a step spent waiting, after step 3."""
     policy = Policy(tiny_model())
     group = random_group(make_prompt(830, (0, 0, 0)), 48, 5)
@@ -361,17 +359,16 @@ def test_blocked_on_the_video_queue(benchmark, monkeypatch):
     compute()
     start = time.perf_counter()
     compute()
-    decode_s, num_steps, shares = (time.perf_counter() - start) / 2, 12, []
-    monkeypatch.setattr("tempsamp_fast.video.prefetch.load_videos", partial(decode_for, decode_s))
+    decode_s, shares = (time.perf_counter() - start) / 2, []
 
     def steps() -> None:
-        with VideoLoader([[]] * num_steps, Sampling(), geometry=None) as loader:
+        with Prefetch((decode_for(decode_s) for _ in range(12)), depth=2) as videos:
             blocked, begun = 0.0, time.perf_counter()
-            for _ in loader:
+            for _ in videos:
                 compute()
                 ended = time.perf_counter()
-                shares.append((loader.blocked_s - blocked) / (ended - begun))
-                blocked, begun = loader.blocked_s, ended
+                shares.append((videos.blocked_s - blocked) / (ended - begun))
+                blocked, begun = videos.blocked_s, ended
 
     benchmark.pedantic(steps, rounds=1)
     report(benchmark, shares[3:], goal=0.05, decode_s=decode_s)

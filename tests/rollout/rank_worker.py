@@ -1,0 +1,72 @@
+"""One rank of `test_ranks.py`: rollouts and an update under ZeRO, checked against a model that is not partitioned.
+
+RANK=0 WORLD_SIZE=2 ... python tests/rollout/rank_worker.py ZERO_STAGE
+"""
+
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import Tiny
+from tempsamp_fast.engine import optimizer_step
+from tempsamp_fast.packing import pack
+from tempsamp_fast.policy import Policy
+from tempsamp_fast.rollout import SamplingParams, generate
+
+
+def build_engine(tiny: Tiny, zero_stage: int):
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": zero_stage, "stage3_param_persistence_threshold": 0},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    }
+    policy = Policy(tiny.model())
+    return deepspeed.initialize(model=policy, model_parameters=policy.parameters(), config=config)[0]
+
+
+def check_rollouts(tiny: Tiny, engine, rank: int) -> None:
+    """Rank 0 has three prompts; rank 1 has one, whose answers all end at once."""
+    prompts = [group.prompt for group in tiny.groups()][: 3 - 2 * rank]
+    ends = list(range(20, 40)) if rank == 0 else list(range(60))
+    params = SamplingParams(max_completion_length=4)
+    options = {"seed": (1,), "eos_token_ids": ends, "max_tokens_per_row": 50}
+    answers = generate(engine, prompts, 4, params, synced=True, **options)
+    expected = generate(Policy(tiny.model()), prompts, 4, params, **options)
+    flat = lambda groups: [answer.ids.tolist() for group in groups for answer in group]
+    assert flat(answers) == flat(expected)
+    assert rank == 0 or max(map(len, flat(answers))) == 1
+
+
+def check_update(tiny: Tiny, engine, rank: int) -> None:
+    """Uneven rows: rank 0 has three, rank 1 one; the loss falls on both."""
+    rows = pack(tiny.groups()[: 3 - 2 * rank], config=engine.module.config, max_tokens_per_row=50)
+
+    def head_of(row):
+        def head(hidden, weight):
+            logps = (hidden @ weight.T).log_softmax(-1).gather(-1, row.token_ids[:, None])
+            return -logps.mean(), float(-logps.mean())
+
+        return head
+
+    heads = [head_of(row) for row in rows]
+    losses = [sum(optimizer_step(engine, rows, heads, 1e-3)[0]) for _ in range(3)]
+    assert losses[-1] < losses[0], losses
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", verbose=False)
+    tiny = Tiny("qwen2_5_vl")
+    engine = build_engine(tiny, int(sys.argv[1]))
+    check_rollouts(tiny, engine, dist.get_rank())
+    check_update(tiny, engine, dist.get_rank())
+
+
+if __name__ == "__main__":
+    main()
