@@ -1,6 +1,7 @@
 """Trainers of other projects on these kernels: what they compute must not change."""
 
 import sys
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 
 import pytest
@@ -48,6 +49,25 @@ def test_log_probs_entropy_and_gradients_equal_those_of_trl(head, softcap, logit
 def test_trl_outputs_beyond_log_prob_and_entropy_are_refused_by_name(head):
     with pytest.raises(ValueError, match="is_top1"):
         _FusedLogProb.apply(*head(), 1.0, 16, None, 1.0, ("log_probs", "is_top1"))
+
+
+def test_backward_gathers_a_sharded_head_again_as_trl_does(head, monkeypatch):
+    """Under ZeRO-3 the weight is whole only inside TRL's context, which TRL itself enters for the forward alone."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    entered = []
+
+    @contextmanager
+    def gather(*parameters):
+        entered.append(parameters)
+        yield
+
+    monkeypatch.setattr(utils, "maybe_gather_lm_head_ctx", gather)
+    hidden, weight, bias, targets = head()
+    logp, *_ = _FusedLogProb.apply(hidden, weight, bias, targets, 1.0, 16)
+    assert not entered
+    logp.sum().backward()
+    ((gathered_weight, gathered_bias),) = entered
+    assert gathered_weight is weight and gathered_bias is bias
 
 
 def test_trl_patch_rebinds_one_name_until_undone():
@@ -112,8 +132,6 @@ LOGGED = ("loss", "kl", "entropy", "grad_norm", "clip_ratio/region_mean")
 
 def grpo_run(folder, with_patch: bool) -> torch.Tensor:
     """What a real `trl.GRPOTrainer` logs at every step of a tiny Qwen2, [steps, len(LOGGED)]; always the same."""
-    from contextlib import nullcontext
-
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

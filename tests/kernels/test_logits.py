@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tempsamp_kernels.logits import fused_selective_log_softmax
 from torch.nn import functional as F
 
@@ -123,3 +125,36 @@ def test_more_rows_than_a_grid_dimension_of_65535_holds(impl):
     logits, ids = random_logits(1, 70_001, 3)
     logps = fused_selective_log_softmax(logits, ids, 1.0, impl=impl)
     torch.testing.assert_close(logps.double(), exact_logps(logits, ids, 1.0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_row_gives_the_same_bits_at_any_position(impl):
+    logits, ids = random_logits(1, 1, 300)
+    rows = logits[:, :1].expand(3, 5, 300).clone()
+    rows[0, 1], rows[2, 0] = 7.0, -3.0
+    alone, among = logits.clone().requires_grad_(), rows.requires_grad_()
+    expected = fused_selective_log_softmax(alone, ids, impl=impl)
+    actual = fused_selective_log_softmax(among, ids.expand(3, 4), impl=impl)
+    expected.sum().backward()
+    actual.sum().backward()
+    for position in [(0, 0), (1, 2), (2, 3)]:
+        assert torch.equal(actual[position], expected[0, 0])
+        assert torch.equal(among.grad[position], alone.grad[0, 0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_shape_mask_and_temperature_agree_with_fp64(data):
+    batch, length, vocab = (data.draw(st.integers(1, most)) for most in (3, 4, 40))
+    mask = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=batch * length, max_size=batch * length)))
+    mask, temperature = mask.view(batch, length).to(DEVICE), data.draw(st.floats(0.3, 3.0))
+    logits, ids = random_logits(batch, length, vocab)
+    exact = logits.double().requires_grad_()
+    expected = exact_logps(exact, ids, temperature) * mask
+    expected.sum().backward()
+    for impl in IMPLS:
+        leaf = logits.clone().requires_grad_()
+        logps = fused_selective_log_softmax(leaf, ids, temperature, mask, impl=impl)
+        logps.sum().backward()
+        torch.testing.assert_close(logps.double(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
