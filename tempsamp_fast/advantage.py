@@ -48,7 +48,7 @@ def _advantages(groups: Sequence[RolloutGroup], shaping: str, algorithm: Algorit
 
 
 def skewness_by_rule(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> dict[str, float]:
-    """Skewness of the advantages that each rule gives these rewards (paper figure 4); `grpo` sees on-policy ones only."""
+    """Skewness of the advantages that each rule gives the rewards (paper figure 4); `grpo` has on-policy rows only."""
     on_policy = [
         RolloutGroup(group.prompt, [each for each in group.completions if not each.is_off_policy]) for group in groups
     ]

@@ -29,7 +29,7 @@ class Chat:
                 f"tokenizer of {tokenizer.name_or_path!r} does not map <|video_pad|> to the model's "
                 f"video_token_id={model_config.video_token_id}"
             )
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer
         self.timestamps_in_text = model_config.model_type == "qwen3_vl"
         self.merged_patch = model_config.vision_config.spatial_merge_size**2
         self.eos_token_id: int = tokenizer.eos_token_id

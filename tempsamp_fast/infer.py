@@ -39,7 +39,7 @@ def infer(
     sample = Sample(video.stem, video, query, duration_s=0.0, windows=())
     (prompt,) = loader.prompts([sample], [mode])
     params = SamplingParams(temperature=0.0, max_completion_length=max_completion_length)
-    policy = Policy(model.to(device)).eval()
+    policy = Policy(model).eval().to(device)
     ((generated,),) = generate(
         policy, [prompt], 1, params, seed=(0, 0),
         eos_token_ids=[chat.eos_token_id], banned_token_ids=chat.banned_token_ids,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -32,9 +33,10 @@ def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tupl
     """
     check_architecture(checkpoint, config.trust_remote_code)
     try:
-        model, loading = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             checkpoint, dtype=dtype, trust_remote_code=config.trust_remote_code, output_loading_info=True
         )
+        model, loading = loaded
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=config.trust_remote_code)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model={checkpoint!r}: cannot be loaded: {error}") from error

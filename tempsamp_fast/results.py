@@ -6,13 +6,14 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
 from tempsamp_fast.evaluation import evaluate, write_rows
 from tempsamp_fast.run import Run
 from tempsamp_fast.runlog import RunLog, write_json
+from tempsamp_fast.sample import Mode
 from tempsamp_fast.score import best_constant_span, score_spans
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class Results:
         run = self.run
         if not run.eval_samples:
             return
-        for mode in run.config.train.eval_modes.split("+"):
+        for mode in cast("list[Mode]", run.config.train.eval_modes.split("+")):
             answers = evaluate(run.eval_samples, mode, run.greedy, run.loader, run.config.train.eval_batch_size)
             scores = score_spans(run.eval_samples, [row["span"] for row in answers])
             log.log(num_steps, "eval", {f"eval/{mode}/{name}": value for name, value in scores.items()}, advance=False)

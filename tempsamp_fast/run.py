@@ -236,7 +236,7 @@ class Run:
                 partial = folder.with_name(f"{REFERENCE}.partial")
                 save_model(partial, self.policy, self.chat, self.config.data)
                 partial.rename(folder)
-        return Policy(model.to(self.device)).requires_grad_(False).eval()
+        return Policy(model).requires_grad_(False).eval().to(self.device)
 
     def is_save_step(self, at: PhaseStep) -> bool:
         """Whether `save_steps` asks for a checkpoint after this step."""

@@ -40,7 +40,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def describe_machine() -> dict[str, Any]:
     """Versions, hardware and the commit of the code, for the run folder."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)

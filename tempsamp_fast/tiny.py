@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -64,7 +63,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase, family: Family, seed: int) ->
     """
     set_seed(seed)
     token_id = tokenizer.convert_tokens_to_ids
-    text = {
+    text: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
         "intermediate_size": 384,
@@ -77,7 +76,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase, family: Family, seed: int) ->
         "eos_token_id": token_id("<|im_end|>"),
         "pad_token_id": token_id(END_OF_TEXT),
     }
-    ids = {
+    ids: dict[str, Any] = {
         "image_token_id": token_id("<|image_pad|>"),
         "video_token_id": token_id("<|video_pad|>"),
         "vision_start_token_id": token_id("<|vision_start|>"),
@@ -125,7 +124,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase, family: Family, seed: int) ->
 def build_tiny_checkpoint(folder: Path, texts: Iterable[str], family: Family = "qwen2_5_vl", seed: int = 0) -> Path:
     """Write a tiny checkpoint (model and tokenizer) as an ordinary Hugging Face folder and return the folder."""
     tokenizer = train_tokenizer(texts)
-    model = tiny_model(tokenizer, family, seed).to(torch.float32)
+    model = tiny_model(tokenizer, family, seed).float()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

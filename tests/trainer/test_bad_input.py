@@ -25,8 +25,8 @@ SHORT = ("--phases", "sft:1")
 
 
 @pytest.fixture
-def annotations(clips: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """`annotations(name=entry)`: a file of these videos, as command line words."""
+def annotated(clips: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """`annotated(name=entry)`: a file of these videos, as command line words."""
 
     def write(**entries: Any) -> list[str]:
         path = tmp_path / "mine.json"
@@ -51,9 +51,9 @@ def annotations(clips: Path, tmp_path: Path) -> Callable[..., list[str]]:
     ],
 )
 def test_a_malformed_annotation_is_named_with_its_video(
-    trainer, annotations, refused, tmp_path: Path, field: str, value: Any, named: str
+    trainer, annotated, refused, tmp_path: Path, field: str, value: Any, named: str
 ) -> None:
-    words = trainer.flags(tmp_path / "run", *SHORT, *annotations(badvideo=GOOD | {field: value}))
+    words = trainer.flags(tmp_path / "run", *SHORT, *annotated(badvideo=GOOD | {field: value}))
     line = refused(words)
     assert "mine.json" in line and "'badvideo'" in line and named in line
 
@@ -71,21 +71,21 @@ def test_a_missing_annotation_file_is_named(trainer, refused, tmp_path: Path) ->
 
 @pytest.mark.parametrize("content", [None, b"", b"these bytes are no video"])
 def test_a_missing_or_unreadable_video_is_named(
-    trainer, annotations, refused, tmp_path: Path, content: bytes | None
+    trainer, annotated, refused, tmp_path: Path, content: bytes | None
 ) -> None:
     if content is not None:
         (tmp_path / "lost.mp4").write_bytes(content)
-    words = trainer.flags(tmp_path / "run", *SHORT, *annotations(lost=GOOD), "--videos", str(tmp_path))
+    words = trainer.flags(tmp_path / "run", *SHORT, *annotated(lost=GOOD), "--videos", str(tmp_path))
     assert "lost.mp4" in refused(words)
 
 
 def test_skipped_videos_are_replaced_counted_and_listed(
-    trainer, clips: Path, annotations, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trainer, clips: Path, annotated, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Training goes on with the other videos; an evaluation counts the skipped ones as wrong."""
     good = json.loads((clips / "annotations/train.json").read_text())
     name = next(iter(good))
-    words = annotations(lost=GOOD, **{name: good[name]})
+    words = annotated(lost=GOOD, **{name: good[name]})
     evaluated = ("--eval_annotations", words[1], "--max_eval_samples", "3", "--eval_batch_size", "1")
     with caplog.at_level(logging.WARNING):
         rows = trainer.main(tmp_path / "run", "--phases", "sft:4", *words, *evaluated, "--on_bad_video", "skip")
@@ -96,8 +96,8 @@ def test_skipped_videos_are_replaced_counted_and_listed(
     assert lost["text"] == "" and lost["iou"] == 0
 
 
-def test_nothing_but_bad_videos_is_refused_even_when_skipping(trainer, annotations, refused, tmp_path: Path) -> None:
-    words = [*annotations(lost=GOOD, gone=GOOD), "--on_bad_video", "skip"]
+def test_nothing_but_bad_videos_is_refused_even_when_skipping(trainer, annotated, refused, tmp_path: Path) -> None:
+    words = [*annotated(lost=GOOD, gone=GOOD), "--on_bad_video", "skip"]
     line = refused(trainer.flags(tmp_path / "run", *SHORT, *words))
     assert "none of the 2 samples has a readable video" in line and "mp4" in line
 
