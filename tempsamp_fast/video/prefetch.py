@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import queue
-import threading
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
 from tempsamp_fast.batch import VideoPatches
+from tempsamp_fast.prefetch import Prefetch
 from tempsamp_fast.video import BackendName, Geometry, OnError, Sampling, VideoError, load_videos
 from tempsamp_fast.video.patch_cache import PatchCache
 
@@ -28,7 +25,7 @@ class LoadedVideos:
     """Why a video is missing; empty with `on_error="raise"`."""
 
 
-class VideoLoader:
+class VideoLoader(Prefetch[LoadedVideos]):
     """Iterates over batches of videos, up to `depth` of them decoded ahead; each video of a batch is decoded once.
 
         with VideoLoader(batches_of_paths, Sampling(), geometry) as loader:
@@ -36,8 +33,8 @@ class VideoLoader:
                 step(videos.patches)
         print(loader.blocked_s)
 
-    What goes wrong while decoding is raised at the batch it belongs to. Leaving the `with` block ends the thread after
-    the videos it is at. Not to be used in a process forked after it was made (RuntimeError): make it there.
+    Leaving the `with` block ends the thread after the videos it is at. Not to be used in a process forked after it was
+    made (RuntimeError): make it there.
 
     Args:
         batches: paths wanted together; consumed in the thread, paths may repeat.
@@ -59,10 +56,6 @@ class VideoLoader:
         num_threads: int | None = None,
         deadline_s: float = 60.0,
     ):
-        if depth < 1:
-            raise ValueError(f"depth must be at least 1, got {depth}")
-        self.blocked_s = 0.0
-        """Seconds the consumer has waited for videos."""
         self._sampling = sampling
         self._geometry = geometry
         self._cache = PatchCache(cache_folder, geometry) if cache_folder is not None else None
@@ -70,59 +63,16 @@ class VideoLoader:
         self._backend = backend
         self._num_threads = num_threads
         self._deadline_s = deadline_s
-        self._ready: queue.Queue[LoadedVideos | BaseException | None] = queue.Queue(maxsize=depth)
-        self._stopped = threading.Event()
         self._process = os.getpid()
-        self._thread = threading.Thread(target=self._run, args=(batches,), name="video-loader", daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> Iterator[LoadedVideos]:
-        return self
+        super().__init__(map(self._load, batches), depth)
 
     def __next__(self) -> LoadedVideos:
         if os.getpid() != self._process:
             raise RuntimeError("a VideoLoader does not survive a fork: make it in the process that uses it")
-        if self._stopped.is_set():
-            raise StopIteration
-        started = time.monotonic()
-        item = self._ready.get()
-        self.blocked_s += time.monotonic() - started
-        if isinstance(item, LoadedVideos):
-            return item
-        self.close()
-        if item is None:
-            raise StopIteration
-        raise item
+        return super().__next__()
 
-    def __enter__(self) -> VideoLoader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the thread, at the latest when the videos it is decoding are done. May be called again."""
-        self._stopped.set()
-        while self._thread.is_alive():
-            try:
-                self._ready.get(timeout=0.05)  # room for a thread that waits to hand over a batch
-            except queue.Empty:
-                continue
-
-    def _run(self, batches: Iterable[Sequence[Path]]) -> None:
-        end: BaseException | None = None
-        try:
-            for paths in batches:
-                if self._stopped.is_set():
-                    break
-                self._ready.put(self._load(list(dict.fromkeys(paths))))
-        except BaseException as error:  # carried to the consumer, which raises it
-            end = error
-        self._ready.put(end)
-
-    def _load(self, paths: Sequence[Path]) -> LoadedVideos:
+    def _load(self, batch_paths: Sequence[Path]) -> LoadedVideos:
+        paths = list(dict.fromkeys(batch_paths))
         loaded = LoadedVideos({}, {})
         if self._cache is not None:
             stored = {path: self._cache.get(path, self._sampling) for path in paths}
