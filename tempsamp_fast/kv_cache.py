@@ -90,18 +90,14 @@ class SharedPrefixCache:
         self._slots = self._row_prompts * self._num_slots + place
 
     def _attend_prefix(self, layer_index: int, query: Tensor) -> tuple[Tensor, Tensor]:
-        """query [R, kv_heads, heads per kv_head, dim] -> the same shape, and log-sum-exps without the last axis."""
-        num_prompts, _, group, _ = shape = (len(self._prefix_bias), *query.shape[1:])
-        stacked = query.new_zeros(num_prompts * self._num_slots, *shape[1:])
+        """query [R, kv_heads, heads_per_kv, dim] -> the same shape, and log-sum-exps without the last axis."""
+        num_prompts, heads_per_kv = len(self._prefix_bias), query.shape[2]
+        stacked = query.new_zeros(num_prompts * self._num_slots, *query.shape[1:])
         stacked[self._slots] = query
         stacked = stacked.unflatten(0, (num_prompts, -1)).transpose(1, 2).flatten(2, 3)
-        output, lse = _attend(
-            stacked,
-            self._prefix_keys[layer_index],
-            self._prefix_values[layer_index],
-            self._prefix_bias[:, None, None],
-        )
-        unstack = lambda tensor: tensor.unflatten(2, (-1, group)).transpose(1, 2).flatten(0, 1)[self._slots]
+        keys, values = self._prefix_keys[layer_index], self._prefix_values[layer_index]
+        output, lse = _attend(stacked, keys, values, self._prefix_bias[:, None, None])
+        unstack = lambda tensor: tensor.unflatten(2, (-1, heads_per_kv)).transpose(1, 2).flatten(0, 1)[self._slots]
         return unstack(output), unstack(lse)
 
     def _append(self, buffers: list[Tensor], layer_index: int, new: Tensor) -> Tensor:
