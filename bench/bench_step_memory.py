@@ -26,9 +26,9 @@ def make_group(config: Qwen2_5_VLConfig) -> RolloutGroup:
     """A prompt of 2110 tokens, 1944 of them video."""
     num_patches = GRID[0] * GRID[1] * GRID[2]
     video = VideoPatches(torch.randn(num_patches, 1176), GRID, 1.0, torch.arange(GRID[0]).double())
-    ids = torch.cat([torch.full((num_patches // 4,), config.video_token_id), torch.randint(1, 8000, (166,))])
+    ids = torch.cat([torch.full((num_patches // 4,), config.video_token_id), torch.randint(1, 2000, (166,))])
     prompt = Prompt(Sample("sample", Path("video.mp4"), "a query", 30.0, ((0.0, 1.0),)), "answer", ids, video)
-    answers = torch.randint(1, 8000, (NUM_GENERATIONS, COMPLETION_LEN))
+    answers = torch.randint(1, 2000, (NUM_GENERATIONS, COMPLETION_LEN))
     return RolloutGroup(prompt, [Completion(answer, text="") for answer in answers])
 
 
