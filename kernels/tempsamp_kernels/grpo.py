@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tempsamp_kernels.advantages import grouped_advantages
-from tempsamp_kernels.head import ChunkedHead, HeadGradients, check_head, chunk_rows
+from tempsamp_kernels.head import ChunkedHead, HeadGradients, check_head
 from tempsamp_kernels.logprob import KERNELS, forward_sweep, gradient_sweep
 from tempsamp_kernels.metrics import LossMetrics, summarise
 from tempsamp_kernels.objectives import SELF, TokenLoss, token_loss
@@ -28,7 +28,7 @@ class LossPlan:
     """[N] bool: where False, the hidden state is taken as zero, whatever it holds."""
     options: HeadOptions
     loss: TokenLoss
-    chunk_rows: int
+    chunk_size: int | None
     num_live: int
     """Tokens from here on have no gradient and leave the backward GEMMs."""
     sequences: Sequences | None = None
@@ -42,7 +42,7 @@ class FusedLinearLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: LossPlan, wants_grad: bool
     ) -> tuple[Tensor, Tensor]:
-        head = ChunkedHead(hidden, weight, plan.mask, plan.chunk_rows)
+        head = ChunkedHead(hidden, weight, plan.mask, plan.chunk_size)
         gradients = head.gradients(*(wants_grad and needed for needed in ctx.needs_input_grad[:3]))
         num_live = plan.num_live if gradients.any() else 0
         terms = torch.empty(NUM_TERMS, len(hidden), device=hidden.device)
@@ -204,7 +204,8 @@ def fused_linear_grpo_loss(
         max_completion_length: required by "dr_grpo".
         live_rows: [N] bool on the CPU, False for tokens known to have no gradient: they leave the backward GEMMs. Found
             out here where `row_ids`, `mask` and `advantages` or `rewards` are CPU tensors.
-        chunk_size: tokens per chunk of logits; chosen from V by default.
+        chunk_size: tokens per chunk of logits; by default equal chunks within a memory budget. A fixed size makes
+            log-probs comparable to the bit between calls with different numbers of tokens.
         impl: "triton", "torch", or None for the one that suits the device.
 
     Returns:
@@ -282,8 +283,7 @@ def fused_linear_grpo_loss(
     elif loss_type == "vespo" and old_logps is not None:
         sequences = Sequences(row_ids, num_row_ids, mask, lengths, impl, Vespo())
     options = HeadOptions(None if bias is None else bias.detach().float(), softcap, logit_scale, impl)
-    rows = chunk_size or chunk_rows(num_tokens, len(weight), device.type)
-    plan = LossPlan(tokens, mask, options, objective, rows, num_tokens, sequences)
+    plan = LossPlan(tokens, mask, options, objective, chunk_size, num_tokens, sequences)
     loss, terms = run(plan, hidden, weight, bias, live_rows)
     return loss, summarise(terms, mask, off_policy)
 

@@ -65,18 +65,25 @@ class HeadGradients:
 
 
 class ChunkedHead:
-    """`hidden [N, H] @ weight [V, H].T` in chunks of fixed row count.
+    """`hidden [N, H] @ weight [V, H].T` in chunks of equal row count.
 
     Operands keep the compute dtype (autocast's, or that of `hidden`) where the device multiplies it into fp32 without
-    rounding the product: bf16 on CUDA. Everything else is multiplied in fp32. Equal chunk shapes make a token's
-    log-prob and dX the same bits at any position. Rows where `mask` [N] is False count as zeros, whatever they hold.
+    rounding the product: bf16 on CUDA. Everything else is multiplied in fp32. All chunks have the same shape, which
+    makes a token's log-prob and dX the same bits at any position; with a `chunk_size`, among any number of tokens.
+    Rows where `mask` [N] is False count as zeros, whatever they hold.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, mask: Tensor | None, rows: int, compute_dtype: torch.dtype | None = None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        mask: Tensor | None,
+        chunk_size: int | None,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
-        self.num_tokens, self.rows = len(hidden), rows
-        self.num_padded = -(-self.num_tokens // rows) * rows
+        self.num_tokens, self.chunk_size = len(hidden), chunk_size
+        self.rows = chunk_size or chunk_rows(self.num_tokens, len(weight), hidden.device.type)
+        self.num_padded = -(-self.num_tokens // self.rows) * self.rows
         self.hidden, self.mask = hidden, mask
         self.compute_dtype = compute_dtype or _compute_dtype(hidden)
         self.gemm_dtype = (
@@ -85,9 +92,9 @@ class ChunkedHead:
         self.weight = weight.detach().to(self.compute_dtype).to(self.gemm_dtype)
 
     def part(self, tokens: slice) -> ChunkedHead:
-        """The same head over some of the tokens, in chunks of the same shape."""
+        """The same head over some of the tokens."""
         mask = None if self.mask is None else self.mask[tokens]
-        return ChunkedHead(self.hidden[tokens], self.weight, mask, self.rows, self.compute_dtype)
+        return ChunkedHead(self.hidden[tokens], self.weight, mask, self.chunk_size, self.compute_dtype)
 
     def padded(self, values: Tensor) -> Tensor:
         """[N] values extended with zeros to whole chunks."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tempsamp_kernels.grpo import LossPlan, known_logps, live_tokens, run, token_weights
-from tempsamp_kernels.head import check_head, chunk_rows
+from tempsamp_kernels.head import check_head
 from tempsamp_kernels.logits_loss import items_per_process
 from tempsamp_kernels.logprob import linear_logprob
 from tempsamp_kernels.metrics import summarise
@@ -147,8 +147,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         elif self.loss_type == "vespo" and not (old_per_token_logps is None and vllm_is_ratio is None):
             sequences = Sequences(row_ids, batch, counted, lengths, impl, self._weighted_vespo(vllm_is_ratio))
         options = HeadOptions(None if bias is None else bias.detach().float(), impl=impl)
-        rows = chunk_rows(batch * length, len(lin_weight), device.type)
-        plan = LossPlan(tokens, read, options, self.loss, rows, batch * length, sequences)
+        plan = LossPlan(tokens, read, options, self.loss, None, batch * length, sequences)
         live = live_tokens(read, advantage, always=references is not None)
         loss, terms = run(plan, _input.reshape(batch * length, -1), lin_weight, bias, live)
         metrics = summarise(terms, counted, torch.zeros_like(counted))

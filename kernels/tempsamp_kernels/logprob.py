@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from tempsamp_kernels import reference
 from tempsamp_kernels import rows as triton_rows
-from tempsamp_kernels.head import ChunkedHead, HeadGradients, check_head, chunk_rows
+from tempsamp_kernels.head import ChunkedHead, HeadGradients, check_head
 from tempsamp_kernels.tokens import HeadOptions, RowStatistics, Tokens, choose_impl, per_token
 
 Gather = Callable[[Tensor, Tensor | None], AbstractContextManager[object]]
@@ -71,13 +71,13 @@ class _LinearLogprob(torch.autograd.Function):
         bias: Tensor | None,
         tokens: Tokens,
         options: HeadOptions,
-        rows: int,
+        chunk_size: int | None,
         gather: Gather | None,
     ) -> tuple[Tensor, Tensor]:
-        head = ChunkedHead(hidden, weight, None, rows)
+        head = ChunkedHead(hidden, weight, None, chunk_size)
         found = forward_sweep(head, tokens, options)
         ctx.save_for_backward(hidden, weight, bias, found.logp, found.entropy, found.lse)
-        ctx.tokens, ctx.options, ctx.rows, ctx.compute_dtype = tokens, options, rows, head.compute_dtype
+        ctx.tokens, ctx.options, ctx.chunk_size, ctx.compute_dtype = tokens, options, chunk_size, head.compute_dtype
         ctx.gather = gather
         ctx.set_materialize_grads(False)
         return found.logp, found.entropy
@@ -90,7 +90,7 @@ class _LinearLogprob(torch.autograd.Function):
         if d_logp is None:
             d_logp = torch.zeros_like(rows.logp)
         with nullcontext() if ctx.gather is None else ctx.gather(weight, bias):
-            head = ChunkedHead(hidden, weight, None, ctx.rows, ctx.compute_dtype)
+            head = ChunkedHead(hidden, weight, None, ctx.chunk_size, ctx.compute_dtype)
             gradients = head.gradients(*ctx.needs_input_grad[:3])
             gradient_sweep(head, ctx.tokens, ctx.options, rows, d_logp, d_entropy, gradients)
         wanted = zip((gradients.hidden, gradients.weight, gradients.bias), (hidden, weight, bias), strict=True)
@@ -120,7 +120,7 @@ def linear_logprob(
         temperature: a positive number, or one per token [...].
         softcap: `z -> softcap * tanh(z / softcap)`, applied after `logit_scale` and before the temperature.
         logit_scale: factor of the raw logits.
-        chunk_size: tokens per chunk of logits; chosen from V by default.
+        chunk_size: tokens per chunk of logits; by default equal chunks within a memory budget.
         gather: makes the context in which a sharded weight and bias are whole (ZeRO-3). The caller holds one around
             this call; the backward enters another.
         impl: "triton", "torch", or None for the one that suits the device.
@@ -148,6 +148,5 @@ def linear_logprob(
         ref_logps=zeros,
     )
     options = HeadOptions(None if bias is None else bias.detach().float(), softcap, logit_scale, impl)
-    rows = chunk_size or chunk_rows(num_tokens, len(weight), hidden.device.type)
-    logp, entropy = _LinearLogprob.apply(flat, weight, bias, tokens, options, rows, gather)
+    logp, entropy = _LinearLogprob.apply(flat, weight, bias, tokens, options, chunk_size, gather)
     return logp.view(token_ids.shape), entropy.view(token_ids.shape)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tempsamp_kernels.objectives import SELF, TokenLoss
 from tempsamp_kernels.tokens import NUM_TERMS, HeadOptions, RowStatistics, Tokens
@@ -24,8 +23,8 @@ def scale_logits_(logits: Tensor, tokens: Tokens, head: HeadOptions) -> Tensor:
 def softmax_statistics(scaled: Tensor, token_ids: Tensor) -> RowStatistics:
     """Log-prob, entropy and log-sum-exp of each row of `scaled` logits [C, V].
 
-    The target is left out of the sum: `logp = -softplus(lse_others - target)` keeps its digits where
-    `target - lse` would round to exactly 0.
+    The target is left out of the sum: where it leads, `logp = -log1p(sum of the others' odds)` keeps its digits
+    where `target - lse` would round to exactly 0.
     """
     index = token_ids[:, None]
     target = scaled.gather(1, index)[:, 0]
@@ -35,8 +34,10 @@ def softmax_statistics(scaled: Tensor, token_ids: Tensor) -> RowStatistics:
     weights = others.exp()
     total = weights.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
     mean_shifted = others.mul_(weights).sum(1) / total
-    gap = peak + total.log() - target
-    logp = -functional.softplus(gap)
+    lead = target - peak
+    behind = lead - (total + lead.clamp(max=0).exp()).log()
+    logp = torch.where(lead > 0, -torch.log1p(total * (-lead.clamp(min=0)).exp()), behind)
+    gap = total.log() - lead
     entropy = -logp.exp() * logp - torch.expm1(logp) * (total.log() - logp - gap - mean_shifted)
     return RowStatistics(logp, entropy, target - logp)
 

@@ -1,7 +1,7 @@
 """The Triton row kernels: softmax statistics, loss and gradient, one program per row of logits [C, V].
 
 The vocabulary is read in blocks, its tail masked. Statistics are fp32 and leave the target out of the sum, so that
-`logp = -softplus(lse_others - target)` keeps its digits for confident tokens. Only the dtypes, the options' presence
+`logp = -log1p(sum of the others' odds)` keeps its digits for confident tokens. Only the dtypes, the options' presence
 and V's block size are compiled in: batch, temperature and clip bounds never recompile anything.
 """
 
@@ -95,9 +95,12 @@ def _statistics(
     row_weighted = tl.sum(tl.exp(fall) * (weighted + total * fall), axis=0)
     row_total = tl.maximum(tl.sum(tl.exp(fall) * total, axis=0), 1.2e-38)
     target, _ = _scaled(row_ptr, bias_ptr, token_id, True, logit_scale, softcap, inv_temperature)
+    lead = target - row_peak
+    odds = row_total * tl.exp(-tl.maximum(lead, 0.0))
+    ahead = -tl.where(odds < 1, log1p_triton(tl.minimum(odds, 1.0)), tl.log(1 + odds))
+    logp = tl.where(lead > 0, ahead, lead - tl.log(row_total + tl.exp(tl.minimum(lead, 0.0))))
     log_total = tl.log(row_total)
-    gap = row_peak + log_total - target
-    logp = -(tl.maximum(gap, 0.0) + log1p_triton(tl.exp(-tl.abs(gap))))
+    gap = log_total - lead
     entropy = -tl.exp(logp) * logp + tl.sigmoid(gap) * (log_total - logp - gap - row_weighted / row_total)
     return logp, entropy, target - logp
 
