@@ -1,5 +1,7 @@
 #include "batch.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <deque>
 #include <new>
@@ -55,6 +57,19 @@ std::vector<Unit> units_of(size_t number, const DecodeRequest& request, int max_
         }
     }
     return units;
+}
+
+// Fresh memory costs more to fault in by small pages than to fill with patches.
+void prefer_large_pages([[maybe_unused]] const DecodeRequest& request) {
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t kLargePage = uintptr_t{1} << 21;
+    const auto per_patch = static_cast<size_t>(request.layout.temporal_patch_size);
+    const auto begin = reinterpret_cast<uintptr_t>(request.layout.out);
+    const uintptr_t end = begin + (request.frames.size() + per_patch - 1) / per_patch * request.layout.grid_bytes();
+    const uintptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage;
+    const uintptr_t last = end / kLargePage * kLargePage;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 void decode_unit(const DecodeRequest& request, const CallOptions& options, Watch& watch, Unit* unit) {
@@ -126,6 +141,7 @@ std::vector<DecodeResult> decode_files(const std::vector<DecodeRequest>& request
     for (size_t i = 0; i < requests.size(); ++i) {
         for (Unit& unit : units_of(i, requests[i], max_units)) units.push_back(std::move(unit));
         watches.emplace_back(options.cancelled);
+        prefer_large_pages(requests[i]);
         results[i].states.resize(requests[i].frames.size(), FrameState::kMissing);
     }
     std::vector<std::function<void()>> tasks;
