@@ -1,0 +1,99 @@
+"""What a finished run leaves behind, and asking its model a question."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tempsamp_fast.annotations import load_annotations
+from tempsamp_fast.checkpoint import latest_checkpoint
+from tempsamp_fast.infer import main as infer_main
+from tempsamp_fast.results import Results
+from tempsamp_fast.score import read_predictions
+
+PNG = b"\x89PNG"
+
+
+def test_metrics_have_a_row_for_every_step_and_evaluation(finished_run) -> None:
+    assert [(row["step"], row["phase"]) for row in finished_run.rows] == [
+        (0, "eval"),
+        (0, "sft/answer"),
+        (1, "sft/answer"),
+        (2, "eval"),
+        (2, "tempsamp/answer"),
+        (3, "tempsamp/answer"),
+        (4, "tempsamp/answer"),
+        (5, "eval"),
+    ]
+
+
+def test_rows_have_the_figures_of_their_kind(finished_run) -> None:
+    for row in finished_run.rows:
+        if row["phase"] == "eval":
+            assert {"eval/answer/miou", "eval/answer/r1@0.5", "eval/answer/parse_rate"} <= row.keys()
+            continue
+        assert row["optim/grad_norm"] > 0
+        assert {"loss", "policy/entropy", "optim/learning_rate", "time/data_s", "time/rollout_s"} <= row.keys()
+        if row["phase"] == "tempsamp/answer":
+            assert {"reward/tiou", "reward/on_policy_mean", "reward/off_policy_mean", "policy/kl"} <= row.keys()
+            rules = {name.rpartition("/")[2] for name in row if name.startswith("advantage/skew/")}
+            assert rules == {"grpo", "mixed", "downscale", "anchor", "nonlinear", "orarl"}
+            assert row["reward/off_policy_mean"] == pytest.approx(1)
+
+
+def test_tensorboard_shows_what_the_record_has(finished_run) -> None:
+    events = EventAccumulator(str(finished_run.folder / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss")]
+    assert [(row["step"], row["loss"]) for row in finished_run.rows if "loss" in row] == shown
+
+
+def test_the_folder_tells_settings_versions_and_hardware(finished_run) -> None:
+    config = json.loads((finished_run.folder / "config.json").read_text())
+    assert config["train"]["phases"] == "sft:2,tempsamp:3"
+    assert config["data"]["fps"] == 1.0
+    machine = json.loads((finished_run.folder / "machine.json").read_text())
+    assert machine["versions"]["torch"] and machine["devices"]
+
+
+def test_plots_are_drawn_at_the_end(finished_run) -> None:
+    plots = {path.name: path for path in (finished_run.folder / "plots").iterdir()}
+    assert {"reward.png", "on_and_off_policy_reward.png", "advantage_skewness.png", "iou_answer.png"} <= plots.keys()
+    assert all(path.read_bytes().startswith(PNG) for path in plots.values())
+
+
+def test_the_table_has_every_stage_and_the_constant_baseline(trainer, finished_run) -> None:
+    results = Results(trainer.run(finished_run.folder.with_name("unused"), *finished_run.words))
+    results.rows = json.loads((finished_run.folder / "results.json").read_text())
+    lines = results.table().splitlines()
+    assert lines[0] == "4 held-out queries"
+    assert [line.split()[0] for line in lines[2:6]] == ["start", "1_sft/answer", "2_tempsamp/answer", "constant"]
+    assert lines[1].split()[-5:] == ["miou", "r1@0.3", "r1@0.5", "r1@0.7", "parse_rate"]
+
+
+def test_evaluation_answers_are_predictions_that_can_be_scored(finished_run, clips: Path) -> None:
+    files = sorted(path.name for path in (finished_run.folder / "eval").iterdir())
+    assert files == ["1_sft_answer_answer.jsonl", "2_tempsamp_answer_answer.jsonl", "start_answer.jsonl"]
+    samples = load_annotations(clips / "annotations/test.json", clips / "videos")[:4]
+    rows = read_predictions(finished_run.folder / "eval/start_answer.jsonl", samples)
+    assert [row["sample_id"] for row in rows] == [sample.sample_id for sample in samples]
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_a_trained_model_answers_a_query_in_json(
+    finished_run, clips: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, think: bool
+) -> None:
+    model = latest_checkpoint(finished_run.folder)[0] / "model"
+    video = next((clips / "videos").glob("*.mp4"))
+    words = ["--model", str(model), "--video", str(video), "--query", "a red square", "--max_completion_length", "8"]
+    capsys.readouterr()
+    assert infer_main([*words, "--plot", str(tmp_path / "timeline.png"), *(["--think"] if think else [])]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["video"] == str(video) and answer["query"] == "a red square"
+    assert answer["span"] is None or len(answer["span"]) == 2
+    assert 8 <= answer["duration_s"] <= 12
+    assert isinstance(answer["text"], str)
+    assert (tmp_path / "timeline.png").read_bytes().startswith(PNG)
