@@ -70,19 +70,19 @@ class _RowLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, token_ids, temperature, inplace, impl):
         logprob, ctx.gradient = _IMPLEMENTATIONS[impl]
-        ctx.inv_temperature, ctx.inplace, ctx.overwritten = 1.0 / temperature, inplace, False
+        ctx.inv_temperature, ctx.inplace = 1.0 / temperature, inplace
         logp, lse, margin = logprob(logits, token_ids, ctx.inv_temperature)
         ctx.save_for_backward(logits, token_ids, lse, margin)
         return logp
 
     @staticmethod
     def backward(ctx, grad_logp):
-        if ctx.overwritten:
-            raise RuntimeError("the logits were overwritten by the first backward: pass inplace=False to run it twice")
         logits, token_ids, lse, margin = ctx.saved_tensors
-        ctx.overwritten = ctx.inplace
         grad_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
         ctx.gradient(logits, grad_logits, token_ids, lse, margin, grad_logp.contiguous(), ctx.inv_temperature)
+        if ctx.inplace:
+            # Whoever still needs the logits, this function included, gets autograd's error instead of their gradient.
+            torch.autograd.graph.increment_version(logits)
         return grad_logits, None, None, None, None
 
 
