@@ -222,6 +222,7 @@ class TrainConfig:
     )
     warmup_ratio: float = field(default=0.05, metadata={"help": "of each phase's steps"})
     weight_decay: float = 0.0
+    adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
     zero_stage: Literal["0", "1", "2"] = "0"
     deepspeed_config: str | None = field(default=None, metadata={"help": "JSON merged over the generated config"})
@@ -246,6 +247,7 @@ class TrainConfig:
             _require(value is None or (value > 0 and math.isfinite(value)), name, value, "positive")
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "zero or more")
+        _require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
         _require(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, "zero (off) or more")
         _require(self.save_steps >= 0, "save_steps", self.save_steps, "zero or more")
         for mode in self.eval_modes.split("+"):

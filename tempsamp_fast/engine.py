@@ -36,6 +36,7 @@ def deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
             "type": "AdamW",
             "params": {
                 "lr": train.learning_rate,
+                "betas": [0.9, train.adam_beta2],
                 "weight_decay": train.weight_decay,
                 "torch_adam": not torch.cuda.is_available(),
             },

@@ -27,7 +27,7 @@ from tempsamp_fast.synthetic_render import CODECS, COLOURS, SHAPES, Actor, Clip,
 
 logger = logging.getLogger(__name__)
 
-GENERATOR_VERSION = 2  # raise it when the same config would give other files than before
+GENERATOR_VERSION = 3  # raise it when the same config would give other files than before
 SPLITS = ("train", "val", "test")
 FRAME_RATES = (Fraction(6), Fraction(8), Fraction(10), Fraction(12), Fraction(15), Fraction(12000, 1001))
 KEYFRAME_INTERVALS = (12, 30, 60, 250)
@@ -51,7 +51,7 @@ class SyntheticConfig:
     """What to generate. Raises ValueError, naming the field, for values that make no data set."""
 
     seed: int = 0
-    num_train: int = 380
+    num_train: int = 700
     num_val: int = 20
     num_test: int = 220
     min_duration_s: float = 8.0

@@ -118,14 +118,17 @@ def shape_mask(shape: str, size: int) -> np.ndarray:
 
 
 def noisy_backgrounds(clip: Clip) -> np.ndarray:
-    """A muted texture under different draws of the noise, uint8 [NOISE_POOL_SIZE, height, width, 3]."""
+    """A muted texture under different draws of the noise, uint8 [NOISE_POOL_SIZE, height, width, 3].
+
+    All videos are about equally grey: a model that could tell them apart would learn their answers by heart.
+    """
     rng = np.random.default_rng(clip.texture_seed)
     y, x = np.mgrid[: clip.height, : clip.width] / clip.height
     texture = np.zeros((clip.height, clip.width))
     for _ in range(4):
         frequency_y, frequency_x = rng.uniform(-25, 25, size=2)
         texture += rng.uniform(3, 10) * np.sin(frequency_y * y + frequency_x * x + rng.uniform(0, 6.3))
-    grey, tint = rng.uniform(80, 170), rng.uniform(-15, 15, size=3)
+    grey, tint = rng.uniform(100, 120), rng.uniform(-3, 3, size=3)
     noise = rng.normal(0, clip.noise, size=(NOISE_POOL_SIZE, clip.height, clip.width, 3))
     return (grey + tint + texture[..., None] + noise).clip(0, 255).astype(np.uint8)
 

@@ -21,8 +21,8 @@ TOLERANCE_S = 1e-6
 class Sampling:
     """How to take frames from one video.
 
-    `pts`: an even grid of times, and the frame on screen at each (right for variable frame rates; equals `hf_qwen2` on
-    constant ones). `qwen_utils`: qwen-vl-utils, which the paper's runs used. `hf_qwen2`, `hf_qwen3`: the video
+    `pts`: every `1 / fps` seconds, and the frame on screen then (right for variable frame rates); the grid stretches
+    over the whole part where `min_frames` or `max_frames` binds. `qwen_utils`: qwen-vl-utils, which the paper's runs used. `hf_qwen2`, `hf_qwen3`: the video
     processors of transformers 5.23. Raises ValueError on values out of range.
     """
 
@@ -63,7 +63,9 @@ def sample_times(sampling: Sampling, num_frames: int, duration_s: float) -> tupl
     share = math.floor(num_frames * span / duration_s + TOLERANCE_S) if duration_s > 0 else 0
     available = max(share, min(num_frames, FRAME_FACTOR)) if span > 0 else 0
     count = _even_count(sampling, available, span + TOLERANCE_S)
-    step = span / max(count, 1)
+    step = 1 / sampling.fps
+    if not count * step <= span + TOLERANCE_S < (count + FRAME_FACTOR) * step:  # stretched by min_frames or max_frames
+        step = span / max(count, 1)
     return sampling.start_s + np.arange(count) * step, step
 
 
