@@ -1,0 +1,63 @@
+"""The fused loss of both heads, forward and backward, against the contenders of bench_grpo_loss, in bf16."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from bench.bench_grpo_loss import CONTENDERS, HEADS, bare_gemms, gradient_distances, make_batch, step
+from bench.gpu_sections.child import Record
+from bench.gpu_sections.timing import in_turn, peak_flops, peak_gib
+from bench.loss_error_table import errors
+
+SHAPES = [(head, num_tokens) for num_tokens in (8192, 1024, 4096, 32768) for head in ("7B", "3B")]
+ERROR_SEEDS = 3
+
+
+def measure(record: Record) -> None:
+    for head, num_tokens in SHAPES:
+        with record.attempt(f"{head} N={num_tokens}"):
+            measure_shape(record, head, num_tokens)
+    with record.attempt("error against fp64"):
+        for seed in range(ERROR_SEEDS):
+            for name, figures in errors(seed, "cuda").items():
+                record.add(f"error, seed {seed}: {name}", **figures)
+
+
+def measure_shape(record: Record, head: str, num_tokens: int) -> None:
+    batch = make_batch(num_tokens, *HEADS[head])
+    distances = gradient_distances(batch)  # raises where losses or gradients differ
+    runs = {name: partial(step, CONTENDERS[name], batch) for name in distances}
+    times = in_turn({**runs, "bare cuBLAS": partial(bare_gemms, batch)}, rounds=10 if num_tokens <= 8192 else 4)
+    flops = 6.0 * batch.hidden.numel() * len(batch.weight)
+    owed = (2 * (batch.hidden.numel() + batch.weight.numel()) + 4 * batch.weight.numel()) / 2**30
+    best_peer = min(times[name]["ms"] for name in runs if name != "ours")
+    for name, figures in times.items():
+        shares = {
+            "tflops_per_s": flops / figures["ms"] / 1e9,
+            "roofline_share": 1e3 * flops / figures["ms"] / peak_flops(),
+        }
+        label = f"{head} N={num_tokens} {name}"
+        if name not in runs:
+            record.add(label, **figures, **shares)
+            continue
+        peak = peak_gib(runs[name])
+        shares |= {"gradient_distance": distances[name], "peak_gib": peak}
+        if name != "ours":
+            record.add(label, **figures, **shares)
+            continue
+        record.add(
+            label,
+            **figures,
+            **shares,
+            share_of_cublas=times["bare cuBLAS"]["ms"] / figures["ms"],
+            over_best_peer=best_peer / figures["ms"],
+            gib_beyond_gradients_and_fp32_dw=peak - owed,
+            left_out=sorted(CONTENDERS.keys() - distances.keys()),
+            goals={
+                "share_of_cublas": ("at least", 0.8),
+                "over_best_peer": ("at least", 1.25),
+                "gib_beyond_gradients_and_fp32_dw": ("at most", 2.0),
+            }
+            if (head, num_tokens) == ("7B", 8192)
+            else None,
+        )
