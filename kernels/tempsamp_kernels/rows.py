@@ -159,16 +159,11 @@ def row_statistics_kernel(
 ):
     """Statistics [3, C]: log-prob, entropy, log-sum-exp."""
     row = tl.program_id(0).to(tl.int64)
+    row_ptr, token_id = logits_ptr + row * logits_stride, tl.load(token_ids_ptr + row)
+    inv_temperature = 1 / tl.load(temperature_ptr + row)
     logp, entropy, lse = _statistics(
-        logits_ptr + row * logits_stride,
-        bias_ptr,
-        tl.load(token_ids_ptr + row),
-        vocab_size,
-        logit_scale,
-        softcap,
-        1 / tl.load(temperature_ptr + row),
-        LANES,
-    )
+        row_ptr, bias_ptr, token_id, vocab_size, logit_scale, softcap, inv_temperature, LANES
+    )  # fmt: skip
     tl.store(statistics_ptr + row, logp)
     tl.store(statistics_ptr + statistics_stride + row, entropy)
     tl.store(statistics_ptr + 2 * statistics_stride + row, lse)
@@ -199,22 +194,13 @@ def row_gradient_kernel(
     d_entropy = None
     if d_entropy_ptr is not None:
         d_entropy = tl.load(d_entropy_ptr + row)
+    row_ptr, token_id = logits_ptr + row * logits_stride, tl.load(token_ids_ptr + row)
+    inv_temperature = 1 / tl.load(temperature_ptr + row)
+    logp, entropy, lse = tl.load(logp_ptr + row), tl.load(entropy_ptr + row), tl.load(lse_ptr + row)
     _write_gradient(
-        logits_ptr + row * logits_stride,
-        gradient_ptr + row * gradient_stride,
-        bias_ptr,
-        tl.load(token_ids_ptr + row),
-        vocab_size,
-        logit_scale,
-        softcap,
-        1 / tl.load(temperature_ptr + row),
-        tl.load(logp_ptr + row),
-        tl.load(entropy_ptr + row),
-        tl.load(lse_ptr + row),
-        tl.load(d_logp_ptr + row),
-        d_entropy,
-        BLOCK,
-    )
+        row_ptr, gradient_ptr + row * gradient_stride, bias_ptr, token_id, vocab_size, logit_scale, softcap,
+        inv_temperature, logp, entropy, lse, tl.load(d_logp_ptr + row), d_entropy, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -247,19 +233,11 @@ def row_loss_kernel(
 ):
     """Everything about a row while its logits are at hand: loss terms [NUM_TERMS, C] and gradient [C, V]."""
     row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * logits_stride
-    token_id = tl.load(token_ids_ptr + row)
+    row_ptr, token_id = logits_ptr + row * logits_stride, tl.load(token_ids_ptr + row)
     inv_temperature = 1 / tl.load(temperature_ptr + row)
     logp, entropy, lse = _statistics(
-        row_ptr,
-        bias_ptr,
-        token_id,
-        vocab_size,
-        logit_scale,
-        softcap,
-        inv_temperature,
-        LANES,
-    )
+        row_ptr, bias_ptr, token_id, vocab_size, logit_scale, softcap, inv_temperature, LANES
+    )  # fmt: skip
     advantage = tl.load(advantage_ptr + row)
     policy_weight = tl.load(policy_weight_ptr + row)
     kl_weight = tl.load(kl_weight_ptr + row)
@@ -278,22 +256,11 @@ def row_loss_kernel(
     tl.store(terms_ptr + 4 * terms_stride, ratio)
     tl.store(terms_ptr + 5 * terms_stride, ((ratio < lower) & (advantage < 0)).to(tl.float32))
     tl.store(terms_ptr + 6 * terms_stride, ((ratio > upper) & (advantage > 0)).to(tl.float32))
+    coefficient = policy_weight * (d_logp + d_log_ratio) + kl_weight * (kl_d_logp + kl_d_log_ratio)
     _write_gradient(
-        row_ptr,
-        gradient_ptr + row * gradient_stride,
-        bias_ptr,
-        token_id,
-        vocab_size,
-        logit_scale,
-        softcap,
-        inv_temperature,
-        logp,
-        entropy,
-        lse,
-        policy_weight * (d_logp + d_log_ratio) + kl_weight * (kl_d_logp + kl_d_log_ratio),
-        None,
-        BLOCK,
-    )
+        row_ptr, gradient_ptr + row * gradient_stride, bias_ptr, token_id, vocab_size, logit_scale, softcap,
+        inv_temperature, logp, entropy, lse, coefficient, None, BLOCK,
+    )  # fmt: skip
 
 
 def _gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:

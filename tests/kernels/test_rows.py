@@ -1,0 +1,84 @@
+"""The row kernels themselves: gradients written over the logits they come from, and the twins' agreement."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tempsamp_kernels import reference, rows
+from tempsamp_kernels.objectives import KL_ESTIMATORS, OBJECTIVES, SELF, token_loss
+from tempsamp_kernels.tokens import HeadOptions, Tokens
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VOCAB_SIZE = 2 * 4096 + 37
+
+
+def chunk(num_rows=3):
+    """Raw logits over three blocks of columns, and tokens: the first on-policy, the second a reference to itself."""
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)
+    old, ref = -9 + normal(num_rows), -9 + normal(num_rows)
+    old[0], ref[1] = SELF, SELF
+    tokens = Tokens(
+        torch.tensor([0, 4096, VOCAB_SIZE - 1]),
+        torch.tensor([1.0, 0.7, 2.0]),
+        normal(num_rows),
+        torch.rand(num_rows, generator=generator),
+        torch.rand(num_rows, generator=generator),
+        old,
+        ref,
+    )
+    return (2 * normal(num_rows, VOCAB_SIZE)).to(DEVICE), tokens.map(lambda field: field.to(DEVICE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_gradient_written_over_its_own_logits_is_right_in_either_width(dtype):
+    logits, tokens = chunk()
+    loss, head = token_loss("dapo"), HeadOptions(softcap=6.0)
+    expected_terms, expected = reference.row_loss(logits.clone(), tokens, head, loss, torch.float32)
+    terms, gradient = rows.row_loss(logits, tokens, head, loss, dtype)
+    assert gradient.data_ptr() == logits.data_ptr() and gradient.dtype == dtype
+    torch.testing.assert_close(terms, expected_terms, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.float(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-9)
+
+
+def test_a_gradient_of_log_prob_and_entropy_written_over_its_own_logits_is_right():
+    logits, tokens = chunk()
+    head = HeadOptions(logit_scale=0.5)
+    statistics = reference.row_statistics(logits.clone(), tokens, head)
+    d_logp, d_entropy = tokens.advantage, tokens.policy_weight
+    expected = reference.row_gradient(logits.clone(), tokens, head, statistics, d_logp, d_entropy, torch.float32)
+    gradient = rows.row_gradient(logits, tokens, head, statistics, d_logp, d_entropy, torch.bfloat16)
+    torch.testing.assert_close(gradient.float(), expected, rtol=1e-2, atol=1e-9)
+
+
+def derivatives(value, *inputs):
+    return torch.autograd.grad(value.sum(), inputs, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objectives_derivatives_are_those_of_its_loss(name):
+    """With `log_ratio` and `logp` as separate arguments, by autograd on the torch twin; detached weights stay so."""
+    loss_type = {"clipped": "grpo", "likelihood": "sft"}.get(name, name)
+    loss = token_loss(loss_type, delta=1.3, dual_clip=1.2, epsilon_high=1.1 if name == "cispo" else 0.2)
+    logp = torch.linspace(-3, -0.1, 40, dtype=torch.float64).requires_grad_()
+    log_ratio = torch.linspace(-0.6, 0.6, 40, dtype=torch.float64).requires_grad_()
+    for advantage in (0.7, -0.7, 0.0):
+        value, d_logp, d_log_ratio = loss.objective.torch(
+            logp, log_ratio, torch.full_like(logp, advantage).detach(), *loss.bounds
+        )
+        by_logp, by_ratio = torch.autograd.grad(
+            value.sum(), (logp, log_ratio), allow_unused=True, materialize_grads=True
+        )
+        torch.testing.assert_close(d_logp, by_logp)
+        if name != "cispo":
+            torch.testing.assert_close(d_log_ratio, by_ratio)
+
+
+@pytest.mark.parametrize("name", KL_ESTIMATORS)
+def test_a_kl_estimators_derivatives_are_those_of_its_value(name):
+    logp = torch.linspace(-2, 2, 41, dtype=torch.float64).requires_grad_()
+    log_ratio = torch.linspace(-0.5, 0.5, 41, dtype=torch.float64).requires_grad_()
+    value, d_logp, d_log_ratio = KL_ESTIMATORS[name].torch(-logp, log_ratio)
+    by_logp, by_ratio = derivatives(value, logp, log_ratio)
+    torch.testing.assert_close(d_logp, by_logp)
+    torch.testing.assert_close(d_log_ratio, by_ratio)
