@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,10 +20,17 @@ VIDEO_MARKER = "<|vision_start|><|video_pad|><|vision_end|>"
 class Chat:
     """A tokenizer with its chat template, for one model configuration.
 
+    preprocessor_files: texts by name of the checkpoint's image and video processor settings. They are not read here,
+        only written beside the weights of checkpoints made from it.
     Raises ValueError when the tokenizer has no chat template or lacks the vision tokens.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model_config: Any):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model_config: Any,
+        preprocessor_files: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         if not tokenizer.chat_template:
             raise ValueError(f"tokenizer of {tokenizer.name_or_path!r} has no chat template")
         if tokenizer.convert_tokens_to_ids("<|video_pad|>") != model_config.video_token_id:
@@ -30,6 +39,7 @@ class Chat:
                 f"video_token_id={model_config.video_token_id}"
             )
         self.tokenizer: Any = tokenizer
+        self.preprocessor_files = preprocessor_files
         self.timestamps_in_text = model_config.model_type == "qwen3_vl"
         self.merged_patch = model_config.vision_config.spatial_merge_size**2
         self.eos_token_id: int = tokenizer.eos_token_id

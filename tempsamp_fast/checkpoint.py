@@ -9,7 +9,6 @@ from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
-from transformers.utils import cached_file
 
 from tempsamp_fast.chat import Chat
 from tempsamp_fast.config import Config, DataConfig
@@ -21,7 +20,6 @@ ENGINE = "engine"
 STATE = "state.json"
 VIDEO_SETTINGS = "video.json"
 VIDEO_FIELDS = ("sampling", "fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "task")
-PREPROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -40,10 +38,8 @@ def save_model(folder: Path, policy: Policy, chat: Chat, data: DataConfig) -> No
     except SafetensorError as error:
         raise OSError(f"{folder}: weights not written: {error}") from error
     chat.tokenizer.save_pretrained(folder)
-    for name in PREPROCESSOR_FILES:
-        file = cached_file(chat.tokenizer.name_or_path, name, _raise_exceptions_for_missing_entries=False)
-        if file is not None:
-            shutil.copy(file, folder / name)
+    for name, text in chat.preprocessor_files.items():
+        (folder / name).write_text(text)
     write_json(folder / VIDEO_SETTINGS, {name: getattr(data, name) for name in VIDEO_FIELDS})
 
 

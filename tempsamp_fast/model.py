@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file
 
 from tempsamp_fast.chat import Chat
 from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.video import Geometry
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+PREPROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -42,7 +44,15 @@ def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tupl
         raise ValueError(f"model={checkpoint!r}: cannot be loaded: {error}") from error
     if loading["missing_keys"]:
         raise ValueError(f"model={checkpoint!r}: has no weights for {', '.join(sorted(loading['missing_keys']))}")
-    return model, Chat(tokenizer, model.config)
+    return model, Chat(tokenizer, model.config, _preprocessor_files(checkpoint))
+
+
+def _preprocessor_files(checkpoint: str) -> dict[str, str]:
+    """Read at once: the checkpoint that a run was resumed from is deleted when newer ones are kept."""
+    found = {
+        name: cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False) for name in PREPROCESSOR_FILES
+    }
+    return {name: Path(file).read_text() for name, file in found.items() if file is not None}
 
 
 def check_architecture(checkpoint: str, trust_remote_code: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import socket
@@ -28,6 +29,22 @@ from tempsamp_fast.tiny import build_tiny_checkpoint
 from tempsamp_fast.train import main
 
 REPOSITORY = Path(__file__).parents[2]
+RECIPE = """
+dtype: float32
+video_backend: torchcodec
+fps: 1
+min_pixels: 3136
+max_pixels: 3136
+max_eval_samples: 0
+num_generations: 3
+max_completion_length: 12
+prompts_per_device: 1
+gradient_accumulation_steps: 2
+learning_rate: 2.0e-4
+sft_learning_rate: 1.0e-3
+warmup_ratio: 0
+beta: 0
+"""
 
 
 @pytest.fixture(scope="session")
@@ -58,14 +75,12 @@ class Trainer:
 
     clips: Path
     checkpoint: Path
+    recipe: Path
 
     def flags(self, output_dir: Path, *words: str) -> list[str]:
         return [
-            *("--model", str(self.checkpoint), "--dtype", "float32", "--output_dir", str(output_dir)),
+            *("--config", str(self.recipe), "--model", str(self.checkpoint), "--output_dir", str(output_dir)),
             *("--annotations", str(self.clips / "annotations/train.json"), "--videos", str(self.clips / "videos")),
-            *("--max_eval_samples", "0", "--eval_modes", "answer", "--max_completion_length", "12"),
-            *("--num_generations", "3", "--prompts_per_device", "1", "--sft_prompts_per_device", "1"),
-            *("--video_backend", "torchcodec", "--fps", "1", "--warmup_ratio", "0", "--lr_schedule", "constant"),
             *words,
         ]
 
@@ -102,8 +117,10 @@ class Trainer:
 
 
 @pytest.fixture(scope="session")
-def trainer(clips: Path, checkpoint: Path) -> Trainer:
-    return Trainer(clips, checkpoint)
+def trainer(clips: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    recipe = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    recipe.write_text(RECIPE)
+    return Trainer(clips, checkpoint, recipe)
 
 
 @dataclass(frozen=True)
@@ -129,7 +146,8 @@ class Stepper:
 @pytest.fixture
 def stepper(trainer: Trainer, tmp_path: Path) -> Callable[..., Stepper]:
     """`stepper(*words)`: a new run, ready to take steps."""
-    return lambda *words: Stepper(trainer.run(tmp_path / "unused", *words))
+    number = itertools.count()
+    return lambda *words: Stepper(trainer.run(tmp_path / f"run{next(number)}", *words))
 
 
 FINISHED = ("--phases", "sft:2,tempsamp:3", "--save_steps", "1", "--keep_checkpoints", "2", "--beta", "0.04")

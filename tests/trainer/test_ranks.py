@@ -1,0 +1,47 @@
+"""Two processes of the `deepspeed` launcher against one: the same prompts, answers, losses and weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from tempsamp_fast.checkpoint import latest_checkpoint
+
+TWENTY_STEPS = ("--phases", "sft:5,tempsamp:15", "--shaping", "anchor", "--beta", "0.04", "--learning_rate", "1e-4")
+COMPARED = ("loss", "policy/entropy", "policy/kl", "optim/grad_norm", "reward/on_policy_mean")
+
+
+@pytest.fixture(scope="module")
+def one_rank(trainer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dict[str, Any]]]:
+    """Run folder, recorded answers and metrics of one rank that accumulates two prompts a step."""
+    folder = tmp_path_factory.mktemp("one_rank")
+    recorded = folder / "rollouts.jsonl"
+    words = (*TWENTY_STEPS, "--gradient_accumulation_steps", "2", "--record_rollouts", str(recorded))
+    return folder / "run", recorded, trainer.main(folder / "run", *words)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    folder, step = latest_checkpoint(run)
+    assert step == 20
+    return dict(AutoModelForImageTextToText.from_pretrained(folder / "model").named_parameters())
+
+
+@pytest.mark.parametrize(
+    "stage", ["2", pytest.param("0", marks=pytest.mark.slow), pytest.param("1", marks=pytest.mark.slow)]
+)
+def test_two_ranks_train_as_one_with_twice_the_accumulation(trainer, one_rank, tmp_path: Path, stage: str) -> None:
+    run, recorded, expected = one_rank
+    words = ("--gradient_accumulation_steps", "1", "--replay_rollouts", str(recorded), "--zero_stage", stage)
+    rows = trainer.launch(tmp_path / "run", 2, *TWENTY_STEPS, *words)
+    assert [row["step"] for row in rows] == list(range(20))
+    for ours, theirs in zip(rows, expected, strict=True):
+        for name in COMPARED:
+            if name in theirs:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-7), (ours["step"], name)
+    reference = weights(run)
+    for name, weight in weights(tmp_path / "run").items():
+        torch.testing.assert_close(weight, reference[name], rtol=1e-3, atol=1e-4)
