@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,7 +55,7 @@ class Results:
         return self.run.folder / "eval" / f"{stage.replace('/', '_')}_{mode}.jsonl"
 
     def finish(self) -> None:
-        """Print the table of all evaluations and draw the plots into RUN/plots."""
+        """Print the table of all evaluations, keep it in RUN/summary.json, and draw the plots into RUN/plots."""
         skipped: list[dict[Path, str]] = [{}] * self.run.world_size
         dist.all_gather_object(skipped, self.run.loader.skipped)
         if self.run.rank != 0:
@@ -62,19 +64,27 @@ class Results:
         if reasons:
             logger.warning("skipped videos: %d\n%s", len(reasons), "\n".join(reasons.values()))
         if self.run.eval_samples:
-            sys.stdout.write(self.table() + "\n")
+            rows = [*self.rows, self.constant_baseline()]
+            minutes = (time.monotonic() - self.run.started_s) / 60
+            summary = {"num_queries": len(self.run.eval_samples), "minutes": round(minutes, 1), "rows": rows}
+            write_json(self.run.folder / "summary.json", summary)
+            sys.stdout.write(table(rows, len(self.run.eval_samples)) + "\n")
         from tempsamp_fast.plots import plot_run
 
         for path in plot_run(self.run.folder):
             logger.info("plot: %s", path)
 
-    def table(self) -> str:
-        """All evaluations, below them the baseline that never looks at the video."""
+    def constant_baseline(self) -> dict[str, Any]:
+        """The scores of a model that never looks: it always answers the span that fits the training set best."""
         span, _ = best_constant_span(self.run.train_samples)
-        constant = score_spans(self.run.eval_samples, [span] * len(self.run.eval_samples))
-        rows = [*self.rows, {"stage": f"constant {span[0]:.1f}-{span[1]:.1f} s", "mode": "-", **constant}]
-        lines = [f"{len(self.run.eval_samples)} held-out queries"]
-        lines.append(f"{'after':<24}{'mode':<8}" + "".join(f"{name:>12}" for name in COLUMNS))
-        for row in rows:
-            lines.append(f"{row['stage']:<24}{row['mode']:<8}" + "".join(f"{row[name]:>12.3f}" for name in COLUMNS))
-        return "\n".join(lines)
+        scores = score_spans(self.run.eval_samples, [span] * len(self.run.eval_samples))
+        return {"stage": f"constant {span[0]:.1f}-{span[1]:.1f} s", "mode": "-", **scores}
+
+
+def table(rows: Sequence[dict[str, Any]], num_queries: int) -> str:
+    """Evaluations as text, one per line."""
+    lines = [f"{num_queries} held-out queries"]
+    lines.append(f"{'after':<24}{'mode':<8}" + "".join(f"{name:>12}" for name in COLUMNS))
+    for row in rows:
+        lines.append(f"{row['stage']:<24}{row['mode']:<8}" + "".join(f"{row[name]:>12.3f}" for name in COLUMNS))
+    return "\n".join(lines)

@@ -66,6 +66,7 @@ class Run:
     """A training run on this rank; building it loads or makes everything that `train` needs."""
 
     def __init__(self, config: Config):
+        self.started_s = time.monotonic()
         self.config = config
         self.device = training_device()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()

@@ -65,7 +65,7 @@ def test_qwen_utils_mode_follows_its_published_formula(
 def test_pts_mode_ticks_exactly_at_fps_unless_a_bound_on_the_frames_stretches_it(
     num_frames: int, video_fps: float, fps: float
 ) -> None:
-    """As many frames as hf_qwen2 takes, but on the clock: multiples of 1 / fps where min_frames and max_frames allow."""
+    """As many frames as hf_qwen2 takes, but on the clock: multiples of 1 / fps where the bounds on frames allow."""
     times, step = sample_times(Sampling("pts", fps), num_frames, num_frames / video_fps)
     theirs, their_step = sample_indices(Sampling("hf_qwen2", fps), num_frames, video_fps)
     assert len(times) == len(theirs)
