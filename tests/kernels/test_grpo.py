@@ -151,6 +151,22 @@ def test_masked_tokens_may_hold_nan(packed, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_uninitialised_memory_is_never_read(packed, level, impl):
+    """In deterministic mode torch fills what `torch.empty` returns with NaN."""
+    batch = packed([2, 3], seed=13)
+    options = {"importance_sampling_level": level, "live_rows": (batch.row_ids == 0).cpu(), "impl": impl}
+    expected, _ = fused(plain := batch.learned(), **options)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        loss, metrics = fused(poisoned := batch.learned(), **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(loss, expected) and metrics.vector.isfinite().all()
+    assert all(torch.equal(a, b) for a, b in zip(poisoned.gradients(), plain.gradients(), strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("loss_type", ["grpo", "sft"])
 def test_nothing_to_learn_from_still_gives_a_loss_with_gradients(packed, loss_type, impl):
     batch = packed(LENGTHS)
