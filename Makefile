@@ -24,12 +24,12 @@ system-packages:
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt torch setuptools
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: $(VENV)
-	$(BIN)/deepspeed --num_accelerators 1 tempsamp_fast/train.py --output_dir runs/demo
+	$(BIN)/deepspeed --num_accelerators 1 tempsamp_fast/train.py --output_dir runs/demo_$$(date +%Y%m%d_%H%M%S)
 
 test: $(VENV)
 	$(BIN)/pytest -m "not slow"
