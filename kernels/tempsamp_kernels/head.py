@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -81,20 +82,22 @@ class ChunkedHead:
         chunk_size: int | None,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
-        self.num_tokens, self.chunk_size = len(hidden), chunk_size
-        self.rows = chunk_size or chunk_rows(self.num_tokens, len(weight), hidden.device.type)
-        self.num_padded = -(-self.num_tokens // self.rows) * self.rows
-        self.hidden, self.mask = hidden, mask
-        self.compute_dtype = compute_dtype or _compute_dtype(hidden)
-        self.gemm_dtype = (
-            torch.float32 if hidden.device.type == "cpu" or self.compute_dtype == torch.float16 else self.compute_dtype
-        )
+        self.chunk_size, self.compute_dtype = chunk_size, compute_dtype or _compute_dtype(hidden)
+        multiplies_into_fp32 = hidden.device.type != "cpu" and self.compute_dtype == torch.bfloat16
+        self.gemm_dtype = torch.bfloat16 if multiplies_into_fp32 else torch.float32
         self.weight = weight.detach().to(self.compute_dtype).to(self.gemm_dtype)
+        self._take(hidden, mask)
+
+    def _take(self, hidden: Tensor, mask: Tensor | None) -> None:
+        self.hidden, self.mask, self.num_tokens = hidden, mask, len(hidden)
+        self.rows = self.chunk_size or chunk_rows(self.num_tokens, len(self.weight), hidden.device.type)
+        self.num_padded = -(-self.num_tokens // self.rows) * self.rows
 
     def part(self, tokens: slice) -> ChunkedHead:
         """The same head over some of the tokens."""
-        mask = None if self.mask is None else self.mask[tokens]
-        return ChunkedHead(self.hidden[tokens], self.weight, mask, self.chunk_size, self.compute_dtype)
+        part = copy(self)
+        part._take(self.hidden[tokens], None if self.mask is None else self.mask[tokens])
+        return part
 
     def padded(self, values: Tensor) -> Tensor:
         """[N] values extended with zeros to whole chunks."""
