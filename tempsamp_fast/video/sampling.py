@@ -22,8 +22,8 @@ class Sampling:
     """How to take frames from one video.
 
     `pts`: every `1 / fps` seconds, and the frame on screen then (right for variable frame rates); the grid stretches
-    over the whole part where `min_frames` or `max_frames` binds. `qwen_utils`: qwen-vl-utils, which the paper's runs used. `hf_qwen2`, `hf_qwen3`: the video
-    processors of transformers 5.23. Raises ValueError on values out of range.
+    over the whole part where `min_frames` or `max_frames` binds. `qwen_utils`: qwen-vl-utils, which the paper's runs
+    used. `hf_qwen2`, `hf_qwen3`: the video processors of transformers 5.23. Raises ValueError on values out of range.
     """
 
     mode: Mode = "pts"

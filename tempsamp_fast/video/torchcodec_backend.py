@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -47,24 +46,21 @@ def load(
 ) -> tuple[Tensor, list[VideoResult]]:
     """See `backend.Backend`; `num_threads` files are decoded at the same time, each by one thread."""
 
+    no_rows = torch.empty(0, geometry.row_width, dtype=dtype)
+
     def answer(request: Request) -> tuple[Tensor, VideoResult]:
         path, sampling = request
         try:
             return _load_one(path, sampling, geometry, dtype, keep_partial, time.monotonic() + deadline_s, limits)
         except VideoError as error:
-            return torch.empty(0, geometry.row_width, dtype=dtype), failure(error, NAME)
+            return no_rows, failure(error, NAME)
 
-    if num_threads == 1 or len(requests) == 1:
-        answers = [answer(request) for request in requests]
-    else:
-        with ThreadPoolExecutor(num_threads) as pool:
-            answers = list(pool.map(answer, requests))
-    rows = [rows for rows, _ in answers]
-    if len(rows) == 1:
-        return rows[0], [answers[0][1]]
-    return torch.cat(rows) if rows else torch.empty(0, geometry.row_width, dtype=dtype), [
-        result for _, result in answers
-    ]
+    with ThreadPoolExecutor(num_threads) as pool:
+        answers = list(pool.map(answer, requests))
+    results = [result for _, result in answers]
+    if len(answers) == 1:
+        return answers[0][0], results
+    return torch.cat([no_rows, *(rows for rows, _ in answers)]), results
 
 
 @dataclass(frozen=True)
@@ -84,19 +80,7 @@ class Wanted:
             batch = self.decoder.get_frames_at(positions)
             return batch.data, batch.pts_seconds
         batch = self.decoder.get_frames_played_at(positions)
-        is_stale = positions > batch.pts_seconds + batch.duration_seconds + TOLERANCE_S
-        if is_stale.any() and not self.last_frame_decodes:
-            raise RuntimeError("the data ends before the frame table")
         return batch.data, batch.pts_seconds
-
-    @cached_property
-    def last_frame_decodes(self) -> bool:
-        """Whether times after the end of a frame mean a gap, and not that torchcodec ran out of data."""
-        try:
-            self.decoder.get_frame_at(-1)
-        except RuntimeError:
-            return False
-        return True
 
 
 def open_decoder(path: Path) -> VideoDecoder:
@@ -149,23 +133,17 @@ def _load_one(
             chunks.append(resize_frames(frames, frame_size))
             times.append(pts)
     num_good = num_wanted - len(errors)
-    code: Code = "OK"
-    message = ""
-    if errors:
-        code = _code_of(errors, num_wanted)
-        failed = VideoError(
-            path, code, f"{num_good} of {num_wanted} wanted frames decoded ({next(iter(errors.values()))})"
-        )
-        if not keep_partial or num_good < FRAME_FACTOR:
-            raise failed
-        message = str(failed)
+    code, reason = _verdict(decoder.metadata, errors, num_wanted)
+    failed = VideoError(path, code, f"{num_good} of {num_wanted} wanted frames decoded ({reason})")
+    if code != "OK" and (not keep_partial or num_good < FRAME_FACTOR):
+        raise failed
     begin, _ = shown_span(decoder.metadata)
     frames = torch.cat(chunks)
     return normalise_rows(patchify(frames, geometry), geometry, dtype), VideoResult(
         path=path,
-        status="partial" if errors else "ok",
+        status="ok" if code == "OK" else "partial",
         code=code,
-        message=message,
+        message="" if code == "OK" else str(failed),
         num_frames=num_good,
         frame_times_s=torch.cat(times) - begin,
         grid_thw=geometry.grid_thw(num_good, frame_size),
@@ -236,12 +214,20 @@ def _fetch(wanted: Wanted, chunk: range, deadline: float, errors: dict[int, str]
             yield from _fetch(wanted, range(position, position + 1), deadline, errors)
 
 
-def _code_of(errors: dict[int, str], num_wanted: int) -> Code:
+def _verdict(metadata: VideoStreamMetadata, errors: dict[int, str], num_wanted: int) -> tuple[Code, str]:
+    """The code of a video of which `errors` did not decode, and the reason for it."""
+    if not errors:
+        begin, end = shown_span(metadata)
+        promised_s, promised = metadata.duration_seconds_from_header or 0.0, metadata.num_frames_from_header or 0
+        if promised > (metadata.num_frames or 0) and promised_s > 1.05 * (end - begin) + 0.1:
+            return "TRUNCATED", f"the file ends after {end - begin:.2f} of {promised_s:.2f} s"
+        return "OK", ""
+    reason = next(iter(errors.values()))
     if DEADLINE in errors.values():
-        return "DEADLINE"
+        return "DEADLINE", DEADLINE
     if len(errors) == num_wanted:
-        return "DECODE_FAILED"
-    return "TRUNCATED" if min(errors) == num_wanted - len(errors) else "DAMAGED"
+        return "DECODE_FAILED", reason
+    return ("TRUNCATED" if min(errors) == num_wanted - len(errors) else "DAMAGED"), reason
 
 
 def _first_line(error: Exception) -> str:

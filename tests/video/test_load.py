@@ -101,9 +101,8 @@ def test_partial_keeps_the_good_frames(corpus: Path) -> None:
     requests = [(corpus / "truncated.mp4", Sampling())]
     batch = load_videos(requests, GEOMETRY, backend="torchcodec", on_error="partial", dtype=torch.uint8)
     (result,) = batch.results
-    assert (result.status, result.code) == ("partial", "TRUNCATED")
-    assert numbers_shown(batch.pixel_values, result) == HALF_SECONDS[: result.num_frames]
-    assert 4 <= result.num_frames < 12
+    assert (result.status, result.code) == ("partial", "TRUNCATED") and "of 6.00 s" in result.message
+    assert numbers_shown(batch.pixel_values, result) == HALF_SECONDS[:4]
 
 
 def test_limits_and_deadline_have_their_own_codes(corpus: Path) -> None:
