@@ -58,3 +58,11 @@ def test_committed_table_lists_the_same_kernels(measurements, arch):
     committed = json.loads((BENCH / "results/aot.json").read_text())["kernels"]
     stale = measurements.keys() ^ {label for label, rows in committed.items() if f"sm_{arch}" in rows}
     assert not stale, "regenerate it: python bench/aot.py"
+
+
+def test_committed_table_covers_every_chip_without_spills():
+    for label, rows in json.loads((BENCH / "results/aot.json").read_text())["kernels"].items():
+        assert rows.keys() == {f"sm_{arch}" for arch in SHARED_MEMORY_LIMIT}, label
+        for arch, limit in SHARED_MEMORY_LIMIT.items():
+            row = rows[f"sm_{arch}"]
+            assert row["spilled_bytes"] == 0 and row["shared_bytes"] <= limit, label
