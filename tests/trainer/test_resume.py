@@ -96,6 +96,10 @@ def test_a_checkpoint_loads_with_plain_from_pretrained(finished_run) -> None:
 
 
 def test_a_checkpoint_can_be_trained_further_as_a_model(finished_run, trainer, tmp_path: Path) -> None:
-    folder, _ = latest_checkpoint(finished_run.folder)
-    (row,) = trainer.main(tmp_path / "run", "--phases", "sft:1", "--model", str(folder / "model"))
+    """Its processor settings, which a published checkpoint has beside its weights, are carried over."""
+    model = shutil.copytree(latest_checkpoint(finished_run.folder)[0] / "model", tmp_path / "model")
+    (model / "preprocessor_config.json").write_text('{"patch_size": 14}')
+    (row,) = trainer.main(tmp_path / "run", "--phases", "sft:1", "--model", str(model))
     assert row["loss"] < finished_run.rows[1]["loss"]
+    saved = latest_checkpoint(tmp_path / "run")[0] / "model/preprocessor_config.json"
+    assert json.loads(saved.read_text()) == {"patch_size": 14}
