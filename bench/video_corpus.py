@@ -135,8 +135,9 @@ def main() -> None:
     decoders = list(table[0])[2:]
     solved = {name: sum(row[name]["solved"] for row in table) for name in decoders}
     versions = {name: importlib.metadata.version(name) for name in PEERS}
-    report = {"num_files": len(table), "solved": solved, "versions": versions, "files": table}
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    report = {"num_files": len(table), "solved": solved, "versions": versions, "files": []}
+    rows = ",\n".join(json.dumps(row) for row in table)
+    arguments.out.write_text(json.dumps(report)[:-2] + f"\n{rows}\n]}}\n")
     print(f"{len(table)} files, solved: {solved}")
 
 
