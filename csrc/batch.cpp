@@ -17,7 +17,7 @@ constexpr int kUnitsPerThread = 2;
 
 // A part of the wanted frames of one file: what one thread decodes at a time.
 struct Unit {
-    size_t request;
+    size_t request = 0;
     std::vector<int32_t> frames;              // ascending, distinct
     std::vector<std::vector<int32_t>> slots;  // where each goes in the patches
     std::vector<FrameState> states;
@@ -38,7 +38,10 @@ std::vector<Unit> units_of(size_t number, const DecodeRequest& request, int max_
     int last_key = -1;
     for (const auto& [frame, slot] : frame_slots) {
         const int key = index.key_before(index.shown[frame]);
-        if (units.empty() || (units.back().frames.size() >= least && key > last_key)) units.push_back({number, {}, {}, {}, {}, {}});
+        if (units.empty() || (units.back().frames.size() >= least && key > last_key)) {
+            units.emplace_back();
+            units.back().request = number;
+        }
         Unit& unit = units.back();
         if (unit.frames.empty() || unit.frames.back() != frame) {
             unit.frames.push_back(frame);

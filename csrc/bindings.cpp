@@ -1,4 +1,4 @@
-// tempsamp_fast._video: checks nothing that tempsamp_fast/video/native.py checks, except what would write out of bounds.
+// tempsamp_fast._video: native.py checks what users ask for, this only what would write out of bounds.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -34,8 +34,9 @@ auto without_lock(Call call) {
 
 py::tuple status_of(const Status& status) { return py::make_tuple(name(status.code), status.message); }
 
-py::list index_paths(const std::vector<std::string>& paths, const std::vector<double>& deadlines_s, int64_t max_frame_pixels,
-                     int64_t max_num_frames, int num_threads, const std::string& index_folder) {
+py::list index_paths(const std::vector<std::string>& paths, const std::vector<double>& deadlines_s,
+                     int64_t max_frame_pixels, int64_t max_num_frames, int num_threads,
+                     const std::string& index_folder) {
     CallOptions options;
     prepare(options, max_frame_pixels, max_num_frames, num_threads, "");
     options.index_folder = index_folder;
@@ -173,15 +174,16 @@ PYBIND11_MODULE(_video, m) {
                                "Frames per second as the header gives it, 0 where it does not.")
         .def_property_readonly("num_keys", [](const Index& i) { return i.keys.size(); })
         .def_property_readonly("clock", clock_of,
-                               "[2, num_frames] int64 ticks: pts (dts where some have no pts) and duration of the shown "
-                               "frames, in order of presentation; in decoding order without `has_times`.")
+                               "[2, num_frames] int64 ticks: pts (dts where some have no pts) and duration of the "
+                               "shown frames, in order of presentation; in decoding order without `has_times`.")
         .def_property_readonly("packets", packets_of, "Columns of all packets in decoding order.");
 
     m.def("index", &index_paths, py::arg("paths"), py::arg("deadlines_s"), py::kw_only(), py::arg("max_frame_pixels"),
           py::arg("max_num_frames"), py::arg("num_threads"), py::arg("index_folder") = "",
           "One (Index or None, (code, message)) per path.");
-    m.def("decode", &decode_requests, py::arg("requests"), py::kw_only(), py::arg("max_frame_pixels"), py::arg("num_threads"),
-          py::arg("simd") = "", "One (states [frames] uint8: 0 missing, 1 good, 2 damaged; (code, message); counts) per request.");
+    m.def("decode", &decode_requests, py::arg("requests"), py::kw_only(), py::arg("max_frame_pixels"),
+          py::arg("num_threads"), py::arg("simd") = "",
+          "One (states [frames] uint8: 0 missing, 1 good, 2 damaged; (code, message); counts) per request.");
     m.def("simd_levels", [] {
         std::vector<std::string> names;
         for (const Kernels* kernels : usable_kernels()) names.emplace_back(kernels->name);

@@ -187,12 +187,14 @@ void BitstreamReader::read_nal(const uint8_t* data, int size, PacketTraits* trai
 }
 
 void BitstreamReader::read_h264_nal(const uint8_t* data, int size, PacketTraits* traits) {
-    constexpr int kIdr = 5, kSei = 6, kSps = 7, kPrefix = 14, kSubsetSps = 15, kSliceExtension = 20, kDepthExtension = 21;
+    constexpr int kIdr = 5, kSei = 6, kSps = 7;
+    constexpr int kPrefix = 14, kSubsetSps = 15, kSliceExtension = 20, kDepthExtension = 21;
     const int type = data[0] & 31;
     const bool is_slice = type >= 1 && type <= 5;
     if (is_slice) merge(traits, data[0] >> 5 & 3, 0);
     if (type == kIdr || (type == kSei && has_recovery_point(data + 1, size - 1))) traits->is_entry = true;
-    if (type == kPrefix || type == kSubsetSps || type == kSliceExtension || type == kDepthExtension) can_drop_ = false;
+    const bool has_layers = type == kPrefix || type == kSubsetSps || type == kSliceExtension || type == kDepthExtension;
+    if (has_layers) can_drop_ = false;
     if (type == kSps && !is_frames_only(data + 1, size - 1)) can_drop_ = false;
 }
 

@@ -18,7 +18,8 @@ Orientation orientation_of(const AVStream* stream) {
     const int32_t* matrix = display_matrix(stream);
     if (!matrix) return {};
     // x' = m0 x + m3 y, y' = m1 x + m4 y: a quarter turn when the diagonal is zero. Other angles are not applied.
-    if (matrix[0] == 0 && matrix[4] == 0 && matrix[1] != 0 && matrix[3] != 0) return {true, matrix[3] < 0, matrix[1] < 0};
+    const bool is_quarter = matrix[0] == 0 && matrix[4] == 0 && matrix[1] != 0 && matrix[3] != 0;
+    if (is_quarter) return {true, matrix[3] < 0, matrix[1] < 0};
     if (matrix[1] == 0 && matrix[3] == 0) return {false, matrix[0] < 0, matrix[4] < 0};
     return {};
 }
@@ -61,9 +62,11 @@ Status read_packets(Demuxer& demuxer, const Limits& limits, const Watch& watch, 
         // Some files mark keys that are none; where the first one is wrong there is no better.
         const bool is_entry = traits.is_entry || index->packets.empty();
         const auto has_flag = [&](int flag) { return (packet->flags & flag) != 0; };
-        index->packets.push_back({packet->pts, packet->dts, packet->duration, packet->pos, packet->size,
-                                  has_flag(AV_PKT_FLAG_KEY) && is_entry, !has_flag(AV_PKT_FLAG_DISCARD) && !traits.hidden, false,
-                                  marks_early ? is_next_cut : has_flag(AV_PKT_FLAG_CORRUPT)});
+        const bool is_key = has_flag(AV_PKT_FLAG_KEY) && is_entry;
+        const bool is_shown = !has_flag(AV_PKT_FLAG_DISCARD) && !traits.hidden;
+        const bool is_cut = marks_early ? is_next_cut : has_flag(AV_PKT_FLAG_CORRUPT);
+        index->packets.push_back({packet->pts, packet->dts, packet->duration, packet->pos, packet->size, is_key,
+                                  is_shown, false, is_cut});
         is_next_cut = has_flag(AV_PKT_FLAG_CORRUPT);
         if (Status checked = check(*index, limits); !checked.ok()) return checked;
         reading->traits.push_back(traits);

@@ -17,9 +17,9 @@ struct IndexedPacket {
     int64_t byte_position;
     int32_t size;
     bool is_key;
-    bool is_shown;     // decodes to a frame of the presentation (not cut by an edit list, hidden, or before the first key)
-    bool is_droppable; // no other frame needs it
-    bool is_cut;       // data is missing in it or right after it
+    bool is_shown;      // decodes to a frame of the presentation: not cut by an edit list, not hidden
+    bool is_droppable;  // no other frame needs it
+    bool is_cut;        // data is missing in it or right after it
 
     static constexpr int64_t kNone = AV_NOPTS_VALUE;
 };

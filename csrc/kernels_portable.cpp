@@ -66,7 +66,8 @@ void normalise_bfloat16(const uint8_t* in, ptrdiff_t stride, int size, float mea
 
 }  // namespace
 
-const Kernels kPortableKernels = {"portable", {}, yuv_row, resize_row, blend_rows, normalise_float32, normalise_bfloat16};
+const Kernels kPortableKernels = {"portable", {},                yuv_row,           resize_row,
+                                  blend_rows, normalise_float32, normalise_bfloat16};
 
 std::vector<const Kernels*> usable_kernels() {
     std::vector<const Kernels*> usable;
