@@ -148,4 +148,4 @@ def measure_frozen_tower(record: Record, label: str, policy: Policy, shape: Shap
     error = require(gradient_distance(actual, expected), 1e-2, "distance of the gradients with kept features")
     times = in_turn({name: partial(update, policy, losses(policy, rows)) for name, rows in runs.items()}, rounds=ROUNDS)
     for name, figures in times.items():
-        record.add(f"{label}, {name}", **figures, gradient_distance=error, **mfu(policy, runs[name], figures["ms"]))
+        record.add(f"{label}, {name}", **figures, gradient_distance=error)
