@@ -119,6 +119,6 @@ def measure_model(record: Record) -> None:
 
 def _rounded(policy: Policy) -> torch.nn.Module:
     """The same model in bf16; the fp32 one is kept."""
-    model = random_model(policy.config)
+    model = random_model(model_config("3B", depth=4))
     model.load_state_dict(policy.base_model.state_dict())
     return model
