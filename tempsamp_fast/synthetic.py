@@ -27,7 +27,7 @@ from tempsamp_fast.synthetic_render import CODECS, COLOURS, SHAPES, Actor, Clip,
 
 logger = logging.getLogger(__name__)
 
-GENERATOR_VERSION = 3  # raise it when the same config would give other files than before
+GENERATOR_VERSION = 4  # raise it when the same config would give other files than before
 SPLITS = ("train", "val", "test")
 FRAME_RATES = (Fraction(6), Fraction(8), Fraction(10), Fraction(12), Fraction(15), Fraction(12000, 1001))
 KEYFRAME_INTERVALS = (12, 30, 60, 250)
@@ -62,12 +62,11 @@ class SyntheticConfig:
     shapes: tuple[str, ...] = ("circle", "square")
     max_events: int = 4
     """Each video has 1 to max_events events, drawn uniformly."""
-    min_event_s: float = 1.5
-    max_event_s: float = 12.0
+    min_event_share: float = 0.2
+    max_event_share: float = 0.45
+    """Shortest and longest event as a share of its video."""
     time_step_s: float = 0.5
     """Events start and end at multiples of it: what frames at 2 per second can tell."""
-    max_event_share: float = 0.35
-    """Longest event as a share of its video. Larger shares make always answering one span a stronger baseline."""
     num_distractors: int = 1
     """Further shapes that no query asks for, half of them visible all the time."""
     noise: float = 8.0
@@ -79,18 +78,18 @@ class SyntheticConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.max_events < 1:
             raise ValueError(f"max_events must be at least 1, got {self.max_events}")
-        if not 0 < self.min_event_s <= self.max_event_s:
-            raise ValueError(f"need 0 < min_event_s <= max_event_s, got {self.min_event_s} and {self.max_event_s}")
-        if not 0 < self.time_step_s <= self.min_event_s:
-            raise ValueError(f"need 0 < time_step_s <= min_event_s = {self.min_event_s}, got {self.time_step_s}")
-        if not 0 < self.max_event_share <= 1:
-            raise ValueError(f"max_event_share must be in (0, 1], got {self.max_event_share}")
-        shortest = self.min_event_s / self.max_event_share
-        if not shortest <= self.min_duration_s <= self.max_duration_s:
+        if not 0 < self.min_event_share <= self.max_event_share <= 1:
             raise ValueError(
-                f"need min_event_s / max_event_share = {shortest:.2f} <= min_duration_s <= max_duration_s, "
-                f"got {self.min_duration_s} and {self.max_duration_s}"
+                "need 0 < min_event_share <= max_event_share <= 1, "
+                f"got {self.min_event_share} and {self.max_event_share}"
             )
+        if not 0 < self.min_duration_s <= self.max_duration_s:
+            raise ValueError(
+                f"need 0 < min_duration_s <= max_duration_s, got {self.min_duration_s} and {self.max_duration_s}"
+            )
+        shortest = self.min_event_share * self.min_duration_s
+        if not 0 < self.time_step_s <= shortest:
+            raise ValueError(f"need 0 < time_step_s <= {shortest:g}, the shortest event, got {self.time_step_s}")
         for name, known in (("colours", COLOURS), ("shapes", SHAPES)):
             unknown = set(getattr(self, name)) - set(known)
             if unknown:
@@ -127,8 +126,7 @@ class Video:
 
 def draw_interval(rng: random.Random, config: SyntheticConfig, duration_s: float) -> tuple[float, float]:
     """Start and end in seconds of an event, both rounded down to whole time steps."""
-    longest = min(config.max_event_s, config.max_event_share * duration_s)
-    length = rng.uniform(config.min_event_s, longest)
+    length = rng.uniform(config.min_event_share, config.max_event_share) * duration_s
     start = rng.uniform(0, duration_s - length)
     whole_steps = lambda time_s: round(math.floor(time_s / config.time_step_s) * config.time_step_s, 6)
     return whole_steps(start), whole_steps(start + length)

@@ -117,10 +117,11 @@ def test_spans_lie_inside_the_video_and_last_as_configured() -> None:
         for video in videos:
             duration = video.annotation["duration"]
             assert config.min_duration_s <= duration <= config.max_duration_s
-            longest = min(config.max_event_s, config.max_event_share * duration)
+            shortest, longest = config.min_event_share * duration, config.max_event_share * duration
             for start_s, end_s in video.annotation["timestamps"]:
                 assert 0 <= start_s < end_s <= duration
-                assert config.min_event_s - 0.11 < end_s - start_s < longest + 0.11  # both ends are rounded to 0.1 s
+                assert shortest - config.time_step_s < end_s - start_s < longest + config.time_step_s
+                assert start_s % config.time_step_s == end_s % config.time_step_s == 0
 
 
 def test_every_query_has_one_right_span() -> None:
@@ -135,7 +136,7 @@ def test_every_query_has_one_right_span() -> None:
 def test_splits_share_no_video_and_the_test_split_has_500_queries() -> None:
     plan = draw_videos(SyntheticConfig())
     videos = [video for split in plan.values() for video in split]
-    assert len({video.video_id for video in videos}) == len({video.clip for video in videos}) == len(videos) == 620
+    assert len({video.video_id for video in videos}) == len({video.clip for video in videos}) == len(videos) == 940
     assert sum(len(video.annotation["sentences"]) for video in plan["test"]) >= 500
 
 
@@ -143,7 +144,7 @@ def test_always_answering_one_span_is_a_weak_baseline() -> None:
     for split, videos in draw_videos(SyntheticConfig()).items():
         spans = np.array([span for video in videos for span in video.annotation["timestamps"]])
         if split != "val":  # too small for a fair figure
-            assert best_constant_miou(spans) < 0.25
+            assert best_constant_miou(spans) < 0.35
 
 
 def test_a_second_call_encodes_nothing_and_a_lost_file_is_made_again(
@@ -218,12 +219,12 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     [
         ({"num_train": -1}, "num_train must not be negative, got -1"),
         ({"max_events": 0}, "max_events must be at least 1"),
-        ({"min_event_s": 13.0}, "min_event_s <= max_event_s, got 13.0 and 12.0"),
-        ({"min_duration_s": 4.0}, "min_duration_s"),
+        ({"min_event_share": 0.5}, "min_event_share <= max_event_share <= 1, got 0.5 and 0.45"),
+        ({"max_event_share": 1.5}, "max_event_share"),
+        ({"min_duration_s": 1.0}, "time_step_s <= 0.2, the shortest event, got 0.5"),
         ({"max_duration_s": 7.0}, "max_duration_s"),
-        ({"max_event_share": 0.0}, "max_event_share"),
         ({"colours": ("mauve",)}, r"\['mauve'\]; choose from \['red'"),
-        ({"colours": ("red",), "max_events": 2}, "1 colours x 3 shapes are too few"),
+        ({"colours": ("red",), "max_events": 2}, "1 colours x 2 shapes are too few"),
         ({"sizes": ("65x64",)}, "even and at least 32, got '65x64'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -235,11 +236,11 @@ def test_a_config_that_makes_no_data_set_is_refused(change: dict, message: str) 
 
 def test_the_command_line_fills_the_config(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = tmp_path / "data"
-    flags = "--num-train 1 --num-val 0 --num-test 0 --max-duration-s 8.5 --colours red blue --num-workers 1"
+    flags = "--num-train 1 --num-val 0 --num-test 0 --max-duration-s 8.5 --colours red blue green --num-workers 1"
     synthetic.main(["--out", str(folder), *flags.split()])
     assert capsys.readouterr().out == f"{folder}\n"
     config = json.loads((folder / "manifest.json").read_text())["config"]
-    assert (config["num_train"], config["max_duration_s"], config["colours"]) == (1, 8.5, ["red", "blue"])
+    assert (config["num_train"], config["max_duration_s"], config["colours"]) == (1, 8.5, ["red", "blue", "green"])
 
     with pytest.raises(SystemExit, match="num_train must not be negative"):
         synthetic.main(["--out", str(folder), "--num-train", "-1"])
