@@ -45,5 +45,8 @@ lint: $(VENV)
 bench: $(VENV)
 	$(BIN)/pytest bench/ --benchmark-json=bench/results/latest.json
 
+gpu: $(VENV)
+	$(BIN)/python bench/gpu.py
+
 clean:
 	rm -rf $(VENV) build data runs *.egg-info

@@ -58,7 +58,7 @@ class Completion:
     text: str
     is_off_policy: bool = False
     sampled_logps: Tensor | None = None
-    """[completion_len] float32 under the sampling distribution; None for off-policy answers."""
+    """[completion_len] float32 of the policy at the sampling temperature, before bans and truncation; None off-policy."""
     rewards: dict[str, float] = field(default_factory=dict)
     """Raw reward by name; filled by scoring."""
 

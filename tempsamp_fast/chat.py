@@ -43,7 +43,9 @@ class Chat:
         self.timestamps_in_text = model_config.model_type == "qwen3_vl"
         self.merged_patch = model_config.vision_config.spatial_merge_size**2
         self.eos_token_id: int = tokenizer.eos_token_id
-        self.banned_token_ids = [token for token in tokenizer.added_tokens_decoder if token != self.eos_token_id]
+        special = [token for token in tokenizer.added_tokens_decoder if token != self.eos_token_id]
+        padding = range(len(tokenizer), model_config.text_config.vocab_size)  # checkpoints round the vocabulary up
+        self.banned_token_ids = [*special, *padding]
 
     def prompt(self, sample: Sample, mode: Mode, task: Task, video: VideoPatches) -> Prompt:
         """The question about `video` in the model's chat format, placeholders expanded to one id per merged patch."""
