@@ -42,6 +42,7 @@ class Results:
         if not run.eval_samples:
             return
         for mode in cast("list[Mode]", run.config.train.eval_modes.split("+")):
+            logger.info("evaluating %d queries in %s mode", len(run.eval_samples), mode)
             answers = evaluate(run.eval_samples, mode, run.greedy, run.loader, run.config.train.eval_batch_size)
             scores = score_spans(run.eval_samples, [row["span"] for row in answers])
             log.log(num_steps, "eval", {f"eval/{mode}/{name}": value for name, value in scores.items()}, advance=False)

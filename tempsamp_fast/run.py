@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 from tempsamp_fast.annotations import load_annotations
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
@@ -103,7 +104,7 @@ class Run:
         if data.annotations == "synthetic":
             train, val, test = data.num_synthetic_videos()
             config = SyntheticConfig(num_train=train, num_val=val, num_test=test)
-            folder = self._first_rank_makes(lambda: generate_videos(Path(data.synthetic_dir), config))
+            folder = self._first_rank_makes(lambda: _generate_videos(Path(data.synthetic_dir), config))
             files, videos = (folder / "annotations/train.json", folder / "annotations/test.json"), folder / "videos"
         else:
             assert data.videos is not None
@@ -247,6 +248,16 @@ class Run:
     def save(self, num_steps: int) -> None:
         """Checkpoint after `num_steps` optimizer steps."""
         save_checkpoint(self.folder, num_steps, self.engine, self.policy, self.chat, self.config)
+
+
+def _generate_videos(folder: Path, config: SyntheticConfig) -> Path:
+    with tqdm(desc="making videos", unit="video", disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return generate_videos(folder, config, on_progress=show)
 
 
 class Stopwatch:
