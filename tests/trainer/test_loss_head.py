@@ -1,0 +1,106 @@
+"""The trainer's loss on heads that are no plain trained matrix: tied, frozen under LoRA adapters, under autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from tempsamp_fast.config import AlgorithmConfig
+from tempsamp_fast.loss import RowTargets, policy_loss
+from tempsamp_fast.packing import PackedRow, pack
+from tempsamp_fast.policy import Policy
+
+NUM_ANSWERS = 8
+ADVANTAGES = torch.linspace(-1, 2, NUM_ANSWERS)
+
+
+def one_row(tiny: Any, policy: Policy) -> PackedRow:
+    (row,) = pack(tiny.groups(), config=policy.config, max_tokens_per_row=10_000)
+    assert row.num_completions == NUM_ANSWERS
+    return row
+
+
+def lora(tiny: Any) -> Policy:
+    """Random adapters in attention; everything else is frozen, the head too."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    adapter = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return Policy(peft.get_peft_model(tiny.model(), adapter))
+
+
+def fused(row: PackedRow, impl: str = "torch") -> Any:
+    targets = RowTargets(ADVANTAGES, torch.zeros(NUM_ANSWERS, dtype=torch.bool))
+    return policy_loss(row, targets, "grpo", AlgorithmConfig(loss_impl=impl), 1.0, NUM_ANSWERS, len(row.token_ids), 16)
+
+
+def plain(row: PackedRow) -> Any:
+    """The same loss by autograd over full logits."""
+
+    def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, None]:
+        logps = torch.log_softmax((hidden @ weight.T).float(), -1).gather(-1, row.token_ids[:, None])[:, 0]
+        lengths = row.row_ids.bincount()[row.row_ids]
+        ratio = torch.exp(logps - logps.detach())
+        return -(ratio * ADVANTAGES[row.row_ids] / lengths).sum() / NUM_ANSWERS, None
+
+    return head
+
+
+def gradients(policy: Policy, row: PackedRow, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and the gradient of every parameter that has one."""
+    policy.zero_grad()
+    loss, _ = policy(row, head)
+    loss.backward()
+    found = {name: parameter.grad for name, parameter in policy.named_parameters() if parameter.grad is not None}
+    return loss.detach(), {name: gradient.clone() for name, gradient in found.items()}
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("build", [lambda tiny: Policy(tiny.model()), lora], ids=["tied", "lora"])
+def test_every_gradient_is_that_of_autograd_over_full_logits(tiny, build, impl: str) -> None:
+    """The embedding, which is also the head, collects both of its gradients; under LoRA only adapters have any."""
+    policy = build(tiny)
+    row = one_row(tiny, policy)
+    loss, found = gradients(policy, row, fused(row, impl))
+    expected_loss, expected = gradients(policy, row, plain(row))
+    torch.testing.assert_close(loss, expected_loss)
+    assert found.keys() == expected.keys()
+    assert all("lora_" in name for name in found) == (build is lora)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=lambda text, name=name: name + text)
+    assert max(float(gradient.norm()) for gradient in expected.values()) > 1e-3
+
+
+def test_a_frozen_head_costs_two_thirds_of_a_trained_one(tiny) -> None:
+    """4NHV FLOPs instead of 6NHV."""
+
+    def head_flops(policy: Policy) -> int:
+        row = one_row(tiny, policy)
+        counter = FlopCounterMode(display=False)
+
+        def head(hidden: Tensor, weight: Tensor) -> Any:
+            with counter:
+                return fused(row)(hidden, weight)
+
+        policy(row, head)
+        return counter.get_total_flops()
+
+    assert 0 < head_flops(lora(tiny)) * 6 == head_flops(Policy(tiny.model())) * 4
+
+
+@pytest.mark.parametrize("build", [lambda tiny: Policy(tiny.model()), lora], ids=["tied", "lora"])
+def test_under_autocast_the_loss_is_the_fp32_one_but_for_rounding(tiny, build) -> None:
+    """In bf16, within the instruction set that the trainer allows on a CPU."""
+    policy = build(tiny)
+    row = one_row(tiny, policy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, found = gradients(policy, row, fused(row))
+    expected_loss, expected = gradients(policy, row, fused(row))
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-2, atol=1e-3)
+    assert found.keys() == expected.keys()
+    cosine = torch.cosine_similarity(*(torch.cat([g.flatten() for g in of.values()]) for of in (found, expected)), 0)
+    assert cosine > 0.99
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
