@@ -43,7 +43,9 @@ class Chat:
         self.timestamps_in_text = model_config.model_type == "qwen3_vl"
         self.merged_patch = model_config.vision_config.spatial_merge_size**2
         self.eos_token_id: int = tokenizer.eos_token_id
-        special = [token for token in tokenizer.added_tokens_decoder if token != self.eos_token_id]
+        added = tokenizer.added_tokens_decoder
+        # Qwen3's <think> is an added token too, but not a special one.
+        special = [token for token in added if added[token].special and token != self.eos_token_id]
         padding = range(len(tokenizer), model_config.text_config.vocab_size)  # checkpoints round the vocabulary up
         self.banned_token_ids = [*special, *padding]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,13 @@ def test_every_special_token_but_eos_is_banned(chat: Chat, family: Family) -> No
     config = model(family).config
     assert {config.video_token_id, config.image_token_id, config.vision_start_token_id} <= set(chat.banned_token_ids)
     assert chat.eos_token_id not in chat.banned_token_ids
+
+
+def test_an_added_token_that_is_not_special_can_be_said(family: Family) -> None:
+    """As `<think>` is in the tokenizers of Qwen3."""
+    thinking = deepcopy(tokenizer())
+    thinking.add_tokens(["<think>"])
+    assert thinking.convert_tokens_to_ids("<think>") not in Chat(thinking, model(family).config).banned_token_ids
 
 
 def test_every_digit_is_a_token_of_its_own() -> None:
