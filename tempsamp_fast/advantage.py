@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import get_args
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from tempsamp_fast.batch import RolloutGroup
 from tempsamp_fast.config import AlgorithmConfig, Method, Shaping
+
+logger = logging.getLogger(__name__)
 
 
 def assign_advantages(groups: Sequence[RolloutGroup], method: Method, algorithm: AlgorithmConfig) -> None:
@@ -23,6 +27,13 @@ def assign_advantages(groups: Sequence[RolloutGroup], method: Method, algorithm:
     advantages = _advantages(groups, shaping, algorithm)
     for group, values in zip(groups, advantages.split([len(g.completions) for g in groups]), strict=True):
         group.advantages = values
+        if shaping == "anchor" and not values.any() and group.is_off_policy().any():
+            _warn_of_silent_anchor()
+
+
+@cache
+def _warn_of_silent_anchor() -> None:
+    logger.warning("shaping='anchor': where sampled answers all earn the same, the off-policy answer teaches nothing")
 
 
 def _advantages(groups: Sequence[RolloutGroup], shaping: str, algorithm: AlgorithmConfig) -> Tensor:

@@ -30,8 +30,8 @@ def answer(
 ) -> list[RolloutGroup]:
     """One scored group per prompt: `sft` the true answer alone, `grpo` sampled answers alone, `tempsamp` both.
 
-    A `tempsamp` group has `num_generations - 1` sampled answers and the off-policy one; all sampled when
-    `cot_off_policy="skip"` leaves a think prompt without off-policy text (paper section 3.2).
+    A `tempsamp` group has `num_generations - 1` sampled answers and the off-policy one; all sampled with
+    `shaping="grpo"`, and where `cot_off_policy="skip"` leaves a think prompt without off-policy text.
     """
     off_policy = [_off_policy(prompt, method, chat, algorithm, task) for prompt in prompts]
     if method == "sft":
@@ -49,7 +49,7 @@ def answer(
 
 
 def _off_policy(prompt: Prompt, method: Method, chat: Chat, algorithm: AlgorithmConfig, task: Task) -> list[Completion]:
-    if method == "grpo":
+    if method == "grpo" or (method == "tempsamp" and algorithm.shaping == "grpo"):
         return []
     style = "template" if method == "sft" else algorithm.cot_off_policy
     text = off_policy_text(prompt.sample, prompt.mode, style, task)
@@ -108,7 +108,10 @@ class RecordedRollouts:
 
 
 def reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Means over on-policy answers (`reward/tiou`, ..., their sum `reward/on_policy_mean`), off-policy ones apart."""
+    """Means over on-policy answers (`reward/tiou`, ..., their sum `reward/on_policy_mean`), off-policy ones apart.
+
+    `reward/format` is the mean over think prompts, which alone earn it.
+    """
     every = [completion for group in groups for completion in group.completions]
     metrics = {}
     for label, chosen in (
@@ -119,7 +122,8 @@ def reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
             totals = [sum(completion.rewards.values()) for completion in chosen]
             metrics[f"reward/{label}_policy_mean"] = sum(totals) / len(totals)
             if label == "on":
-                for name in chosen[0].rewards:
-                    metrics[f"reward/{name}"] = sum(c.rewards[name] for c in chosen) / len(chosen)
+                for name in dict.fromkeys(name for each in chosen for name in each.rewards):
+                    values = [each.rewards[name] for each in chosen if name in each.rewards]
+                    metrics[f"reward/{name}"] = sum(values) / len(values)
     metrics["completion/mean_length"] = sum(len(completion.ids) for completion in every) / len(every)
     return metrics

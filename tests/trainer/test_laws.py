@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tempsamp_fast import advantage
 from tempsamp_fast.advantage import assign_advantages
 from tempsamp_fast.config import parse_args
 from tempsamp_fast.engine import learning_rate
+from tempsamp_fast.groups import reward_metrics
 from tempsamp_fast.run import plan
 from tempsamp_fast.update import combine
 
@@ -82,10 +84,10 @@ def test_clipping_bounds_the_gradient(stepper) -> None:
     assert (one.weights() - start).norm().item() == pytest.approx(0.05, rel=1e-3)
 
 
-def test_without_shaping_and_off_policy_answer_tempsamp_is_grpo_exactly(stepper) -> None:
-    think = "--phases={}/think:2", "--cot_off_policy=skip", "--shaping=mixed"
-    tempsamp = stepper(think[0].format("tempsamp"), *think[1:])
-    grpo = stepper(think[0].format("grpo"), *think[1:])
+@pytest.mark.parametrize("words", [("--cot_off_policy=skip", "--shaping=mixed"), ("--shaping=grpo",)])
+def test_without_shaping_and_off_policy_answer_tempsamp_is_grpo_exactly(stepper, words: tuple[str, ...]) -> None:
+    tempsamp = stepper("--phases=tempsamp/think:2", *words)
+    grpo = stepper("--phases=grpo/think:2", *words)
     ours, theirs = tempsamp.steps(), grpo.steps()
     assert ours == theirs
     assert torch.equal(tempsamp.weights(), grpo.weights())
@@ -103,6 +105,31 @@ def test_the_off_policy_answer_of_a_think_prompt_earns_the_format_reward(stepper
     one = stepper("--phases", "tempsamp/think:1")
     (group, *_) = one.groups(next(plan(one.run.phases)))
     assert group.completions[-1].rewards == {"tiou": pytest.approx(1.0), "format": 1.0}
+
+
+def test_rewards_of_a_step_that_asks_in_both_modes_are_means_over_those_that_earn_them(stepper) -> None:
+    one = stepper("--phases", "tempsamp/think+answer:1", "--gradient_accumulation_steps", "3")
+    groups = one.groups(next(plan(one.run.phases)))
+    assert [group.prompt.mode for group in groups] == ["think", "answer", "think"]
+    for group in groups:
+        for index, completion in enumerate(group.completions):
+            completion.rewards = {name: float(index) for name in completion.rewards}
+    metrics = reward_metrics(groups)
+    assert metrics["reward/tiou"] == metrics["reward/format"] == 0.5
+    assert metrics["reward/on_policy_mean"] == pytest.approx(5 / 6)
+    assert metrics["reward/off_policy_mean"] == pytest.approx(10 / 3)
+
+
+def test_an_anchor_that_teaches_nothing_is_warned_about(stepper, caplog: pytest.LogCaptureFixture) -> None:
+    one = stepper("--phases", "tempsamp:1", "--shaping", "anchor")
+    groups = one.run.answer(next(plan(one.run.phases)), one.run.prompts(next(plan(one.run.phases))))
+    for group in groups:
+        for completion in group.completions:
+            completion.rewards = {"tiou": float(completion.is_off_policy)}
+    advantage._warn_of_silent_anchor.cache_clear()
+    assign_advantages(groups, "tempsamp", one.run.config.algorithm)
+    assert not any(group.advantages.any() for group in groups)
+    assert "off-policy answer teaches nothing" in caplog.text
 
 
 def test_answers_depend_on_seed_step_and_sample_alone(stepper) -> None:
