@@ -23,7 +23,7 @@ def deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's own configuration, with `deepspeed_config` (a JSON file) merged over it, key by key.
 
     Accumulation is driven row by row by `optimizer_step`, so DeepSpeed is told of single steps.
-    Raises ValueError naming a file that cannot be read.
+    Raises ValueError naming a file that cannot be read, or that asks for its own accumulation or ZeRO stage 3.
     """
     train = config.train
     generated: dict[str, Any] = {
@@ -50,7 +50,16 @@ def deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
         given = json.loads(Path(train.deepspeed_config).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"deepspeed_config={train.deepspeed_config!r}: {error}") from error
-    return _merged(generated, given)
+    if not isinstance(given, dict):
+        raise ValueError(f"deepspeed_config={train.deepspeed_config!r}: expected an object, found {given!r}")
+    merged = _merged(generated, given)
+    stage, accumulation = merged["zero_optimization"]["stage"], merged["gradient_accumulation_steps"]
+    if stage not in (0, 1, 2) or accumulation != 1:
+        raise ValueError(
+            f"deepspeed_config={train.deepspeed_config!r}: has ZeRO stage {stage} and gradient_accumulation_steps "
+            f"{accumulation}; choose stage 0, 1 or 2, and accumulate with --gradient_accumulation_steps"
+        )
+    return merged
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -163,9 +163,12 @@ def test_unknown_flags_and_values_are_named(trainer, refused, tmp_path: Path) ->
     assert "'mixd'" in refused(trainer.flags(tmp_path, "--shaping", "mixd"))
 
 
-def test_a_deepspeed_file_that_is_no_json_is_named(trainer, refused, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text", ["zero: 2", "[]", '{"gradient_accumulation_steps": 4}', '{"zero_optimization": {"stage": 3}}']
+)
+def test_a_deepspeed_file_that_cannot_be_used_is_named(trainer, refused, tmp_path: Path, text: str) -> None:
     path = tmp_path / "ds.json"
-    path.write_text("zero: 2")
+    path.write_text(text)
     assert "ds.json" in refused(trainer.flags(tmp_path / "run", *SHORT, "--deepspeed_config", str(path)))
 
 
