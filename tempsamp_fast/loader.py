@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import threading
 from collections import OrderedDict
@@ -19,8 +18,6 @@ from tempsamp_fast.config import DataConfig
 from tempsamp_fast.sample import Mode, Sample
 from tempsamp_fast.video import Geometry, Sampling, load_videos, normalise_rows
 from tempsamp_fast.video.patch_cache import PatchCache
-
-logger = logging.getLogger(__name__)
 
 
 def sample_index(position: int, num_samples: int, seed: int) -> int:
@@ -147,7 +144,6 @@ class PromptLoader:
         for path, video, result in zip(missing, batch.split(), batch.results, strict=True):
             if video is None:
                 self.skipped[path] = result.message
-                logger.warning("skipped: %s", result.message)
                 continue
             # A copy of its own: a view would keep the whole batch in memory.
             self._keep(path, dataclasses.replace(video, pixel_values=video.pixel_values.clone()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,8 +31,6 @@ from tempsamp_fast.synthetic import SyntheticConfig
 from tempsamp_fast.synthetic import generate as generate_videos
 from tempsamp_fast.tiny import build_tiny_checkpoint
 from tempsamp_fast.update import update
-
-logger = logging.getLogger(__name__)
 
 REFERENCE = "reference"
 
@@ -78,7 +75,9 @@ class Run:
         if config.train.resume:
             self.resumed_from, self.first_step = latest_checkpoint(self.folder)
         elif (self.folder / "metrics.jsonl").exists():
-            raise ValueError(f"output_dir={str(self.folder)!r} holds a run; continue it with --resume {self.folder}")
+            raise ValueError(
+                f"output_dir={str(self.folder)!r} holds a run; continue it with --resume or choose another"
+            )
         dist.barrier()
 
         self.train_samples, self.eval_samples = self._load_samples()
@@ -128,9 +127,8 @@ class Run:
         return str(self._first_rank_makes(lambda: build_tiny_checkpoint(folder, mode_texts, family, seed)))
 
     def _first_rank_makes(self, make: Any) -> Any:
-        """Rank 0 does it first; the others then find it done (both makers reuse what exists)."""
-        made = make() if self.rank == 0 else None
-        shared = [made]
+        """What `make` gives on rank 0, on every rank once it is done."""
+        shared = [make() if self.rank == 0 else None]
         dist.broadcast_object_list(shared)
         return shared[0]
 
@@ -210,6 +208,7 @@ class Run:
             seed=(self.config.train.seed, step),
             eos_token_ids=[self.chat.eos_token_id],
             banned_token_ids=self.chat.banned_token_ids,
+            max_tokens_per_row=self.config.train.max_tokens_per_row,
         )
         return [[self.chat.completion(each.ids, each.logps) for each in group] for group in answers]
 
