@@ -58,7 +58,10 @@ class Completion:
     text: str
     is_off_policy: bool = False
     sampled_logps: Tensor | None = None
-    """[completion_len] float32 of the policy at the sampling temperature, before bans and truncation; None off-policy."""
+    """[completion_len] float32 of the policy at the sampling temperature, before bans and truncation.
+
+    None for off-policy answers.
+    """
     rewards: dict[str, float] = field(default_factory=dict)
     """Raw reward by name; filled by scoring."""
 

@@ -1,0 +1,62 @@
+"""Videos on their way into prompts: decoded once, kept while memory lasts, kept on disk if asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tempsamp_fast import loader
+from tempsamp_fast.batch import Prompt
+from tempsamp_fast.loader import PromptLoader
+from tempsamp_fast.run import Run
+
+SHORT = ("--phases", "sft:1")
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+    """Every file that is decoded, as often as it is."""
+    paths: list[Path] = []
+    load_videos = loader.load_videos
+
+    def counting(requests, *arguments, **options):
+        paths.extend(path for path, _ in requests)
+        return load_videos(requests, *arguments, **options)
+
+    monkeypatch.setattr(loader, "load_videos", counting)
+    yield paths
+
+
+def training_prompts(run: Run, source: PromptLoader, num_prompts: int) -> list[Prompt]:
+    return source.training_prompts(run.train_samples, range(num_prompts), ["answer"] * num_prompts, seed=0)
+
+
+def test_all_queries_about_a_video_share_one_decode(stepper: Callable, decoded: list[Path]) -> None:
+    run = stepper(*SHORT).run
+    prompts = training_prompts(run, run.loader, 2 * len(run.train_samples))
+    videos = {sample.video for sample in run.train_samples}
+    assert len(prompts) > len(videos)
+    assert sorted(decoded) == sorted(videos)
+
+
+def test_without_memory_videos_are_decoded_again(stepper: Callable, decoded: list[Path]) -> None:
+    run = stepper(*SHORT, "--video_cache_gib", "0").run
+    first, second = (training_prompts(run, run.loader, 1)[0] for _ in range(2))
+    assert decoded == [first.sample.video] * 2
+    assert torch.equal(first.video.pixel_values, second.video.pixel_values)
+
+
+def test_the_disk_cache_gives_the_same_prompts_without_decoding(
+    stepper: Callable, decoded: list[Path], tmp_path: Path
+) -> None:
+    run = stepper(*SHORT, "--patch_cache", str(tmp_path / "patches")).run
+    (fresh,) = training_prompts(run, run.loader, 1)
+    assert decoded == [fresh.sample.video]
+    (stored,) = training_prompts(run, PromptLoader(run.chat, run.loader.geometry, run.config.data), 1)
+    assert len(decoded) == 1
+    assert torch.equal(stored.input_ids, fresh.input_ids)
+    assert torch.equal(stored.video.pixel_values, fresh.video.pixel_values)
+    assert torch.equal(stored.video.timestamps_s, fresh.video.timestamps_s)
