@@ -40,23 +40,22 @@ def policy_loss(
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Any]]:
     """A head that gives (loss, metrics) of a row, by the fused loss; `sft` is the mean negative log-likelihood.
 
+    `row` and `targets` stay on the CPU, so that answers without a gradient are known there and leave the backward.
     `num_answers` and `num_tokens` count the whole optimizer step, per rank on average, so that gradients do not depend
     on how answers are spread over rows, micro-steps and ranks.
     """
     is_sft = method == "sft"
 
     def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Any]:
-        device = hidden.device
-        on_device = lambda tensor: None if tensor is None else tensor.to(device)
         return fused_linear_grpo_loss(
             hidden,
             weight,
-            row.token_ids.to(device),
-            row.row_ids.to(device),
-            advantages=None if is_sft else targets.advantages.to(device),
-            is_off_policy=targets.is_off_policy.to(device),
-            old_logps=on_device(targets.old_logps),
-            ref_logps=on_device(targets.ref_logps),
+            row.token_ids.to(hidden.device),
+            row.row_ids,
+            advantages=None if is_sft else targets.advantages,
+            is_off_policy=targets.is_off_policy,
+            old_logps=targets.old_logps,
+            ref_logps=targets.ref_logps,
             loss_type="sft" if is_sft else algorithm.loss_type,
             importance_sampling_level=algorithm.importance_sampling_level,
             temperature=1.0 if is_sft else temperature,
