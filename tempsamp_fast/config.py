@@ -32,22 +32,24 @@ class Phase:
     method: Method
     modes: tuple[Mode, ...]
     num_steps: int
+    learning_rate: float | None = None
+    """Peak of this phase; None: the run's."""
 
     def __str__(self) -> str:
         return f"{self.method}/{'+'.join(self.modes)}"
 
 
 def parse_phases(text: str) -> list[Phase]:
-    """Read `method[/mode[+mode]]:steps` entries separated by commas, e.g. `sft:300,tempsamp/think:150`.
+    """Read `method[/mode[+mode]]:steps[@rate]` entries separated by commas, e.g. `sft:300@1e-5,grpo/think:150`.
 
-    The mode defaults to `answer`. Raises ValueError that names the entry and the choices.
+    The mode defaults to `answer`, the rate to the run's. Raises ValueError that names the entry and the choices.
     """
     phases = []
     for entry in text.split(","):
-        match = re.fullmatch(r"(\w+)(?:/([\w+]+))?:(\d+)", entry.strip())
+        match = re.fullmatch(r"(\w+)(?:/([\w+]+))?:(\d+)(?:@(\d[\d.]*(?:e[+-]?\d+)?))?", entry.strip())
         if not match:
             raise ValueError(
-                f"phases: {entry.strip()!r} is not of the form method[/mode]:steps, such as tempsamp/think:150"
+                f"phases: {entry.strip()!r} is not method[/mode]:steps[@learning rate], such as tempsamp/think:150"
             )
         method, modes, steps = match[1], (match[2] or "answer").split("+"), int(match[3])
         if method not in METHODS:
@@ -57,7 +59,10 @@ def parse_phases(text: str) -> list[Phase]:
                 raise ValueError(f"phases: mode {mode!r} in {entry.strip()!r}; choose from {', '.join(MODES)}")
         if steps < 1:
             raise ValueError(f"phases: {entry.strip()!r} has no steps")
-        phases.append(Phase(method, tuple(modes), steps))  # type: ignore[arg-type]
+        rate = float(match[4]) if match[4] else None
+        if rate == 0:
+            raise ValueError(f"phases: {entry.strip()!r} has a learning rate of 0")
+        phases.append(Phase(method, tuple(modes), steps, rate))  # type: ignore[arg-type]
     return phases
 
 
@@ -205,7 +210,7 @@ class TrainConfig:
 
     phases: str = field(
         default="sft:300,tempsamp/answer:150,tempsamp/think:150",
-        metadata={"help": "method[/mode[+mode]]:steps, ...; methods sft, grpo, tempsamp; modes answer, think"},
+        metadata={"help": "method[/mode[+mode]]:steps[@rate], ...; methods sft, grpo, tempsamp; modes answer, think"},
     )
     output_dir: str = field(default="runs/tiny", metadata={"help": "run folder"})
     resume: str | None = field(default=None, metadata={"help": "continue the run in this folder"})
@@ -216,7 +221,6 @@ class TrainConfig:
     max_tokens_per_row: int = field(default=32768, metadata={"help": "token budget of one packed row"})
     packing: Literal["shared_prefix", "none"] = "shared_prefix"
     learning_rate: float = 1e-6
-    sft_learning_rate: float | None = field(default=None, metadata={"help": "None: learning_rate"})
     lr_schedule: Literal["constant", "cosine", "linear"] = field(
         default="constant", metadata={"help": "within each phase"}
     )
@@ -242,9 +246,8 @@ class TrainConfig:
         ):  # fmt: skip
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
-        for name in ("learning_rate", "sft_learning_rate"):
-            value = getattr(self, name)
-            _require(value is None or (value > 0 and math.isfinite(value)), name, value, "positive")
+        rate = self.learning_rate
+        _require(rate > 0 and math.isfinite(rate), "learning_rate", rate, "positive")
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "zero or more")
         _require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tempsamp_fast.config import Config, TrainConfig
+from tempsamp_fast.config import Config, Phase, TrainConfig
 from tempsamp_fast.packing import PackedRow
 
 Head = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
@@ -78,13 +78,13 @@ def build_engine(policy: nn.Module, config: Config, dtype: torch.dtype) -> Any:
     return engine
 
 
-def learning_rate(train: TrainConfig, step_in_phase: int, num_steps: int, is_sft: bool) -> float:
+def learning_rate(train: TrainConfig, phase: Phase, step_in_phase: int) -> float:
     """The rate of one step: linear warm-up over `warmup_ratio` of the phase, then `lr_schedule` down to a tenth."""
-    peak = train.sft_learning_rate if is_sft and train.sft_learning_rate is not None else train.learning_rate
-    num_warmup = math.ceil(train.warmup_ratio * num_steps)
+    peak = train.learning_rate if phase.learning_rate is None else phase.learning_rate
+    num_warmup = math.ceil(train.warmup_ratio * phase.num_steps)
     if step_in_phase < num_warmup:
         return peak * (step_in_phase + 1) / num_warmup
-    progress = (step_in_phase - num_warmup) / max(1, num_steps - num_warmup)
+    progress = (step_in_phase - num_warmup) / max(1, phase.num_steps - num_warmup)
     if train.lr_schedule == "cosine":
         return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
     if train.lr_schedule == "linear":

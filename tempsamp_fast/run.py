@@ -220,8 +220,7 @@ class Run:
         """One optimizer step on scored groups with advantages."""
         if at.phase.method != "sft" and self.config.algorithm.beta > 0 and self.reference is None:
             self.reference = self._build_reference()
-        is_sft = at.phase.method == "sft"
-        rate = learning_rate(self.config.train, at.step_in_phase, at.phase.num_steps, is_sft)
+        rate = learning_rate(self.config.train, at.phase, at.step_in_phase)
         return update(
             self.engine, self.reference, groups, at.phase.method, self.config, self.prompts_per_row(at.phase), rate
         )

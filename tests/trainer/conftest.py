@@ -41,7 +41,6 @@ max_completion_length: 12
 prompts_per_device: 1
 gradient_accumulation_steps: 2
 learning_rate: 2.0e-4
-sft_learning_rate: 1.0e-3
 warmup_ratio: 0
 beta: 0
 """

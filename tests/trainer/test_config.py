@@ -11,23 +11,25 @@ from tempsamp_fast.config import Phase, parse_args, parse_phases
 
 
 def test_phases_are_read_in_order_with_answer_as_the_default_mode() -> None:
-    assert parse_phases("sft:300, tempsamp/think:150,grpo/answer+think:7") == [
+    assert parse_phases("sft:300, tempsamp/think:150,grpo/answer+think:7@2e-5") == [
         Phase("sft", ("answer",), 300),
         Phase("tempsamp", ("think",), 150),
-        Phase("grpo", ("answer", "think"), 7),
+        Phase("grpo", ("answer", "think"), 7, learning_rate=2e-5),
     ]
 
 
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("sft", "'sft' is not of the form"),
-        ("", "'' is not of the form"),
-        ("sft:10,", "'' is not of the form"),
+        ("sft", "'sft' is not method"),
+        ("", "'' is not method"),
+        ("sft:10,", "'' is not method"),
         ("ppo:10", "'ppo'.*choose from sft, grpo, tempsamp"),
         ("sft/loud:10", "'loud'.*choose from answer, think"),
         ("sft:0", "'sft:0' has no steps"),
-        ("sft:-1", "'sft:-1' is not of the form"),
+        ("sft:-1", "'sft:-1' is not method"),
+        ("sft:3@fast", "'sft:3@fast' is not method"),
+        ("sft:3@0", "has a learning rate of 0"),
     ],
 )
 def test_a_malformed_phase_is_named_with_the_choices(text: str, named: str) -> None:
@@ -65,7 +67,6 @@ def test_a_malformed_phase_is_named_with_the_choices(text: str, named: str) -> N
         ("max_tokens_per_row", "0"),
         ("learning_rate", "0"),
         ("learning_rate", "inf"),
-        ("sft_learning_rate", "-1e-5"),
         ("warmup_ratio", "1.1"),
         ("weight_decay", "-1"),
         ("max_grad_norm", "-1"),

@@ -12,7 +12,7 @@ import torch
 
 from tempsamp_fast import advantage
 from tempsamp_fast.advantage import assign_advantages
-from tempsamp_fast.config import parse_args
+from tempsamp_fast.config import parse_args, parse_phases
 from tempsamp_fast.engine import learning_rate
 from tempsamp_fast.groups import reward_metrics
 from tempsamp_fast.run import plan
@@ -77,7 +77,7 @@ def test_the_gradient_norm_is_the_one_before_clipping(stepper) -> None:
 
 def test_clipping_bounds_the_gradient(stepper) -> None:
     """With plain SGD the weights move by learning rate times the clipped norm."""
-    one = stepper("--phases", "sft:1", "--max_grad_norm", "0.5", "--sft_learning_rate", "0.1")
+    one = stepper("--phases", "sft:1@0.1", "--max_grad_norm", "0.5")
     one.run.engine.optimizer = torch.optim.SGD(one.run.policy.parameters(), lr=0.1)
     start = one.weights()
     one.steps()
@@ -189,18 +189,15 @@ def test_prompts_per_row_is_by_method(stepper) -> None:
     ],
 )
 def test_the_learning_rate_warms_up_and_decays_within_its_phase(schedule: str, expected: list[float]) -> None:
-    train = parse_args(
-        ["--learning_rate=2.0", "--sft_learning_rate=5.0", f"--lr_schedule={schedule}", "--warmup_ratio=0.2"]
-    ).train
-    rates = [learning_rate(train, step, 10, is_sft=False) for step in range(10)]
-    assert rates == pytest.approx([2 * share for share in expected])
-    assert learning_rate(train, 1, 10, is_sft=True) == 5.0
-    train.sft_learning_rate = None
-    assert learning_rate(train, 1, 10, is_sft=True) == 2.0
+    train = parse_args(["--learning_rate=2.0", f"--lr_schedule={schedule}", "--warmup_ratio=0.2"]).train
+    for entry, peak in (("grpo:10", 2.0), ("grpo:10@5.0", 5.0)):
+        (phase,) = parse_phases(entry)
+        rates = [learning_rate(train, phase, step) for step in range(10)]
+        assert rates == pytest.approx([peak * share for share in expected])
 
 
 def test_the_step_uses_the_rate_of_its_phase(stepper) -> None:
-    one = stepper("--phases", "sft:1,grpo:1", "--learning_rate", "3e-5", "--sft_learning_rate", "4e-5")
+    one = stepper("--phases", "sft:1@4e-5,grpo:1", "--learning_rate", "3e-5")
     rates = [metrics["optim/learning_rate"] for metrics in one.steps()]
     assert rates == [4e-5, 3e-5]
     assert {group["lr"] for group in one.run.engine.optimizer.param_groups} == {3e-5}
