@@ -16,11 +16,9 @@ from tempsamp_fast.evaluation import evaluate, write_rows
 from tempsamp_fast.run import Run
 from tempsamp_fast.runlog import RunLog, write_json
 from tempsamp_fast.sample import Mode
-from tempsamp_fast.score import best_constant_span, score_spans
+from tempsamp_fast.score import best_constant_span, score_rows
 
 logger = logging.getLogger(__name__)
-
-COLUMNS = ("miou", "r1@0.3", "r1@0.5", "r1@0.7", "parse_rate")
 
 
 class Results:
@@ -44,7 +42,7 @@ class Results:
         for mode in cast("list[Mode]", run.config.train.eval_modes.split("+")):
             logger.info("evaluating %d queries in %s mode", len(run.eval_samples), mode)
             answers = evaluate(run.eval_samples, mode, run.greedy, run.loader, run.config.train.eval_batch_size)
-            scores = score_spans(run.eval_samples, [row["span"] for row in answers])
+            scores = score_rows(run.eval_samples, answers, run.config.data.task)
             log.log(num_steps, "eval", {f"eval/{mode}/{name}": value for name, value in scores.items()}, advance=False)
             if run.rank == 0:
                 write_rows(self.answers_path(stage, mode), answers)
@@ -65,7 +63,8 @@ class Results:
         if reasons:
             logger.warning("skipped videos: %d\n%s", len(reasons), "\n".join(reasons.values()))
         if self.run.eval_samples:
-            rows = [*self.rows, self.constant_baseline()]
+            is_highlight = self.run.config.data.task == "highlight"
+            rows = self.rows if is_highlight else [*self.rows, self.constant_baseline()]
             minutes = (time.monotonic() - self.run.started_s) / 60
             summary = {"num_queries": len(self.run.eval_samples), "minutes": round(minutes, 1), "rows": rows}
             write_json(self.run.folder / "summary.json", summary)
@@ -78,14 +77,16 @@ class Results:
     def constant_baseline(self) -> dict[str, Any]:
         """The scores of a model that never looks: it always answers the span that fits the training set best."""
         span, _ = best_constant_span(self.run.train_samples)
-        scores = score_spans(self.run.eval_samples, [span] * len(self.run.eval_samples))
+        answers = [{"span": list(span)}] * len(self.run.eval_samples)
+        scores = score_rows(self.run.eval_samples, answers, self.run.config.data.task)
         return {"stage": f"constant {span[0]:.1f}-{span[1]:.1f} s", "mode": "-", **scores}
 
 
 def table(rows: Sequence[dict[str, Any]], num_queries: int) -> str:
-    """Evaluations as text, one per line."""
+    """Evaluations as text, one per line with the metrics of the task."""
+    names = [name for name in rows[0] if name not in ("stage", "mode", "num_steps")]
     lines = [f"{num_queries} held-out queries"]
-    lines.append(f"{'after':<24}{'mode':<8}" + "".join(f"{name:>12}" for name in COLUMNS))
+    lines.append(f"{'after':<24}{'mode':<8}" + "".join(f"{name:>12}" for name in names))
     for row in rows:
-        lines.append(f"{row['stage']:<24}{row['mode']:<8}" + "".join(f"{row[name]:>12.3f}" for name in COLUMNS))
+        lines.append(f"{row['stage']:<24}{row['mode']:<8}" + "".join(f"{row[name]:>12.3f}" for name in names))
     return "\n".join(lines)

@@ -73,6 +73,16 @@ def test_the_table_has_every_stage_and_the_constant_baseline(finished_run) -> No
     assert [line.split()[0] for line in lines[2:]] == ["start", "1_sft/answer", "2_tempsamp/answer", "constant"]
 
 
+def test_another_task_is_evaluated_by_its_own_metrics(
+    trainer, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--phases", "sft:1", "--task", "multi_grounding", "--max_eval_samples", "2")
+    rows = trainer.main(tmp_path / "run", *words, "--eval_annotations", str(clips / "annotations/test.json"))
+    assert {"eval/answer/miou", "eval/answer/mr_map"} <= rows[-1].keys()
+    header, *evaluations = capsys.readouterr().out.splitlines()[-4:]
+    assert "mr_map@0.75" in header and evaluations[-1].startswith("constant")
+
+
 def test_evaluation_answers_are_predictions_that_can_be_scored(finished_run, clips: Path) -> None:
     files = sorted(path.name for path in (finished_run.folder / "eval").iterdir())
     assert files == ["1_sft_answer_answer.jsonl", "2_tempsamp_answer_answer.jsonl", "start_answer.jsonl"]
