@@ -30,6 +30,7 @@ from tempsamp_kernels.advantages import SHAPINGS
 from tempsamp_kernels.head import chunk_rows
 from tempsamp_kernels.objectives import token_loss
 from tempsamp_kernels.sequences import Sequences
+from tempsamp_kernels.tiles import tile_statistics
 from tempsamp_kernels.tokens import HeadOptions, RowStatistics, Tokens
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -91,6 +92,13 @@ def row_gradient(workload: Workload, with_entropy: bool, **head) -> None:
     rows.row_gradient(logits, tokens, HeadOptions(**head), statistics, tokens.advantage, d_entropy, torch.bfloat16)
 
 
+def tiles(workload: Workload, **head) -> None:
+    num_tokens, hidden_size = workload.batch * workload.length, 2048  # Qwen2.5-VL-3B
+    token = meta(num_tokens, dtype=torch.float32)
+    weight = meta(VOCAB, hidden_size)
+    tile_statistics(meta(num_tokens, hidden_size), weight, Tokens(token.long(), *[token] * 6), HeadOptions(**head))
+
+
 def row_sum(workload: Workload) -> None:
     _, tokens = chunk(workload)
     every = tokens.token_ids
@@ -133,6 +141,8 @@ CASES: dict[str, Callable[[Workload], None]] = {
     "row_statistics/softcap": partial(row_statistics, softcap=30.0),
     "row_gradient": partial(row_gradient, with_entropy=False),
     "row_gradient/entropy, softcap": partial(row_gradient, with_entropy=True, softcap=30.0),
+    "tiles": tiles,
+    "tiles/softcap, bias": partial(tiles, softcap=30.0, bias=meta(VOCAB, dtype=torch.float32)),
     "row_sum": row_sum,
     **{f"advantages/{shaping}": partial(advantages, shaping=shaping) for shaping in SHAPINGS},
     "logits": logits_loss,

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from tempsamp_kernels import reference
 from tempsamp_kernels import rows as triton_rows
 from tempsamp_kernels.head import ChunkedHead, HeadGradients, check_head
+from tempsamp_kernels.tiles import tile_statistics, tiles_beat_gemm
 from tempsamp_kernels.tokens import HeadOptions, RowStatistics, Tokens, choose_impl, per_token
 
 Gather = Callable[[Tensor, Tensor | None], AbstractContextManager[object]]
@@ -73,9 +74,14 @@ class _LinearLogprob(torch.autograd.Function):
         options: HeadOptions,
         chunk_size: int | None,
         gather: Gather | None,
+        wants_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         head = ChunkedHead(hidden, weight, None, chunk_size)
-        found = forward_sweep(head, tokens, options)
+        may_use_tiles = options.impl == "triton" and not wants_grad and chunk_size is None
+        if may_use_tiles and tiles_beat_gemm(hidden.shape[1], head.gemm_dtype):
+            found = tile_statistics(hidden.to(head.gemm_dtype), head.weight, tokens, options)
+        else:
+            found = forward_sweep(head, tokens, options)
         ctx.save_for_backward(hidden, weight, bias, found.logp, found.entropy, found.lse)
         ctx.tokens, ctx.options, ctx.chunk_size, ctx.compute_dtype = tokens, options, chunk_size, head.compute_dtype
         ctx.gather = gather
@@ -94,7 +100,7 @@ class _LinearLogprob(torch.autograd.Function):
             gradients = head.gradients(*ctx.needs_input_grad[:3])
             gradient_sweep(head, ctx.tokens, ctx.options, rows, d_logp, d_entropy, gradients)
         wanted = zip((gradients.hidden, gradients.weight, gradients.bias), (hidden, weight, bias), strict=True)
-        return (*(None if grad is None else grad.to(like.dtype) for grad, like in wanted), None, None, None, None)
+        return (*(None if grad is None else grad.to(like.dtype) for grad, like in wanted), *[None] * 5)
 
 
 def linear_logprob(
@@ -120,7 +126,9 @@ def linear_logprob(
         temperature: a positive number, or one per token [...].
         softcap: `z -> softcap * tanh(z / softcap)`, applied after `logit_scale` and before the temperature.
         logit_scale: factor of the raw logits.
-        chunk_size: tokens per chunk of logits; by default equal chunks within a memory budget.
+        chunk_size: tokens per chunk of logits; by default equal chunks within a memory budget, or no logits at all
+            where no gradient is wanted and the shape favours it (`tiles_beat_gemm`). A fixed size makes log-probs
+            comparable to the bit between calls.
         gather: makes the context in which a sharded weight and bias are whole (ZeRO-3). The caller holds one around
             this call; the backward enters another.
         impl: "triton", "torch", or None for the one that suits the device.
@@ -148,5 +156,7 @@ def linear_logprob(
         ref_logps=zeros,
     )
     options = HeadOptions(None if bias is None else bias.detach().float(), softcap, logit_scale, impl)
-    logp, entropy = _LinearLogprob.apply(flat, weight, bias, tokens, options, chunk_size, gather)
+    logp, entropy = _LinearLogprob.apply(
+        flat, weight, bias, tokens, options, chunk_size, gather, torch.is_grad_enabled()
+    )
     return logp.view(token_ids.shape), entropy.view(token_ids.shape)

@@ -41,17 +41,8 @@ def expm1_triton(x):
 
 
 @triton.jit
-def _scaled(
-    row_ptr,
-    bias_ptr,
-    columns,
-    inside,
-    logit_scale,
-    softcap,
-    inv_temperature,
-):
-    """Logits after bias, scale, softcap and temperature, and the slope of the last three."""
-    z = tl.load(row_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+def adjusted(z, bias_ptr, columns, inside, logit_scale, softcap, inv_temperature):
+    """Raw fp32 logits after bias, scale, softcap and temperature, and the slope of the last three."""
     if bias_ptr is not None:
         z += tl.load(bias_ptr + columns, mask=inside, other=0.0)
     z *= logit_scale
@@ -61,6 +52,45 @@ def _scaled(
         z = softcap * squashed
         slope *= 1 - squashed * squashed
     return z * inv_temperature, slope
+
+
+@triton.jit
+def _scaled(row_ptr, bias_ptr, columns, inside, logit_scale, softcap, inv_temperature):
+    """`adjusted` logits of one row in memory."""
+    z = tl.load(row_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    return adjusted(z, bias_ptr, columns, inside, logit_scale, softcap, inv_temperature)
+
+
+@triton.jit
+def absorbed(peak, total, weighted, z):
+    """Running statistics of each lane with one more block of its logits, `z` [lanes, columns]; see `merged`."""
+    new_peak = tl.maximum(peak, tl.max(z, axis=1))
+    fall = peak - new_peak
+    shifted = tl.maximum(z - new_peak[:, None], -1e4)
+    weights = tl.exp(shifted)
+    weighted = tl.exp(fall) * (weighted + total * fall) + tl.sum(weights * shifted, axis=1)
+    return new_peak, tl.exp(fall) * total + tl.sum(weights, axis=1), weighted
+
+
+@triton.jit
+def merged(peak, total, weighted, target):
+    """(logp, entropy, lse) of one row from its target logit and the statistics of several lanes.
+
+    A lane has the maximum of its logits but the target, the sum of their exponentials relative to it, and that sum
+    weighted by their distances to it.
+    """
+    row_peak = tl.max(peak, axis=0)
+    fall = tl.maximum(peak - row_peak, -1e4)
+    row_weighted = tl.sum(tl.exp(fall) * (weighted + total * fall), axis=0)
+    row_total = tl.maximum(tl.sum(tl.exp(fall) * total, axis=0), 1.2e-38)
+    lead = target - row_peak
+    odds = row_total * tl.exp(-tl.maximum(lead, 0.0))
+    ahead = -tl.where(odds < 1, log1p_triton(tl.minimum(odds, 1.0)), tl.log(1 + odds))
+    logp = tl.where(lead > 0, ahead, lead - tl.log(row_total + tl.exp(tl.minimum(lead, 0.0))))
+    log_total = tl.log(row_total)
+    gap = log_total - lead
+    entropy = -tl.exp(logp) * logp + tl.sigmoid(gap) * (log_total - logp - gap - row_weighted / row_total)
+    return logp, entropy, target - logp
 
 
 @triton.jit
@@ -83,26 +113,9 @@ def _statistics(
         inside = columns < vocab_size
         z, _ = _scaled(row_ptr, bias_ptr, columns, inside, logit_scale, softcap, inv_temperature)
         z = tl.where(inside & (columns != token_id), z, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(z, axis=1))
-        fall = peak - new_peak
-        shifted = tl.maximum(z - new_peak[:, None], -1e4)
-        weights = tl.exp(shifted)
-        weighted = tl.exp(fall) * (weighted + total * fall) + tl.sum(weights * shifted, axis=1)
-        total = tl.exp(fall) * total + tl.sum(weights, axis=1)
-        peak = new_peak
-    row_peak = tl.max(peak, axis=0)
-    fall = tl.maximum(peak - row_peak, -1e4)
-    row_weighted = tl.sum(tl.exp(fall) * (weighted + total * fall), axis=0)
-    row_total = tl.maximum(tl.sum(tl.exp(fall) * total, axis=0), 1.2e-38)
+        peak, total, weighted = absorbed(peak, total, weighted, z)
     target, _ = _scaled(row_ptr, bias_ptr, token_id, True, logit_scale, softcap, inv_temperature)
-    lead = target - row_peak
-    odds = row_total * tl.exp(-tl.maximum(lead, 0.0))
-    ahead = -tl.where(odds < 1, log1p_triton(tl.minimum(odds, 1.0)), tl.log(1 + odds))
-    logp = tl.where(lead > 0, ahead, lead - tl.log(row_total + tl.exp(tl.minimum(lead, 0.0))))
-    log_total = tl.log(row_total)
-    gap = log_total - lead
-    entropy = -tl.exp(logp) * logp + tl.sigmoid(gap) * (log_total - logp - gap - row_weighted / row_total)
-    return logp, entropy, target - logp
+    return merged(peak, total, weighted, target)
 
 
 @triton.jit

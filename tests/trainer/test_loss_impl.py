@@ -30,8 +30,10 @@ THREE_STEPS, TWENTY_STEPS = "sft:1,grpo:1,tempsamp:1", "sft:5,grpo:5,tempsamp:10
 def test_both_implementations_train_alike(stepper, tmp_path: Path, phases: str, beta: str) -> None:
     """With beta 0, the answers of a group that all earn the same leave the backward GEMMs."""
     recorded = tmp_path / "rollouts.jsonl"
-    words = ("--phases", phases, "--shaping", "anchor", "--beta", beta, "--gradient_accumulation_steps", "1")
-    words = (*words, "--max_completion_length", "8", "--updates_per_batch", "2", "--learning_rate", "1e-4")
+    words = (
+        *("--phases", phases, "--shaping", "anchor", "--beta", beta, "--gradient_accumulation_steps", "1"),
+        *("--max_completion_length", "8", "--updates_per_batch", "2", "--learning_rate", "1e-4"),
+    )
     expected = stepper(*words, "--loss_impl", "torch", "--record_rollouts", str(recorded)).steps()
     found = stepper(*words, "--loss_impl", "triton", "--replay_rollouts", str(recorded)).steps()
     assert len(found) == len(expected)
