@@ -46,7 +46,7 @@ def parse_phases(text: str) -> list[Phase]:
     """
     phases = []
     for entry in text.split(","):
-        match = re.fullmatch(r"(\w+)(?:/([\w+]+))?:(\d+)(?:@(\d[\d.]*(?:e[+-]?\d+)?))?", entry.strip())
+        match = re.fullmatch(r"(\w+)(?:/([\w+]+))?:(\d+)(?:@(\d+(?:\.\d+)?(?:e[+-]?\d+)?))?", entry.strip())
         if not match:
             raise ValueError(
                 f"phases: {entry.strip()!r} is not method[/mode]:steps[@learning rate], such as tempsamp/think:150"
@@ -60,8 +60,8 @@ def parse_phases(text: str) -> list[Phase]:
         if steps < 1:
             raise ValueError(f"phases: {entry.strip()!r} has no steps")
         rate = float(match[4]) if match[4] else None
-        if rate == 0:
-            raise ValueError(f"phases: {entry.strip()!r} has a learning rate of 0")
+        if rate is not None and not 0 < rate < math.inf:
+            raise ValueError(f"phases: {entry.strip()!r} has a learning rate of {rate}")
         phases.append(Phase(method, tuple(modes), steps, rate))  # type: ignore[arg-type]
     return phases
 
@@ -81,7 +81,7 @@ class DataConfig:
     eval_annotations: str | None = field(default=None, metadata={"help": "held-out annotation file"})
     videos: str | None = field(default=None, metadata={"help": "folder of <video id>.{mp4,mkv,webm,avi}"})
     synthetic_dir: str = field(default="data/synthetic", metadata={"help": "where the embedded data set is kept"})
-    synthetic_videos: str = field(default="600,20,300", metadata={"help": "embedded videos: train,val,test"})
+    synthetic_videos: str = field(default="700,20,220", metadata={"help": "embedded videos: train,val,test"})
     task: Task = "grounding"
     max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate the first N queries only"})
     on_bad_video: Literal["raise", "skip"] = "raise"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from tempsamp_fast.device import prepare_environment
 
@@ -54,15 +57,19 @@ def train(run: Run) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parse, build, train; user errors end with one line on stderr and exit code 2."""
+    """Parse, build, train; user errors end with one line on stderr and exit code 2, the traceback in RUN/error.log."""
     logging.basicConfig(level=logging.INFO if os.environ["RANK"] == "0" else logging.WARNING, format="%(message)s")
     disable_progress_bar()
+    folder = None
     try:
         config = parse_args(arguments)
+        folder = Path(config.train.resume or config.train.output_dir)
         deepspeed.init_distributed(verbose=False)
         train(Run(config))
     except (ValueError, OSError) as error:
-        logging.getLogger(__name__).debug("traceback", exc_info=True)
+        if folder and folder.is_dir():
+            with contextlib.suppress(OSError):  # the disk may be what is full
+                (folder / "error.log").write_text(traceback.format_exc())
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(2)
 

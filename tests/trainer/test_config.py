@@ -30,6 +30,8 @@ def test_phases_are_read_in_order_with_answer_as_the_default_mode() -> None:
         ("sft:-1", "'sft:-1' is not method"),
         ("sft:3@fast", "'sft:3@fast' is not method"),
         ("sft:3@0", "has a learning rate of 0"),
+        ("sft:3@1e999", "has a learning rate of inf"),
+        ("sft:3@1.2.3", "'sft:3@1.2.3' is not method"),
     ],
 )
 def test_a_malformed_phase_is_named_with_the_choices(text: str, named: str) -> None:
