@@ -1,4 +1,7 @@
-"""Write the README's tables from the committed results: `python bench/readme_tables.py`; `--check` only compares."""
+"""Write the README's tables from the committed results: `python bench/readme_tables.py`; `--check` only compares.
+
+`--demo RUN` first takes the results of a run of `make demo`.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,15 @@ def demo_table() -> str:
 TABLES = {"demo": demo_table}
 
 
+def take_demo(run: Path) -> None:
+    """Keep what a run of `make demo` measured, and on how many threads of what."""
+    summary = json.loads((run / "summary.json").read_text())
+    machine = json.loads((run / "machine.json").read_text())
+    summary["machine"] = f"{machine['num_threads']} threads, {', '.join(machine['devices'])}"
+    summary["versions"] = machine["versions"]
+    (RESULTS / "demo.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
 def filled(text: str) -> str:
     """The README with every `<!-- NAME table -->` ... `<!-- end -->` block made anew."""
     for name, make in TABLES.items():
@@ -42,7 +54,10 @@ def filled(text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail if the README is out of date")
+    parser.add_argument("--demo", type=Path, metavar="RUN")
     options = parser.parse_args()
+    if options.demo:
+        take_demo(options.demo)
     current = README.read_text()
     wanted = filled(current)
     if options.check:
