@@ -1,18 +1,12 @@
-"""Every setting of a run as flat dataclasses, read from the command line and from YAML."""
+"""Every setting of a run as flat dataclasses; `arguments.py` reads them from the command line and from YAML."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
-
-import yaml
 
 from tempsamp_fast.sample import Mode, Task
 
@@ -20,9 +14,6 @@ Method = Literal["sft", "grpo", "tempsamp"]
 Shaping = Literal["grpo", "mixed", "downscale", "anchor", "nonlinear", "orarl"]
 METHODS: tuple[str, ...] = get_args(Method)
 MODES: tuple[str, ...] = get_args(Mode)
-
-CONFIGS = Path(__file__).parent / "configs"
-DEFAULT_CONFIG = CONFIGS / "tiny_cpu.yaml"
 
 
 @dataclass(frozen=True)
@@ -270,66 +261,3 @@ class Config:
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Settings by section, ready for JSON."""
         return dataclasses.asdict(self)
-
-
-def _yaml_flags(path: Path) -> list[str]:
-    """The entries of a flat YAML file as command line words."""
-    try:
-        entries = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ValueError(f"--config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {path}: not valid YAML: {error}") from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"--config {path}: expected `name: value` lines, found {type(entries).__name__}")
-    return _flags(entries)
-
-
-def _saved_flags(run: Path) -> list[str]:
-    """The settings that a run was started with, as command line words."""
-    path = run / "config.json"
-    if not path.is_file():
-        raise ValueError(f"--resume {run}: no run in this folder (it has no config.json)")
-    sections = json.loads(path.read_text())
-    return _flags({name: value for section in sections.values() for name, value in section.items()})
-
-
-def _flags(settings: dict[str, Any]) -> list[str]:
-    return [f"--{name}={value}" for name, value in settings.items() if value is not None]
-
-
-def parse_args(arguments: Sequence[str]) -> Config:
-    """Settings from command line words; `--config FILE.yaml` counts as flags typed first.
-
-    Without `--config` the embedded tiny recipe is the base, or with `--resume RUN` what that run was started with.
-    Raises ValueError for unknown flags and for values of the wrong type or out of range.
-    """
-    from transformers import HfArgumentParser
-
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    files.add_argument("--config", type=Path)
-    files.add_argument("--resume", type=Path)
-    sections: Any = (DataConfig, ModelConfig, RolloutConfig, AlgorithmConfig, TrainConfig)
-    parser = HfArgumentParser(sections, prog="train.py", allow_abbrev=False, exit_on_error=False)
-    try:
-        given, words = files.parse_known_args(list(arguments))
-        flags = [*_base_flags(given.config, given.resume), *words]
-        *settings, unknown = parser.parse_args_into_dataclasses(args=flags, return_remaining_strings=True)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
-    if unknown:
-        raise ValueError(f"unknown flag: {' '.join(unknown)}")
-    return Config(*settings)
-
-
-def _base_flags(config: Path | None, resume: Path | None) -> list[str]:
-    flags = [*_saved_flags(resume), f"--resume={resume}"] if resume else []
-    if config or not resume:
-        flags += _yaml_flags(_config_file(config) if config else DEFAULT_CONFIG)
-    return flags
-
-
-def _config_file(given: Path) -> Path:
-    """A file, or the name of one of the recipes that come with the package."""
-    recipe = CONFIGS / f"{given}.yaml"
-    return recipe if recipe.is_file() and not given.exists() else given

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,37 +26,13 @@ from tempsamp_fast.prompts import off_policy_text, question
 from tempsamp_fast.rollout import SamplingParams, generate
 from tempsamp_fast.runlog import RunLog
 from tempsamp_fast.sample import Sample
+from tempsamp_fast.schedule import PhaseStep, plan
 from tempsamp_fast.synthetic import SyntheticConfig
 from tempsamp_fast.synthetic import generate as generate_videos
 from tempsamp_fast.tiny import build_tiny_checkpoint
 from tempsamp_fast.update import update
 
 REFERENCE = "reference"
-
-
-@dataclass(frozen=True)
-class PhaseStep:
-    """One optimizer step of the plan."""
-
-    step: int
-    """Counted over the whole run, from 0."""
-    phase: Phase
-    phase_index: int
-    step_in_phase: int
-
-    @property
-    def is_last_of_phase(self) -> bool:
-        return self.step_in_phase == self.phase.num_steps - 1
-
-
-def plan(phases: Sequence[Phase], first_step: int = 0) -> Iterator[PhaseStep]:
-    """Every optimizer step from `first_step` on."""
-    step = 0
-    for phase_index, phase in enumerate(phases):
-        for step_in_phase in range(phase.num_steps):
-            if step >= first_step:
-                yield PhaseStep(step, phase, phase_index, step_in_phase)
-            step += 1
 
 
 class Run:
@@ -256,21 +231,3 @@ def _generate_videos(folder: Path, config: SyntheticConfig) -> Path:
             bar.update(done - bar.n)
 
         return generate_videos(folder, config, on_progress=show)
-
-
-class Stopwatch:
-    """Seconds per named part of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._started = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """Book the time since the last lap under `time/<name>_s`."""
-        now = time.perf_counter()
-        self.seconds[f"time/{name}_s"] = self.seconds.get(f"time/{name}_s", 0.0) + now - self._started
-        self._started = now
-
-    def total(self) -> dict[str, float]:
-        """All laps and their sum, `time/step_s`."""
-        return self.seconds | {"time/step_s": sum(self.seconds.values())}

@@ -18,10 +18,11 @@ import deepspeed  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from tempsamp_fast.advantage import assign_advantages, skewness_by_rule  # noqa: E402
-from tempsamp_fast.config import parse_args  # noqa: E402
+from tempsamp_fast.arguments import parse_args  # noqa: E402
 from tempsamp_fast.groups import reward_metrics  # noqa: E402
 from tempsamp_fast.results import Results  # noqa: E402
-from tempsamp_fast.run import Run, Stopwatch  # noqa: E402
+from tempsamp_fast.run import Run  # noqa: E402
+from tempsamp_fast.stopwatch import Stopwatch  # noqa: E402
 from tempsamp_fast.update import mean_over_ranks  # noqa: E402
 
 

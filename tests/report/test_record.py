@@ -4,8 +4,8 @@ import json
 
 import torch
 
+from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.batch import Completion, RolloutGroup
-from tempsamp_fast.config import parse_args
 from tempsamp_fast.report.figures import select, task_rewards
 from tempsamp_fast.runlog import RunLog
 

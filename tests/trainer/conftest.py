@@ -19,11 +19,12 @@ import torch
 
 from tempsamp_fast.advantage import assign_advantages
 from tempsamp_fast.annotations import load_annotations
+from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.batch import RolloutGroup
-from tempsamp_fast.config import parse_args
 from tempsamp_fast.prompts import off_policy_text, question
-from tempsamp_fast.run import PhaseStep, Run, plan
+from tempsamp_fast.run import Run
 from tempsamp_fast.runlog import read_metrics
+from tempsamp_fast.schedule import PhaseStep, plan
 from tempsamp_fast.synthetic import SyntheticConfig, generate
 from tempsamp_fast.tiny import build_tiny_checkpoint
 from tempsamp_fast.train import main

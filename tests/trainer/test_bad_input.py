@@ -18,7 +18,8 @@ from tempsamp_fast.checkpoint import checkpoints, latest_checkpoint
 from tempsamp_fast.config import DataConfig
 from tempsamp_fast.evaluation import evaluate
 from tempsamp_fast.infer import main as infer_main
-from tempsamp_fast.run import Run, plan
+from tempsamp_fast.run import Run
+from tempsamp_fast.schedule import plan
 
 GOOD = {"duration": 8.0, "timestamps": [[1.0, 3.0]], "sentences": ["a square appears"]}
 SHORT = ("--phases", "sft:1")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tempsamp_fast.config import Phase, parse_args, parse_phases
+from tempsamp_fast.arguments import parse_args
+from tempsamp_fast.config import Phase, parse_phases
 
 
 def test_phases_are_read_in_order_with_answer_as_the_default_mode() -> None:

@@ -12,10 +12,11 @@ import torch
 
 from tempsamp_fast import advantage
 from tempsamp_fast.advantage import assign_advantages
-from tempsamp_fast.config import parse_args, parse_phases
+from tempsamp_fast.arguments import parse_args
+from tempsamp_fast.config import parse_phases
 from tempsamp_fast.engine import learning_rate
 from tempsamp_fast.groups import reward_metrics
-from tempsamp_fast.run import plan
+from tempsamp_fast.schedule import plan
 from tempsamp_fast.update import combine
 
 THREE_STEPS = ("--phases", "sft:1,tempsamp:2", "--shaping", "anchor", "--beta", "0.04")
