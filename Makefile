@@ -46,7 +46,7 @@ lint: $(VENV)
 	$(BIN)/mypy
 
 bench: $(VENV)
-	$(BIN)/pytest bench/ --benchmark-json=bench/results/latest.json
+	$(BIN)/pytest bench/
 
 gpu: $(VENV)
 	$(BIN)/python bench/gpu.py

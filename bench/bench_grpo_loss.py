@@ -10,19 +10,17 @@ and 7B, with three bare cuBLAS GEMMs (2NHV FLOPs each) as the speed of light. `e
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import pytest
 import torch
-from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
-from tempsamp_kernels import fused_linear_grpo_loss
 from torch import Tensor
 from torch.nn import functional
-from trl.kernels import ChunkedLogProbFunction
+
+from bench.loss_contenders import Contender, LossBatch, liger, ours, torch_loss, trl, trl_logps
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -30,7 +28,6 @@ ROUNDS = 10 if CUDA else 3
 # On a CPU: seconds of this process, since other work may share the machine.
 TIMER = time.perf_counter if CUDA else time.process_time
 pytestmark = pytest.mark.benchmark(timer=TIMER)
-EPSILON, BETA = 0.2, 0.04
 PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 HEADS = {"3B": (2048, 151936), "7B": (3584, 152064)}
 CASES = (
@@ -40,19 +37,8 @@ CASES = (
 )
 
 
-@dataclass
-class Batch:
-    """Eight completions of N / 8 tokens; hidden [N, H] and weight [V, H] are leaves, the rest is fp32 or int64 [N]."""
-
-    hidden: Tensor
-    weight: Tensor
-    token_ids: Tensor
-    advantages: Tensor
-    old_logps: Tensor
-    ref_logps: Tensor
-
-
-def make_batch(num_tokens: int, hidden_size: int, vocab_size: int) -> Batch:
+def make_batch(num_tokens: int, hidden_size: int, vocab_size: int) -> LossBatch:
+    """Eight completions; hidden states and weight are leaves."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if CUDA else torch.float32
     hidden = torch.randn(num_tokens, hidden_size, device=DEVICE).to(dtype)
@@ -62,70 +48,22 @@ def make_batch(num_tokens: int, hidden_size: int, vocab_size: int) -> Batch:
         logps = trl_logps(hidden, weight, token_ids)
     noise = torch.randn(2, num_tokens, device=DEVICE) * 0.2
     advantages = torch.randn(8, device=DEVICE)
-    return Batch(
+    return LossBatch(
         hidden.requires_grad_(), weight.requires_grad_(), token_ids, advantages, logps + noise[0], logps + noise[1]
     )
 
 
-def policy_loss(logps: Tensor, batch: Batch) -> Tensor:
-    """The clipped objective with k3, mean over tokens, in PyTorch: what TRL does with log-probs."""
-    advantages = batch.advantages.repeat_interleave(len(logps) // 8)
-    ratio = (logps - batch.old_logps).exp()
-    policy = -torch.minimum(ratio * advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantages)
-    delta = batch.ref_logps - logps
-    return (policy + BETA * (torch.expm1(delta) - delta)).mean()
-
-
-def trl_logps(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    return ChunkedLogProbFunction.apply(hidden, weight, None, token_ids, 1.0, 32768, None, 1.0, ())[0]
-
-
-def ours(batch: Batch) -> Tensor:
-    return fused_linear_grpo_loss(
-        batch.hidden,
-        batch.weight,
-        batch.token_ids,
-        torch.arange(8, device=DEVICE).repeat_interleave(len(batch.hidden) // 8),
-        advantages=batch.advantages,
-        old_logps=batch.old_logps,
-        ref_logps=batch.ref_logps,
-        loss_type="dapo",
-        beta=BETA,
-        epsilon_low=EPSILON,
-        epsilon_high=EPSILON,
-    )[0]
-
-
-def trl(batch: Batch) -> Tensor:
-    return policy_loss(trl_logps(batch.hidden, batch.weight, batch.token_ids), batch)
-
-
-def liger(batch: Batch) -> Tensor:
-    # Off the GPU only its loss arithmetic would be compiled, which is nothing beside the head.
-    loss = LigerFusedLinearGRPOLoss(beta=BETA, compiled=CUDA, epsilon_low=EPSILON, epsilon_high=EPSILON)
-    rows = (8, len(batch.hidden) // 8)
-    return loss(
-        batch.hidden.view(*rows, -1),
-        batch.weight,
-        batch.token_ids.view(rows),
-        torch.ones(rows, device=DEVICE),
-        batch.advantages,
-        old_per_token_logps=batch.old_logps.view(rows),
-        ref_per_token_logps=batch.ref_logps.view(rows),
-    )[0]
-
-
-def liger_scaled_cross_entropy(batch: Batch) -> Tensor:
+def liger_scaled_cross_entropy(batch: LossBatch) -> Tensor:
     nll = LigerFusedLinearScaledCrossEntropyFunction.apply(batch.hidden, batch.weight, batch.token_ids)
-    return policy_loss(-(nll[0] if isinstance(nll, tuple) else nll), batch)
+    return torch_loss(-(nll[0] if isinstance(nll, tuple) else nll), batch)
 
 
-def full_logits(batch: Batch) -> Tensor:
+def full_logits(batch: LossBatch) -> Tensor:
     logits = functional.linear(batch.hidden, batch.weight).float()
-    return policy_loss(logits.log_softmax(1).gather(1, batch.token_ids[:, None])[:, 0], batch)
+    return torch_loss(logits.log_softmax(1).gather(1, batch.token_ids[:, None])[:, 0], batch)
 
 
-CONTENDERS: dict[str, Callable[[Batch], Tensor]] = {
+CONTENDERS: dict[str, Contender] = {
     "ours": ours,
     "trl": trl,
     "liger": liger,
@@ -134,7 +72,7 @@ CONTENDERS: dict[str, Callable[[Batch], Tensor]] = {
 }
 
 
-def step(contender: Callable[[Batch], Tensor], batch: Batch) -> list[Tensor]:
+def step(contender: Contender, batch: LossBatch) -> list[Tensor]:
     """Loss, dX and dW of one forward and backward, finished when this returns."""
     loss = contender(batch)
     results = [loss.detach(), *torch.autograd.grad(loss, (batch.hidden, batch.weight))]
@@ -143,7 +81,7 @@ def step(contender: Callable[[Batch], Tensor], batch: Batch) -> list[Tensor]:
     return results
 
 
-def bare_gemms(batch: Batch) -> None:
+def bare_gemms(batch: LossBatch) -> None:
     """The floor: logits, dX and dW of the whole batch as three cuBLAS calls in bf16."""
     hidden, weight = batch.hidden.detach(), batch.weight.detach()
     logits = hidden @ weight.T
@@ -174,7 +112,7 @@ def relative_distance(actual: Tensor, expected: Tensor) -> float:
     return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
-def gradient_distances(batch: Batch) -> dict[str, float]:
+def gradient_distances(batch: LossBatch) -> dict[str, float]:
     """The correctness gate: relative distance of each contender's gradients from ours; none for one that cannot run."""
     expected_loss, *expected = step(ours, batch)
     distances = {}

@@ -56,6 +56,23 @@ def step(function: Callable, source: Tensor, batch: dict[str, Tensor]) -> tuple[
     return TIMER() - start, gradient
 
 
+def make_batch(num_rows: int, length: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits [num_rows, length + 1, VOCAB], and the other arguments of the loss."""
+    torch.manual_seed(0)
+    logits = torch.randn(num_rows, length + 1, VOCAB, device=DEVICE, dtype=DTYPE)
+    token_ids = torch.randint(VOCAB, (num_rows, length), device=DEVICE)
+    pairs = zip(logits, token_ids, strict=True)
+    logps = torch.stack([row[:-1].float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for row, ids in pairs])
+    noise = 0.2 * torch.randn(2, num_rows, length, device=DEVICE)
+    advantages = torch.randn(num_rows, device=DEVICE)
+    return logits, {
+        "old_logp": logps + noise[0],
+        "ref_logp": logps + noise[1],
+        "completion_ids": token_ids,
+        "advantages": advantages,
+    }
+
+
 def copy_seconds(source: Tensor) -> float:
     target = torch.empty_like(source)
     torch.cuda.synchronize()
@@ -66,17 +83,7 @@ def copy_seconds(source: Tensor) -> float:
 
 
 def test_forward_and_backward_from_logits(benchmark):
-    torch.manual_seed(0)
-    logits = torch.randn(ROWS, LENGTH + 1, VOCAB, device=DEVICE, dtype=DTYPE)
-    token_ids = torch.randint(VOCAB, (ROWS, LENGTH), device=DEVICE)
-    logps = logits[:, :-1].float().log_softmax(-1).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-    noise = torch.randn(2, ROWS, LENGTH, device=DEVICE) * 0.2
-    batch = {
-        "old_logp": logps + noise[0],
-        "ref_logp": logps + noise[1],
-        "completion_ids": token_ids,
-        "advantages": torch.randn(ROWS, device=DEVICE),
-    }
+    logits, batch = make_batch(ROWS, LENGTH)
     expected = step(plain_torch, logits, batch)[1]
     for name, function in CONTENDERS.items():
         distance = (step(function, logits, batch)[1].float() - expected.float()).norm() / expected.float().norm()

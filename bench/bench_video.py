@@ -1,13 +1,12 @@
 """File to patches at 2 frames a second: ours beside torchcodec and decord with the processor's arithmetic in torch.
 
-    pytest bench/bench_video.py --benchmark-json=FILE
+    pytest bench/bench_video.py
 
 One core: every decoder with one thread, pinned to one core, in CPU seconds of the process. All cores: a batch of 16
 files on the clock, each peer at its better setting (files in parallel, or threads inside FFmpeg). Patches are float32,
 as the processors of transformers make them.
 Each benchmark first checks that ours and torchcodec's are equal bit for bit, then times everybody in turn.
 `extra_info`: `ratio` is the best peer's time over ours (median over rounds), with its spread, and `goal`.
-`bench/results/video_cpu.json` keeps the `extra_info` of committed runs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Error against fp64 of five ways to compute a GRPO loss from bf16 hidden states and a bf16 head, beside ours.
 
-    python bench/loss_error_table.py [--output bench/results/loss_error.json]
+    python -m bench.loss_error_table [--output bench/results/loss_error.json]
 
 Same bf16 inputs and bf16 gradients for all; half of the tokens are confident (margins up to 30 nats). Columns: log-prob
 (mean and largest absolute error), loss (relative, mean over the seeds), dX and dW (relative Frobenius norm).
@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -19,31 +19,16 @@ from statistics import fmean
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 import torch
-from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
-from tempsamp_kernels import fused_linear_grpo_loss, linear_logprob
+from tempsamp_kernels import linear_logprob
 from torch import Tensor
 from torch.nn import functional
-from trl.kernels import ChunkedLogProbFunction
+
+from bench import loss_contenders
+from bench.loss_contenders import LossBatch, torch_loss, trl_logps
 
 ROWS, LENGTH, HIDDEN, VOCAB = 8, 64, 256, 32768
-EPSILON, BETA = 0.2, 0.04
 VERL_VOCAB_PER_SPLIT = 9504
-
-
-@dataclass
-class Batch:
-    """Inputs of one seed; hidden [N, H] and weight [V, H] are bf16, everything else [N] or [ROWS]."""
-
-    hidden: Tensor
-    weight: Tensor
-    token_ids: Tensor
-    advantages: Tensor
-    old_logps: Tensor
-    ref_logps: Tensor
-
-    def leaves(self, dtype: torch.dtype) -> list[Tensor]:
-        return [tensor.to(dtype).detach().clone().requires_grad_() for tensor in (self.hidden, self.weight)]
 
 
 def exact_logps(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
@@ -53,7 +38,7 @@ def exact_logps(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
     return -functional.softplus(gap, threshold=60)
 
 
-def make_batch(seed: int, device: str) -> Batch:
+def make_batch(seed: int, device: str) -> LossBatch:
     generator = torch.Generator().manual_seed(seed)
     num_tokens = ROWS * LENGTH
     weight = torch.randn(VOCAB, HIDDEN, generator=generator) / HIDDEN**0.5
@@ -65,17 +50,8 @@ def make_batch(seed: int, device: str) -> Batch:
     logps = exact_logps(hidden.double(), weight.double(), token_ids).float()
     noise = torch.randn(2, num_tokens, generator=generator)
     advantages = torch.randn(ROWS, generator=generator)
-    batch = Batch(hidden, weight, token_ids, advantages, logps + 0.3 * noise[0], logps + 0.2 * noise[1])
-    return Batch(*(tensor.to(device) for tensor in vars(batch).values()))
-
-
-def torch_loss(logps: Tensor, batch: Batch) -> Tensor:
-    """The clipped objective with k3, mean over tokens."""
-    advantages = batch.advantages.repeat_interleave(LENGTH)
-    ratio = (logps - batch.old_logps).exp()
-    policy = -torch.minimum(ratio * advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantages)
-    delta = batch.ref_logps - logps
-    return (policy + BETA * (torch.expm1(delta) - delta)).mean()
+    batch = LossBatch(hidden, weight, token_ids, advantages, logps + 0.3 * noise[0], logps + 0.2 * noise[1])
+    return LossBatch(*(tensor.to(device) for tensor in astuple(batch)))
 
 
 class Fp32Logits(torch.autograd.Function):
@@ -117,27 +93,14 @@ class VerlArithmetic(torch.autograd.Function):
         return d_hidden, d_weight, None
 
 
-def ours(hidden: Tensor, weight: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    row_ids = torch.arange(ROWS, device=hidden.device).repeat_interleave(LENGTH)
-    loss, _ = fused_linear_grpo_loss(
-        hidden,
-        weight,
-        batch.token_ids,
-        row_ids,
-        advantages=batch.advantages,
-        old_logps=batch.old_logps,
-        ref_logps=batch.ref_logps,
-        loss_type="dapo",
-        beta=BETA,
-        epsilon_low=EPSILON,
-        epsilon_high=EPSILON,
-    )
-    return linear_logprob(hidden.detach(), weight.detach(), batch.token_ids)[0], loss
+def ours(batch: LossBatch) -> tuple[Tensor, Tensor]:
+    logps, _ = linear_logprob(batch.hidden.detach(), batch.weight.detach(), batch.token_ids)
+    return logps, loss_contenders.ours(batch)
 
 
 def through_log_probs(log_prob: Callable[[Tensor, Tensor, Tensor], Tensor]):
-    def way(hidden: Tensor, weight: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        logps = log_prob(hidden, weight, batch.token_ids)
+    def way(batch: LossBatch) -> tuple[Tensor, Tensor]:
+        logps = log_prob(batch.hidden, batch.weight, batch.token_ids)
         return logps, torch_loss(logps, batch)
 
     return way
@@ -147,47 +110,36 @@ def selected_log_softmax(logits: Tensor, token_ids: Tensor) -> Tensor:
     return logits.float().log_softmax(1).gather(1, token_ids[:, None])[:, 0]
 
 
-def trl(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    return ChunkedLogProbFunction.apply(hidden, weight, None, token_ids, 1.0, 32768, None, 1.0, ())[0]
-
-
-def liger(hidden: Tensor, weight: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    loss_function = LigerFusedLinearGRPOLoss(beta=BETA, compiled=False, epsilon_low=EPSILON, epsilon_high=EPSILON)
-    shape = (ROWS, LENGTH)
-    loss, _ = loss_function(
-        hidden.view(*shape, HIDDEN),
-        weight,
-        batch.token_ids.view(shape),
-        torch.ones(shape, device=hidden.device),
-        batch.advantages,
-        old_per_token_logps=batch.old_logps.view(shape),
-        ref_per_token_logps=batch.ref_logps.view(shape),
-    )
+def liger(batch: LossBatch) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        logps = LigerFusedLinearPPOBase.chunk_forward(hidden[None], weight, batch.token_ids[None])[0]
-    return logps, loss
+        logps = LigerFusedLinearPPOBase.chunk_forward(batch.hidden[None], batch.weight, batch.token_ids[None])[0]
+    return logps, loss_contenders.liger(batch)
 
 
 WAYS = {
     "ours": ours,
     "torch, fp32 logits": through_log_probs(lambda x, w, ids: selected_log_softmax(Fp32Logits.apply(x, w), ids)),
     "torch, bf16 logits": through_log_probs(lambda x, w, ids: selected_log_softmax(functional.linear(x, w), ids)),
-    "TRL 1.16 ChunkedLogProbFunction": through_log_probs(trl),
+    "TRL 1.16 ChunkedLogProbFunction": through_log_probs(trl_logps),
     "Liger 0.8.5 LigerFusedLinearGRPOLoss": liger,
     "verl 0.9 linear_cross_entropy (its arithmetic)": through_log_probs(VerlArithmetic.apply),
 }
 
 
+def leaves(batch: LossBatch, dtype: torch.dtype) -> list[Tensor]:
+    return [tensor.to(dtype).detach().clone().requires_grad_() for tensor in (batch.hidden, batch.weight)]
+
+
 def errors(seed: int, device: str) -> dict[str, dict[str, float]]:
     batch = make_batch(seed, device)
-    exact_hidden, exact_weight = batch.leaves(torch.float64)
+    exact_hidden, exact_weight = leaves(batch, torch.float64)
     exact = exact_logps(exact_hidden, exact_weight, batch.token_ids)
     exact_loss = torch_loss(exact, batch)
     exact_gradients = torch.autograd.grad(exact_loss, (exact_hidden, exact_weight))
     table = {}
     for name, way in WAYS.items():
-        hidden, weight = batch.leaves(torch.bfloat16)
-        logps, loss = way(hidden, weight, batch)
+        hidden, weight = leaves(batch, torch.bfloat16)
+        logps, loss = way(replace(batch, hidden=hidden, weight=weight))
         gradients = torch.autograd.grad(loss, (hidden, weight))
         difference = (logps.detach().double() - exact.detach()).abs()
         table[name] = {

@@ -5,32 +5,12 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from bench.bench_logits_loss import CONTENDERS, copy_seconds, plain_torch, step
+from bench.bench_logits_loss import CONTENDERS, copy_seconds, make_batch, plain_torch, step
 from bench.gpu_sections.child import Record
 from bench.gpu_sections.timing import distance, require
 
-VOCAB, ROUNDS = 152064, 10
+ROUNDS = 10
 SHAPES = ((8, 1024), (8, 128), (64, 128))
-
-
-def make_batch(num_rows: int, length: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """bf16 logits [num_rows, length + 1, VOCAB], and the other arguments of the loss."""
-    torch.manual_seed(0)
-    logits = torch.randn(num_rows, length + 1, VOCAB, device="cuda", dtype=torch.bfloat16)
-    token_ids = torch.randint(VOCAB, (num_rows, length), device="cuda")
-    pairs = zip(logits, token_ids, strict=True)
-    rows = [row[:-1].float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for row, ids in pairs]
-    logps, noise = torch.stack(rows), 0.2 * torch.randn(2, num_rows, length, device="cuda")
-    advantages = torch.randn(num_rows, device="cuda")
-    return logits, {
-        "old_logp": logps + noise[0],
-        "ref_logp": logps + noise[1],
-        "completion_ids": token_ids,
-        "advantages": advantages,
-    }
 
 
 def measure(record: Record) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tempsamp_kernels.advantages import grouped_advantages
-from tempsamp_kernels.head import ChunkedHead, HeadGradients, check_head
+from tempsamp_kernels.head import ChunkedHead, HeadGradients, check_head, check_token_ids
 from tempsamp_kernels.logprob import KERNELS, forward_sweep, gradient_sweep
 from tempsamp_kernels.metrics import LossMetrics, summarise
 from tempsamp_kernels.objectives import SELF, TokenLoss, token_loss
@@ -179,7 +179,7 @@ def fused_linear_grpo_loss(
     Args:
         hidden: [N, H] packed hidden states, float32, bfloat16 or float16, each predicting its token of `token_ids`.
         weight: [V, H] head.
-        token_ids: [N] int64.
+        token_ids: [N] int64; an unmasked one outside the vocabulary raises on a CPU and gives NaN on a GPU.
         row_ids: [N] int64: the completion each token belongs to, numbered from 0.
         advantages: [B], one per completion, or [N] (a length of N always means one per token). Not for "sft".
         rewards, group_ids, is_off_policy, format_rewards, shaping, shaping_options: in place of `advantages`, the
@@ -268,8 +268,10 @@ def fused_linear_grpo_loss(
         num_rows = torch.zeros(num_row_ids, device=device).index_fill_(0, row_ids, 1.0).sum().clamp(min=1)
     counts_for = token_weights(loss_type, mask, lengths, num_rows, num_items_in_batch, max_completion_length)
     pays_kl = counts_for if off_policy_kl else counts_for * ~off_policy
+    token_ids = token_ids.masked_fill(~mask, 0)
+    check_token_ids(token_ids, len(weight))
     tokens = Tokens(
-        token_ids=token_ids.masked_fill(~mask, 0),
+        token_ids=token_ids,
         temperature=per_token(temperature, row_ids, num_tokens, "temperature", device),
         advantage=per_token(advantages, row_ids, num_tokens, "advantages", device).masked_fill(~mask, 0),
         policy_weight=counts_for,

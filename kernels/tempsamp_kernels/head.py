@@ -161,3 +161,12 @@ def check_head(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor |
         raise ValueError(f"token_ids must be {tuple(hidden.shape[:-1])} like hidden; got {tuple(token_ids.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be {tuple(weight.shape[:1])}; got {tuple(bias.shape)}")
+
+
+def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError for an id outside the vocabulary, where it can be seen without waiting for a device."""
+    if token_ids.device.type != "cpu" or not token_ids.numel():
+        return
+    least, largest = (int(extreme) for extreme in token_ids.aminmax())
+    if least < 0 or largest >= vocab_size:
+        raise ValueError(f"token_ids must be in [0, {vocab_size}); got {least if least < 0 else largest}")

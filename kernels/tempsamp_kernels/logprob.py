@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from tempsamp_kernels import reference
 from tempsamp_kernels import rows as triton_rows
-from tempsamp_kernels.head import ChunkedHead, HeadGradients, check_head
+from tempsamp_kernels.head import ChunkedHead, HeadGradients, check_head, check_token_ids
 from tempsamp_kernels.tiles import tile_statistics, tiles_beat_gemm
 from tempsamp_kernels.tokens import HeadOptions, RowStatistics, Tokens, choose_impl, per_token
 
@@ -121,7 +121,7 @@ def linear_logprob(
     Args:
         hidden: [..., H], float32, bfloat16 or float16.
         weight: [V, H], any floating dtype; under autocast both are cast to its dtype.
-        token_ids: [...] int64.
+        token_ids: [...] int64; one outside the vocabulary raises on a CPU and gives NaN on a GPU.
         bias: [V].
         temperature: a positive number, or one per token [...].
         softcap: `z -> softcap * tanh(z / softcap)`, applied after `logit_scale` and before the temperature.
@@ -140,6 +140,7 @@ def linear_logprob(
     The contract is TRL's and verl's fused log-prob. Raises ValueError for shapes, dtypes or names that do not fit.
     """
     check_head(hidden, weight, token_ids, bias)
+    check_token_ids(token_ids, len(weight))
     impl = choose_impl(impl, hidden)
     flat = hidden.reshape(-1, hidden.shape[-1])
     num_tokens = len(flat)

@@ -104,7 +104,10 @@ def _statistics(
     inv_temperature,
     LANES: tl.constexpr,
 ):
-    """(logp, entropy, lse) of one row; every lane keeps its own maximum and sums until the row ends."""
+    """(logp, entropy, lse) of one row; every lane keeps its own maximum and sums until the row ends.
+
+    NaN for a token outside the vocabulary.
+    """
     peak = tl.full([LANES], -1e30, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     weighted = tl.zeros([LANES], tl.float32)
@@ -114,8 +117,9 @@ def _statistics(
         z, _ = _scaled(row_ptr, bias_ptr, columns, inside, logit_scale, softcap, inv_temperature)
         z = tl.where(inside & (columns != token_id), z, float("-inf"))
         peak, total, weighted = absorbed(peak, total, weighted, z)
-    target, _ = _scaled(row_ptr, bias_ptr, token_id, True, logit_scale, softcap, inv_temperature)
-    return merged(peak, total, weighted, target)
+    known = (token_id >= 0) & (token_id < vocab_size)
+    target, _ = _scaled(row_ptr, bias_ptr, token_id, known, logit_scale, softcap, inv_temperature)
+    return merged(peak, total, weighted, tl.where(known, target, float("nan")))
 
 
 @triton.jit

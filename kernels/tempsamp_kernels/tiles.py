@@ -61,7 +61,8 @@ def tile_statistics_kernel(
     peak = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS], tl.float32)
-    target = tl.zeros([ROWS], tl.float32)
+    known = (token_id >= 0) & (token_id < vocab_size)
+    target = tl.where(known, 0.0, float("nan"))
     for start in range(0, SPAN, COLUMNS):
         columns = span * SPAN + start + tl.arange(0, COLUMNS)
         inside = columns < vocab_size

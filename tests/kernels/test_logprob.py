@@ -245,6 +245,8 @@ def test_arguments_that_do_not_fit_are_refused_by_name():
         ((hidden.double(), weight, token_ids), {}, "hidden must be"),
         ((hidden, weight[:, :4], token_ids), {}, "weight must be"),
         ((hidden, weight, token_ids[:2]), {}, "token_ids must be"),
+        ((hidden.cpu(), weight.cpu(), torch.tensor([0, 11, 3])), {}, r"token_ids must be in \[0, 11\); got 11"),
+        ((hidden.cpu(), weight.cpu(), torch.tensor([0, 10, -100])), {}, "got -100"),
         ((hidden, weight, token_ids), {"bias": torch.zeros(3)}, "bias must be"),
         ((hidden, weight, token_ids), {"impl": "cuda"}, "impl 'cuda'"),
     ):

@@ -51,6 +51,14 @@ def test_a_gradient_of_log_prob_and_entropy_written_over_its_own_logits_is_right
     torch.testing.assert_close(gradient.float(), expected, rtol=1e-2, atol=1e-9)
 
 
+def test_a_token_outside_the_vocabulary_is_nan_and_harms_no_other():
+    logits, tokens = chunk()
+    expected = rows.row_statistics(logits, tokens, HeadOptions())
+    tokens.token_ids[0], tokens.token_ids[2] = VOCAB_SIZE, -1
+    found = rows.row_statistics(logits, tokens, HeadOptions())
+    assert found.logp[[0, 2]].isnan().all() and found.logp[1] == expected.logp[1]
+
+
 def derivatives(value, *inputs):
     return torch.autograd.grad(value.sum(), inputs, allow_unused=True, materialize_grads=True)
 
