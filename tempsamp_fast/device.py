@@ -16,7 +16,7 @@ def prepare_environment() -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     if not torch.cuda.is_available():
         os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -25,7 +25,8 @@ def prepare_environment() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing listens on."""
     import socket
 
     with socket.socket() as probe:

@@ -87,7 +87,7 @@ def test_confident_tokens_keep_their_digits():
 
 
 def test_a_token_has_the_same_bits_whatever_stands_beside_it():
-    """Not even a token that is no number. The interpreter's products are NumPy's, whose bits depend on the tile's row."""
+    """Not even a token that is no number. NumPy, the interpreter, rounds by the row of a tile."""
     shift = 3 if torch.cuda.is_available() else ROWS
     hidden, weight, tokens = inputs(ROWS + 12, 16, 150)
     together = tile_statistics(hidden, weight, tokens, HeadOptions())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from tempsamp_fast.advantage import assign_advantages
 from tempsamp_fast.annotations import load_annotations
 from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.batch import RolloutGroup
+from tempsamp_fast.device import free_port
 from tempsamp_fast.prompts import off_policy_text, question
 from tempsamp_fast.run import Run
 from tempsamp_fast.runlog import read_metrics
@@ -97,12 +97,9 @@ class Trainer:
         """A whole run by the `deepspeed` launcher on the CPU; returns the rows of its metrics.jsonl."""
         set_by_launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
         environment = {name: value for name, value in os.environ.items() if name not in set_by_launcher}
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         command = [
             *(str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(num_ranks)),
-            *("--master_port", str(port), str(REPOSITORY / "tempsamp_fast/train.py")),
+            *("--master_port", str(free_port()), str(REPOSITORY / "tempsamp_fast/train.py")),
             *self.flags(output_dir, *words),
         ]
         done = subprocess.run(
@@ -187,7 +184,8 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def process_group() -> Iterator[None]:
-    """What the trainer's entry makes once per process."""
+    """What the trainer makes once per process; workers of pytest-xdist inherit a port that they must not share."""
+    os.environ["MASTER_PORT"] = str(free_port())
     deepspeed.init_distributed(verbose=False)
     yield
 
