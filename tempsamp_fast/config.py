@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from tempsamp_fast.sample import Mode, Task
 
 Method = Literal["sft", "grpo", "tempsamp"]
+LigerLayers = Literal["auto", "on", "off"]
 Shaping = Literal["grpo", "mixed", "downscale", "anchor", "nonlinear", "orarl"]
 METHODS: tuple[str, ...] = get_args(Method)
 MODES: tuple[str, ...] = get_args(Mode)
@@ -130,8 +131,18 @@ class ModelConfig:
         default="auto", metadata={"help": "auto: bfloat16 on a GPU, float32 on a CPU"}
     )
     freeze_vision: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "recompute activations in the backward pass instead of keeping them"}
+    )
+    checkpoint_every: int = field(default=1, metadata={"help": "of the decoder layers, recompute every k-th"})
+    checkpoint_vision: bool = field(default=True, metadata={"help": "recompute the vision tower's blocks too"})
+    liger_layers: LigerLayers = field(
+        default="auto", metadata={"help": "Liger's fused RMSNorm, SwiGLU and rotary positions; auto: on with a GPU"}
+    )
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "at least 1")
 
 
 @dataclass

@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 
 from tempsamp_fast.chat import Chat
 from tempsamp_fast.config import ModelConfig
+from tempsamp_fast.liger_layers import apply_liger_layers
 from tempsamp_fast.video import Geometry
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
@@ -44,6 +45,7 @@ def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tupl
         raise ValueError(f"model={checkpoint!r}: cannot be loaded: {error}") from error
     if loading["missing_keys"]:
         raise ValueError(f"model={checkpoint!r}: has no weights for {', '.join(sorted(loading['missing_keys']))}")
+    apply_liger_layers(model, config.liger_layers)
     return model, Chat(tokenizer, model.config, _preprocessor_files(checkpoint))
 
 

@@ -65,7 +65,12 @@ class Run:
         )
         if config.model.freeze_vision:
             model.model.visual.requires_grad_(False)
-        self.policy = Policy(model, gradient_checkpointing=config.model.gradient_checkpointing)
+        self.policy = Policy(
+            model,
+            gradient_checkpointing=config.model.gradient_checkpointing,
+            checkpoint_every=config.model.checkpoint_every,
+            checkpoint_vision=config.model.checkpoint_vision,
+        )
         self.engine = build_engine(self.policy, config, dtype)
         if self.resumed_from:
             self.engine.load_checkpoint(str(self.resumed_from / ENGINE), tag="state", load_module_strict=True)
