@@ -15,16 +15,6 @@ namespace {
 // Units per thread: enough that the last ones to finish do not leave the others idle for long.
 constexpr int kUnitsPerThread = 2;
 
-// A part of the wanted frames of one file: what one thread decodes at a time.
-struct Unit {
-    size_t request = 0;
-    std::vector<int32_t> frames;              // ascending, distinct
-    std::vector<std::vector<int32_t>> slots;  // where each goes in the patches
-    std::vector<FrameState> states;
-    Status status;
-    ReadCounts counts;
-};
-
 // All frames of one file, or several parts that start at different keys.
 std::vector<Unit> units_of(size_t number, const DecodeRequest& request, int max_units) {
     std::vector<std::pair<int32_t, int32_t>> frame_slots;
@@ -75,18 +65,12 @@ void prefer_large_pages([[maybe_unused]] const DecodeRequest& request) {
 #endif
 }
 
-void decode_unit(const DecodeRequest& request, const CallOptions& options, Watch& watch, Unit* unit) {
-    watch.start(request.deadline_s);
-    try {
-        PatchWriter writer(request.layout, request.index->orientation, *options.kernels);
-        FrameReader reader(*request.index, options.limits, watch);
-        const auto take = [&](const AVFrame& frame, size_t place) { return writer.write(frame, unit->slots[place]); };
-        unit->status = reader.read(unit->frames, take, &unit->states);
-        unit->counts = reader.counts();
-    } catch (const std::bad_alloc&) {
-        unit->status = out_of_memory();
-    }
-    unit->states.resize(unit->frames.size(), FrameState::kMissing);
+void decode_patches(const DecodeRequest& request, const CallOptions& options, const Watch& watch, Unit* unit) {
+    PatchWriter writer(request.layout, request.index->orientation, *options.kernels);
+    FrameReader reader(*request.index, options.limits, watch);
+    const auto take = [&](const AVFrame& frame, size_t place) { return writer.write(frame, unit->slots[place]); };
+    unit->status = reader.read(unit->frames, take, &unit->states);
+    unit->counts = reader.counts();
 }
 
 void add(const Unit& unit, DecodeResult* result) {
@@ -135,6 +119,14 @@ std::vector<IndexResult> index_files(const std::vector<std::string>& paths, cons
 }
 
 std::vector<DecodeResult> decode_files(const std::vector<DecodeRequest>& requests, CallOptions& options) {
+    for (const DecodeRequest& request : requests) prefer_large_pages(request);
+    return decode_units(requests, options, [&options](const DecodeRequest& request, Watch& watch, Unit* unit) {
+        decode_patches(request, options, watch, unit);
+    });
+}
+
+std::vector<DecodeResult> decode_units(const std::vector<DecodeRequest>& requests, CallOptions& options,
+                                       const DecodeUnit& decode) {
     const int num_files = std::max<int>(1, static_cast<int>(requests.size()));
     const int wanted_units = options.num_threads == 1 ? 1 : kUnitsPerThread * options.num_threads;
     const int max_units = std::max(1, wanted_units / num_files);
@@ -144,12 +136,20 @@ std::vector<DecodeResult> decode_files(const std::vector<DecodeRequest>& request
     for (size_t i = 0; i < requests.size(); ++i) {
         for (Unit& unit : units_of(i, requests[i], max_units)) units.push_back(std::move(unit));
         watches.emplace_back(options.cancelled);
-        prefer_large_pages(requests[i]);
         results[i].states.resize(requests[i].frames.size(), FrameState::kMissing);
     }
     std::vector<std::function<void()>> tasks;
     for (Unit& unit : units) {
-        tasks.emplace_back([&] { decode_unit(requests[unit.request], options, watches[unit.request], &unit); });
+        tasks.emplace_back([&] {
+            Watch& watch = watches[unit.request];
+            watch.start(requests[unit.request].deadline_s);
+            try {
+                decode(requests[unit.request], watch, &unit);
+            } catch (const std::bad_alloc&) {
+                unit.status = out_of_memory();
+            }
+            unit.states.resize(unit.frames.size(), FrameState::kMissing);
+        });
     }
     run_tasks(tasks, options.num_threads, options.poll);
     for (const Unit& unit : units) add(unit, &results[unit.request]);

@@ -28,6 +28,16 @@ struct DecodeRequest {
     double deadline_s = 0.0;
 };
 
+// A part of the wanted frames of one file: what one thread decodes at a time.
+struct Unit {
+    size_t request = 0;
+    std::vector<int32_t> frames;              // ascending, distinct
+    std::vector<std::vector<int32_t>> slots;  // where each goes in the patches
+    std::vector<FrameState> states;
+    Status status;
+    ReadCounts counts;
+};
+
 struct DecodeResult {
     Status status;
     std::vector<FrameState> states;  // one per requested frame
@@ -37,5 +47,10 @@ struct DecodeResult {
 std::vector<IndexResult> index_files(const std::vector<std::string>& paths, const std::vector<double>& deadlines_s,
                                      CallOptions& options);
 std::vector<DecodeResult> decode_files(const std::vector<DecodeRequest>& requests, CallOptions& options);
+
+// Cuts the requests into units, at key frames, and has `decode` fill in what became of each, on `num_threads` threads.
+using DecodeUnit = std::function<void(const DecodeRequest&, Watch&, Unit*)>;
+std::vector<DecodeResult> decode_units(const std::vector<DecodeRequest>& requests, CallOptions& options,
+                                       const DecodeUnit& decode);
 
 }  // namespace video

@@ -167,6 +167,12 @@ PYBIND11_MODULE(_video, m) {
                                    return py::make_tuple(turned ? i.width : i.height, turned ? i.height : i.width);
                                },
                                "(height, width) as displayed.")
+        .def_property_readonly("orientation",
+                               [](const Index& i) {
+                                   const Orientation& o = i.orientation;
+                                   return py::make_tuple(o.transpose, o.mirror_x, o.mirror_y);
+                               },
+                               "(transpose, mirror_x, mirror_y): how a coded picture is turned for display.")
         .def_property_readonly("time_base",
                                [](const Index& i) { return py::make_tuple(i.time_base.num, i.time_base.den); },
                                "Seconds per tick as a fraction.")

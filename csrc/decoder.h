@@ -22,6 +22,8 @@ public:
     virtual void reset() = 0;
 };
 
+using OpenDecoder = std::function<Status(const AVStream*, const Limits&, std::unique_ptr<Decoder>*)>;
+
 // FFmpeg's software decoder, on the calling thread only: files run in parallel, not frames.
 Status open_software_decoder(const AVStream* stream, const Limits& limits, std::unique_ptr<Decoder>* decoder);
 

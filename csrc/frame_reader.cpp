@@ -48,7 +48,7 @@ Status FrameReader::open() {
     demuxer_ = std::make_unique<Demuxer>(watch_);
     if (Status opened = demuxer_->open(index_.path); !opened.ok()) return opened;
     if (!decoder_) {
-        if (Status opened = open_software_decoder(demuxer_->stream(), limits_, &decoder_); !opened.ok()) return opened;
+        if (Status opened = open_decoder_(demuxer_->stream(), limits_, &decoder_); !opened.ok()) return opened;
     }
     packet_.reset(av_packet_alloc());
     if (!packet_) return out_of_memory();

@@ -23,8 +23,9 @@ public:
     // Called with the place of a frame in the list of wanted ones; for the same place again if it came out better.
     using Take = std::function<Status(const AVFrame&, size_t place)>;
 
-    FrameReader(const Index& index, const Limits& limits, const Watch& watch)
-        : index_(index), limits_(limits), watch_(watch) {}
+    FrameReader(const Index& index, const Limits& limits, const Watch& watch,
+                OpenDecoder open_decoder = open_software_decoder)
+        : index_(index), limits_(limits), watch_(watch), open_decoder_(std::move(open_decoder)) {}
 
     // `frames`: places in order of presentation, ascending, no two equal. `states` gets one entry per frame, also when
     // the status is not ok.
@@ -61,6 +62,7 @@ private:
     const Index& index_;
     const Limits& limits_;
     const Watch& watch_;
+    OpenDecoder open_decoder_;
     std::unique_ptr<Demuxer> demuxer_;
     std::unique_ptr<Decoder> decoder_;
     PacketPtr packet_;

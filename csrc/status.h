@@ -12,6 +12,7 @@ enum class Code {
     kOpenFailed,
     kNoVideoStream,
     kDecodeFailed,
+    kUnsupported,
     kLimitExceeded,
     kDeadline,
     kCancelled,
@@ -24,6 +25,7 @@ inline const char* name(Code code) {
         case Code::kOpenFailed: return "OPEN_FAILED";
         case Code::kNoVideoStream: return "NO_VIDEO_STREAM";
         case Code::kDecodeFailed: return "DECODE_FAILED";
+        case Code::kUnsupported: return "UNSUPPORTED";
         case Code::kLimitExceeded: return "LIMIT_EXCEEDED";
         case Code::kDeadline: return "DEADLINE";
         case Code::kCancelled: return "CANCELLED";

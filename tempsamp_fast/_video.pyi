@@ -15,6 +15,7 @@ class Index:
     read_s: float
     coded_size: tuple[int, int]
     size: tuple[int, int]
+    orientation: tuple[bool, bool, bool]
     time_base: tuple[int, int]
     frame_rate: float
     num_keys: int
