@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from tempsamp_fast.batch import Prompt
 from tempsamp_fast.groups import Sampler
 from tempsamp_fast.loader import PromptLoader
 from tempsamp_fast.rewards import best_iou, parse_span
@@ -25,9 +27,11 @@ def evaluate(
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     texts: dict[str, str] = {}
     own = samples[rank::world_size]
-    for start in range(0, len(own), batch_size):
-        prompts = loader.prompts(own[start : start + batch_size], [mode] * len(own[start : start + batch_size]))
-        answers = sampler(prompts, 1) if prompts else []
+    # Every rank samples equally often, as partitioned parameters need it, if only an answer that others have too.
+    for start in range(0, math.ceil(len(samples) / world_size), batch_size):
+        batch = own[start : start + batch_size]
+        prompts = loader.prompts(batch, [mode] * len(batch)) or _first_prompt(samples, mode, loader)
+        answers = sampler(prompts, [1] * len(prompts)) if prompts else []
         for prompt, (completion,) in zip(prompts, answers, strict=True):
             texts[prompt.sample.sample_id] = completion.text
     gathered: list[dict[str, str]] = [texts]
@@ -36,6 +40,11 @@ def evaluate(
         dist.all_gather_object(gathered, texts)
     texts = {sample_id: text for part in gathered for sample_id, text in part.items()}
     return [_row(sample, texts.get(sample.sample_id, "")) for sample in samples]
+
+
+def _first_prompt(samples: Sequence[Sample], mode: Mode, loader: PromptLoader) -> list[Prompt]:
+    """That of the first sample whose video can be read; the same on every rank."""
+    return next((prompts for sample in samples if (prompts := loader.prompts([sample], [mode]))), [])
 
 
 def _row(sample: Sample, text: str) -> dict[str, Any]:

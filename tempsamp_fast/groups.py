@@ -15,8 +15,8 @@ from tempsamp_fast.prompts import off_policy_text
 from tempsamp_fast.rewards import REWARDS, TASK_REWARDS
 from tempsamp_fast.sample import Task
 
-Sampler = Callable[[Sequence[Prompt], int], list[list[Completion]]]
-"""`(prompts, num_completions) -> completions by prompt`, all on-policy."""
+Sampler = Callable[[Sequence[Prompt], Sequence[int]], list[list[Completion]]]
+"""`(prompts, number of completions of each) -> completions by prompt`, all on-policy."""
 
 
 def answer(
@@ -36,13 +36,11 @@ def answer(
     off_policy = [_off_policy(prompt, method, chat, algorithm, task) for prompt in prompts]
     if method == "sft":
         return [RolloutGroup(prompt, given) for prompt, given in zip(prompts, off_policy, strict=True)]
-    num_sampled = [num_generations - len(given) for given in off_policy]
-    sampled: list[list[Completion]] = [[] for _ in prompts]
-    for count in sorted(set(num_sampled)):
-        chosen = [index for index, number in enumerate(num_sampled) if number == count]
-        for index, completions in zip(chosen, sampler([prompts[i] for i in chosen], count), strict=True):
-            sampled[index] = completions
-    groups = [RolloutGroup(prompt, [*sampled[i], *off_policy[i]]) for i, prompt in enumerate(prompts)]
+    sampled = sampler(prompts, [num_generations - len(given) for given in off_policy])
+    groups = [
+        RolloutGroup(prompt, [*drawn, *given])
+        for prompt, drawn, given in zip(prompts, sampled, off_policy, strict=True)
+    ]
     for group in groups:
         score(group, task, algorithm)
     return groups
@@ -85,7 +83,7 @@ class RecordedRollouts:
                 row = {"step": step, "sample_id": prompt.sample.sample_id, "mode": prompt.mode, "ids": ids}
                 file.write(json.dumps(row) + "\n")
 
-    def read(self, step: int, prompts: Sequence[Prompt], num_completions: int) -> list[list[Completion]]:
+    def read(self, step: int, prompts: Sequence[Prompt], num_completions: Sequence[int]) -> list[list[Completion]]:
         """The recorded answers to `prompts`. Raises ValueError naming the file and what it lacks."""
         if not self._answers:
             with self.path.open() as file:
@@ -94,16 +92,16 @@ class RecordedRollouts:
                         self.chat.completion(torch.tensor(ids)) for ids in row["ids"]
                     ]
         found = []
-        for prompt in prompts:
+        for prompt, number in zip(prompts, num_completions, strict=True):
             key = (step, prompt.sample.sample_id, prompt.mode)
             completions = self._answers.get(key)
-            if completions is None or len(completions) < num_completions:
+            if completions is None or len(completions) < number:
                 have = 0 if completions is None else len(completions)
                 raise ValueError(
                     f"replay_rollouts={str(self.path)!r}: {have} answers for step {step}, sample "
-                    f"{prompt.sample.sample_id!r}, mode {prompt.mode}; need {num_completions}"
+                    f"{prompt.sample.sample_id!r}, mode {prompt.mode}; need {number}"
                 )
-            found.append(completions[:num_completions])
+            found.append(completions[:number])
         return found
 
 

@@ -41,10 +41,11 @@ class SharedPrefixCache:
     """Attention of one new token per row to its prompt and to the row's earlier tokens.
 
     The two parts are computed apart and merged by their log-sum-exps, so that a prompt's keys are stored and read
-    once however many rows continue it. Prompts are padded to the longest. Rows start as prompt 0's, prompt 1's, ...
+    once however many rows continue it. Prompts are padded to the longest.
     """
 
-    def __init__(self, prefills: Sequence[PrefillAttention], num_rows_per_prompt: int) -> None:
+    def __init__(self, prefills: Sequence[PrefillAttention], row_prompts: Tensor) -> None:
+        """row_prompts: [R] int64, increasing: the prompt that each row continues."""
         layers = range(len(prefills[0].keys))
         self._prefix_keys = [_pad([k for p in prefills for k in p.by_prompt(p.keys[layer])]) for layer in layers]
         self._prefix_values = [_pad([v for p in prefills for v in p.by_prompt(p.values[layer])]) for layer in layers]
@@ -52,7 +53,7 @@ class SharedPrefixCache:
         lengths = torch.tensor([length for p in prefills for length in p.prompt_lens], device=device)
         is_padding = torch.arange(int(lengths.max()), device=device) >= lengths[:, None]
         self._prefix_bias = torch.zeros_like(is_padding, dtype=torch.float32).masked_fill(is_padding, float("-inf"))
-        self._row_prompts = torch.arange(len(lengths), device=device).repeat_interleave(num_rows_per_prompt)
+        self._row_prompts = row_prompts
         self._own_keys: list[Tensor] = []
         self._own_values: list[Tensor] = []
         self._num_own = 0

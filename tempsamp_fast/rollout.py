@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class _Prefilled:
 def generate(
     policy: Any,
     prompts: Sequence[Prompt],
-    num_completions: int,
+    num_completions: int | Sequence[int],
     params: SamplingParams,
     *,
     seed: Sequence[int],
@@ -65,7 +66,7 @@ def generate(
     max_tokens_per_row: int = 32_768,
     synced: bool = False,
 ) -> list[list[SampledAnswer]]:
-    """Draw `num_completions` answers to every prompt.
+    """Draw `num_completions` answers to every prompt, or a number of its own to each.
 
     policy: a `Policy`, or a DeepSpeed engine around one.
     seed: any integers, (seed, step) say. What is drawn depends on them, on the prompt's sample id and mode, and on
@@ -78,14 +79,19 @@ def generate(
     """
     if not prompts:
         raise ValueError("prompts is empty")
+    counts = [num_completions] * len(prompts) if isinstance(num_completions, int) else list(num_completions)
     config = getattr(policy, "module", policy).config
     prefilled = _prefill(policy, prompts, config, max_tokens_per_row, synced)
-    cache = SharedPrefixCache(prefilled.attentions, num_completions)
-    logits = prefilled.logits.repeat_interleave(num_completions, dim=0)
-    positions = prefilled.next_positions.repeat_interleave(num_completions)
+    row_prompts = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(prefilled.logits.device)
+    cache = SharedPrefixCache(prefilled.attentions, row_prompts)
+    logits, positions = prefilled.logits[row_prompts], prefilled.next_positions[row_prompts]
     prefilled.attentions.clear()
 
-    names = [f"{p.sample.sample_id} {p.mode} {index}" for p in prompts for index in range(num_completions)]
+    names = [
+        f"{prompt.sample.sample_id} {prompt.mode} {index}"
+        for prompt, count in zip(prompts, counts, strict=True)
+        for index in range(count)
+    ]
     noise = SampleNoise(seed, names)
     banned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
     banned[[*banned_token_ids, config.image_token_id, config.video_token_id]] = True
@@ -105,7 +111,7 @@ def generate(
             logit_indices=torch.arange(len(tokens), device=tokens.device),
         )
         logits = policy(step, _logits, attention=cache)
-    return answers.by_prompt(num_completions)
+    return answers.by_prompt(counts)
 
 
 class _Answers:
@@ -139,10 +145,10 @@ class _Answers:
         self.rows = self.rows[keep]
         return keep
 
-    def by_prompt(self, num_completions: int) -> list[list[SampledAnswer]]:
+    def by_prompt(self, counts: Sequence[int]) -> list[list[SampledAnswer]]:
         ids, logps, lengths = self._ids.cpu(), self._logps.cpu(), self._lengths.tolist()
-        answers = [SampledAnswer(ids[row, :n].clone(), logps[row, :n].clone()) for row, n in enumerate(lengths)]
-        return [answers[start : start + num_completions] for start in range(0, len(answers), num_completions)]
+        answers = iter([SampledAnswer(ids[row, :n].clone(), logps[row, :n].clone()) for row, n in enumerate(lengths)])
+        return [list(islice(answers, count)) for count in counts]
 
 
 def _prefill(policy: Any, prompts: Sequence[Prompt], config: Any, max_tokens_per_row: int, synced: bool) -> _Prefilled:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from tempsamp_fast.annotations import load_annotations
+from tempsamp_fast.backends import PolicyBackend, RolloutBackend
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
 from tempsamp_fast.checkpoint import ENGINE, MODEL, latest_checkpoint, save_checkpoint, save_model
 from tempsamp_fast.config import Config, Phase, parse_phases
@@ -23,7 +24,7 @@ from tempsamp_fast.model import geometry_of, load_model, resolve_dtype
 from tempsamp_fast.policy import Policy
 from tempsamp_fast.prefetch import Prefetch
 from tempsamp_fast.prompts import off_policy_text, question
-from tempsamp_fast.rollout import SamplingParams, generate
+from tempsamp_fast.rollout import SamplingParams
 from tempsamp_fast.runlog import RunLog
 from tempsamp_fast.sample import Sample
 from tempsamp_fast.schedule import PhaseStep, plan
@@ -74,6 +75,9 @@ class Run:
         self.engine = build_engine(self.policy, config, dtype)
         if self.resumed_from:
             self.engine.load_checkpoint(str(self.resumed_from / ENGINE), tag="state", load_module_strict=True)
+        self.backend: RolloutBackend = PolicyBackend(
+            self.engine, [self.chat.eos_token_id], self.chat.banned_token_ids, config.train.max_tokens_per_row
+        )
         self.reference: Policy | None = None
         self.record = self._recorded(config.rollout.record_rollouts)
         self.replay = self._recorded(config.rollout.replay_rollouts)
@@ -150,7 +154,7 @@ class Run:
     def answer(self, at: PhaseStep, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
         """Scored groups for the prompts, sampled or replayed."""
 
-        def sampler(asked: Sequence[Prompt], num_completions: int) -> list[list[Completion]]:
+        def sampler(asked: Sequence[Prompt], num_completions: Sequence[int]) -> list[list[Completion]]:
             if self.replay:
                 return self.replay.read(at.step, asked, num_completions)
             answers = self.sample(asked, num_completions, self.config.rollout.temperature, step=at.step)
@@ -170,9 +174,9 @@ class Run:
         )
 
     def sample(
-        self, prompts: Sequence[Prompt], num_completions: int, temperature: float, step: int = 0
+        self, prompts: Sequence[Prompt], num_completions: int | Sequence[int], temperature: float, step: int = 0
     ) -> list[list[Completion]]:
-        """Answers of the current policy; `temperature` 0 is greedy."""
+        """Answers of the current policy, as many for all prompts or for each; `temperature` 0 is greedy."""
         rollout = self.config.rollout
         params = SamplingParams(
             temperature=temperature,
@@ -180,19 +184,11 @@ class Run:
             top_k=rollout.top_k,
             max_completion_length=rollout.max_completion_length,
         )
-        answers = generate(
-            self.policy,
-            prompts,
-            num_completions,
-            params,
-            seed=(self.config.train.seed, step),
-            eos_token_ids=[self.chat.eos_token_id],
-            banned_token_ids=self.chat.banned_token_ids,
-            max_tokens_per_row=self.config.train.max_tokens_per_row,
-        )
+        self.backend.sync_weights()
+        answers = self.backend.generate(prompts, num_completions, params, seed=(self.config.train.seed, step))
         return [[self.chat.completion(each.ids, each.logps) for each in group] for group in answers]
 
-    def greedy(self, prompts: Sequence[Prompt], num_completions: int) -> list[list[Completion]]:
+    def greedy(self, prompts: Sequence[Prompt], num_completions: Sequence[int]) -> list[list[Completion]]:
         """The sampler of evaluation."""
         return self.sample(prompts, num_completions, temperature=0.0)
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import Tiny
+from tempsamp_fast.backends import PolicyBackend
 from tempsamp_fast.engine import optimizer_step
 from tempsamp_fast.packing import pack
 from tempsamp_fast.policy import Policy
@@ -34,9 +35,8 @@ def check_rollouts(tiny: Tiny, engine, rank: int) -> None:
     prompts = [group.prompt for group in tiny.groups()][: 3 - 2 * rank]
     ends = list(range(20, 40)) if rank == 0 else list(range(60))
     params = SamplingParams(max_completion_length=4)
-    options = {"seed": (1,), "eos_token_ids": ends, "max_tokens_per_row": 50}
-    answers = generate(engine, prompts, 4, params, synced=True, **options)
-    expected = generate(Policy(tiny.model()), prompts, 4, params, **options)
+    answers = PolicyBackend(engine, ends, (), max_tokens_per_row=50).generate(prompts, 4, params, seed=(1,))
+    expected = generate(Policy(tiny.model()), prompts, 4, params, seed=(1,), eos_token_ids=ends, max_tokens_per_row=50)
     flat = lambda groups: [answer.ids.tolist() for group in groups for answer in group]
     assert flat(answers) == flat(expected)
     assert rank == 0 or max(map(len, flat(answers))) == 1

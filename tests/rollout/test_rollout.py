@@ -21,7 +21,11 @@ PARAMS = SamplingParams(temperature=1.3, max_completion_length=12)
 
 
 def sample(
-    policy: Policy, prompts: Sequence[Prompt], num_completions: int = 3, params: SamplingParams = PARAMS, **options
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    num_completions: int | list[int] = 3,
+    params: SamplingParams = PARAMS,
+    **options,
 ) -> list[list[SampledAnswer]]:
     options = {"seed": (0, 5), "eos_token_ids": [EOS], **options}
     return generate(policy, prompts, num_completions, params, **options)
@@ -87,6 +91,12 @@ def test_answers_do_not_depend_on_their_company(tiny) -> None:
         assert same_ids(sample(policy, [prompt], 5)[0][:3], group)
     assert all(map(same_ids, sample(policy, prompts[::-1]), together[::-1]))
     assert all(map(same_ids, sample(policy, prompts, max_tokens_per_row=60), together))
+
+
+def test_prompts_may_ask_for_different_numbers_of_answers(tiny) -> None:
+    policy, prompts = Policy(tiny.model()), prompts_of(tiny)
+    expected = [group[:count] for group, count in zip(sample(policy, prompts), (3, 1, 2), strict=True)]
+    assert all(map(same_ids, sample(policy, prompts, [3, 1, 2], max_tokens_per_row=60), expected))
 
 
 def test_another_seed_or_step_gives_other_answers(tiny) -> None:

@@ -1,0 +1,57 @@
+"""What draws answers for the trainer: the policy itself, or another engine that is given its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from tempsamp_fast.batch import Prompt
+from tempsamp_fast.rollout import SampledAnswer, SamplingParams, generate
+
+
+class RolloutBackend(Protocol):
+    """One rank's sampler. To add one, write these two methods and a line in `Run`."""
+
+    def sync_weights(self) -> None:
+        """Sample from the policy as it is now; called before every batch, cheap when nothing has changed."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        num_completions: int | Sequence[int],
+        params: SamplingParams,
+        seed: Sequence[int],
+    ) -> list[list[SampledAnswer]]:
+        """Answers by prompt; arguments and result as of `rollout.generate`."""
+
+
+class PolicyBackend:
+    """Sampling from the training weights themselves: nothing to sync.
+
+    Partitioned parameters (ZeRO-3) are gathered layer by layer, which takes all ranks: they pass through the engine in
+    step with each other.
+    """
+
+    def __init__(
+        self, engine: Any, eos_token_ids: Sequence[int], banned_token_ids: Sequence[int], max_tokens_per_row: int
+    ) -> None:
+        self._synced = engine.zero_optimization_partition_weights()
+        self._policy = engine if self._synced else engine.module
+        self._options: dict[str, Any] = {
+            "eos_token_ids": eos_token_ids,
+            "banned_token_ids": banned_token_ids,
+            "max_tokens_per_row": max_tokens_per_row,
+        }
+
+    def sync_weights(self) -> None:
+        """The weights are the policy's own."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        num_completions: int | Sequence[int],
+        params: SamplingParams,
+        seed: Sequence[int],
+    ) -> list[list[SampledAnswer]]:
+        """See `rollout.generate`."""
+        return generate(self._policy, prompts, num_completions, params, seed=seed, synced=self._synced, **self._options)

@@ -1,0 +1,53 @@
+"""What the trainer samples through."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from tempsamp_fast import backends
+from tempsamp_fast.backends import PolicyBackend
+from tempsamp_fast.evaluation import evaluate
+from tempsamp_fast.rollout import SamplingParams
+
+
+@pytest.mark.parametrize("is_partitioned", [False, True])
+def test_partitioned_parameters_are_sampled_through_the_engine_in_step(
+    is_partitioned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(backends, "generate", lambda policy, *_, **options: calls.append((policy, options["synced"])))
+    engine = SimpleNamespace(module="policy", zero_optimization_partition_weights=lambda: is_partitioned)
+    PolicyBackend(engine, [0], [], 100).generate([], 1, SamplingParams(), (0,))
+    assert calls == [(engine, True) if is_partitioned else ("policy", False)]
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 5, 8])
+def test_every_rank_evaluates_in_as_many_calls(num_samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that has fewer samples, none, or whose videos cannot be read; nothing but its own answers counts."""
+    samples = [
+        SimpleNamespace(sample_id=str(i), video=f"{i}.mp4", query="", duration_s=1.0, windows=((0.0, 1.0),))
+        for i in range(num_samples)
+    ]
+    unreadable = samples[1:2]
+    loader = SimpleNamespace(
+        prompts=lambda batch, modes: [SimpleNamespace(sample=each) for each in batch if each not in unreadable]
+    )
+    num_calls, texts, gathered = [], {}, []
+    monkeypatch.setattr("tempsamp_fast.evaluation.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("tempsamp_fast.evaluation.dist.get_world_size", lambda: 2)
+    monkeypatch.setattr("tempsamp_fast.evaluation.dist.all_gather_object", lambda out, own: gathered.append(own))
+    for rank in range(2):
+        monkeypatch.setattr("tempsamp_fast.evaluation.dist.get_rank", lambda rank=rank: rank)
+        calls = []
+        sampler = lambda prompts, counts, calls=calls: (
+            calls.append(len(prompts))
+            or [[SimpleNamespace(text=f"answer to {prompt.sample.sample_id}")] for prompt in prompts]
+        )
+        evaluate(samples, "answer", sampler, loader, batch_size=2)  # type: ignore[arg-type]
+        num_calls.append(len(calls))
+    for part in gathered:
+        texts |= part
+    assert num_calls[0] == num_calls[1] > 0
+    assert texts == {each.sample_id: f"answer to {each.sample_id}" for each in samples if each not in unreadable}
