@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.loss_contenders import Contender, LossBatch, liger, ours, torch_loss, trl, trl_logps
+from tempsamp_fast.flops import peak_bf16_flops
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -28,7 +29,6 @@ ROUNDS = 10 if CUDA else 3
 # On a CPU: seconds of this process, since other work may share the machine.
 TIMER = time.perf_counter if CUDA else time.process_time
 pytestmark = pytest.mark.benchmark(timer=TIMER)
-PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 HEADS = {"3B": (2048, 151936), "7B": (3584, 152064)}
 CASES = (
     [pytest.param(n, *head, id=f"{name}-N{n}") for name, head in HEADS.items() for n in (1024, 4096, 8192, 32768)]
@@ -165,7 +165,7 @@ def test_forward_and_backward_from_hidden_states(benchmark, num_tokens, hidden_s
     )
     if CUDA:
         device = torch.cuda.get_device_name()
-        peak = next((value for name, value in PEAK_BF16_FLOPS.items() if name in device), None)
+        peak = peak_bf16_flops(device)
         benchmark.extra_info.update(
             device=device,
             share_of_bare_gemms=medians["bare_gemms"] / medians["ours"],

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from tempsamp_fast.packing import PackedRow
+
+PEAK_BF16_TFLOPS = {
+    "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989, "GH200": 989, "H20": 148,
+    "B200": 2250, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A10": 125,
+}  # fmt: skip
+"""Dense, by the vendor's data sheets; of several names the first one that matches counts."""
+
+
+def peak_bf16_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by its CUDA device name, None for one that is not in the table."""
+    words = set(re.split(r"[\s-]+", device_name))
+    return next((1e12 * tflops for gpu, tflops in PEAK_BF16_TFLOPS.items() if words.issuperset(gpu.split())), None)
 
 
 def forward_flops(row: PackedRow, config: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,12 +77,15 @@ class RecordedRollouts:
         self._answers: dict[tuple[int, str, str], list[Completion]] = {}
 
     def write(self, step: int, prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]]) -> None:
-        """Append the answers of one step."""
+        """Append the answers of one step; several ranks may write to one file."""
+        lines = []
+        for prompt, completions in zip(prompts, answers, strict=True):
+            ids = [completion.ids.tolist() for completion in completions]
+            row = {"step": step, "sample_id": prompt.sample.sample_id, "mode": prompt.mode, "ids": ids}
+            lines.append(json.dumps(row) + "\n")
         with self.path.open("a") as file:
-            for prompt, completions in zip(prompts, answers, strict=True):
-                ids = [completion.ids.tolist() for completion in completions]
-                row = {"step": step, "sample_id": prompt.sample.sample_id, "mode": prompt.mode, "ids": ids}
-                file.write(json.dumps(row) + "\n")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.writelines(lines)
 
     def read(self, step: int, prompts: Sequence[Prompt], num_completions: Sequence[int]) -> list[list[Completion]]:
         """The recorded answers to `prompts`. Raises ValueError naming the file and what it lacks."""

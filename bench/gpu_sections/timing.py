@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PEAK_BF16_TFLOPS = {"H100": 989, "H200": 989, "H20": 148, "A100": 312, "B200": 2250}
-"""Dense, by the vendor's data sheets."""
+from tempsamp_fast.flops import PEAK_BF16_TFLOPS, peak_bf16_flops
 
 
 def peak_flops() -> float:
-    """Dense bf16 FLOP/s of this GPU. Raises ValueError for one that is not in the table."""
+    """Dense bf16 FLOP/s of this GPU. Raises ValueError for one that is not in the trainer's table."""
     name = torch.cuda.get_device_name()
-    known = {gpu: tflops for gpu, tflops in PEAK_BF16_TFLOPS.items() if gpu in name.split()}
-    if not known:
+    flops = peak_bf16_flops(name)
+    if flops is None:
         raise ValueError(f"the bf16 peak of {name!r} is not known; known are {', '.join(PEAK_BF16_TFLOPS)}")
-    return next(iter(known.values())) * 1e12
+    return flops
 
 
 def event_ms(run: Callable[[], object]) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tempsamp_fast.flops import forward_flops
+from tempsamp_fast.flops import forward_flops, peak_bf16_flops
 from tempsamp_fast.packing import pack
 from tempsamp_fast.policy import Policy, with_vision_features
 
@@ -46,3 +46,19 @@ def test_features_at_hand_cost_nothing(tiny) -> None:
         (group.prompt,) = with_vision_features(policy, [group.prompt])
     (row,) = pack(groups, config=policy.config, max_tokens_per_row=10_000)
     assert forward_flops(row, policy.config) == pytest.approx(counted(policy, row) - unseen(policy, row), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("device_name", "tflops"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H20", 148),
+        ("NVIDIA H20X", None),
+        ("cpu", None),
+    ],
+)
+def test_the_peak_is_known_by_the_whole_name_or_not_at_all(device_name: str, tflops: float | None) -> None:
+    assert peak_bf16_flops(device_name) == (None if tflops is None else tflops * 1e12)

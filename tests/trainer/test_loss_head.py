@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from tempsamp_kernels import head as kernel_head
+from tempsamp_kernels import logprob
 from tempsamp_kernels.head import ROW_MULTIPLE
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tempsamp_fast.config import AlgorithmConfig
-from tempsamp_fast.loss import RowTargets, policy_loss
+from tempsamp_fast.loss import RowTargets, log_probs, policy_loss
 from tempsamp_fast.packing import PackedRow, pack
 from tempsamp_fast.policy import Policy
 
@@ -132,3 +134,23 @@ def test_under_autocast_the_loss_is_the_fp32_one_but_for_rounding(tiny, build) -
     ours, theirs = (torch.cat([gradient.flatten() for gradient in each.values()]) for each in (found, expected))
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.99
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_log_probs_of_one_policy_are_the_same_to_the_bit_before_and_in_the_loss(
+    tiny, monkeypatch: pytest.MonkeyPatch, impl: Literal["torch", "triton"], beta: float
+) -> None:
+    """In several chunks, with answers that leave the backward, and where tiles would be faster: ratio 1 and KL 0."""
+    monkeypatch.setitem(kernel_head.LOGITS_BYTES, "cpu", 4 * 64 * ROW_MULTIPLE)
+    monkeypatch.setattr(logprob, "tiles_beat_gemm", lambda *_: True)
+    policy = tied(tiny)
+    groups = [tiny.group(tiny.prompt((3, 6, 4), seed=1), [40, 1, 30, 25])]
+    (row,) = pack(groups, config=policy.config, max_tokens_per_row=10_000)
+    algorithm = AlgorithmConfig(loss_impl=impl, beta=beta)
+    before = policy(row, log_probs(row, algorithm, 0.7)).detach()
+    advantages, is_off_policy = torch.tensor([0.0, 1.0, -1.0, 0.0]), torch.zeros(4, dtype=torch.bool)
+    targets = RowTargets(advantages, is_off_policy, old_logps=before, ref_logps=before if beta else None)
+    _, metrics = policy(row, policy_loss(row, targets, "grpo", algorithm, 0.7, 4, 96, 40))
+    assert metrics.as_dict()["ratio_min"] == metrics.as_dict()["ratio_max"] == 1
+    assert metrics.as_dict()["kl"] == 0
