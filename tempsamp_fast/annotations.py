@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -30,19 +30,23 @@ def load_annotations(path: str | Path, videos: str | Path | None = None, format:
     no videos. A window that ends beyond the video is kept, and their number is logged once.
 
     Raises FileNotFoundError for a missing file, and ValueError naming the file, the video, the field and the value for
-    malformed JSON, a missing field, a wrong type, an empty query, a path that leaves `videos`, or a window that is not
-    finite, starts before 0 or not before the video's end, or does not end after its start.
+    malformed JSON, a missing field, a wrong type, an id that comes twice, an empty query, a path that leaves `videos`,
+    or a window that is not finite, starts before 0 or not before the video's end, or does not end after its start.
     """
     path = Path(path)
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"format {format!r}: choose from auto, {', '.join(FORMATS)}")
     reader = FORMATS[_detect_format(path) if format == "auto" else format]
     folder = Path(videos) if videos is not None else None
-    samples = [_sample(entry, folder) for entry in reader(path)]
+    samples: dict[str, Sample] = {}
+    for record in reader(path):
+        if record.sample_id in samples:
+            raise ValueError(f"{record.place}: a sample of id {record.sample_id!r} came before")
+        samples[record.sample_id] = _sample(record, folder)
     if not samples:
         raise ValueError(f"{path}: no annotated query in it")
-    _log_late_ends(path, samples)
-    return samples
+    _log_late_ends(path, samples.values())
+    return list(samples.values())
 
 
 def find_video(folder: str | Path, video_id: str) -> Path | None:
@@ -134,7 +138,7 @@ def _get(place: str, fields: dict[str, Any], *names: str) -> Any:
     raise ValueError(f"{place}: no field {' or '.join(map(repr, names))}, only {', '.join(fields)}")
 
 
-def _log_late_ends(path: Path, samples: list[Sample]) -> None:
+def _log_late_ends(path: Path, samples: Collection[Sample]) -> None:
     num_windows = sum(len(sample.windows) for sample in samples)
     num_late = sum(end > sample.duration_s for sample in samples for _, end in sample.windows)
     if num_late:
@@ -241,7 +245,12 @@ def _read_timelens_100k(path: Path) -> Iterator[_Record]:
             fields = _typed(place, "event", event, dict)
             query, windows = _get(place, fields, "query"), _get(place, fields, "span")
             yield _Record(
-                f"{place}, query {index}", f"{video}/{index}", video, query, _get(place, row, "duration"), windows
+                f"{place}, query {index}",
+                f"{video}/{number}/{index}",
+                video,
+                query,
+                _get(place, row, "duration"),
+                windows,
             )
 
 

@@ -58,6 +58,23 @@ def parse_phases(text: str) -> list[Phase]:
     return phases
 
 
+def parse_range(name: str, text: str | None) -> tuple[float, float]:
+    """Read `low:high`, both included; either may be left out. None is everything.
+
+    Raises ValueError naming the setting `name` and the value.
+    """
+    if text is None:
+        return -math.inf, math.inf
+    low, separator, high = text.partition(":")
+    try:
+        ends = float(low or "-inf"), float(high or "inf")
+    except ValueError:
+        ends = math.nan, math.nan
+    if not separator or not ends[0] <= ends[1]:
+        raise ValueError(f"{name}={text!r}: must be low:high, such as 5:150 or :60")
+    return ends
+
+
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
     if not condition:
         raise ValueError(f"{name}={value!r}: must be {rule}")
@@ -68,10 +85,20 @@ class DataConfig:
     """What is asked: annotations, videos and how frames are taken."""
 
     annotations: str = field(
-        default="synthetic", metadata={"help": "training annotation file, or 'synthetic' for the embedded data set"}
+        default="synthetic",
+        metadata={"help": "training file, data set name (charades-train, ...), or 'synthetic': the embedded data set"},
     )
-    eval_annotations: str | None = field(default=None, metadata={"help": "held-out annotation file"})
+    eval_annotations: str | None = field(default=None, metadata={"help": "held-out file or data set name"})
     videos: str | None = field(default=None, metadata={"help": "folder of <video id>.{mp4,mkv,webm,avi}"})
+    eval_videos: str | None = field(
+        default=None, metadata={"help": "folder of the held-out videos where it is another (out of domain)"}
+    )
+    few_shot_videos: int | None = field(default=None, metadata={"help": "train on this many videos, drawn at random"})
+    few_shot_seed: int = field(default=0, metadata={"help": "which ones; smaller subsets lie within larger ones"})
+    few_shot_queries: Literal["all", "one"] = field(default="all", metadata={"help": "of each drawn video"})
+    duration_range: str | None = field(default=None, metadata={"help": "train on videos of low:high seconds only"})
+    window_range: str | None = field(default=None, metadata={"help": "train on true spans of low:high seconds only"})
+    difficulty_range: str | None = field(default=None, metadata={"help": "train on difficulties in low:high only"})
     synthetic_dir: str = field(default="data/synthetic", metadata={"help": "where the embedded data set is kept"})
     synthetic_videos: str = field(default="700,20,220", metadata={"help": "embedded videos: train,val,test"})
     task: Task = "grounding"
@@ -105,6 +132,12 @@ class DataConfig:
             self.max_eval_samples is None or self.max_eval_samples >= 0,
             "max_eval_samples", self.max_eval_samples, "zero (no evaluation) or more",
         )  # fmt: skip
+        few = self.few_shot_videos
+        _require(few is None or few >= 1, "few_shot_videos", few, "at least 1")
+        for name in ("duration_range", "window_range", "difficulty_range"):
+            parse_range(name, getattr(self, name))
+        has_test = self.eval_annotations is not None
+        _require(self.eval_videos is None or has_test, "eval_videos", self.eval_videos, "given with eval_annotations")
         if self.annotations != "synthetic":
             _require(self.videos is not None, "videos", self.videos, "given with your own annotations")
 

@@ -11,36 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tempsamp_fast.annotations import load_annotations
+from tempsamp_fast.catalogue import DATASETS, Dataset, find_annotations
 from tempsamp_fast.sample import Sample
 from tempsamp_fast.video import VideoError, frames
 from tempsamp_fast.video.torchcodec_backend import open_decoder, shown_span
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A published annotation file."""
-
-    files: tuple[str, ...]
-    """Names it goes by."""
-    num_videos: int | None = None
-    """As published; None where no figure is."""
-    num_queries: int | None = None
-
-
-DATASETS = {
-    "charades-train": Dataset(("charades_train.json", "charades_sta_train.txt"), 5338, 12408),
-    "charades-test": Dataset(("charades_test.json", "charades_sta_test.txt"), 1334, 3720),
-    "activitynet-train": Dataset(("activitynet_train.json", "train.json"), 10009, 37421),
-    "activitynet-val": Dataset(("activitynet_val_1.json", "val_1.json"), 4917, 17505),
-    "activitynet-test": Dataset(("activitynet_val_2.json", "val_2.json"), 4885, 17031),
-    "qvhighlights-train": Dataset(("qvhighlights_train.jsonl", "highlight_train_release.jsonl"), None, 7218),
-    "qvhighlights-val": Dataset(("qvhighlights_val.jsonl", "highlight_val_release.jsonl"), None, 1550),
-    "timelens-100k": Dataset(("timelens-100k.jsonl",)),
-    "timelens-bench-charades": Dataset(("charades-timelens.json",)),
-    "timelens-bench-activitynet": Dataset(("activitynet-timelens.json",)),
-    "timelens-bench-qvhighlights": Dataset(("qvhighlights-timelens.json",)),
-}
-"""QVHighlights publishes no ground truth for its test split."""
 
 LENGTH_TOLERANCE_S = 1.0
 LENGTH_TOLERANCE = 0.05
@@ -108,15 +82,6 @@ def describe(findings: Findings, num_shown: int) -> str:
         if len(problems) > num_shown:
             lines.append(f"  and {len(problems) - num_shown} more (--show)")
     return "\n".join(lines)
-
-
-def find_annotations(dataset: Dataset, videos: Path) -> Path:
-    """The data set's file in `videos` or the folder above it. Raises ValueError when it is in neither."""
-    for folder in (videos, videos.parent):
-        for name in dataset.files:
-            if (folder / name).is_file():
-                return folder / name
-    raise ValueError(f"no {' or '.join(dataset.files)} in {videos} or above it; name the file with --annotations")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

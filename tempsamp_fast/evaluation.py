@@ -18,7 +18,12 @@ from tempsamp_fast.sample import Mode, Sample
 
 
 def evaluate(
-    samples: Sequence[Sample], mode: Mode, sampler: Sampler, loader: PromptLoader, batch_size: int
+    samples: Sequence[Sample],
+    mode: Mode,
+    sampler: Sampler,
+    loader: PromptLoader,
+    batch_size: int,
+    require_tags: bool = True,
 ) -> list[dict[str, Any]]:
     """One row per sample, in order, shared out over the ranks: what was asked, the answer's text, its span and IoU.
 
@@ -39,7 +44,7 @@ def evaluate(
         gathered = [{}] * world_size
         dist.all_gather_object(gathered, texts)
     texts = {sample_id: text for part in gathered for sample_id, text in part.items()}
-    return [_row(sample, texts.get(sample.sample_id, "")) for sample in samples]
+    return [answer_row(sample, texts.get(sample.sample_id, ""), require_tags) for sample in samples]
 
 
 def _first_prompt(samples: Sequence[Sample], mode: Mode, loader: PromptLoader) -> list[Prompt]:
@@ -47,8 +52,9 @@ def _first_prompt(samples: Sequence[Sample], mode: Mode, loader: PromptLoader) -
     return next((prompts for sample in samples if (prompts := loader.prompts([sample], [mode]))), [])
 
 
-def _row(sample: Sample, text: str) -> dict[str, Any]:
-    span = parse_span(text)
+def answer_row(sample: Sample, text: str, require_tags: bool = True) -> dict[str, Any]:
+    """What was asked and answered, ready for JSON."""
+    span = parse_span(text, require_tags)
     return {
         "sample_id": sample.sample_id,
         "video": str(sample.video),

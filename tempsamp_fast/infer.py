@@ -14,7 +14,12 @@ from tempsamp_fast.sample import Mode, Sample
 
 
 def infer(
-    model_folder: str, video: Path, query: str, mode: Mode = "answer", max_completion_length: int = 256
+    model_folder: str,
+    video: Path,
+    query: str,
+    mode: Mode = "answer",
+    max_completion_length: int = 256,
+    require_tags: bool = True,
 ) -> dict[str, Any]:
     """The model's greedy answer to one query: `span` in seconds (None if it does not parse), `text`, `duration_s`.
 
@@ -49,7 +54,7 @@ def infer(
     return {
         "video": str(video),
         "query": query,
-        "span": parse_span(text),
+        "span": parse_span(text, require_tags),
         "duration_s": round(grid_t * prompt.video.second_per_grid, 2),
         "text": text,
     }
@@ -62,13 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--video", required=True, type=Path)
     parser.add_argument("--query", required=True)
     parser.add_argument("--think", action="store_true", help="reason first")
+    parser.add_argument("--untagged", action="store_true", help="read an answer without <answer> tags too")
     parser.add_argument("--max_completion_length", type=int, default=256)
     parser.add_argument("--plot", type=Path, help="write a timeline with frames under it to this PNG")
     options = parser.parse_args(arguments)
     prepare_environment()
     mode: Mode = "think" if options.think else "answer"
     try:
-        answer = infer(options.model, options.video, options.query, mode, options.max_completion_length)
+        answer = infer(
+            options.model, options.video, options.query, mode, options.max_completion_length, not options.untagged
+        )
         if options.plot:
             _plot(answer, options.plot)
     except (ValueError, OSError) as error:

@@ -41,8 +41,9 @@ class Results:
             return
         for mode in cast("list[Mode]", run.config.train.eval_modes.split("+")):
             logger.info("evaluating %d queries in %s mode", len(run.eval_samples), mode)
-            answers = evaluate(run.eval_samples, mode, run.greedy, run.loader, run.config.train.eval_batch_size)
-            scores = score_rows(run.eval_samples, answers, run.config.data.task)
+            tags = run.config.algorithm.require_tags
+            answers = evaluate(run.eval_samples, mode, run.greedy, run.loader, run.config.train.eval_batch_size, tags)
+            scores = score_rows(run.eval_samples, answers, run.config.data.task, tags)
             log.log(num_steps, "eval", {f"eval/{mode}/{name}": value for name, value in scores.items()}, advance=False)
             if run.rank == 0:
                 write_rows(self.answers_path(stage, mode), answers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from tempsamp_fast.annotations import load_annotations
 from tempsamp_fast.backends import PolicyBackend, RolloutBackend
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
+from tempsamp_fast.catalogue import load_training_data
 from tempsamp_fast.checkpoint import ENGINE, MODEL, latest_checkpoint, save_checkpoint, save_model
 from tempsamp_fast.config import Config, Phase, parse_phases
 from tempsamp_fast.device import training_device
@@ -88,14 +89,13 @@ class Run:
             train, val, test = data.num_synthetic_videos()
             config = SyntheticConfig(num_train=train, num_val=val, num_test=test)
             folder = self._first_rank_makes(lambda: _generate_videos(Path(data.synthetic_dir), config))
-            files, videos = (folder / "annotations/train.json", folder / "annotations/test.json"), folder / "videos"
-        else:
-            assert data.videos is not None
-            eval_file = Path(data.eval_annotations) if data.eval_annotations else None
-            files, videos = (Path(data.annotations), eval_file), Path(data.videos)
-        train_samples = load_annotations(files[0], videos)
-        eval_samples = load_annotations(files[1], videos) if files[1] else []
-        return train_samples, eval_samples[: data.max_eval_samples]
+            data = dataclasses.replace(
+                data,
+                annotations=str(folder / "annotations/train.json"),
+                eval_annotations=str(folder / "annotations/test.json"),
+                videos=str(folder / "videos"),
+            )
+        return load_training_data(data)
 
     def _initial_checkpoint(self) -> str:
         if self.config.model.model != "tiny":

@@ -204,28 +204,31 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def score_rows(samples: Sequence[Sample], rows: Iterable[Mapping[str, Any]], task: Task) -> dict[str, float]:
+def score_rows(
+    samples: Sequence[Sample], rows: Iterable[Mapping[str, Any]], task: Task, require_tags: bool = True
+) -> dict[str, float]:
     """The metrics of `task` for one prediction row per sample: its `text`, or else its `span` or `spans`.
 
     `multi_grounding` takes the spans as the most confident first, and the first one for mIoU and R1.
+    `require_tags=False` reads texts without `<answer>` tags too.
     """
     rows = list(rows)
     if task == "highlight":
-        highlights = [parse_highlights(str(row.get("text", ""))) for row in rows]
+        highlights = [parse_highlights(str(row.get("text", "")), require_tags) for row in rows]
         return {
             **highlight_scores(samples, highlights),
             "parse_rate": float(np.mean([bool(each) for each in highlights])),
         }
-    predicted = [_row_spans(row) for row in rows]
+    predicted = [_row_spans(row, require_tags) for row in rows]
     if task == "grounding":
         return score_spans(samples, [spans[-1] if spans else None for spans in predicted])
     first = [spans[0] if spans else None for spans in predicted]
     return {**score_spans(samples, first), **moment_retrieval_scores(samples, predicted)}
 
 
-def _row_spans(row: Mapping[str, Any]) -> list[Span]:
+def _row_spans(row: Mapping[str, Any], require_tags: bool) -> list[Span]:
     if row.get("text") is not None:
-        return parse_spans(str(row["text"]))
+        return parse_spans(str(row["text"]), require_tags)
     if "spans" not in row and "span" not in row:
         raise ValueError(f"prediction {dict(row)} has no text, span or spans")
     spans = row["spans"] if "spans" in row else [row["span"]] if row["span"] is not None else []
@@ -248,11 +251,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--annotations", required=True, help="annotation file with the ground truth")
     parser.add_argument("--format", default="auto", choices=["auto", *FORMATS], help="format of the annotation file")
     parser.add_argument("--task", default="grounding", choices=get_args(Task))
+    parser.add_argument("--untagged", action="store_true", help="read answers without <answer> tags too")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     try:
         samples = load_annotations(options.annotations, format=options.format)
-        metrics = score_rows(samples, read_predictions(options.predictions, samples), options.task)
+        metrics = score_rows(
+            samples, read_predictions(options.predictions, samples), options.task, not options.untagged
+        )
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     metrics = {"num_queries": len(samples), **metrics}

@@ -103,14 +103,21 @@ def test_timelens_rows(written):
 
 
 def test_timelens_100k_rows_hold_several_events(written):
+    """And a video may come in several rows: ids tell them apart."""
     events = [{"query": "one", "span": [[1, 2]]}, {"query": "two", "span": [[3, 4.5], [6, 7]]}]
     row = {"video_path": "didemo/a.mp4", "duration": 20, "source": "didemo", "events": events}
-    samples = load_annotations(written("a.jsonl", row), videos="clips")
+    samples = load_annotations(written("a.jsonl", [row, {**row, "events": events[:1]}]), videos="clips")
     assert [(s.sample_id, s.query, s.windows) for s in samples] == [
-        ("didemo/a.mp4/0", "one", ((1.0, 2.0),)),
-        ("didemo/a.mp4/1", "two", ((3.0, 4.5), (6.0, 7.0))),
+        ("didemo/a.mp4/1/0", "one", ((1.0, 2.0),)),
+        ("didemo/a.mp4/1/1", "two", ((3.0, 4.5), (6.0, 7.0))),
+        ("didemo/a.mp4/2/0", "one", ((1.0, 2.0),)),
     ]
     assert {sample.video for sample in samples} == {Path("clips/didemo/a.mp4")}
+
+
+def test_an_id_that_comes_twice_is_an_error_naming_its_place(written):
+    with pytest.raises(ValueError, match=r"a\.jsonl: line 2, video 'x_0\.0_10\.0': a sample of id '7' came before"):
+        load_annotations(written("a.jsonl", [qv_row(), qv_row()]))
 
 
 def test_timelens_bench(written):
@@ -157,7 +164,7 @@ def test_a_flaw_is_an_error_naming_file_video_and_value(written, changes, messag
     ],
 )
 def test_a_flawed_highlight_row_is_an_error_naming_the_line(written, changes, message):
-    path = written("flawed.jsonl", [qv_row(), qv_row(**changes)])
+    path = written("flawed.jsonl", [qv_row(), qv_row(qid=8, **changes)])
     with pytest.raises(ValueError, match=rf"flawed\.jsonl: line 2.*{message}"):
         load_annotations(path)
 

@@ -6,7 +6,8 @@ import subprocess
 import pytest
 
 from tempsamp_fast.annotations import load_annotations
-from tempsamp_fast.data import DATASETS, Dataset, check, main
+from tempsamp_fast.catalogue import DATASETS, Dataset
+from tempsamp_fast.data import check, main
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tempsamp_fast.sample import Sample
-from tempsamp_fast.subsets import few_shot, require_disjoint, within
+from tempsamp_fast.subsets import few_shot, shared_videos, within
 
 
 def sample(video, query=0, duration_s=30.0, window=(0.0, 5.0), difficulty=None):
@@ -56,7 +56,6 @@ def test_difficulty_of_a_data_set_without_it_is_an_error():
         within([sample("a")], difficulty=(0, 1))
 
 
-def test_a_video_in_training_and_test_is_named():
-    require_disjoint(SAMPLES, [sample("w1")])
-    with pytest.raises(ValueError, match=r"1 videos are in training and in test: v3"):
-        require_disjoint(SAMPLES, [sample("w1"), sample("v3")])
+def test_videos_in_training_and_test_are_named():
+    assert shared_videos(SAMPLES, [sample("w1")]) == []
+    assert shared_videos(SAMPLES, [sample("v7"), sample("w1"), sample("v3")]) == ["v3", "v7"]

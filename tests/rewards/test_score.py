@@ -159,6 +159,13 @@ def test_command_line_takes_ids_or_queries_and_texts_or_spans(files, capsys):
     assert "miou             0.75" in capsys.readouterr().out
 
 
+def test_answers_without_tags_count_where_they_are_asked_for(files, capsys):
+    arguments = files({"sample_id": "v1/0", "text": "0 to 10"}, {"sample_id": "v1/1", "text": "5 to 15"})
+    for words, miou in ([], 0), (["--untagged"], 1):
+        main([*arguments, *words, "--json"])
+        assert json.loads(capsys.readouterr().out)["miou"] == miou
+
+
 @pytest.mark.parametrize(
     "rows, message",
     [

@@ -10,8 +10,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tempsamp_fast.annotations import load_annotations
 from tempsamp_fast.checkpoint import latest_checkpoint
+from tempsamp_fast.evaluation import answer_row
 from tempsamp_fast.infer import main as infer_main
 from tempsamp_fast.results import table
+from tempsamp_fast.sample import Sample
 from tempsamp_fast.score import read_predictions
 
 PNG = b"\x89PNG"
@@ -71,6 +73,11 @@ def test_the_table_has_every_stage_and_the_constant_baseline(finished_run) -> No
     assert lines[0] == "4 held-out queries"
     assert lines[1].split() == ["after", "mode", "miou", "r1@0.3", "r1@0.5", "r1@0.7", "parse_rate"]
     assert [line.split()[0] for line in lines[2:]] == ["start", "1_sft/answer", "2_tempsamp/answer", "constant"]
+
+
+def test_without_required_tags_evaluation_reads_what_rewards_read() -> None:
+    sample = Sample("s", Path("v.mp4"), "query", 10.0, ((2.0, 4.0),))
+    assert [answer_row(sample, "2 to 4", require_tags=tags)["iou"] for tags in (True, False)] == [0, 1]
 
 
 def test_another_task_is_evaluated_by_its_own_metrics(
