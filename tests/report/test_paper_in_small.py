@@ -1,0 +1,151 @@
+"""The campaign of bench/paper_in_small.py: its plan, what it keeps of a run, and what it says of the results."""
+
+import json
+
+import pytest
+
+from bench.paper import plan
+from bench.paper.plots import draw
+from bench.paper.record import record_of
+from bench.paper.results import check_same, read_results
+from bench.paper.summary import of_group_size, paired, records, steps_to_reach, summarise, verdict
+from tempsamp_fast.arguments import parse_args
+from tempsamp_fast.report.runs import Interval
+
+STEPS = (0, 40, 80)
+
+
+def run_record(family, method, seed, miou, **fields):
+    """A record of a run whose mIoU rises evenly from 0.1 to `miou`."""
+    points = [0.1 + (miou - 0.1) * step / STEPS[-1] for step in STEPS]
+    scores = [{"step": s, "miou": m, **dict.fromkeys(("r1@0.3", "r1@0.5", "r1@0.7"), m), "parse_rate": 1.0}
+              for s, m in zip(STEPS, points, strict=True)]  # fmt: skip
+    record = {"family": family, "method": method, "seed": seed, "num_generations": 4, "num_videos": None, **fields}
+    record["evaluations"] = {"answer": scores}
+    if method != "sft":
+        part = [0.2] * 10
+        record["rewards"] = {
+            "hits": {"first_quarter": 0.05}, "groups_without_any_reward": 0.5,
+            "best_of_group": {"low": part, "median": part, "high": part, "mean": part},
+        }  # fmt: skip
+        record["advantages"] = {
+            "skewness": 1.0, "mean": {"off_policy": 1.2}, "limits": [-4, 4], "histogram": {"on_policy": [1, 2]},
+        }  # fmt: skip
+        record["format_reward"] = {}
+    if family == "hybrid":
+        record["evaluations"]["think"] = scores
+        record["oracle_of_both"] = scores[-1]
+        record["format_reward"] = {"mean": [0.0, 1.0]}
+    return record
+
+
+MIOU = {"sft": 0.3, "grpo": 0.2, "mixed": 0.25, "downscale": 0.25, "anchor": 0.2, "nonlinear": 0.3, "orarl": 0.3}
+
+
+@pytest.fixture
+def results():
+    """Three seeds of every run; nonlinear beats anchor, and GRPO falls short of mixed, by about 5 and 10 points."""
+    runs = {}
+    for run in plan.planned_runs():
+        if run.seed < 3:
+            miou = MIOU.get(run.method, 0.3) + 0.01 * run.seed
+            fields = {"num_generations": run.num_generations, "num_videos": run.num_videos}
+            runs[run.name] = run_record(run.family, run.method, run.seed, miou, **fields)
+    return {
+        "commit": "c0ffee", "planned": 100, "done": len(runs), "num_queries": 1000, "cold_starts": {},
+        "constant_span": {"span": [1.0, 2.0], "miou": 0.1, "r1@0.7": 0.0}, "runs": runs,
+    }  # fmt: skip
+
+
+def test_runs_have_names_of_their_own_and_flags_that_the_trainer_takes():
+    runs = plan.planned_runs()
+    assert len({run.name for run in runs}) == len(runs)
+    for run in runs:
+        flags = {**plan.COMMON, **run.flags, "seed": run.seed}
+        config = parse_args([f"--{name}={value}" for name, value in flags.items()])
+        assert config.rollout.num_generations == run.num_generations
+
+
+def test_methods_differ_in_nothing_but_method_rule_and_phases():
+    core = [run for run in plan.planned_runs() if run.family == "core" and run.seed == 0]
+    assert [run.method for run in core] == list(plan.METHODS)
+    for run in core:
+        assert {name: value for name, value in run.flags.items() if name not in ("phases", "shaping")} == {
+            "num_generations": plan.CORE_GROUP_SIZE
+        }
+        assert run.flags.get("shaping", run.method) == run.method
+    steps = {tuple(entry.split(":")[1] for entry in str(run.flags["phases"]).split(",")) for run in core}
+    assert len(steps) == 1
+
+
+def test_a_difference_is_paired_by_seed_and_its_interval_decides():
+    first = {seed: run_record("core", "a", seed, 0.3 + 0.1 * seed) for seed in range(3)}
+    second = {seed: run_record("core", "b", seed, 0.2 + 0.1 * seed) for seed in range(1, 4)}
+    difference = paired(first, second, lambda record: record["evaluations"]["answer"][-1]["miou"])
+    assert (difference.mean, difference.half_width) == pytest.approx((0.1, 0.0))
+    assert verdict(difference) == "holds"
+    assert verdict(Interval(-0.1, 0.05)) == "reversed"
+    assert verdict(Interval(0.1, 0.2)).startswith("open")
+    assert paired({0: first[0]}, {0: first[0]}, len) is None and verdict(None) == "too few runs"
+
+
+def test_steps_to_a_score_lie_on_straight_lines():
+    record = run_record("core", "a", 0, 0.3)
+    assert steps_to_reach(record, 0.25) == pytest.approx(60)
+    assert steps_to_reach(record, 0.05) == 0 and steps_to_reach(record, 0.5) is None
+
+
+def test_core_runs_serve_as_their_group_size(results):
+    assert of_group_size(results, "grpo", plan.CORE_GROUP_SIZE) == records(results, "core", "grpo")
+    assert len(of_group_size(results, "grpo", 8)) == 3
+
+
+def test_summary_states_every_ordering_and_that_it_is_partial(results):
+    text = summarise(results)
+    assert f"**Partial: {results['done']} of 100" in text and "c0ffee" in text
+    assert "nonlinear > anchor: holds" in text and "grpo > mixed: reversed" in text
+    assert "| nonlinear > anchor | 3 | +10.0 ± 0.0 |" in text
+    assert text.count("\n## ") == 6
+    del results["runs"]["core/anchor/seed0"], results["runs"]["core/anchor/seed1"]
+    assert "nonlinear > anchor: too few runs" in summarise(results)
+
+
+def test_summary_and_figures_of_a_campaign_just_begun(results, tmp_path):
+    results["runs"] = {}
+    assert "too few runs" in summarise(results)
+    assert draw(results, tmp_path) == []
+
+
+def test_figures_are_drawn(results, tmp_path):
+    files = draw(results, tmp_path)
+    assert len(files) == 3 and all(file.stat().st_size > 5000 for file in files)
+
+
+def test_results_of_other_code_are_refused(tmp_path):
+    path = tmp_path / "results.json"
+    with pytest.raises(ValueError, match="no results yet"):
+        read_results(path)
+    path.write_text(json.dumps({"commit": "a"}))
+    with pytest.raises(ValueError, match="its runs have commit 'a', this checkout has 'b'"):
+        check_same(path, read_results(path), {"commit": "b"})
+
+
+def test_record_of_a_run(tmp_path):
+    """Two groups of two sampled answers and the true one; a hit has an IoU of at least 0.5."""
+    metrics = [{"step": 0, "phase": "eval", "eval/answer/miou": 0.1}]
+    metrics += [{"step": 0, "phase": "tempsamp/think", "reward/format": 0.5, "advantage/skew/mixed": 2.0}]
+    metrics += [{"step": 1, "phase": "tempsamp/answer", "advantage/skew/mixed": 1.0}]
+    metrics += [{"step": 2, "phase": "eval", "eval/answer/miou": 0.3}]
+    off = {"is_off_policy": [False, False, True], "advantages": [-0.5, -0.5, 1.0]}
+    groups = [
+        {"step": step, "rewards": {"tiou": rewards}, **off} for step, rewards in enumerate([[0, 0.6, 1], [0, 0, 1]])
+    ]
+    for name, rows in (("metrics", metrics), ("groups", groups * 2)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = record_of(tmp_path)
+    assert record["evaluations"] == {"answer": [{"step": 0, "miou": 0.1}, {"step": 2, "miou": 0.3}]}
+    assert record["rewards"]["groups_without_a_hit"] == 0.5 and record["rewards"]["hits"]["first_quarter"] == 0.5
+    assert record["rewards"]["best_of_group"]["mean"] == [0.6, 0.6, 0, 0]
+    assert record["advantages"]["mean"] == {"on_policy": -0.5, "off_policy": 1.0}
+    assert sum(record["advantages"]["histogram"]["off_policy"]) == 4
+    assert record["skewness_by_rule"] == {"mixed": 1.5} and record["format_reward"]["mean"] == [0.5]
