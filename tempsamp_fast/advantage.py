@@ -58,15 +58,19 @@ def _advantages(groups: Sequence[RolloutGroup], shaping: str, algorithm: Algorit
     )
 
 
-def skewness_by_rule(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> dict[str, float]:
-    """Skewness of the advantages that each rule gives the rewards (paper figure 4); `grpo` has on-policy rows only."""
+def advantages_by_rule(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> dict[str, Tensor]:
+    """What each rule makes of the rewards of `groups`: [answers] by rule, of `grpo` the sampled answers' alone."""
     on_policy = [
         RolloutGroup(group.prompt, [each for each in group.completions if not each.is_off_policy]) for group in groups
     ]
     return {
-        rule: skewness(_advantages(on_policy if rule == "grpo" else groups, rule, algorithm))
-        for rule in get_args(Shaping)
+        rule: _advantages(on_policy if rule == "grpo" else groups, rule, algorithm) for rule in get_args(Shaping)
     }
+
+
+def skewness_by_rule(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> dict[str, float]:
+    """Skewness of `advantages_by_rule` (paper figure 4)."""
+    return {rule: skewness(values) for rule, values in advantages_by_rule(groups, algorithm).items()}
 
 
 def skewness(values: Tensor) -> float:

@@ -8,11 +8,15 @@ from itertools import cycle
 from typing import Any, get_args
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from tempsamp_fast.advantage import advantages_by_rule
+from tempsamp_fast.batch import Completion, RolloutGroup
+from tempsamp_fast.config import AlgorithmConfig
 from tempsamp_fast.plots import COLOURS, GRID, series, series_names, smooth
 from tempsamp_fast.report.runs import RunRecord, by_method
 from tempsamp_fast.sample import Mode
@@ -93,6 +97,40 @@ def advantage_distribution(runs: Sequence[RunRecord]) -> str | None:
                 _histogram(axes, values, limits, colour, style, f"{label}: skewness {skewness(values):.2f}")
 
     return _panels(runs, draw, "advantage")
+
+
+def rule_comparison(runs: Sequence[RunRecord]) -> str | None:
+    """What every rule would have made of one run's rewards, a panel per rule (paper figure 4).
+
+    The run is the first one whose groups hold answers made from the ground truth; None without such a run.
+    """
+    run = next((run for run in runs if any(any(group["is_off_policy"]) for group in run.groups)), None)
+    if run is None:
+        return None
+    groups = [RolloutGroup(None, _completions(group)) for group in run.groups]  # type: ignore[arg-type]
+    is_off_policy = torch.cat([group.is_off_policy() for group in groups])
+    by_rule = advantages_by_rule(groups, AlgorithmConfig(**run.config["algorithm"]))
+    limits = (min(float(values.min()) for values in by_rule.values()), max(float(v.max()) for v in by_rule.values()))
+    figure, panels = _figure(2, 3)
+    for axes, (rule, values), colour in zip(panels, by_rule.items(), cycle(COLOURS), strict=False):
+        off_policy = is_off_policy if rule != "grpo" else torch.zeros(len(values), dtype=torch.bool)
+        for label, chosen, style in (("sampled", ~off_policy, "-"), ("ground truth", off_policy, ":")):
+            if chosen.any():
+                _histogram(axes, values[chosen].tolist(), limits, colour, style, label)
+        axes.set_title(f"{rule}: skewness {skewness(values.tolist()):.2f}", fontsize=9)
+        axes.set_xlabel("advantage")
+    panels[0].set_ylabel("share of answers")
+    panels[1].legend(frameon=False, fontsize=7)
+    return _svg(figure)
+
+
+def _completions(group: dict[str, Any]) -> list[Completion]:
+    """The answers of a recorded group, without their text."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    return [
+        Completion(nothing, "", off, rewards={name: values[index] for name, values in group["rewards"].items()})
+        for index, off in enumerate(group["is_off_policy"])
+    ]
 
 
 def skewness(values: Sequence[float]) -> float:

@@ -34,6 +34,7 @@ def build_page(runs: Sequence[RunRecord], num_gallery: int) -> str:
         (figures.best_reward(runs), "Best sampled reward of each group: median, quartiles shaded."),
         (figures.reward_distribution(runs), "Sampled rewards early and late in reinforcement learning."),
         (figures.advantage_distribution(runs), "Advantages as the updates used them."),
+        (figures.rule_comparison(runs), "What every rule would have made of the rewards of one of the runs."),
     ]
     shown = gallery(runs, figures.method_colours(runs), num_gallery)
     sections = [

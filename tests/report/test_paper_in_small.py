@@ -60,7 +60,7 @@ def results():
 def test_runs_have_names_of_their_own_and_flags_that_the_trainer_takes():
     runs = plan.planned_runs()
     assert len({run.name for run in runs}) == len(runs)
-    for run in runs:
+    for run in (run for run in runs if run.seed == 0):
         flags = {**plan.COMMON, **run.flags, "seed": run.seed}
         config = parse_args([f"--{name}={value}" for name, value in flags.items()])
         assert config.rollout.num_generations == run.num_generations
