@@ -63,9 +63,7 @@ def advantages_by_rule(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfi
     on_policy = [
         RolloutGroup(group.prompt, [each for each in group.completions if not each.is_off_policy]) for group in groups
     ]
-    return {
-        rule: _advantages(on_policy if rule == "grpo" else groups, rule, algorithm) for rule in get_args(Shaping)
-    }
+    return {rule: _advantages(on_policy if rule == "grpo" else groups, rule, algorithm) for rule in get_args(Shaping)}
 
 
 def skewness_by_rule(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> dict[str, float]:
