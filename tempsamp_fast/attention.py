@@ -78,6 +78,29 @@ def text_attention(
     return packed_attention(module.layer_idx, query, key, value, scaling), None
 
 
+def text_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' SDPA mask, and none where a plain causal row needs none.
+
+    transformers leaves it out by itself, but for releases up to 5.17 while a CUDA graph is recorded.
+    """
+    if attention_mask is None and allow_is_causal_skip and q_length in (1, kv_length):
+        return None
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **kwargs,
+    )
+
+
 def vision_attention(
     module: nn.Module,
     query: Tensor,
@@ -104,5 +127,5 @@ def _runs_flash(device: torch.device, dtype: torch.dtype) -> bool:
 
 AttentionInterface.register(TEXT_ATTENTION, text_attention)
 # Without a mask function of its own, a registered attention never sees the padding mask of a plain forward.
-AttentionMaskInterface.register(TEXT_ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(TEXT_ATTENTION, text_mask)
 AttentionInterface.register(VISION_ATTENTION, vision_attention)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
+
 from tempsamp_fast.batch import Prompt
 from tempsamp_fast.rollout import SampledAnswer, SamplingParams, generate
 
@@ -30,17 +32,28 @@ class PolicyBackend:
 
     Partitioned parameters (ZeRO-3) are gathered layer by layer, which takes all ranks: they pass through the engine in
     step with each other.
+
+    Raises ValueError for `cuda_graphs` without CUDA, or with partitioned parameters: gathering cannot be recorded.
     """
 
     def __init__(
-        self, engine: Any, eos_token_ids: Sequence[int], banned_token_ids: Sequence[int], max_tokens_per_row: int
+        self,
+        engine: Any,
+        eos_token_ids: Sequence[int],
+        banned_token_ids: Sequence[int],
+        max_tokens_per_row: int,
+        cuda_graphs: bool = False,
     ) -> None:
         self._synced = engine.zero_optimization_partition_weights()
+        if cuda_graphs and (self._synced or not torch.cuda.is_available()):
+            lacking = "parameters that ZeRO does not partition (stage 3)" if self._synced else "a CUDA GPU"
+            raise ValueError(f"cuda_graphs=True needs {lacking}; set it to False")
         self._policy = engine if self._synced else engine.module
         self._options: dict[str, Any] = {
             "eos_token_ids": eos_token_ids,
             "banned_token_ids": banned_token_ids,
             "max_tokens_per_row": max_tokens_per_row,
+            "cuda_graphs": cuda_graphs,
         }
 
     def sync_weights(self) -> None:

@@ -187,6 +187,7 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = field(default=0, metadata={"help": "0: off"})
     max_completion_length: int = 256
+    cuda_graphs: bool = field(default=False, metadata={"help": "replay decoding passes as CUDA graphs"})
     record_rollouts: str | None = field(
         default=None, metadata={"help": "write every sampled answer to this JSONL file"}
     )

@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tempsamp_fast.attention import PackedAttention
 from tempsamp_fast.packing import GroupLayout
 
-OWN_BLOCK = 64
-"""Room for a row's own tokens grows by this many."""
+OWN_TOKENS = 64
+"""Room for so many tokens of a row's own at first; it doubles when it is full."""
 
 
 class PrefillAttention:
@@ -42,6 +42,9 @@ class SharedPrefixCache:
 
     The two parts are computed apart and merged by their log-sum-exps, so that a prompt's keys are stored and read
     once however many rows continue it. Prompts are padded to the longest.
+
+    A pass reads and writes the same tensors as the one before it, of the same shapes, until `version` changes: what a
+    CUDA graph needs. `advance` comes before every pass.
     """
 
     def __init__(self, prefills: Sequence[PrefillAttention], row_prompts: Tensor) -> None:
@@ -49,24 +52,38 @@ class SharedPrefixCache:
         layers = range(len(prefills[0].keys))
         self._prefix_keys = [_pad([k for p in prefills for k in p.by_prompt(p.keys[layer])]) for layer in layers]
         self._prefix_values = [_pad([v for p in prefills for v in p.by_prompt(p.values[layer])]) for layer in layers]
-        device = prefills[0].keys[0].device
+        device, keys_shape = row_prompts.device, prefills[0].keys[0].shape
         lengths = torch.tensor([length for p in prefills for length in p.prompt_lens], device=device)
         is_padding = torch.arange(int(lengths.max()), device=device) >= lengths[:, None]
         self._prefix_bias = torch.zeros_like(is_padding, dtype=torch.float32).masked_fill(is_padding, float("-inf"))
         self._row_prompts = row_prompts
-        self._own_keys: list[Tensor] = []
-        self._own_values: list[Tensor] = []
+        room = [len(row_prompts), keys_shape[1], OWN_TOKENS, keys_shape[3]]
+        self._own_keys = [keys.new_zeros(room) for keys in self._prefix_keys]
+        self._own_values = [values.new_zeros(room) for values in self._prefix_values]
+        self._own_bias = torch.full((OWN_TOKENS,), float("-inf"), device=device)
+        self._newest = torch.zeros(1, dtype=torch.int64, device=device)
         self._num_own = 0
+        self.version = 0
+        """Counts how often the rows or their room have changed."""
         self._assign_slots()
+
+    def advance(self) -> None:
+        """Make room for one more token of every row."""
+        if self._num_own == len(self._own_bias):
+            self._own_keys = [_doubled(keys, 2, 0.0) for keys in self._own_keys]
+            self._own_values = [_doubled(values, 2, 0.0) for values in self._own_values]
+            self._own_bias = _doubled(self._own_bias, 0, float("-inf"))
+            self.version += 1
+        self._own_bias[self._num_own] = 0.0
+        self._newest.fill_(self._num_own)
+        self._num_own += 1
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """query [R, heads, 1, dim], key and value [R, kv_heads, 1, dim] -> [R, 1, heads, dim]."""
-        if layer_index == 0:
-            self._num_own += 1
-        own_keys = self._append(self._own_keys, layer_index, key)
-        own_values = self._append(self._own_values, layer_index, value)
+        own_keys = self._own_keys[layer_index].index_copy_(2, self._newest, key)
+        own_values = self._own_values[layer_index].index_copy_(2, self._newest, value)
         query = (query * scaling)[:, :, 0].unflatten(1, (key.shape[1], -1))
-        own, own_lse = _attend(query, own_keys, own_values)
+        own, own_lse = _attend(query, own_keys, own_values, self._own_bias)
         prefix, prefix_lse = self._attend_prefix(layer_index, query)
         prefix_share = torch.sigmoid(prefix_lse - own_lse)[..., None].to(own.dtype)
         return torch.lerp(own, prefix, prefix_share).flatten(1, 2)[:, None]
@@ -80,6 +97,7 @@ class SharedPrefixCache:
             self._prefix_keys = [keys[prompts] for keys in self._prefix_keys]
             self._prefix_values = [values[prompts] for values in self._prefix_values]
             self._prefix_bias = self._prefix_bias[prompts]
+        self.version += 1
         self._assign_slots()
 
     def _assign_slots(self) -> None:
@@ -101,22 +119,10 @@ class SharedPrefixCache:
         unstack = lambda tensor: tensor.unflatten(2, (-1, heads_per_kv)).transpose(1, 2).flatten(0, 1)[self._slots]
         return unstack(output), unstack(lse)
 
-    def _append(self, buffers: list[Tensor], layer_index: int, new: Tensor) -> Tensor:
-        """Store [R, kv_heads, 1, dim] as the newest own token; returns all own tokens."""
-        if layer_index == len(buffers):
-            buffers.append(new.new_empty(*new.shape[:2], 0, new.shape[3]))
-        if self._num_own > buffers[layer_index].shape[2]:
-            room = new.new_empty(*new.shape[:2], OWN_BLOCK, new.shape[3])
-            buffers[layer_index] = torch.cat([buffers[layer_index], room], dim=2)
-        buffers[layer_index][:, :, self._num_own - 1] = new[:, :, 0]
-        return buffers[layer_index][:, :, : self._num_own]
 
-
-def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Scaled queries [B, heads, Q, dim] on [B, heads, K, dim] -> outputs, and float32 log-sum-exps [B, heads, Q]."""
-    scores = (query @ keys.transpose(-1, -2)).float()
-    if bias is not None:
-        scores = scores + bias
+    scores = (query @ keys.transpose(-1, -2)).float() + bias
     lse = scores.logsumexp(-1)
     return (scores - lse[..., None]).exp().to(values.dtype) @ values, lse
 
@@ -124,3 +130,8 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = N
 def _pad(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors [length, heads, dim] -> [N, heads, longest, dim], zeros after each."""
     return pad_sequence(list(tensors), batch_first=True).transpose(1, 2).contiguous()
+
+
+def _doubled(tensor: Tensor, dim: int, value: float) -> Tensor:
+    """Twice as long in one dimension, the new half filled with `value`."""
+    return torch.cat([tensor, torch.full_like(tensor, value)], dim=dim)

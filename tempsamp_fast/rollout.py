@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from tempsamp_fast.attention import packed_attention
 from tempsamp_fast.batch import Prompt
+from tempsamp_fast.decoding import Decoder, GraphDecoder, next_token_logits
 from tempsamp_fast.kv_cache import PrefillAttention, SharedPrefixCache
 from tempsamp_fast.packing import PackedRow, pack_prompts
 from tempsamp_fast.token_sampling import SampleNoise, SamplingParams, choose_tokens
@@ -21,6 +23,8 @@ __all__ = ["SampledAnswer", "SamplingParams", "generate"]
 
 RETIRE_SHARE = 1 / 8
 """Finished rows are dropped once they are this share of all: dropping copies the caches of the others."""
+GRAPH_RETIRE_SHARE = 1 / 2
+"""The same where dropping also takes a new recording."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,6 @@ class SampledAnswer:
     """[completion_len] int64."""
     logps: Tensor
     """[completion_len] float32; of which distribution, `choose_tokens` says."""
-
-
-@dataclass(frozen=True)
-class _DecodeStep:
-    """The newest token of every row; a `PolicyInput`."""
-
-    input_ids: Tensor
-    position_ids: Tensor
-    logit_indices: Tensor
 
 
 @dataclass
@@ -65,6 +60,7 @@ def generate(
     banned_token_ids: Sequence[int] = (),
     max_tokens_per_row: int = 32_768,
     synced: bool = False,
+    cuda_graphs: bool = False,
 ) -> list[list[SampledAnswer]]:
     """Draw `num_completions` answers to every prompt, or a number of its own to each.
 
@@ -74,44 +70,54 @@ def generate(
     banned_token_ids: never drawn; the vision placeholders never are.
     max_tokens_per_row: prompt tokens per prefill pass.
     synced: all ranks make the same number of forward passes, as ZeRO-3 needs it.
+    cuda_graphs: replay the decoding passes as CUDA graphs; see `GraphDecoder`.
     Returns the answers by prompt, on the CPU.
     Raises ValueError naming the sample of a prompt that is longer than `max_tokens_per_row`.
     """
     if not prompts:
         raise ValueError("prompts is empty")
     counts = [num_completions] * len(prompts) if isinstance(num_completions, int) else list(num_completions)
-    config = getattr(policy, "module", policy).config
-    prefilled = _prefill(policy, prompts, config, max_tokens_per_row, synced)
-    row_prompts = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(prefilled.logits.device)
-    cache = SharedPrefixCache(prefilled.attentions, row_prompts)
-    logits, positions = prefilled.logits[row_prompts], prefilled.next_positions[row_prompts]
-    prefilled.attentions.clear()
+    with _eval_mode(policy):
+        config = getattr(policy, "module", policy).config
+        prefilled = _prefill(policy, prompts, config, max_tokens_per_row, synced)
+        row_prompts = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(prefilled.logits.device)
+        cache = SharedPrefixCache(prefilled.attentions, row_prompts)
+        logits, positions = prefilled.logits[row_prompts], prefilled.next_positions[row_prompts]
+        prefilled.attentions.clear()
 
-    names = [
-        f"{prompt.sample.sample_id} {prompt.mode} {index}"
-        for prompt, count in zip(prompts, counts, strict=True)
-        for index in range(count)
-    ]
-    noise = SampleNoise(seed, names)
-    banned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    banned[[*banned_token_ids, config.image_token_id, config.video_token_id]] = True
-    answers = _Answers(len(names), params.max_completion_length, eos_token_ids, logits.device)
-    for index in range(params.max_completion_length):
-        tokens, logps = choose_tokens(logits, params, noise.uniforms(answers.rows, index), banned)
-        answers.append(index, tokens, logps)
-        if index + 1 == params.max_completion_length or not _on_any_rank(answers.unfinished, synced, logits.device):
-            break
-        keep = answers.retire()
-        if keep is not None:
-            cache.retire(keep)
-            tokens, positions = tokens[keep], positions[keep]
-        step = _DecodeStep(
-            input_ids=tokens[:, None],
-            position_ids=(positions + index).expand(3, -1)[..., None],
-            logit_indices=torch.arange(len(tokens), device=tokens.device),
-        )
-        logits = policy(step, _logits, attention=cache)
-    return answers.by_prompt(counts)
+        names = [
+            f"{prompt.sample.sample_id} {prompt.mode} {index}"
+            for prompt, count in zip(prompts, counts, strict=True)
+            for index in range(count)
+        ]
+        noise = SampleNoise(seed, names).uniforms(params.max_completion_length).to(logits.device)
+        banned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        banned[[*banned_token_ids, config.image_token_id, config.video_token_id]] = True
+        answers = _Answers(len(names), params.max_completion_length, eos_token_ids, logits.device)
+        decode = (GraphDecoder if cuda_graphs else Decoder)(policy, cache)
+        retire_share = GRAPH_RETIRE_SHARE if cuda_graphs else RETIRE_SHARE
+        for index in range(params.max_completion_length):
+            tokens, logps = choose_tokens(logits, params, noise[answers.rows, index], banned)
+            answers.append(index, tokens, logps)
+            if index + 1 == params.max_completion_length or not _on_any_rank(answers.unfinished, synced, logits.device):
+                break
+            keep = answers.retire(retire_share)
+            if keep is not None:
+                cache.retire(keep)
+                tokens, positions = tokens[keep], positions[keep]
+            logits = decode(tokens, positions + index)
+        return answers.by_prompt(counts)
+
+
+@contextmanager
+def _eval_mode(policy: Any) -> Iterator[None]:
+    """Without the dropout of adapters, and without checkpointing."""
+    was_training = policy.training
+    policy.eval()
+    try:
+        yield
+    finally:
+        policy.train(was_training)
 
 
 class _Answers:
@@ -136,10 +142,10 @@ class _Answers:
         self._is_finished[self.rows[ends]] = True
         self.unfinished -= int(ends.sum())
 
-    def retire(self) -> Tensor | None:
-        """Stop decoding finished rows if they are many; returns the indices into `rows` that stay."""
+    def retire(self, share: float) -> Tensor | None:
+        """Stop decoding finished rows once they are this share of all; returns the indices into `rows` that stay."""
         num_finished = len(self.rows) - self.unfinished
-        if self.unfinished == 0 or num_finished < max(1, RETIRE_SHARE * len(self.rows)):
+        if self.unfinished == 0 or num_finished < max(1, share * len(self.rows)):
             return None
         keep = (~self._is_finished[self.rows]).nonzero()[:, 0]
         self.rows = self.rows[keep]
@@ -160,9 +166,9 @@ def _prefill(policy: Any, prompts: Sequence[Prompt], config: Any, max_tokens_per
     for row in rows:
         attention = packed_attention(row.layout, dtype=parameter.dtype, device=parameter.device)
         attentions.append(PrefillAttention(row.layout, attention))
-        logits.append(policy(row.to(parameter.device), _logits, attention=attentions[-1]))
+        logits.append(policy(row.to(parameter.device), next_token_logits, attention=attentions[-1]))
     for _ in range(num_passes - len(rows)):
-        policy(rows[-1].to(parameter.device), _logits)
+        policy(rows[-1].to(parameter.device), next_token_logits)
     next_positions = torch.cat([_next_positions(row) for row in rows]).to(parameter.device)
     return _Prefilled(torch.cat(logits), next_positions, attentions)
 
@@ -171,10 +177,6 @@ def _next_positions(row: PackedRow) -> Tensor:
     """[prompts of the row] int64: one past the largest position of each."""
     prompts = row.position_ids[:, 0].split([group.prompt_len for group in row.layout], dim=1)
     return torch.stack([positions.max() + 1 for positions in prompts])
-
-
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    return hidden @ weight.T
 
 
 def _on_any_rank(count: int, synced: bool, device: torch.device) -> bool:

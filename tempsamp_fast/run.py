@@ -77,7 +77,11 @@ class Run:
         if self.resumed_from:
             self.engine.load_checkpoint(str(self.resumed_from / ENGINE), tag="state", load_module_strict=True)
         self.backend: RolloutBackend = PolicyBackend(
-            self.engine, [self.chat.eos_token_id], self.chat.banned_token_ids, config.train.max_tokens_per_row
+            self.engine,
+            [self.chat.eos_token_id],
+            self.chat.banned_token_ids,
+            config.train.max_tokens_per_row,
+            config.rollout.cuda_graphs,
         )
         self.reference: Policy | None = None
         self.record = self._recorded(config.rollout.record_rollouts)

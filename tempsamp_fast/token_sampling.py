@@ -80,11 +80,11 @@ class SampleNoise:
         digests = [hashlib.blake2b(f"{tuple(seed)} {name}".encode(), digest_size=8).digest() for name in row_names]
         self._keys = np.frombuffer(b"".join(digests), dtype=np.uint64)
 
-    def uniforms(self, rows: Tensor, token_index: int) -> Tensor:
-        """rows: [R] int64 indices into `row_names`. Returns [R] float64 in [0, 1), multiples of 2**-32."""
-        offset = np.uint64((token_index + 1) * 0x9E3779B97F4A7C15 % 2**64)
-        bits = self._keys[rows.cpu().numpy()] + offset
+    def uniforms(self, num_tokens: int) -> Tensor:
+        """[rows, num_tokens] float64 in [0, 1), multiples of 2**-32, on the CPU."""
+        offsets = np.arange(1, num_tokens + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        bits = self._keys[:, None] + offsets
         bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         bits = (bits ^ (bits >> np.uint64(31))) >> np.uint64(32)
-        return torch.from_numpy(bits.astype(np.float64) * 2.0**-32).to(rows.device)
+        return torch.from_numpy(bits.astype(np.float64) * 2.0**-32)

@@ -30,8 +30,8 @@ def measure(record: Record) -> None:
         measure_text(record, policy, num_prompts=8)
 
 
-def ours(policy: Policy, prompts: list[Prompt]) -> list[list[SampledAnswer]]:
-    return generate(policy, prompts, NUM_ANSWERS, PARAMS, seed=(0,), **NO_EOS)
+def ours(policy: Policy, prompts: list[Prompt], cuda_graphs: bool = False) -> list[list[SampledAnswer]]:
+    return generate(policy, prompts, NUM_ANSWERS, PARAMS, seed=(0,), cuda_graphs=cuda_graphs, **NO_EOS)
 
 
 def huggingface(policy: Policy, prompt: Prompt, num_prompts: int) -> Tensor:
@@ -61,6 +61,12 @@ def log_prob_error(policy: Policy, prompt: Prompt, answers: list[SampledAnswer])
     return (sampled - expected).abs().mean().item()
 
 
+def share_of_same_tokens(left: list[list[SampledAnswer]], right: list[list[SampledAnswer]]) -> float:
+    """Of answers drawn with the same noise: 1 but for what rounding turns."""
+    pairs = [(a, b) for some, others in zip(left, right, strict=True) for a, b in zip(some, others, strict=True)]
+    return sum(float((a.ids == b.ids).float().mean()) for a, b in pairs) / len(pairs)
+
+
 def rates(num_prompts: int, ms: float) -> dict[str, float]:
     rows = num_prompts * NUM_ANSWERS
     return {"rollouts_per_s": 1e3 * rows / ms, "tokens_per_s": 1e3 * rows * LENGTH / ms}
@@ -71,7 +77,9 @@ def measure_videos(record: Record, policy: Policy, num_prompts: int) -> None:
     answers = ours(policy, prompts)
     assert all(len(answer.ids) == LENGTH for group in answers for answer in group)
     error = require(log_prob_error(policy, prompts[0], answers[0]), 0.02, "error of the sampled log-probs")
-    runs = {"ours": partial(ours, policy, prompts)}
+    same = share_of_same_tokens(answers, ours(policy, prompts, cuda_graphs=True))
+    require(1 - same, 0.5, "share of tokens that CUDA graphs draw differently")
+    runs = {"ours": partial(ours, policy, prompts), "ours, graphs": partial(ours, policy, prompts, True)}
     if num_prompts <= 8:  # 32 prompts are 256 copies of 3700 tokens there
         runs["generate"] = partial(huggingface, policy, on_gpu(prompts[0]), num_prompts)
     times = in_turn(runs, rounds=ROUNDS, warmup=1)
@@ -82,8 +90,10 @@ def measure_videos(record: Record, policy: Policy, num_prompts: int) -> None:
             **rates(num_prompts, figures["ms"]),
             peak_gib=peak_gib(runs[name]),
             **({"logp_error": error} if name == "ours" else {}),
+            **({"same_tokens": same} if name == "ours, graphs" else {}),
+            over_ours=times["ours"]["ms"] / figures["ms"],
             **({"over_generate": times["generate"]["ms"] / figures["ms"]} if "generate" in times else {}),
-            goals={"rollouts_per_s": ("at least", 8.0)} if name == "ours" and num_prompts == 8 else None,
+            goals={"rollouts_per_s": ("at least", 8.0)} if name.startswith("ours") and num_prompts == 8 else None,
         )
 
 

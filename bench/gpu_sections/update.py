@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from bench.gpu_sections.models import Size, model_config, packed_rows, random_mo
 from bench.gpu_sections.timing import event_ms, in_turn, peak_flops, peak_gib, require
 from tempsamp_fast.config import AlgorithmConfig
 from tempsamp_fast.flops import forward_flops
+from tempsamp_fast.liger_layers import apply_liger_layers
 from tempsamp_fast.loss import RowTargets, policy_loss
 from tempsamp_fast.packing import PackedRow
 from tempsamp_fast.policy import Policy
@@ -46,6 +48,8 @@ def measure(record: Record) -> None:
             for shape in shapes:
                 with record.attempt(f"{size} {shape}"):
                     measure_shape(record, f"{size} {shape}", policy, shape, is_goal=size == "3B")
+            with record.attempt(f"{size} Liger layers"):
+                measure_liger_layers(record, f"{size} {shapes[0]} Liger layers", policy, shapes[0])
             with record.attempt(f"{size} frozen tower"):
                 measure_frozen_tower(record, f"{size} {shapes[0]} frozen tower", policy, shapes[0])
             del policy
@@ -149,3 +153,23 @@ def measure_frozen_tower(record: Record, label: str, policy: Policy, shape: Shap
     times = in_turn({name: partial(update, policy, losses(policy, rows)) for name, rows in runs.items()}, rounds=ROUNDS)
     for name, figures in times.items():
         record.add(f"{label}, {name}", **figures, gradient_distance=error)
+
+
+def measure_liger_layers(record: Record, label: str, policy: Policy, shape: Shape) -> None:
+    """The trainer's default on a GPU against transformers' own layers, which every other row here runs."""
+    fused = Policy(copy.deepcopy(policy.base_model))
+    apply_liger_layers(fused.base_model, "on")
+    rows = packed_rows(policy.config, shape.completion_len, shape.num_generations)
+    policies = {"off": policy, "on": fused}
+    expected, actual = (gradients(each, losses(each, rows)) for each in policies.values())
+    error = require(gradient_distance(actual, expected), 0.1, "distance of the gradients with Liger's layers")
+    runs = {name: partial(update, each, losses(each, rows)) for name, each in policies.items()}
+    times = in_turn(runs, rounds=ROUNDS, warmup=1)
+    for name, figures in times.items():
+        record.add(
+            f"{label} {name}",
+            **figures,
+            **mfu(policy, rows, figures["ms"]),
+            peak_gib=peak_gib(runs[name]),
+            gradient_distance=error,
+        )

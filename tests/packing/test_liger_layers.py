@@ -126,3 +126,18 @@ def test_attention_that_rotates_elsewhere_is_refused(tiny) -> None:
     model.model.language_model.layers[0].self_attn.__class__ = OtherAttention
     with pytest.raises(ValueError, match=r"OtherAttention.*apply_rotary_pos_emb"):
         apply_liger_layers(model, "on")
+
+
+@pytest.mark.gpu
+def test_fused_layers_on_a_gpu_equal_plain(oracle, tiny) -> None:
+    """Compiled, in fp32: logits and every gradient."""
+    rows = [row.to("cuda") for row in pack(tiny.groups(), config=tiny.model().config, max_tokens_per_row=10_000)]
+    passes = []
+    for choice in ("on", "off"):
+        model = tiny.model().cuda()
+        apply_liger_layers(model, choice)
+        policy = Policy(model, gradient_checkpointing=True).train()
+        oracle.packed_logits(policy, rows).square().sum().backward()
+        passes.append([parameter.grad for parameter in policy.parameters()])
+    for fused, plain in zip(*passes, strict=True):
+        assert (fused - plain).norm() < 1e-4 * plain.norm()

@@ -23,6 +23,16 @@ def test_partitioned_parameters_are_sampled_through_the_engine_in_step(
     assert calls == [(engine, True) if is_partitioned else ("policy", False)]
 
 
+@pytest.mark.parametrize(("is_partitioned", "needed"), [(False, "a CUDA GPU"), (True, "stage 3")])
+def test_cuda_graphs_are_refused_where_nothing_can_be_recorded(
+    is_partitioned: bool, needed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: is_partitioned)
+    engine = SimpleNamespace(module="policy", zero_optimization_partition_weights=lambda: is_partitioned)
+    with pytest.raises(ValueError, match=f"cuda_graphs=True needs .*{needed}"):
+        PolicyBackend(engine, [0], [], 100, cuda_graphs=True)
+
+
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 5, 8])
 def test_every_rank_evaluates_in_as_many_calls(num_samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that has fewer samples, none, or whose videos cannot be read; nothing but its own answers counts."""

@@ -163,10 +163,14 @@ def test_a_policy_that_prefers_placeholders_is_kept_from_them(tiny, monkeypatch:
 
 
 def test_a_checkpointed_policy_in_training_mode_samples_the_same(tiny) -> None:
-    """transformers' checkpointing drops caches that are passed as such; ours is not."""
+    """In evaluation mode, without the dropout of adapters; afterwards it trains again."""
     policy = Policy(tiny.model(), gradient_checkpointing=True).train()
-    prompts = prompts_of(tiny)
+    prompts, modes = prompts_of(tiny), []
+    policy.base_model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda layer, _: modes.append(layer.training)
+    )
     assert all(map(same_ids, sample(policy, prompts), sample(Policy(tiny.model()), prompts)))
+    assert not any(modes) and modes and policy.training
 
 
 def test_kept_vision_features_give_the_same_answers(tiny) -> None:
