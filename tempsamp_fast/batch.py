@@ -21,6 +21,10 @@ class VisionFeatures:
     deepstack: tuple[Tensor, ...] = ()
     """One [num_placeholders, hidden_size] per early decoder layer; empty for Qwen2.5-VL."""
 
+    def to(self, device: torch.device | str) -> VisionFeatures:
+        """The same features on `device`."""
+        return VisionFeatures(self.embeds.to(device), tuple(layer.to(device) for layer in self.deepstack))
+
 
 @dataclass(frozen=True)
 class VideoPatches:
@@ -74,6 +78,15 @@ class RolloutGroup:
     completions: list[Completion]
     advantages: Tensor | None = None
     """[num_generations] float32; filled by `advantage.assign_advantages`."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt, once, and of all answers."""
+        return len(self.prompt.input_ids) + self.num_answer_tokens
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return sum(len(completion.ids) for completion in self.completions)
 
     def is_off_policy(self) -> Tensor:
         """[num_generations] bool."""

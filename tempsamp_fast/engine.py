@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tempsamp_fast.config import Config, Phase, TrainConfig
-from tempsamp_fast.packing import PackedRow
+from tempsamp_fast.packing import PackedRow, idle_row
+from tempsamp_fast.stopwatch import Stopwatch
 
 Head = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
 """`(hidden [M, H], lm_head weight [V, H]) -> (loss, metrics)`."""
@@ -92,31 +93,34 @@ def learning_rate(train: TrainConfig, phase: Phase, step_in_phase: int) -> float
     return peak
 
 
+def in_step(engine: Any, rows: Sequence[PackedRow]) -> list[PackedRow]:
+    """This rank's rows, and idle ones after them: as many as the rank with the most rows has, and at least one."""
+    num_rounds = max(1, max_over_ranks(len(rows), engine.device))
+    idle = idle_row(engine.module.config, has_features=engine.module.has_frozen_tower)
+    return [*rows, *[idle] * (num_rounds - len(rows))]
+
+
 def optimizer_step(
-    engine: Any, rows: Sequence[PackedRow], heads: Sequence[Head], rate: float
+    engine: Any, rows: Sequence[PackedRow], heads: Sequence[Head], rate: float, watch: Stopwatch
 ) -> tuple[list[Any], float]:
-    """Accumulate the gradients of all rows, then update once.
+    """Accumulate the gradients of all rows, then update once. Every rank must have as many rows: see `in_step`.
 
     Returns the metrics of each row, and the norm of the whole gradient before clipping.
-
-    Every rank runs as many rows as the one with the most, so that their collectives meet: a rank that has fewer
-    repeats its last row with a loss of zero.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-    num_rounds = max_over_ranks(len(rows), engine.device)
     metrics = []
-    for index in range(num_rounds):
-        is_own = index < len(rows)
-        row, head = (rows[index], heads[index]) if is_own else (rows[-1], heads[-1])
+    for index, (row, head) in enumerate(zip(rows, heads, strict=True)):
+        is_last = index == len(rows) - 1
         loss, row_metrics = engine(row.to(engine.device), head)
-        engine.set_gradient_accumulation_boundary(index == num_rounds - 1)
-        engine.backward(loss if is_own else loss * 0.0)
-        if index == num_rounds - 1:
+        engine.set_gradient_accumulation_boundary(is_last)
+        engine.backward(loss)
+        if is_last:
             grad_norm = _plain_gradient_norm(engine)
+            watch.lap("forward_backward")
         engine.step()
-        if is_own:
-            metrics.append(row_metrics)
+        metrics.append(row_metrics)
+    watch.lap("optimizer")
     return metrics, float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
 
 

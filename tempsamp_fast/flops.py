@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
+
 from tempsamp_fast.packing import PackedRow
 
 PEAK_BF16_TFLOPS = {
@@ -18,6 +20,11 @@ def peak_bf16_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU by its CUDA device name, None for one that is not in the table."""
     words = set(re.split(r"[\s-]+", device_name))
     return next((1e12 * tflops for gpu, tflops in PEAK_BF16_TFLOPS.items() if words.issuperset(gpu.split())), None)
+
+
+def device_peak_flops(device: torch.device) -> float | None:
+    """`peak_bf16_flops` of a device; None for a CPU."""
+    return peak_bf16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def forward_flops(row: PackedRow, config: Any) -> float:

@@ -76,6 +76,11 @@ def policy_loss(
     return head
 
 
+def idle_loss(hidden: Tensor, weight: Tensor) -> tuple[Tensor, None]:
+    """The head of an idle row: zero, with a gradient of zero for every parameter."""
+    return ((0.0 * hidden) @ weight.T).sum(), None
+
+
 def log_probs(row: PackedRow, algorithm: AlgorithmConfig, temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
     """A head that gives the [M] float32 log-probs of a row's answer tokens, without gradient.
 
@@ -87,9 +92,7 @@ def log_probs(row: PackedRow, algorithm: AlgorithmConfig, temperature: float) ->
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
         impl = None if algorithm.loss_impl == "auto" else algorithm.loss_impl
         token_ids, chunk_size = row.token_ids.to(hidden.device), _chunk_size(row, weight)
-        logps, _ = linear_logprob(
-            hidden, weight, token_ids, temperature=temperature, chunk_size=chunk_size, impl=impl
-        )
+        logps, _ = linear_logprob(hidden, weight, token_ids, temperature=temperature, chunk_size=chunk_size, impl=impl)
         return logps
 
     return head

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tempsamp_fast.batch import Prompt, RolloutGroup, VideoPatches, VisionFeatures
+from tempsamp_fast.batch import Prompt, RolloutGroup, Sample, VideoPatches, VisionFeatures
 from tempsamp_fast.mrope import mrope_positions
 
 PackingMode = Literal["shared_prefix", "none"]
@@ -65,8 +66,7 @@ class PackedRow:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
         if self.vision is not None:
-            deepstack = tuple(layer.to(device) for layer in self.vision.deepstack)
-            moved["vision"] = VisionFeatures(self.vision.embeds.to(device), deepstack)
+            moved["vision"] = self.vision.to(device)
         return replace(self, **moved)
 
 
@@ -114,6 +114,26 @@ def pack(
 def pack_prompts(prompts: Sequence[Prompt], *, config: Any, max_tokens_per_row: int) -> list[PackedRow]:
     """Rows of prompts without answers, for prefilling; `logit_indices` are the prompts' last tokens."""
     return _rows((_segment(prompt, [], config) for prompt in prompts), max_tokens_per_row)
+
+
+def idle_row(config: Any, has_features: bool) -> PackedRow:
+    """The shortest row that passes through the whole model: a rank that has no row left keeps in step with it.
+
+    has_features: whether rows bring their videos' features, so that the vision tower does not run.
+    """
+    vision = config.vision_config
+    side = vision.spatial_merge_size
+    pixels = torch.zeros(side**2, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
+    features = None
+    if has_features:
+        nothing = torch.zeros(1, vision.out_hidden_size)
+        num_deepstack = len(getattr(vision, "deepstack_visual_indexes", ()))
+        features = VisionFeatures(nothing, (nothing,) * num_deepstack)
+    ids = torch.tensor([config.vision_start_token_id, config.video_token_id, config.vision_end_token_id])
+    sample = Sample("idle", Path("idle"), "", 0.0, ())
+    video = VideoPatches(pixels, (1, side, side), 0.0, torch.zeros(1, dtype=torch.float64), features)
+    segment = _segment(Prompt(sample, "answer", ids, video), [ids[:1]], config)
+    return _concatenate([segment], branch_chunks=())
 
 
 def _segment(prompt: Prompt, branches: Sequence[Tensor], config: Any) -> _Segment:
@@ -208,21 +228,3 @@ def _logit_indices(layout: Sequence[GroupLayout]) -> Tensor:
             pieces.append(torch.tensor([last]))
         start = branch
     return torch.cat(pieces)
-
-
-def assign_groups(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Spread whole groups over ranks so that their tokens are balanced: longest first, to the least loaded rank.
-
-    num_tokens: of each group. Returns the groups' indices by rank, in their given order; at most 4/3 of the best
-    possible maximum (Graham 1969).
-    Raises ValueError when there are fewer groups than ranks.
-    """
-    if len(num_tokens) < num_ranks:
-        raise ValueError(f"num_tokens has {len(num_tokens)} groups for num_ranks={num_ranks}; need one per rank")
-    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
-    for group in sorted(range(len(num_tokens)), key=lambda index: -num_tokens[index]):
-        rank = min(range(num_ranks), key=lambda index: (loads[index], len(ranks[index])))
-        ranks[rank].append(group)
-        loads[rank] += num_tokens[group]
-    return [sorted(groups) for groups in ranks]

@@ -29,6 +29,7 @@ from tempsamp_fast.rollout import SamplingParams
 from tempsamp_fast.runlog import RunLog
 from tempsamp_fast.sample import Sample
 from tempsamp_fast.schedule import PhaseStep, plan
+from tempsamp_fast.stopwatch import Stopwatch
 from tempsamp_fast.synthetic import SyntheticConfig
 from tempsamp_fast.synthetic import generate as generate_videos
 from tempsamp_fast.tiny import build_tiny_checkpoint
@@ -84,6 +85,7 @@ class Run:
             config.rollout.cuda_graphs,
         )
         self.reference: Policy | None = None
+        self.watch = Stopwatch()
         self.record = self._recorded(config.rollout.record_rollouts)
         self.replay = self._recorded(config.rollout.replay_rollouts)
 
@@ -160,14 +162,16 @@ class Run:
 
         def sampler(asked: Sequence[Prompt], num_completions: Sequence[int]) -> list[list[Completion]]:
             if self.replay:
-                return self.replay.read(at.step, asked, num_completions)
-            answers = self.sample(asked, num_completions, self.config.rollout.temperature, step=at.step)
+                answers = self.replay.read(at.step, asked, num_completions)
+            else:
+                answers = self.sample(asked, num_completions, self.config.rollout.temperature, step=at.step)
             if self.record:
                 self.record.write(at.step, asked, answers)
+            self.watch.lap("rollout")
             return answers
 
         config = self.config
-        return answer(
+        groups = answer(
             prompts,
             at.phase.method,
             config.rollout.num_generations,
@@ -176,6 +180,8 @@ class Run:
             config.algorithm,
             config.data.task,
         )
+        self.watch.lap("reward")
+        return groups
 
     def sample(
         self, prompts: Sequence[Prompt], num_completions: int | Sequence[int], temperature: float, step: int = 0
@@ -200,9 +206,17 @@ class Run:
         """One optimizer step on scored groups with advantages."""
         if at.phase.method != "sft" and self.config.algorithm.beta > 0 and self.reference is None:
             self.reference = self._build_reference()
+            self.watch.lap("reference")
         rate = learning_rate(self.config.train, at.phase, at.step_in_phase)
         return update(
-            self.engine, self.reference, groups, at.phase.method, self.config, self.prompts_per_row(at.phase), rate
+            self.engine,
+            self.reference,
+            groups,
+            at.phase.method,
+            self.config,
+            self.prompts_per_row(at.phase),
+            rate,
+            self.watch,
         )
 
     def _build_reference(self) -> Policy:

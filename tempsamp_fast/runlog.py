@@ -27,6 +27,8 @@ SHOWN = {
     "loss": "loss",
     "optim/grad_norm": "grad",
     "time/step_s": "s/step",
+    "perf/tokens_per_s": "tok/s",
+    "perf/mfu": "mfu",
 }
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "liger-kernel", "torchcodec")
 

@@ -22,7 +22,6 @@ from tempsamp_fast.arguments import parse_args  # noqa: E402
 from tempsamp_fast.groups import reward_metrics  # noqa: E402
 from tempsamp_fast.results import Results  # noqa: E402
 from tempsamp_fast.run import Run  # noqa: E402
-from tempsamp_fast.stopwatch import Stopwatch  # noqa: E402
 from tempsamp_fast.update import mean_over_ranks  # noqa: E402
 
 
@@ -32,16 +31,14 @@ def train(run: Run) -> None:
     with run.log() as log, run.steps() as steps:
         if run.first_step == 0:
             results.evaluate("start", 0, log)
-        watch = Stopwatch()
+        run.watch.restart()
         for at, prompts in steps:
-            watch.lap("data")
+            run.watch.lap("data")
             groups = run.answer(at, prompts)
-            watch.lap("rollout")
             assign_advantages(groups, at.phase.method, algorithm)
             metrics = run.update(at, groups)
-            watch.lap("update")
 
-            metrics |= reward_metrics(groups) | watch.total()
+            metrics |= reward_metrics(groups) | run.watch.total()
             if at.phase.method == "tempsamp":
                 metrics |= {
                     f"advantage/skew/{rule}": skew for rule, skew in skewness_by_rule(groups, algorithm).items()
@@ -53,7 +50,7 @@ def train(run: Run) -> None:
                 results.evaluate(f"{at.phase_index + 1}_{at.phase}", at.step + 1, log)
             if at.is_last_of_phase or run.is_save_step(at):
                 run.save(at.step + 1)
-            watch = Stopwatch()
+            run.watch.restart()
     results.finish()
 
 

@@ -10,12 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tempsamp_fast.balance import balance
 from tempsamp_fast.batch import RolloutGroup
-from tempsamp_fast.config import Config, Method
-from tempsamp_fast.engine import optimizer_step
-from tempsamp_fast.loss import RowTargets, log_probs, policy_loss
+from tempsamp_fast.config import AlgorithmConfig, Config, Method
+from tempsamp_fast.engine import in_step, optimizer_step
+from tempsamp_fast.flops import device_peak_flops, forward_flops
+from tempsamp_fast.loss import RowTargets, idle_loss, log_probs, policy_loss
 from tempsamp_fast.packing import PackedRow, pack
 from tempsamp_fast.policy import Policy
+from tempsamp_fast.stopwatch import Stopwatch
 
 REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
     "loss": sum,
@@ -34,41 +37,82 @@ def update(
     config: Config,
     prompts_per_row: int,
     learning_rate: float,
+    watch: Stopwatch,
 ) -> dict[str, float]:
-    """Update the policy on this rank's groups, `updates_per_batch` times; returns the metrics of the last update."""
+    """Update the policy on all ranks' groups, `updates_per_batch` times; returns the metrics of the last update.
+
+    Groups whose advantages are all zero are left out where they have no gradient: they count in the loss's normalisers,
+    but `policy/*` describes the answers of the others.
+    """
     algorithm, temperature = config.algorithm, config.rollout.temperature
-    rows = [
+    is_sft = method == "sft"
+    num_answers = _mean_over_ranks(sum(len(group.completions) for group in groups), engine.device)
+    num_tokens = _mean_over_ranks(sum(group.num_answer_tokens for group in groups), engine.device)
+    having_gradient = [group for group in groups if _has_gradient(group, is_sft, algorithm)]
+    learning = balance(having_gradient)
+    own_rows = [
         row
-        for start in range(0, len(groups), prompts_per_row)
+        for start in range(0, len(learning), prompts_per_row)
         for row in pack(
-            groups[start : start + prompts_per_row],
+            learning[start : start + prompts_per_row],
             config=engine.module.config,
             max_tokens_per_row=config.train.max_tokens_per_row,
             mode=config.train.packing,
         )
     ]
-    is_sft = method == "sft"
-    uses_kl = algorithm.beta > 0 and not is_sft
-    old = _log_probs(engine.module, rows, config) if algorithm.updates_per_batch > 1 and not is_sft else None
-    ref = _log_probs(reference, rows, config) if uses_kl and reference is not None else None
-    targets = _targets(rows, groups, old, ref)
-    num_answers = _mean_over_ranks(sum(row.num_completions for row in rows), engine.device)
-    num_tokens = _mean_over_ranks(sum(len(row.token_ids) for row in rows), engine.device)
+    rows = in_step(engine, own_rows)
+    watch.lap("pack")
+    old = ref = None
+    if algorithm.updates_per_batch > 1 and not is_sft:
+        old = _log_probs(engine.module, rows, config)
+        watch.lap("old_log_probs")
+    if reference is not None and algorithm.beta > 0 and not is_sft:
+        ref = _log_probs(reference, rows, config)
+        watch.lap("reference")
+    targets = _targets(own_rows, learning, old, ref)
     heads = [
         policy_loss(
             row, target, method, algorithm, temperature, num_answers, num_tokens, config.rollout.max_completion_length
         )
-        for row, target in zip(rows, targets, strict=True)
+        for row, target in zip(own_rows, targets, strict=True)
     ]
-    for _ in range(1 if is_sft else algorithm.updates_per_batch):
-        row_metrics, grad_norm = optimizer_step(engine, rows, heads, learning_rate)
-    combined = combine(_of_all_ranks([metrics.as_dict() for metrics in row_metrics]))
+    heads += [idle_loss] * (len(rows) - len(own_rows))
+    num_updates = 1 if is_sft else algorithm.updates_per_batch
+    for _ in range(num_updates):
+        row_metrics, grad_norm = optimizer_step(engine, rows, heads, learning_rate, watch)
+    combined = {"loss": 0.0} | combine(_of_all_ranks([metrics.as_dict() for metrics in row_metrics[: len(own_rows)]]))
     combined["loss"] /= _num_ranks()  # each rank divides by its share of the step's answers
-    return combined | {
-        "optim/learning_rate": learning_rate,
-        "optim/grad_norm": grad_norm,
-        "batch/num_tokens": float(sum(row.num_tokens for row in rows)),
-    }
+    return (
+        combined
+        | {
+            "optim/learning_rate": learning_rate,
+            "optim/grad_norm": grad_norm,
+            "batch/num_tokens": float(sum(row.num_tokens for row in own_rows)),
+            "batch/skipped_share": 1 - len(having_gradient) / len(groups),
+        }
+        | _utilisation(own_rows, num_updates, engine, watch)
+    )
+
+
+def _has_gradient(group: RolloutGroup, is_sft: bool, algorithm: AlgorithmConfig) -> bool:
+    """False only where leaving the group out changes nothing; `bnpo` divides by the tokens that stand in a row."""
+    assert group.advantages is not None
+    return is_sft or algorithm.beta > 0 or algorithm.loss_type == "bnpo" or bool(group.advantages.any())
+
+
+def _utilisation(rows: Sequence[PackedRow], num_updates: int, engine: Any, watch: Stopwatch) -> dict[str, float]:
+    """Tokens of all ranks' packed rows per second of the step; model FLOPs utilisation (MFU) of this device.
+
+    MFU: three times the forward FLOPs of the rows over the time of forward and backward passes and the device's dense
+    bf16 peak; nothing where the peak is not known.
+    """
+    num_tokens = _mean_over_ranks(sum(row.num_tokens for row in rows), engine.device) * _num_ranks()
+    found = {"perf/tokens_per_s": num_tokens / watch.total()["time/step_s"]}
+    peak = device_peak_flops(engine.device)
+    if peak is not None:
+        flops = 3 * num_updates * sum(forward_flops(row, engine.module.config) for row in rows)
+        found["perf/mfu"] = flops / watch.seconds["time/forward_backward_s"] / peak
+    return found
 
 
 def _targets(
@@ -77,7 +121,9 @@ def _targets(
     old: Sequence[Tensor] | None,
     ref: Sequence[Tensor] | None,
 ) -> list[RowTargets]:
-    """Rows hold the answers of group after group, in order."""
+    """Rows hold the answers of group after group, in order; without rows there are none."""
+    if not rows:
+        return []
     assert all(group.advantages is not None for group in groups)
     sizes = [row.num_completions for row in rows]
     advantages = torch.cat([group.advantages for group in groups if group.advantages is not None]).split(sizes)

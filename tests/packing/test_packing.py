@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tempsamp_fast.packing import GroupLayout, assign_groups, pack, pack_prompts
+from tempsamp_fast.packing import GroupLayout, pack, pack_prompts
 
 
 def test_logit_indices_are_the_tokens_before_the_answers(tiny) -> None:
@@ -78,21 +76,3 @@ def test_moving_a_row_moves_every_tensor(tiny) -> None:
     moved = row.to("meta")
     assert {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {"meta"}
     assert moved.layout == row.layout
-
-
-@given(st.lists(st.integers(1, 10_000), min_size=1, max_size=20), st.integers(1, 6))
-def test_ranks_get_whole_groups_balanced_by_tokens(num_tokens: list[int], num_ranks: int) -> None:
-    """Every group once; no rank empty; the fullest within 4/3 of what no assignment can beat."""
-    num_ranks = min(num_ranks, len(num_tokens))
-    ranks = assign_groups(num_tokens, num_ranks)
-    assert sorted(group for groups in ranks for group in groups) == list(range(len(num_tokens)))
-    assert all(ranks) and len(ranks) == num_ranks
-    by_size = sorted(num_tokens, reverse=True)
-    pairs = by_size[num_ranks - 1] + by_size[num_ranks] if len(by_size) > num_ranks else 0
-    unbeatable = max(by_size[0], sum(num_tokens) / num_ranks, pairs)
-    assert max(sum(num_tokens[group] for group in groups) for groups in ranks) <= 4 / 3 * unbeatable + 1e-9
-
-
-def test_fewer_groups_than_ranks_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_ranks=3"):
-        assign_groups([5, 5], 3)

@@ -13,10 +13,12 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import Tiny
 from tempsamp_fast.backends import PolicyBackend
-from tempsamp_fast.engine import optimizer_step
+from tempsamp_fast.engine import in_step, optimizer_step
+from tempsamp_fast.loss import idle_loss
 from tempsamp_fast.packing import pack
 from tempsamp_fast.policy import Policy
 from tempsamp_fast.rollout import SamplingParams, generate
+from tempsamp_fast.stopwatch import Stopwatch
 
 
 def build_engine(tiny: Tiny, zero_stage: int):
@@ -44,7 +46,8 @@ def check_rollouts(tiny: Tiny, engine, rank: int) -> None:
 
 def check_update(tiny: Tiny, engine, rank: int) -> None:
     """Uneven rows: rank 0 has three, rank 1 one; the loss falls on both."""
-    rows = pack(tiny.groups()[: 3 - 2 * rank], config=engine.module.config, max_tokens_per_row=50)
+    own_rows = pack(tiny.groups()[: 3 - 2 * rank], config=engine.module.config, max_tokens_per_row=50)
+    rows = in_step(engine, own_rows)
 
     def head_of(row):
         def head(hidden, weight):
@@ -53,8 +56,8 @@ def check_update(tiny: Tiny, engine, rank: int) -> None:
 
         return head
 
-    heads = [head_of(row) for row in rows]
-    losses = [sum(optimizer_step(engine, rows, heads, 1e-3)[0]) for _ in range(3)]
+    heads = [*map(head_of, own_rows), *[idle_loss] * (len(rows) - len(own_rows))]
+    losses = [sum(optimizer_step(engine, rows, heads, 1e-3, Stopwatch())[0][: len(own_rows)]) for _ in range(3)]
     assert losses[-1] < losses[0], losses
 
 

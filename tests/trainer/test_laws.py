@@ -206,7 +206,7 @@ def test_the_step_uses_the_rate_of_its_phase(stepper) -> None:
 
 def test_the_first_update_has_ratio_1_and_further_ones_compare_with_the_old_policy(stepper) -> None:
     """After the first of several updates the ratio leaves 1 and is clipped; the off-policy row stays at 1."""
-    once = stepper("--phases", "tempsamp:1", "--shaping", "anchor").steps()[0]
+    once = stepper("--phases", "tempsamp:1", "--shaping", "anchor", "--beta", "0.04").steps()[0]
     assert once["policy/ratio_min"] == once["policy/ratio_max"] == 1
     words = ("--phases", "tempsamp:1", "--shaping", "anchor", "--updates_per_batch", "3", "--learning_rate", "3e-3")
     one = stepper(*words, "--epsilon_low", "0.01", "--epsilon_high", "0.01")
@@ -243,7 +243,8 @@ def forced(groups: list) -> list:
 
 def test_without_kl_there_is_no_reference(stepper) -> None:
     one = stepper("--phases", "grpo:1", "--beta", "0")
-    assert one.steps()[0]["policy/kl"] == 0
+    at = next(plan(one.run.phases))
+    assert one.run.update(at, forced(one.groups(at)))["policy/kl"] == 0
     assert one.run.reference is None
     assert not (one.run.folder / "reference").exists()
 

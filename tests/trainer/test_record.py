@@ -38,7 +38,7 @@ def test_rows_have_the_figures_of_their_kind(finished_run) -> None:
             assert {"eval/answer/miou", "eval/answer/r1@0.5", "eval/answer/parse_rate"} <= row.keys()
             continue
         assert row["optim/grad_norm"] > 0
-        assert {"loss", "policy/entropy", "optim/learning_rate", "time/data_s", "time/rollout_s"} <= row.keys()
+        assert {"loss", "policy/entropy", "optim/learning_rate", "time/data_s", "time/step_s"} <= row.keys()
         if row["phase"] == "tempsamp/answer":
             assert {"reward/tiou", "reward/on_policy_mean", "reward/off_policy_mean", "policy/kl"} <= row.keys()
             rules = {name.rpartition("/")[2] for name in row if name.startswith("advantage/skew/")}
