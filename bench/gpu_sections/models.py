@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from bench.bench_step import EOS, IMAGE, VIDEO, VISION_END, VISION_START, make_prompt, random_group
+from bench.step_contenders import EOS, IMAGE, VIDEO, VISION_END, VISION_START, make_prompt, random_group
 from tempsamp_fast.batch import Prompt
 from tempsamp_fast.packing import PackedRow, PackingMode, pack
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from bench.bench_step import EOS, IMAGE, NO_EOS, VIDEO, VISION_END, VISION_START, huggingface_inputs, make_prompt
 from bench.gpu_sections.child import Record
 from bench.gpu_sections.models import PROMPT_LEN, model_config, on_gpu, random_model, video_prompt
 from bench.gpu_sections.timing import in_turn, peak_gib, require
+from bench.step_contenders import EOS, NO_EOS, huggingface_generate, make_prompt
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
 from tempsamp_fast.packing import pack
 from tempsamp_fast.policy import Policy
@@ -32,21 +31,6 @@ def measure(record: Record) -> None:
 
 def ours(policy: Policy, prompts: list[Prompt], cuda_graphs: bool = False) -> list[list[SampledAnswer]]:
     return generate(policy, prompts, NUM_ANSWERS, PARAMS, seed=(0,), cuda_graphs=cuda_graphs, **NO_EOS)
-
-
-def huggingface(policy: Policy, prompt: Prompt, num_prompts: int) -> Tensor:
-    """`generate` on copies of one prompt, which cost what so many prompts of equal length do."""
-    config = GenerationConfig(
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=LENGTH,
-        num_return_sequences=NUM_ANSWERS,
-        suppress_tokens=[EOS, IMAGE, VIDEO, VISION_START, VISION_END],
-        eos_token_id=None,
-        pad_token_id=EOS,
-    )
-    with torch.device("cuda"):
-        return policy.base_model.generate(**huggingface_inputs(prompt, num_prompts), generation_config=config)
 
 
 @torch.no_grad()
@@ -81,7 +65,10 @@ def measure_videos(record: Record, policy: Policy, num_prompts: int) -> None:
     require(1 - same, 0.5, "share of tokens that CUDA graphs draw differently")
     runs = {"ours": partial(ours, policy, prompts), "ours, graphs": partial(ours, policy, prompts, True)}
     if num_prompts <= 8:  # 32 prompts are 256 copies of 3700 tokens there
-        runs["generate"] = partial(huggingface, policy, on_gpu(prompts[0]), num_prompts)
+        # Copies of one prompt, which cost what so many prompts of equal length do.
+        runs["generate"] = partial(
+            huggingface_generate, policy.base_model, on_gpu(prompts[0]), NUM_ANSWERS, LENGTH, copies=num_prompts
+        )
     times = in_turn(runs, rounds=ROUNDS, warmup=1)
     for name, figures in times.items():
         record.add(
