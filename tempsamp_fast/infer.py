@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tempsamp_fast.device import prepare_environment, training_device
+from tempsamp_fast.device import prepare_environment
 from tempsamp_fast.sample import Mode, Sample
 
 
@@ -26,37 +26,25 @@ def infer(
     Frames are taken as the checkpoint was trained (`video.json` beside its weights). Raises ValueError naming a bad
     checkpoint, video or query.
     """
+    from tempsamp_fast.answerer import Answerer
     from tempsamp_fast.checkpoint import read_video_settings
-    from tempsamp_fast.config import ModelConfig
-    from tempsamp_fast.loader import PromptLoader
-    from tempsamp_fast.model import geometry_of, load_model, resolve_dtype
-    from tempsamp_fast.policy import Policy
     from tempsamp_fast.rewards import parse_span
-    from tempsamp_fast.rollout import SamplingParams, generate
+    from tempsamp_fast.rollout import SamplingParams
 
     if not query.strip():
         raise ValueError("query is empty")
-    device = training_device()
-    model, chat = load_model(model_folder, ModelConfig(), resolve_dtype("auto", device))
-    settings = read_video_settings(Path(model_folder))
-    geometry = geometry_of(model, settings.min_pixels, settings.max_pixels, settings.total_pixels)
-    loader = PromptLoader(chat, geometry, settings)
-    sample = Sample(video.stem, video, query, duration_s=0.0, windows=())
-    (prompt,) = loader.prompts([sample], [mode])
     params = SamplingParams(temperature=0.0, max_completion_length=max_completion_length)
-    policy = Policy(model).eval().to(device)
-    ((generated,),) = generate(
-        policy, [prompt], 1, params, seed=(0, 0),
-        eos_token_ids=[chat.eos_token_id], banned_token_ids=chat.banned_token_ids,
-    )  # fmt: skip
-    text = chat.completion(generated.ids).text
+    answerer = Answerer(model_folder, read_video_settings(Path(model_folder)), params)
+    sample = Sample(video.stem, video, query, duration_s=0.0, windows=())
+    (prompt,) = answerer.loader.prompts([sample], [mode])
+    (completion,) = answerer.answer([prompt])
     grid_t = prompt.video.grid_thw[0]
     return {
         "video": str(video),
         "query": query,
-        "span": parse_span(text, require_tags),
+        "span": parse_span(completion.text, require_tags),
         "duration_s": round(grid_t * prompt.video.second_per_grid, 2),
-        "text": text,
+        "text": completion.text,
     }
 
 

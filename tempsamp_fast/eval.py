@@ -1,0 +1,273 @@
+"""Evaluate a checkpoint on a data set and print its scores beside the published ones.
+
+`python -m tempsamp_fast.eval --model DIR --annotations charades-test --videos DIR --output FOLDER`; on several GPUs
+`torchrun --nproc-per-node N -m tempsamp_fast.eval ...` with the same words. Answers are kept as they come: an
+evaluation that was interrupted continues when it is started again, on any number of GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from tempsamp_fast.catalogue import DATASETS, dataset_name, load_samples
+from tempsamp_fast.config import MODES, DataConfig
+from tempsamp_fast.device import prepare_environment
+from tempsamp_fast.published import DEFAULT_TABLES, MIXED, comparison
+from tempsamp_fast.runlog import write_json
+from tempsamp_fast.sample import Mode, Sample, Task
+from tempsamp_fast.score import grounding_scores, oracle_ious, score_rows
+
+HOW_FRAMES_ARE_TAKEN = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "sampling")
+HOW_THEY_ARE_READ = ("video_backend", "patch_cache")
+
+
+class AnswerFiles:
+    """The answers of one mode in FOLDER: `<mode>.<rank>.jsonl` while they come, `<mode>.jsonl` once all are there.
+
+    A line that a kill cut off is dropped.
+    """
+
+    def __init__(self, folder: Path, mode: Mode, rank: int) -> None:
+        self.merged = folder / f"{mode}.jsonl"
+        self._own = folder / f"{mode}.{rank}.jsonl"
+        if self._own.exists():
+            content = self._own.read_bytes()
+            os.truncate(self._own, content.rfind(b"\n") + 1)
+
+    def read(self, samples: Sequence[Sample]) -> dict[str, str]:
+        """The texts so far by sample id, of all ranks.
+
+        Raises ValueError naming the file and line of an answer to another query or video of the same id.
+        """
+        by_id = {sample.sample_id: sample for sample in samples}
+        texts = {}
+        for path in filter(Path.exists, [self.merged, *self._parts()]):
+            for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+                row: dict[str, Any] = json.loads(line) if line.endswith("\n") else {"sample_id": None}
+                sample = by_id.get(row["sample_id"])
+                if sample is None or "skipped" in row:
+                    continue
+                if (row["query"], Path(row["video"]).name) != (sample.query, sample.video.name):
+                    raise ValueError(f"{path}: line {number} answers another query of the id {sample.sample_id!r}")
+                texts[sample.sample_id] = row["text"]
+        return texts
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Keep answers of this rank."""
+        with self._own.open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+    def merge(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Replace the ranks' files by one of all rows."""
+        partial = self.merged.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        partial.replace(self.merged)
+        for part in self._parts():
+            part.unlink()
+
+    def _parts(self) -> list[Path]:
+        return list(self.merged.parent.glob(f"{self.merged.stem}.*.jsonl"))
+
+
+def fingerprint(model: str) -> str:
+    """Tells checkpoints apart: a digest of the weight files' sizes and of 64 stretches of each; the name off disk."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    if not files:
+        return model
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for index in range(64):
+                file.seek(size * index // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+def require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Keep `settings` in FOLDER/settings.json; raise ValueError listing those an evaluation there began with others."""
+    path = folder / "settings.json"
+    if not path.exists():
+        write_json(path, settings)
+        return
+    begun = json.loads(path.read_text())
+    changed = [
+        f"{name} {begun.get(name)!r}, now {value!r}" for name, value in settings.items() if begun.get(name) != value
+    ]
+    if changed:
+        raise ValueError(f"--output {folder}: began with {'; '.join(changed)}; choose another folder")
+
+
+def evaluate(options: argparse.Namespace) -> str:
+    """Ask, score and compare as the command line says; the table on rank 0, nothing on the others."""
+    import torch.distributed as dist
+
+    from tempsamp_fast.answerer import Answerer
+    from tempsamp_fast.checkpoint import read_video_settings
+    from tempsamp_fast.evaluation import answer_row
+    from tempsamp_fast.rollout import SamplingParams
+
+    modes: list[Any] = options.mode.split("+")
+    samples = load_samples(options.annotations, options.videos)[: options.max_samples]
+    overridable = (*HOW_FRAMES_ARE_TAKEN, *HOW_THEY_ARE_READ, "task")
+    given = {name: value for name in overridable if (value := getattr(options, name)) is not None}
+    data = dataclasses.replace(
+        read_video_settings(Path(options.model)),
+        **given,
+        on_bad_video="skip" if options.skip_bad_videos else "raise",
+    )
+    _check(options, modes, data.task, samples)
+    params = SamplingParams(options.temperature, options.top_p, options.top_k, options.max_completion_length)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world_size > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    if rank == 0:
+        options.output.mkdir(parents=True, exist_ok=True)
+        frames = {name: getattr(data, name) for name in HOW_FRAMES_ARE_TAKEN}
+        settings = {"model": fingerprint(options.model), "annotations": options.annotations, "task": data.task}
+        require_same_settings(options.output, settings | frames | dataclasses.asdict(params) | {"seed": options.seed})
+    _barrier(world_size)
+    answerer = Answerer(options.model, data, params, options.seed)
+    rows_by_mode = {}
+    for mode in modes:
+        files = AnswerFiles(options.output, mode, rank)
+        texts = files.read(samples)
+        _barrier(world_size)
+        done = len(texts)
+        own = _share([sample for sample in samples if sample.sample_id not in texts], rank, world_size)
+        for answers in answerer.answer_all(own, mode, options.batch_size):
+            files.append([answer_row(sample, text, not options.untagged) for sample, text in answers.items()])
+            done += len(answers) * world_size
+            if rank == 0:
+                print(f"{mode}: {min(done, len(samples))} of {len(samples)}", file=sys.stderr, flush=True)
+        skipped = [{str(path): reason for path, reason in answerer.loader.skipped.items()}] * world_size
+        if world_size > 1:
+            dist.all_gather_object(skipped, skipped[0])
+        if rank == 0:
+            reasons = {path: reason for part in skipped for path, reason in part.items()}
+            rows_by_mode[mode] = _all_rows(samples, files.read(samples), reasons, not options.untagged)
+            files.merge(rows_by_mode[mode])
+        _barrier(world_size)
+    return _report(options, samples, rows_by_mode, data.task) if rank == 0 else ""
+
+
+def _check(options: argparse.Namespace, modes: Sequence[str], task: Task, samples: Sequence[Sample]) -> None:
+    if not modes or set(modes) - set(MODES):
+        raise ValueError(f"--mode {options.mode}: choose answer, think or answer+think")
+    if options.mixed_cot and (set(modes) != set(MODES) or task != "grounding"):
+        raise ValueError(f"--mixed_cot needs --mode answer+think and the task grounding, not {options.mode} and {task}")
+    if task == "highlight" and not all(sample.clip_scores for sample in samples):
+        raise ValueError(
+            f"--task highlight: {options.annotations} has no clip scores; it takes QVHighlights annotations"
+        )
+
+
+def _share(samples: Sequence[Sample], rank: int, world_size: int) -> list[Sample]:
+    """Whole videos, whose queries follow each other: each is decoded once, by one rank."""
+    by_video: dict[Path, list[Sample]] = {}
+    for sample in samples:
+        by_video.setdefault(sample.video, []).append(sample)
+    return [sample for queries in list(by_video.values())[rank::world_size] for sample in queries]
+
+
+def _barrier(world_size: int) -> None:
+    if world_size > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def _all_rows(
+    samples: Sequence[Sample], texts: dict[str, str], skipped: dict[str, str], require_tags: bool
+) -> list[dict[str, Any]]:
+    """A row per sample; one whose video was skipped says why, counts as unparsed and is asked again next time."""
+    from tempsamp_fast.evaluation import answer_row
+
+    rows = []
+    for sample in samples:
+        row = answer_row(sample, texts.get(sample.sample_id, ""), require_tags)
+        if sample.sample_id not in texts:
+            row["skipped"] = skipped[str(sample.video)]
+        rows.append(row)
+    return rows
+
+
+def _report(
+    options: argparse.Namespace, samples: Sequence[Sample], rows_by_mode: dict[Mode, list[dict[str, Any]]], task: Task
+) -> str:
+    scores: list[dict[str, Any]] = [
+        {"mode": mode, **score_rows(samples, rows, task, not options.untagged)} for mode, rows in rows_by_mode.items()
+    ]
+    if options.mixed_cot:
+        ious = [[row["iou"] if row["span"] else None for row in rows] for rows in rows_by_mode.values()]
+        scores.append({"mode": MIXED, **grounding_scores(oracle_ious(ious))})
+    num_skipped = sum("skipped" in row for rows in rows_by_mode.values() for row in rows)
+    write_json(
+        options.output / "scores.json", {"num_queries": len(samples), "num_skipped": num_skipped, "rows": scores}
+    )
+    test = dataset_name(options.annotations)
+    text = comparison(scores, len(samples), test, None if options.all_published else DEFAULT_TABLES)
+    if test and options.max_samples and DATASETS[test].num_queries not in (None, len(samples)):
+        text += f"\nours: the first {len(samples)} of {DATASETS[test].num_queries} queries only"
+    if num_skipped:
+        text += f"\nskipped for a bad video and counted as wrong: {num_skipped}; {options.output} says why"
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; exit code 2 and one line on stderr for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tempsamp_fast.eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="checkpoint folder (RUN/checkpoints/step_*/model) or hub name")
+    add("--annotations", required=True, help=f"file or data set: {', '.join(DATASETS)}")
+    add("--videos", required=True, type=Path, help="folder of <video id>.{mp4,mkv,webm,avi}")
+    add("--output", required=True, type=Path, help="folder of answers and scores; one that has some is continued")
+    add("--mode", default="answer", help="answer, think or answer+think")
+    add("--mixed_cot", action="store_true", help="also the better mode of each query: an upper bound, needs both modes")
+    add("--task", choices=get_args(Task), help="default: as the checkpoint was trained")
+    add("--temperature", type=float, default=0.0, help="0: greedy")
+    add("--top_p", type=float, default=1.0)
+    add("--top_k", type=int, default=0, help="0: off")
+    add("--seed", type=int, default=0, help="of sampled answers")
+    add("--max_completion_length", type=int, default=2048)
+    add("--batch_size", type=int, default=16, help="queries answered together, per GPU")
+    add("--max_samples", type=int, help="the first N queries only")
+    add("--untagged", action="store_true", help="read answers without <answer> tags too")
+    add("--skip_bad_videos", action="store_true", help="count their queries as wrong instead of stopping")
+    add("--all_published", action="store_true", help="show published ablations and few-shot runs too")
+    frames = parser.add_argument_group("frames", "default: as the checkpoint was trained")
+    hints = get_type_hints(DataConfig)
+    for name in (*HOW_FRAMES_ARE_TAKEN, *HOW_THEY_ARE_READ):
+        kinds = [kind for kind in (get_args(hints[name]) or (hints[name],)) if kind is not type(None)]
+        is_choice = isinstance(kinds[0], str)
+        frames.add_argument(f"--{name}", type=str if is_choice else kinds[0], choices=kinds if is_choice else None)
+    options = parser.parse_args(arguments)
+    prepare_environment()
+    try:
+        for name in ("batch_size", "max_samples"):
+            value = getattr(options, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value}: must be at least 1")
+        text = evaluate(options)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
+    if text:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
