@@ -187,6 +187,10 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = field(default=0, metadata={"help": "0: off"})
     max_completion_length: int = 256
+    rollout_backend: Literal["policy", "vllm"] = field(
+        default="policy", metadata={"help": "what samples: the training weights themselves, or vLLM on the same GPU"}
+    )
+    vllm_memory: float = field(default=0.3, metadata={"help": "share of the GPU's memory that vLLM takes"})
     cuda_graphs: bool = field(default=False, metadata={"help": "replay decoding passes as CUDA graphs"})
     record_rollouts: str | None = field(
         default=None, metadata={"help": "write every sampled answer to this JSONL file"}
@@ -199,6 +203,7 @@ class RolloutConfig:
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         _require(self.top_k >= 0, "top_k", self.top_k, "zero (off) or more")
         _require(self.max_completion_length >= 1, "max_completion_length", self.max_completion_length, "at least 1")
+        _require(0 < self.vllm_memory < 1, "vllm_memory", self.vllm_memory, "in (0, 1)")
         _require(
             self.record_rollouts is None or self.replay_rollouts is None,
             "record_rollouts", self.record_rollouts, "unset when replay_rollouts is given",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -77,13 +78,7 @@ class Run:
         self.engine = build_engine(self.policy, config, dtype)
         if self.resumed_from:
             self.engine.load_checkpoint(str(self.resumed_from / ENGINE), tag="state", load_module_strict=True)
-        self.backend: RolloutBackend = PolicyBackend(
-            self.engine,
-            [self.chat.eos_token_id],
-            self.chat.banned_token_ids,
-            config.train.max_tokens_per_row,
-            config.rollout.cuda_graphs,
-        )
+        self.backend = self._build_backend(checkpoint, dtype)
         self.reference: Policy | None = None
         self.watch = Stopwatch()
         self.record = self._recorded(config.rollout.record_rollouts)
@@ -102,6 +97,23 @@ class Run:
                 videos=str(folder / "videos"),
             )
         return load_training_data(data)
+
+    def _build_backend(self, checkpoint: str, dtype: torch.dtype) -> RolloutBackend:
+        rollout, train = self.config.rollout, self.config.train
+        if rollout.rollout_backend == "vllm":
+            from tempsamp_fast.vllm_backend import VllmBackend, colocated_llm
+
+            room = self.policy.config.text_config.max_position_embeddings
+            max_tokens = min(room, train.max_tokens_per_row + rollout.max_completion_length)
+            llm = colocated_llm(checkpoint, dtype, max_tokens, rollout.vllm_memory, train.seed)
+            return VllmBackend(self.engine, self.chat, self.config.data.task, llm)
+        return PolicyBackend(
+            self.engine,
+            [self.chat.eos_token_id],
+            self.chat.banned_token_ids,
+            train.max_tokens_per_row,
+            rollout.cuda_graphs,
+        )
 
     def _initial_checkpoint(self) -> str:
         if self.config.model.model != "tiny":
