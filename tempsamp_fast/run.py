@@ -17,7 +17,7 @@ from tempsamp_fast.backends import PolicyBackend, RolloutBackend
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
 from tempsamp_fast.catalogue import load_training_data
 from tempsamp_fast.checkpoint import ENGINE, MODEL, latest_checkpoint, save_checkpoint, save_model
-from tempsamp_fast.config import Config, Phase, parse_phases
+from tempsamp_fast.config import Config, parse_phases
 from tempsamp_fast.device import training_device
 from tempsamp_fast.engine import build_engine, learning_rate
 from tempsamp_fast.groups import RecordedRollouts, answer
@@ -29,7 +29,7 @@ from tempsamp_fast.prompts import off_policy_text, question
 from tempsamp_fast.rollout import SamplingParams
 from tempsamp_fast.runlog import RunLog
 from tempsamp_fast.sample import Sample
-from tempsamp_fast.schedule import PhaseStep, plan
+from tempsamp_fast.schedule import PhaseStep, in_steps, plan, prompts_per_row, prompts_per_step
 from tempsamp_fast.stopwatch import Stopwatch
 from tempsamp_fast.synthetic import SyntheticConfig
 from tempsamp_fast.synthetic import generate as generate_videos
@@ -48,7 +48,6 @@ class Run:
         self.device = training_device()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.folder = Path(config.train.resume or config.train.output_dir)
-        self.phases = parse_phases(config.train.phases)
         self.resumed_from: Path | None = None
         self.first_step = 0
         if config.train.resume:
@@ -60,6 +59,8 @@ class Run:
         dist.barrier()
 
         self.train_samples, self.eval_samples = self._load_samples()
+        phases = parse_phases(config.train.phases)
+        self.phases = in_steps(phases, config.train, len(self.train_samples), self.world_size)
         dtype = resolve_dtype(config.model.dtype, self.device)
         checkpoint = str(self.resumed_from / MODEL) if self.resumed_from else self._initial_checkpoint()
         model, self.chat = load_model(checkpoint, config.model, dtype)
@@ -149,25 +150,16 @@ class Run:
 
     def prompts(self, at: PhaseStep) -> list[Prompt]:
         """This rank's prompts of a step. The step's prompts are the same whatever the number of ranks."""
-        per_rank = self.prompts_per_row(at.phase) * self.config.train.gradient_accumulation_steps
+        per_rank = prompts_per_step(self.config.train, at.phase, world_size=1)
         first = self._prompts_before(at) + per_rank * self.rank
         positions = range(first, first + per_rank)
         modes = [at.phase.modes[position % len(at.phase.modes)] for position in positions]
         return self.loader.training_prompts(self.train_samples, positions, modes, self.config.train.seed)
 
     def _prompts_before(self, at: PhaseStep) -> int:
-        per_step = self.config.train.gradient_accumulation_steps * self.world_size
-        earlier = sum(phase.num_steps * self.prompts_per_row(phase) for phase in self.phases[: at.phase_index])
-        return per_step * (earlier + at.step_in_phase * self.prompts_per_row(at.phase))
-
-    def prompts_per_row(self, phase: Phase) -> int:
-        """Prompts per device and micro-step."""
-        train = self.config.train
-        return (
-            (train.sft_prompts_per_device or train.prompts_per_device)
-            if phase.method == "sft"
-            else train.prompts_per_device
-        )
+        earlier = [(phase, phase.num_steps) for phase in self.phases[: at.phase_index]]
+        done = [*earlier, (at.phase, at.step_in_phase)]
+        return sum(steps * prompts_per_step(self.config.train, phase, self.world_size) for phase, steps in done)
 
     def answer(self, at: PhaseStep, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
         """Scored groups for the prompts, sampled or replayed."""
@@ -226,7 +218,7 @@ class Run:
             groups,
             at.phase.method,
             self.config,
-            self.prompts_per_row(at.phase),
+            prompts_per_row(self.config.train, at.phase),
             rate,
             self.watch,
         )
