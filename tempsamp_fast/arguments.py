@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,15 +14,12 @@ import yaml
 from tempsamp_fast.config import AlgorithmConfig, Config, DataConfig, ModelConfig, RolloutConfig, TrainConfig
 
 RECIPES = Path(__file__).parent / "configs"
+SECTIONS = (DataConfig, ModelConfig, RolloutConfig, AlgorithmConfig, TrainConfig)
 DEFAULT_RECIPE = RECIPES / "tiny_cpu.yaml"
 
 
-def read_recipe(path: Path, inherited_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The settings of a flat YAML file, over those of the recipe that its entry `base` names, if it has one.
-
-    A base is a file's stem in the same folder, or a recipe's name. Raises ValueError naming a file that cannot be read
-    and a base that leads back to itself.
-    """
+def _yaml_flags(path: Path) -> list[str]:
+    """The entries of a flat YAML file as command line words."""
     try:
         entries = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -30,14 +28,7 @@ def read_recipe(path: Path, inherited_by: tuple[Path, ...] = ()) -> dict[str, An
         raise ValueError(f"--config {path}: not valid YAML: {error}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"--config {path}: expected `name: value` lines, found {type(entries).__name__}")
-    if "base" not in entries:
-        return entries
-    base = entries.pop("base")
-    beside = path.with_name(f"{base}.yaml")
-    file = beside if beside.is_file() else RECIPES / f"{base}.yaml"
-    if file in (path, *inherited_by):
-        raise ValueError(f"--config {path}: base {base!r} leads back to itself")
-    return read_recipe(file, (path, *inherited_by)) | entries
+    return _flags(entries)
 
 
 def _saved_flags(run: Path) -> list[str]:
@@ -45,8 +36,19 @@ def _saved_flags(run: Path) -> list[str]:
     path = run / "config.json"
     if not path.is_file():
         raise ValueError(f"--resume {run}: no run in this folder (it has no config.json)")
-    sections = json.loads(path.read_text())
-    return _flags({name: value for section in sections.values() for name, value in section.items()})
+    try:
+        sections = json.loads(path.read_text())
+        settings = {name: value for section in sections.values() for name, value in section.items()}
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"--resume {run}: {path.name} cannot be read: {error}") from error
+    known = {field.name for section in SECTIONS for field in dataclasses.fields(section)}
+    unknown = [f"{name}={value!r}" for name, value in settings.items() if name not in known]
+    if unknown:
+        raise ValueError(
+            f"--resume {run}: made by another version, whose settings this one does not have: {', '.join(unknown)}; "
+            f"finish it with that version, or delete them from {path}"
+        )
+    return _flags(settings)
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:
@@ -64,7 +66,7 @@ def parse_args(arguments: Sequence[str]) -> Config:
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     files.add_argument("--config", type=Path)
     files.add_argument("--resume", type=Path)
-    sections: Any = (DataConfig, ModelConfig, RolloutConfig, AlgorithmConfig, TrainConfig)
+    sections: Any = SECTIONS
     parser = HfArgumentParser(sections, prog="train.py", allow_abbrev=False, exit_on_error=False)
     try:
         given, words = files.parse_known_args(list(arguments))
@@ -80,7 +82,7 @@ def parse_args(arguments: Sequence[str]) -> Config:
 def _base_flags(config: Path | None, resume: Path | None) -> list[str]:
     flags = [*_saved_flags(resume), f"--resume={resume}"] if resume else []
     if config or not resume:
-        flags += _flags(read_recipe(_config_file(config) if config else DEFAULT_RECIPE))
+        flags += _yaml_flags(_config_file(config) if config else DEFAULT_RECIPE)
     return flags
 
 

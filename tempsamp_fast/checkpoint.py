@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ from safetensors import SafetensorError
 
 from tempsamp_fast.chat import Chat
 from tempsamp_fast.config import Config, DataConfig
+from tempsamp_fast.durable import PARTIAL, damage, partial_folder, publish, remove, require_space, seal, size_of, sync
 from tempsamp_fast.policy import Policy
-from tempsamp_fast.runlog import write_json
+from tempsamp_fast.runlog import RECORDS, write_json
+
+logger = logging.getLogger(__name__)
 
 MODEL = "model"
 ENGINE = "engine"
@@ -49,35 +54,53 @@ def read_video_settings(folder: Path) -> DataConfig:
     return DataConfig(**json.loads(path.read_text())) if path.is_file() else DataConfig()
 
 
-def save_checkpoint(run: Path, step: int, engine: Any, policy: Policy, chat: Chat, config: Config) -> Path:
-    """Write a checkpoint aside and rename it when complete, then delete all but the newest `keep_checkpoints`.
+def save_checkpoint(
+    run: Path, step: int, engine: Any, policy: Policy, chat: Chat, config: Config, facts: dict[str, Any]
+) -> Path:
+    """Write a checkpoint aside, sync and rename it when complete, then delete all but the newest `keep_checkpoints`.
 
-    `step` optimizer steps are done. Called by every rank. A write that fails (a full disk, say) raises OSError and
-    leaves the checkpoints that were there; the unfinished one is removed.
+    `step` optimizer steps are done. `facts` of the run (see `resume.facts_of`) and the hash of every file are kept in
+    `state.json`. Called by every rank. Where the disk is almost full nothing is written; a write that fails raises
+    OSError and leaves the checkpoints that were there; the unfinished one is removed.
     """
     final = checkpoint_folder(run, step)
-    partial = final.with_name(final.name + ".partial")
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    partial = partial_folder(final)
+    is_first = _is_first()
     if is_first:
-        shutil.rmtree(partial, ignore_errors=True)
+        for unfinished in final.parent.glob(f"*{PARTIAL}"):
+            shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
     _barrier()
+    require_space(partial, _expected_size(run, policy), f"checkpoint {final.name}")
     try:
         engine.save_checkpoint(str(partial / ENGINE), tag="state")
         if is_first:
             save_model(partial / MODEL, policy, chat, config.data)
-            write_json(partial / STATE, {"step": step})
+        _barrier()
+        files = seal(partial)
+        if is_first:
+            write_json(partial / STATE, {"step": step, **facts, "files": files})
+            for record in (partial / STATE, *(run / name for name in RECORDS)):
+                if record.exists():
+                    sync(record)
+            publish(final)
+            for old in checkpoints(run)[: -config.train.keep_checkpoints]:
+                remove(old)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{final}: checkpoint not written: {str(error).splitlines()[0]}") from error
     _barrier()
-    if is_first:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in checkpoints(run)[: -config.train.keep_checkpoints]:
-            shutil.rmtree(old)
-    _barrier()
     return final
+
+
+def _expected_size(run: Path, policy: Policy) -> int:
+    """Bytes: as the newest checkpoint, or as many as weights and Adam's float32 state take. Adds a tenth."""
+    kept = checkpoints(run)
+    if kept:
+        return int(1.1 * size_of(kept[-1]))
+    parameters = list(policy.parameters())
+    num_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return int(1.1 * (12 * num_trained + 2 * sum(parameter.nbytes for parameter in parameters)))
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -92,6 +115,78 @@ def latest_checkpoint(run: Path) -> tuple[Path, int]:
     if not found:
         raise ValueError(f"resume={str(run)!r}: no complete checkpoint in {run / 'checkpoints'}")
     return found[-1], json.loads((found[-1] / STATE).read_text())["step"]
+
+
+def sound_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose files are as they were written, and its `state.json`; None where none was made.
+
+    Broken ones that are newer are renamed `<name>.broken` with a warning. Called by every rank. Raises ValueError
+    naming what is wrong with each when all are broken.
+    """
+    broken: dict[Path, str] = {}
+    for folder in reversed(checkpoints(run)):
+        wrong, state = _check(folder)
+        if not wrong:
+            _put_aside(list(broken))
+            return folder, state
+        broken[folder] = f"{folder}: {', '.join(wrong[:3])}"
+        logger.warning("checkpoint is broken, looking for the one before: %s", broken[folder])
+    if broken:
+        raise ValueError(f"resume={str(run)!r}: every checkpoint is broken: {'; '.join(broken.values())}")
+    return None
+
+
+def _put_aside(broken: Sequence[Path]) -> None:
+    _barrier()
+    if _is_first():
+        for folder in broken:
+            shutil.rmtree(folder.with_suffix(".broken"), ignore_errors=True)
+            folder.rename(folder.with_suffix(".broken"))
+    _barrier()
+
+
+def _check(folder: Path) -> tuple[list[str], dict[str, Any]]:
+    """What is wrong with a checkpoint, and its state."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+        step, files = int(state["step"]), state.get("files")
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"{STATE} cannot be read: {error}"], {}
+    if step != int(folder.name.removeprefix("step_")):
+        return [f"{STATE} is of step {step}"], {}
+    if files is None:
+        logger.warning("%s: made by an earlier version, without hashes: taken unchecked", folder)
+        return [], state
+    return damage(folder, files), state
+
+
+def save_reference(folder: Path, policy: Policy, chat: Chat, data: DataConfig) -> None:
+    """Write the reference model as a checkpoint is written: aside, hashed, renamed. Called by every rank."""
+    partial = partial_folder(folder)
+    if _is_first():
+        shutil.rmtree(partial, ignore_errors=True)
+        save_model(partial, policy, chat, data)
+    _barrier()
+    files = seal(partial)
+    if _is_first():
+        write_json(partial / STATE, {"files": files})
+        sync(partial / STATE)
+        publish(folder)
+    _barrier()
+
+
+def check_reference(folder: Path) -> None:
+    """Raise ValueError unless the reference model is there as it was written. Called by every rank."""
+    if not folder.exists():
+        raise ValueError(f"{folder}: the reference model is missing, and it cannot be made again after its first step")
+    if (folder / STATE).exists():
+        wrong = damage(folder, json.loads((folder / STATE).read_text())["files"])
+        if wrong:
+            raise ValueError(f"{folder}: the reference model is broken: {', '.join(wrong[:3])}")
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _barrier() -> None:

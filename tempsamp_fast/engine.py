@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,29 @@ def build_engine(policy: nn.Module, config: Config, dtype: torch.dtype) -> Any:
         model=policy, model_parameters=trainable, config=deepspeed_config(config, dtype)
     )
     return engine
+
+
+def load_engine(engine: Any, folder: Path, allow_pickle: bool) -> None:
+    """Load the engine's state as a checkpoint holds it, refusing pickles that would run code unless `allow_pickle`.
+
+    Raises ValueError naming the file that holds more than tensors, plain values and DeepSpeed's own records.
+    """
+    if not allow_pickle:
+        engine.checkpoint_engine.load = _load_without_code
+    engine.load_checkpoint(str(folder), tag="state", load_module_strict=True)
+
+
+def _load_without_code(path: str, map_location: Any = None) -> Any:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"{path}: holds more than tensors; --allow_pickle loads it anyway ({reason})") from error
 
 
 def learning_rate(train: TrainConfig, phase: Phase, step_in_phase: int) -> float:

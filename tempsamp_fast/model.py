@@ -31,13 +31,18 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, Chat]:
     """A model and its chat format from a Hugging Face folder or hub name.
 
+    Weights are read from safetensors alone, unless `allow_pickle`.
     Raises ValueError for a folder without a model, an architecture that is not supported, and weights that are
     missing or cannot be read.
     """
     check_architecture(checkpoint, config.trust_remote_code)
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            checkpoint, dtype=dtype, trust_remote_code=config.trust_remote_code, output_loading_info=True
+            checkpoint,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=None if config.allow_pickle else True,
+            output_loading_info=True,
         )
         model, loading = loaded
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=config.trust_remote_code)

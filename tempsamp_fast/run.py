@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from tempsamp_fast.backends import PolicyBackend, RolloutBackend
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
 from tempsamp_fast.catalogue import load_training_data
-from tempsamp_fast.checkpoint import ENGINE, MODEL, latest_checkpoint, save_checkpoint, save_model
-from tempsamp_fast.config import Config, parse_phases
+from tempsamp_fast.checkpoint import (
+    ENGINE,
+    MODEL,
+    check_reference,
+    checkpoints,
+    save_checkpoint,
+    save_reference,
+    sound_checkpoint,
+)
+from tempsamp_fast.config import Config, Phase, parse_phases
 from tempsamp_fast.device import training_device
-from tempsamp_fast.engine import build_engine, learning_rate
+from tempsamp_fast.engine import build_engine, learning_rate, load_engine
 from tempsamp_fast.groups import RecordedRollouts, answer
 from tempsamp_fast.loader import PromptLoader
 from tempsamp_fast.model import geometry_of, load_model, resolve_dtype
 from tempsamp_fast.policy import Policy
 from tempsamp_fast.prefetch import Prefetch
 from tempsamp_fast.prompts import off_policy_text, question
+from tempsamp_fast.resume import check_same_run, facts_of
 from tempsamp_fast.rollout import SamplingParams
-from tempsamp_fast.runlog import RunLog
+from tempsamp_fast.runlog import RunLog, drop_rows_from
 from tempsamp_fast.sample import Sample
-from tempsamp_fast.schedule import PhaseStep, in_steps, plan, prompts_per_row, prompts_per_step
+from tempsamp_fast.schedule import PhaseStep, plan
 from tempsamp_fast.stopwatch import Stopwatch
 from tempsamp_fast.synthetic import SyntheticConfig
 from tempsamp_fast.synthetic import generate as generate_videos
@@ -37,6 +46,7 @@ from tempsamp_fast.tiny import build_tiny_checkpoint
 from tempsamp_fast.update import update
 
 REFERENCE = "reference"
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -48,19 +58,25 @@ class Run:
         self.device = training_device()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.folder = Path(config.train.resume or config.train.output_dir)
+        self.phases = parse_phases(config.train.phases)
         self.resumed_from: Path | None = None
         self.first_step = 0
-        if config.train.resume:
-            self.resumed_from, self.first_step = latest_checkpoint(self.folder)
-        elif (self.folder / "metrics.jsonl").exists():
+        found = sound_checkpoint(self.folder) if config.train.resume else None
+        if not config.train.resume and ((self.folder / "metrics.jsonl").exists() or checkpoints(self.folder)):
             raise ValueError(
                 f"output_dir={str(self.folder)!r} holds a run; continue it with --resume or choose another"
             )
         dist.barrier()
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
         self.train_samples, self.eval_samples = self._load_samples()
-        phases = parse_phases(config.train.phases)
-        self.phases = in_steps(phases, config.train, len(self.train_samples), self.world_size)
+        if found:
+            self.resumed_from, state = found
+            self.first_step = state["step"]
+            check_same_run(self.folder, state, config, self.train_samples, self.world_size)
+        elif config.train.resume:
+            logger.warning("%s: stopped before its first checkpoint; starting from its beginning", self.folder)
         dtype = resolve_dtype(config.model.dtype, self.device)
         checkpoint = str(self.resumed_from / MODEL) if self.resumed_from else self._initial_checkpoint()
         model, self.chat = load_model(checkpoint, config.model, dtype)
@@ -78,10 +94,18 @@ class Run:
         )
         self.engine = build_engine(self.policy, config, dtype)
         if self.resumed_from:
-            self.engine.load_checkpoint(str(self.resumed_from / ENGINE), tag="state", load_module_strict=True)
-        self.backend = self._build_backend(checkpoint, dtype)
+            load_engine(self.engine, self.resumed_from / ENGINE, config.model.allow_pickle)
+        self.backend: RolloutBackend = PolicyBackend(
+            self.engine,
+            [self.chat.eos_token_id],
+            self.chat.banned_token_ids,
+            config.train.max_tokens_per_row,
+            config.rollout.cuda_graphs,
+        )
         self.reference: Policy | None = None
         self.watch = Stopwatch()
+        if self.rank == 0 and config.train.resume and config.rollout.record_rollouts:
+            drop_rows_from(Path(config.rollout.record_rollouts), self.first_step)
         self.record = self._recorded(config.rollout.record_rollouts)
         self.replay = self._recorded(config.rollout.replay_rollouts)
 
@@ -98,23 +122,6 @@ class Run:
                 videos=str(folder / "videos"),
             )
         return load_training_data(data)
-
-    def _build_backend(self, checkpoint: str, dtype: torch.dtype) -> RolloutBackend:
-        rollout, train = self.config.rollout, self.config.train
-        if rollout.rollout_backend == "vllm":
-            from tempsamp_fast.vllm_backend import VllmBackend, colocated_llm
-
-            room = self.policy.config.text_config.max_position_embeddings
-            max_tokens = min(room, train.max_tokens_per_row + rollout.max_completion_length)
-            llm = colocated_llm(checkpoint, dtype, max_tokens, rollout.vllm_memory, train.seed)
-            return VllmBackend(self.engine, self.chat, self.config.data.task, llm)
-        return PolicyBackend(
-            self.engine,
-            [self.chat.eos_token_id],
-            self.chat.banned_token_ids,
-            train.max_tokens_per_row,
-            rollout.cuda_graphs,
-        )
 
     def _initial_checkpoint(self) -> str:
         if self.config.model.model != "tiny":
@@ -150,16 +157,25 @@ class Run:
 
     def prompts(self, at: PhaseStep) -> list[Prompt]:
         """This rank's prompts of a step. The step's prompts are the same whatever the number of ranks."""
-        per_rank = prompts_per_step(self.config.train, at.phase, world_size=1)
+        per_rank = self.prompts_per_row(at.phase) * self.config.train.gradient_accumulation_steps
         first = self._prompts_before(at) + per_rank * self.rank
         positions = range(first, first + per_rank)
         modes = [at.phase.modes[position % len(at.phase.modes)] for position in positions]
         return self.loader.training_prompts(self.train_samples, positions, modes, self.config.train.seed)
 
     def _prompts_before(self, at: PhaseStep) -> int:
-        earlier = [(phase, phase.num_steps) for phase in self.phases[: at.phase_index]]
-        done = [*earlier, (at.phase, at.step_in_phase)]
-        return sum(steps * prompts_per_step(self.config.train, phase, self.world_size) for phase, steps in done)
+        per_step = self.config.train.gradient_accumulation_steps * self.world_size
+        earlier = sum(phase.num_steps * self.prompts_per_row(phase) for phase in self.phases[: at.phase_index])
+        return per_step * (earlier + at.step_in_phase * self.prompts_per_row(at.phase))
+
+    def prompts_per_row(self, phase: Phase) -> int:
+        """Prompts per device and micro-step."""
+        train = self.config.train
+        return (
+            (train.sft_prompts_per_device or train.prompts_per_device)
+            if phase.method == "sft"
+            else train.prompts_per_device
+        )
 
     def answer(self, at: PhaseStep, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
         """Scored groups for the prompts, sampled or replayed."""
@@ -218,7 +234,7 @@ class Run:
             groups,
             at.phase.method,
             self.config,
-            prompts_per_row(self.config.train, at.phase),
+            self.prompts_per_row(at.phase),
             rate,
             self.watch,
         )
@@ -226,14 +242,12 @@ class Run:
     def _build_reference(self) -> Policy:
         """The policy as it was before its first reinforcement step, frozen; kept in RUN/reference for resuming."""
         folder = self.folder / REFERENCE
-        if self.resumed_from and folder.exists():
+        if any(at.phase.method != "sft" for at in plan(self.phases) if at.step < self.first_step):
+            check_reference(folder)
             model, _ = load_model(str(folder), self.config.model, self.policy.base_model.dtype)
         else:
             model = copy.deepcopy(self.policy.base_model)
-            if self.rank == 0:
-                partial = folder.with_name(f"{REFERENCE}.partial")
-                save_model(partial, self.policy, self.chat, self.config.data)
-                partial.rename(folder)
+            save_reference(folder, self.policy, self.chat, self.config.data)
         return Policy(model).requires_grad_(False).eval().to(self.device)
 
     def is_save_step(self, at: PhaseStep) -> bool:
@@ -243,7 +257,8 @@ class Run:
 
     def save(self, num_steps: int) -> None:
         """Checkpoint after `num_steps` optimizer steps."""
-        save_checkpoint(self.folder, num_steps, self.engine, self.policy, self.chat, self.config)
+        facts = facts_of(self.config, self.train_samples, self.world_size)
+        save_checkpoint(self.folder, num_steps, self.engine, self.policy, self.chat, self.config, facts)
 
 
 def _generate_videos(folder: Path, config: SyntheticConfig) -> Path:

@@ -30,6 +30,8 @@ SHOWN = {
     "perf/tokens_per_s": "tok/s",
     "perf/mfu": "mfu",
 }
+RECORDS = ("metrics.jsonl", "groups.jsonl", "results.json", "config.json")
+"""Files of a run folder that a checkpoint counts on: they are on the disk before it is."""
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "liger-kernel", "torchcodec")
 
 
@@ -76,7 +78,7 @@ class RunLog:
         self.metrics_path = folder / "metrics.jsonl"
         self.groups_path = folder / "groups.jsonl"
         for path in (self.metrics_path, self.groups_path):
-            _drop_rows_from(path, first_step)
+            drop_rows_from(path, first_step)
         write_json(folder / "config.json", config.as_dict())
         write_json(folder / "machine.json", describe_machine())
         from torch.utils.tensorboard import SummaryWriter
@@ -127,15 +129,19 @@ class RunLog:
             self._tensorboard.close()
 
 
-def _drop_rows_from(path: Path, first_step: int) -> None:
-    if path.exists():
-        lines = path.read_text().splitlines()
-        path.write_text("".join(line + "\n" for line in lines if _is_before(json.loads(line), first_step)))
+def drop_rows_from(path: Path, first_step: int) -> None:
+    """Cut a JSONL record back to what was there after `first_step` steps; a last line that was cut off goes too."""
+    if not path.exists():
+        return
+    *lines, _ = path.read_text().split("\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(line + "\n" for line in lines if _is_before(json.loads(line), first_step)))
+    partial.replace(path)
 
 
 def _is_before(row: dict[str, Any], first_step: int) -> bool:
     """The evaluation after n steps is row n, and it comes before the checkpoint of n steps."""
-    return row["step"] < first_step or (row["phase"] == "eval" and row["step"] == first_step > 0)
+    return row["step"] < first_step or (row.get("phase") == "eval" and row["step"] == first_step > 0)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

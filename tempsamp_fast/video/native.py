@@ -155,8 +155,7 @@ class Plan:
         if not good.any():
             return "DECODE_FAILED", "none could be decoded"
         if not good.all():
-            cut_off = self.index.is_truncated or (states[~good] == MISSING).all()
-            ends_early = cut_off and not good[good.sum() :].any()
+            ends_early = not good[good.sum() :].any() and (states[~good] == MISSING).all()
             return (
                 ("TRUNCATED", "the rest is missing") if ends_early else ("DAMAGED", "the others are damaged or missing")
             )

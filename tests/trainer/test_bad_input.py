@@ -180,10 +180,9 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(trainer, finished_run, ref
     assert (finished_run.folder / "metrics.jsonl").read_bytes() == before
 
 
-def test_resuming_a_run_without_a_checkpoint_is_refused(finished_run, refused, tmp_path: Path) -> None:
-    shutil.copy(finished_run.folder / "config.json", tmp_path)
+def test_resuming_a_folder_that_holds_no_run_is_refused(refused, tmp_path: Path) -> None:
     line = refused(["--resume", str(tmp_path)])
-    assert str(tmp_path) in line and "no complete checkpoint" in line
+    assert str(tmp_path) in line and "no run in this folder" in line
 
 
 def test_a_replay_file_that_lacks_a_step_is_named(trainer, refused, tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""What of an earlier run must be the same for its continuation to be that run, and finding out before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tempsamp_fast.config import Config, parse_phases
+from tempsamp_fast.sample import Sample
+from tempsamp_fast.schedule import plan
+
+logger = logging.getLogger(__name__)
+
+MAY_CHANGE = {
+    "data": {
+        "annotations", "eval_annotations", "videos", "eval_videos", "synthetic_dir", "max_eval_samples",
+        "on_bad_video", "max_bad_videos", "video_backend", "prefetch_steps", "patch_cache", "video_cache_gib",
+    },
+    "model": {
+        "model", "gradient_checkpointing", "checkpoint_every", "checkpoint_vision", "liger_layers",
+        "trust_remote_code", "allow_pickle",
+    },
+}  # fmt: skip
+"""Settings of data and model that a run survives a change of: paths (samples are compared themselves) and ways to get
+the same thing. All others of these two sections are fixed."""
+FIXED = {"train": ("seed", "prompts_per_device", "sft_prompts_per_device", "gradient_accumulation_steps", "zero_stage")}
+"""Settings of the other sections that are fixed, for they say which prompts come next or how state lies on the disk."""
+
+
+def facts_of(config: Config, samples: Sequence[Sample], world_size: int) -> dict[str, Any]:
+    """What a checkpoint keeps of its run for `check_same_run`, ready for JSON."""
+    return {"world_size": world_size, "samples": samples_digest(samples), "config": config.as_dict()}
+
+
+def samples_digest(samples: Sequence[Sample]) -> str:
+    """The number of training samples and a hash of what is asked and true of each, in order; not of where files lie."""
+    text = json.dumps([[each.sample_id, each.query, each.duration_s, each.windows] for each in samples])
+    return f"{len(samples)} samples, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def check_same_run(
+    run: Path, state: dict[str, Any], config: Config, samples: Sequence[Sample], world_size: int
+) -> None:
+    """Refuse to continue a checkpoint of `run` as what it is not; other changes of settings are logged.
+
+    state: the checkpoint's `state.json`; one of an earlier version lacks facts, which are then not compared.
+    Raises ValueError that lists every setting in the way, with the run's value and the one asked for.
+    """
+    now = facts_of(config, samples, world_size)
+    then = state.get("config") or json.loads((run / "config.json").read_text())
+    refused = [
+        f"{name} was {state[name]}, is {now[name]}"
+        for name in ("world_size", "samples")
+        if name in state and state[name] != now[name]
+    ]
+    phases, step = then["train"]["phases"], state["step"]
+    if _done(phases, step) != _done(config.train.phases, step):
+        refused.append(f"phases was {phases!r}, is {config.train.phases!r}: the {step} steps done are not in it")
+    for section, settings in now["config"].items():
+        for name, value in settings.items():
+            if name not in then.get(section, {}):
+                logger.info("resume: %s=%r is new since the run was started", name, value)
+            elif then[section][name] != value:
+                change = f"{name} was {then[section][name]!r}, is {value!r}"
+                if _is_fixed(section, name):
+                    refused.append(change)
+                elif name not in ("resume", "output_dir", "local_rank"):
+                    logger.info("resume: %s", change)
+    if refused:
+        raise ValueError(f"resume={str(run)!r} cannot go on with other settings: {'; '.join(refused)}")
+
+
+def _is_fixed(section: str, name: str) -> bool:
+    return name not in MAY_CHANGE[section] if section in MAY_CHANGE else name in FIXED.get(section, ())
+
+
+def _done(phases: str, num_steps: int) -> list[Any]:
+    """Method and modes of every step that was taken, and where in its phase it was; rates are free to change."""
+    steps = [at for at in plan(parse_phases(phases)) if at.step < num_steps]
+    return [
+        (dataclasses.replace(at.phase, num_steps=0, learning_rate=None), at.phase_index, at.step_in_phase)
+        for at in steps
+    ]
