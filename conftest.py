@@ -8,6 +8,8 @@ import torch
 if not torch.cuda.is_available():
     # Triton decides at decoration time whether a kernel is compiled or interpreted, so this cannot wait for a fixture.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # As `prepare_environment` does for runs: bf16 within what virtual machines really have.
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

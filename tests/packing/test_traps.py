@@ -11,8 +11,10 @@ from torch import nn
 from transformers import AttentionMaskInterface
 
 from tempsamp_fast.attention import TEXT_ATTENTION
+from tempsamp_fast.config import AlgorithmConfig
+from tempsamp_fast.loss import RowTargets, log_probs, policy_loss
 from tempsamp_fast.mrope import mrope_positions
-from tempsamp_fast.packing import PackedRow, pack
+from tempsamp_fast.packing import PackedRow, PackingMode, pack
 from tempsamp_fast.policy import Policy
 from tempsamp_fast.split_attention import attend_windows
 
@@ -165,3 +167,23 @@ def test_every_submodule_runs_inside_the_forward_of_the_policy(tiny) -> None:
     assert outside == []
     policy.encode_videos(row.pixel_values, row.video_grid_thw)
     assert outside != []
+
+
+@pytest.mark.parametrize("tiny", ["qwen2_5_vl"], indirect=True)
+def test_bf16_log_probs_of_other_rows_than_the_loss(tiny) -> None:
+    """A policy would differ from itself by 1e-2 if its old or reference log-probs came from a row per answer."""
+    policy, algorithm = Policy(tiny.model().bfloat16()), AlgorithmConfig(beta=0.04)
+
+    def logps(max_tokens_per_row: int, mode: PackingMode) -> torch.Tensor:
+        rows = pack(tiny.groups(), config=policy.config, max_tokens_per_row=max_tokens_per_row, mode=mode)
+        return torch.cat([policy(row, log_probs(row, algorithm, 1.0)) for row in rows])
+
+    def metrics(compared_with: torch.Tensor) -> dict[str, float]:
+        (row,) = pack(tiny.groups(), config=policy.config, max_tokens_per_row=10_000)
+        on_policy = torch.zeros(row.num_completions, dtype=torch.bool)
+        targets = RowTargets(torch.ones(row.num_completions), on_policy, compared_with, compared_with)
+        return policy(row, policy_loss(row, targets, "grpo", algorithm, 1.0, 1.0, 1.0, 1))[1].as_dict()
+
+    own, separate = metrics(logps(10_000, "shared_prefix")), metrics(logps(50, "none"))
+    assert (own["kl"], own["ratio_min"], own["ratio_max"]) == (0.0, 1.0, 1.0)
+    assert separate["kl"] > 1e-6 and separate["ratio_max"] > 1 + VISIBLE
