@@ -96,6 +96,12 @@ double Demuxer::promised_end_s() const {
     return is_in_header ? static_cast<double>(format_->duration) / AV_TIME_BASE : 0.0;
 }
 
+int64_t Demuxer::transport_packet_bytes() const {
+    int64_t bytes = 0;
+    if (is_format("mpegts")) av_opt_get_int(format_.get(), "ts_packetsize", AV_OPT_SEARCH_CHILDREN, &bytes);
+    return bytes;
+}
+
 bool Demuxer::seek(int64_t timestamp, bool by_byte) {
     const int flags = AVSEEK_FLAG_BACKWARD | (by_byte ? AVSEEK_FLAG_BYTE : 0);
     return av_seek_frame(format_.get(), stream_->index, timestamp, flags) >= 0;

@@ -28,6 +28,8 @@ public:
     const AVStream* stream_of(const AVPacket* packet) const { return format_->streams[packet->stream_index]; }
     // Seconds from 0 to the end of the last packet, as the header of the file says; 0 where it does not.
     double promised_end_s() const;
+    // Bytes of the packets that an MPEG transport stream is made of; 0 for other formats.
+    int64_t transport_packet_bytes() const;
     const char* format_name() const { return format_->iformat->name; }
     bool is_format(const char* name) const;
 

@@ -75,14 +75,22 @@ Status read_packets(Demuxer& demuxer, const Limits& limits, const Watch& watch, 
     return watch.status();
 }
 
-// Whether the file holds less than its header promises.
+// Whether the last transport packet is not whole.
+bool ends_inside_packet(const Demuxer& demuxer, const Index& index) {
+    const int64_t bytes = demuxer.transport_packet_bytes();
+    if (bytes <= 0 || index.packets.empty() || index.packets[0].byte_position < 0) return false;
+    return (index.file_size - index.packets[0].byte_position) % bytes != 0;
+}
+
+// Whether the file holds less than its header promises, or ends where no file does.
 void find_early_end(const Demuxer& demuxer, const Reading& reading, Index* index) {
     // Only these containers list their packets before they hold them.
     const int promised = demuxer.is_format("mov") ? avformat_index_get_entries_count(demuxer.stream()) : 0;
     const bool ends_early = demuxer.promised_end_s() - reading.end_s > kLargestPause;
     if (reading.error != AVERROR_EOF) index->trouble = error_text(reading.error);
     index->is_truncated =
-        ends_early || !index->trouble.empty() || static_cast<int>(index->packets.size()) < promised;
+        ends_early || !index->trouble.empty() || static_cast<int>(index->packets.size()) < promised ||
+        ends_inside_packet(demuxer, *index);
     // More than one packet follows unread: the last one read is where the demuxer lost its way.
     const int64_t unread = index->file_size - reading.end_byte;
     if (ends_early && unread > reading.largest + kLargestGap && !index->packets.empty()) {
@@ -171,8 +179,7 @@ int Index::key_before(int32_t packet) const {
 
 bool Index::is_spoiled(int32_t packet) const {
     const auto cut = std::lower_bound(cuts_.begin(), cuts_.end(), keys[key_before(packet)]);
-    // H.264's decoder notices by itself when a picture is not whole.
-    return cut != cuts_.end() && (*cut < packet || (*cut == packet && codec != "h264"));
+    return cut != cuts_.end() && *cut <= packet;
 }
 
 IndexResult read_index(const std::string& path, const Limits& limits, const Watch& watch) {

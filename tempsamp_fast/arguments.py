@@ -18,8 +18,12 @@ SECTIONS = (DataConfig, ModelConfig, RolloutConfig, AlgorithmConfig, TrainConfig
 DEFAULT_RECIPE = RECIPES / "tiny_cpu.yaml"
 
 
-def _yaml_flags(path: Path) -> list[str]:
-    """The entries of a flat YAML file as command line words."""
+def read_recipe(path: Path, inherited_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings of a flat YAML file, over those of the recipe that its entry `base` names, if it has one.
+
+    A base is a file's stem in the same folder, or a recipe's name. Raises ValueError naming a file that cannot be read
+    and a base that leads back to itself.
+    """
     try:
         entries = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -28,7 +32,14 @@ def _yaml_flags(path: Path) -> list[str]:
         raise ValueError(f"--config {path}: not valid YAML: {error}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"--config {path}: expected `name: value` lines, found {type(entries).__name__}")
-    return _flags(entries)
+    if "base" not in entries:
+        return entries
+    base = entries.pop("base")
+    beside = path.with_name(f"{base}.yaml")
+    file = beside if beside.is_file() else RECIPES / f"{base}.yaml"
+    if file in (path, *inherited_by):
+        raise ValueError(f"--config {path}: base {base!r} leads back to itself")
+    return read_recipe(file, (path, *inherited_by)) | entries
 
 
 def _saved_flags(run: Path) -> list[str]:
@@ -82,7 +93,7 @@ def parse_args(arguments: Sequence[str]) -> Config:
 def _base_flags(config: Path | None, resume: Path | None) -> list[str]:
     flags = [*_saved_flags(resume), f"--resume={resume}"] if resume else []
     if config or not resume:
-        flags += _yaml_flags(_config_file(config) if config else DEFAULT_RECIPE)
+        flags += _flags(read_recipe(_config_file(config) if config else DEFAULT_RECIPE))
     return flags
 
 

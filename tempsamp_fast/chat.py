@@ -51,14 +51,21 @@ class Chat:
 
     def prompt(self, sample: Sample, mode: Mode, task: Task, video: VideoPatches) -> Prompt:
         """The question about `video` in the model's chat format, placeholders expanded to one id per merged patch."""
+        text = self._question(sample, mode, task).replace(VIDEO_MARKER, self._video_text(video))
+        return Prompt(sample, mode, self.encode(text), video)
+
+    def unexpanded(self, sample: Sample, mode: Mode, task: Task) -> Tensor:
+        """[num_tokens] int64: the same question with one placeholder for the video, for engines that expand it."""
+        return self.encode(self._question(sample, mode, task))
+
+    def _question(self, sample: Sample, mode: Mode, task: Task) -> str:
         content = [{"type": "video"}, {"type": "text", "text": question(sample.query, mode, task)}]
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
         if text.count(VIDEO_MARKER) != 1:
             raise ValueError(f"the chat template renders a video as {text!r}; expected one {VIDEO_MARKER}")
-        text = text.replace(VIDEO_MARKER, self._video_text(video))
-        return Prompt(sample, mode, self.encode(text), video)
+        return text
 
     def _video_text(self, video: VideoPatches) -> str:
         frames, height, width = video.grid_thw

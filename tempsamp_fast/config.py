@@ -15,6 +15,7 @@ LigerLayers = Literal["auto", "on", "off"]
 Shaping = Literal["grpo", "mixed", "downscale", "anchor", "nonlinear", "orarl"]
 METHODS: tuple[str, ...] = get_args(Method)
 MODES: tuple[str, ...] = get_args(Mode)
+PHASE = r"(\w+)(?:/([\w+]+))?:(?:(\d+)|(\d+(?:\.\d+)?)epochs?)(?:@(\d+(?:\.\d+)?(?:e[+-]?\d+)?))?"
 
 
 @dataclass(frozen=True)
@@ -24,37 +25,42 @@ class Phase:
     method: Method
     modes: tuple[Mode, ...]
     num_steps: int
+    """0 until `schedule.in_steps` counts the steps of `num_epochs`."""
     learning_rate: float | None = None
     """Peak of this phase; None: the run's."""
+    num_epochs: float | None = None
 
     def __str__(self) -> str:
         return f"{self.method}/{'+'.join(self.modes)}"
 
 
 def parse_phases(text: str) -> list[Phase]:
-    """Read `method[/mode[+mode]]:steps[@rate]` entries separated by commas, e.g. `sft:300@1e-5,grpo/think:150`.
+    """Read `method[/mode[+mode]]:steps[@rate]` entries separated by commas, e.g. `sft:300@1e-5,grpo/think:1epoch`.
 
-    The mode defaults to `answer`, the rate to the run's. Raises ValueError that names the entry and the choices.
+    Steps are a number of optimizer steps, or of epochs over the training samples. The mode defaults to `answer`, the
+    rate to the run's. Raises ValueError that names the entry and the choices.
     """
     phases = []
     for entry in text.split(","):
-        match = re.fullmatch(r"(\w+)(?:/([\w+]+))?:(\d+)(?:@(\d+(?:\.\d+)?(?:e[+-]?\d+)?))?", entry.strip())
+        match = re.fullmatch(PHASE, entry.strip())
         if not match:
             raise ValueError(
-                f"phases: {entry.strip()!r} is not method[/mode]:steps[@learning rate], such as tempsamp/think:150"
+                f"phases: {entry.strip()!r} is not method[/mode]:steps[@learning rate], such as tempsamp/think:150 or "
+                "sft:2epochs"
             )
-        method, modes, steps = match[1], (match[2] or "answer").split("+"), int(match[3])
+        method, modes = match[1], (match[2] or "answer").split("+")
+        steps, epochs = int(match[3] or 0), float(match[4]) if match[4] else None
         if method not in METHODS:
             raise ValueError(f"phases: method {method!r} in {entry.strip()!r}; choose from {', '.join(METHODS)}")
         for mode in modes:
             if mode not in MODES:
                 raise ValueError(f"phases: mode {mode!r} in {entry.strip()!r}; choose from {', '.join(MODES)}")
-        if steps < 1:
+        if steps < 1 and not epochs:
             raise ValueError(f"phases: {entry.strip()!r} has no steps")
-        rate = float(match[4]) if match[4] else None
+        rate = float(match[5]) if match[5] else None
         if rate is not None and not 0 < rate < math.inf:
             raise ValueError(f"phases: {entry.strip()!r} has a learning rate of {rate}")
-        phases.append(Phase(method, tuple(modes), steps, rate))  # type: ignore[arg-type]
+        phases.append(Phase(method, tuple(modes), steps, rate, epochs))  # type: ignore[arg-type]
     return phases
 
 
@@ -190,6 +196,10 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = field(default=0, metadata={"help": "0: off"})
     max_completion_length: int = 256
+    rollout_backend: Literal["policy", "vllm"] = field(
+        default="policy", metadata={"help": "what samples: the training weights themselves, or vLLM on the same GPU"}
+    )
+    vllm_memory: float = field(default=0.3, metadata={"help": "share of the GPU's memory that vLLM takes"})
     cuda_graphs: bool = field(default=False, metadata={"help": "replay decoding passes as CUDA graphs"})
     record_rollouts: str | None = field(
         default=None, metadata={"help": "write every sampled answer to this JSONL file"}
@@ -202,6 +212,7 @@ class RolloutConfig:
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         _require(self.top_k >= 0, "top_k", self.top_k, "zero (off) or more")
         _require(self.max_completion_length >= 1, "max_completion_length", self.max_completion_length, "at least 1")
+        _require(0 < self.vllm_memory < 1, "vllm_memory", self.vllm_memory, "in (0, 1)")
         _require(
             self.record_rollouts is None or self.replay_rollouts is None,
             "record_rollouts", self.record_rollouts, "unset when replay_rollouts is given",
@@ -249,7 +260,10 @@ class TrainConfig:
 
     phases: str = field(
         default="sft:300,tempsamp/answer:150,tempsamp/think:150",
-        metadata={"help": "method[/mode[+mode]]:steps[@rate], ...; methods sft, grpo, tempsamp; modes answer, think"},
+        metadata={
+            "help": "method[/mode[+mode]]:steps[@rate], ...; steps may be epochs (sft:2epochs); methods sft, grpo, "
+            "tempsamp; modes answer, think"
+        },
     )
     output_dir: str = field(default="runs/tiny", metadata={"help": "run folder"})
     resume: str | None = field(default=None, metadata={"help": "continue the run in this folder"})

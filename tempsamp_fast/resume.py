@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -12,7 +11,7 @@ from typing import Any
 
 from tempsamp_fast.config import Config, parse_phases
 from tempsamp_fast.sample import Sample
-from tempsamp_fast.schedule import plan
+from tempsamp_fast.schedule import in_steps, plan
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,9 @@ def check_same_run(
         if name in state and state[name] != now[name]
     ]
     phases, step = then["train"]["phases"], state["step"]
-    if _done(phases, step) != _done(config.train.phases, step):
+    if _done(phases, step, config, samples, world_size) != _done(
+        config.train.phases, step, config, samples, world_size
+    ):
         refused.append(f"phases was {phases!r}, is {config.train.phases!r}: the {step} steps done are not in it")
     for section, settings in now["config"].items():
         for name, value in settings.items():
@@ -79,10 +80,11 @@ def _is_fixed(section: str, name: str) -> bool:
     return name not in MAY_CHANGE[section] if section in MAY_CHANGE else name in FIXED.get(section, ())
 
 
-def _done(phases: str, num_steps: int) -> list[Any]:
+def _done(phases: str, num_steps: int, config: Config, samples: Sequence[Sample], world_size: int) -> list[Any]:
     """Method and modes of every step that was taken, and where in its phase it was; rates are free to change."""
-    steps = [at for at in plan(parse_phases(phases)) if at.step < num_steps]
+    counted = in_steps(parse_phases(phases), config.train, len(samples), world_size)
     return [
-        (dataclasses.replace(at.phase, num_steps=0, learning_rate=None), at.phase_index, at.step_in_phase)
-        for at in steps
+        (at.phase.method, at.phase.modes, at.phase_index, at.step_in_phase)
+        for at in plan(counted)
+        if at.step < num_steps
     ]

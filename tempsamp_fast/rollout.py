@@ -77,7 +77,7 @@ def generate(
     if not prompts:
         raise ValueError("prompts is empty")
     counts = [num_completions] * len(prompts) if isinstance(num_completions, int) else list(num_completions)
-    with _eval_mode(policy):
+    with eval_mode(policy):
         config = getattr(policy, "module", policy).config
         prefilled = _prefill(policy, prompts, config, max_tokens_per_row, synced)
         row_prompts = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(prefilled.logits.device)
@@ -110,7 +110,7 @@ def generate(
 
 
 @contextmanager
-def _eval_mode(policy: Any) -> Iterator[None]:
+def eval_mode(policy: Any) -> Iterator[None]:
     """Without the dropout of adapters, and without checkpointing."""
     was_training = policy.training
     policy.eval()

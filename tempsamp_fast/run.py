@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -25,7 +26,7 @@ from tempsamp_fast.checkpoint import (
     save_reference,
     sound_checkpoint,
 )
-from tempsamp_fast.config import Config, Phase, parse_phases
+from tempsamp_fast.config import Config, parse_phases
 from tempsamp_fast.device import training_device
 from tempsamp_fast.engine import build_engine, learning_rate, load_engine
 from tempsamp_fast.groups import RecordedRollouts, answer
@@ -38,7 +39,7 @@ from tempsamp_fast.resume import check_same_run, facts_of
 from tempsamp_fast.rollout import SamplingParams
 from tempsamp_fast.runlog import RunLog, drop_rows_from
 from tempsamp_fast.sample import Sample
-from tempsamp_fast.schedule import PhaseStep, plan
+from tempsamp_fast.schedule import PhaseStep, in_steps, plan, prompts_per_row, prompts_per_step
 from tempsamp_fast.stopwatch import Stopwatch
 from tempsamp_fast.synthetic import SyntheticConfig
 from tempsamp_fast.synthetic import generate as generate_videos
@@ -58,7 +59,6 @@ class Run:
         self.device = training_device()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.folder = Path(config.train.resume or config.train.output_dir)
-        self.phases = parse_phases(config.train.phases)
         self.resumed_from: Path | None = None
         self.first_step = 0
         found = sound_checkpoint(self.folder) if config.train.resume else None
@@ -71,6 +71,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
         self.train_samples, self.eval_samples = self._load_samples()
+        phases = parse_phases(config.train.phases)
+        self.phases = in_steps(phases, config.train, len(self.train_samples), self.world_size)
         if found:
             self.resumed_from, state = found
             self.first_step = state["step"]
@@ -95,13 +97,7 @@ class Run:
         self.engine = build_engine(self.policy, config, dtype)
         if self.resumed_from:
             load_engine(self.engine, self.resumed_from / ENGINE, config.model.allow_pickle)
-        self.backend: RolloutBackend = PolicyBackend(
-            self.engine,
-            [self.chat.eos_token_id],
-            self.chat.banned_token_ids,
-            config.train.max_tokens_per_row,
-            config.rollout.cuda_graphs,
-        )
+        self.backend = self._build_backend(checkpoint, dtype)
         self.reference: Policy | None = None
         self.watch = Stopwatch()
         if self.rank == 0 and config.train.resume and config.rollout.record_rollouts:
@@ -122,6 +118,23 @@ class Run:
                 videos=str(folder / "videos"),
             )
         return load_training_data(data)
+
+    def _build_backend(self, checkpoint: str, dtype: torch.dtype) -> RolloutBackend:
+        rollout, train = self.config.rollout, self.config.train
+        if rollout.rollout_backend == "vllm":
+            from tempsamp_fast.vllm_backend import VllmBackend, colocated_llm
+
+            room = self.policy.config.text_config.max_position_embeddings
+            max_tokens = min(room, train.max_tokens_per_row + rollout.max_completion_length)
+            llm = colocated_llm(checkpoint, dtype, max_tokens, rollout.vllm_memory, train.seed)
+            return VllmBackend(self.engine, self.chat, self.config.data.task, llm)
+        return PolicyBackend(
+            self.engine,
+            [self.chat.eos_token_id],
+            self.chat.banned_token_ids,
+            train.max_tokens_per_row,
+            rollout.cuda_graphs,
+        )
 
     def _initial_checkpoint(self) -> str:
         if self.config.model.model != "tiny":
@@ -157,25 +170,16 @@ class Run:
 
     def prompts(self, at: PhaseStep) -> list[Prompt]:
         """This rank's prompts of a step. The step's prompts are the same whatever the number of ranks."""
-        per_rank = self.prompts_per_row(at.phase) * self.config.train.gradient_accumulation_steps
+        per_rank = prompts_per_step(self.config.train, at.phase, world_size=1)
         first = self._prompts_before(at) + per_rank * self.rank
         positions = range(first, first + per_rank)
         modes = [at.phase.modes[position % len(at.phase.modes)] for position in positions]
         return self.loader.training_prompts(self.train_samples, positions, modes, self.config.train.seed)
 
     def _prompts_before(self, at: PhaseStep) -> int:
-        per_step = self.config.train.gradient_accumulation_steps * self.world_size
-        earlier = sum(phase.num_steps * self.prompts_per_row(phase) for phase in self.phases[: at.phase_index])
-        return per_step * (earlier + at.step_in_phase * self.prompts_per_row(at.phase))
-
-    def prompts_per_row(self, phase: Phase) -> int:
-        """Prompts per device and micro-step."""
-        train = self.config.train
-        return (
-            (train.sft_prompts_per_device or train.prompts_per_device)
-            if phase.method == "sft"
-            else train.prompts_per_device
-        )
+        earlier = [(phase, phase.num_steps) for phase in self.phases[: at.phase_index]]
+        done = [*earlier, (at.phase, at.step_in_phase)]
+        return sum(steps * prompts_per_step(self.config.train, phase, self.world_size) for phase, steps in done)
 
     def answer(self, at: PhaseStep, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
         """Scored groups for the prompts, sampled or replayed."""
@@ -234,7 +238,7 @@ class Run:
             groups,
             at.phase.method,
             self.config,
-            self.prompts_per_row(at.phase),
+            prompts_per_row(self.config.train, at.phase),
             rate,
             self.watch,
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tempsamp_fast.config import Phase
+from tempsamp_fast.config import Phase, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,28 @@ class PhaseStep:
     @property
     def is_last_of_phase(self) -> bool:
         return self.step_in_phase == self.phase.num_steps - 1
+
+
+def prompts_per_row(train: TrainConfig, phase: Phase) -> int:
+    """Prompts per device and micro-step."""
+    return (train.sft_prompts_per_device if phase.method == "sft" else None) or train.prompts_per_device
+
+
+def prompts_per_step(train: TrainConfig, phase: Phase, world_size: int) -> int:
+    """Prompts per optimizer step, of all devices."""
+    return prompts_per_row(train, phase) * train.gradient_accumulation_steps * world_size
+
+
+def in_steps(phases: Sequence[Phase], train: TrainConfig, num_samples: int, world_size: int) -> list[Phase]:
+    """The phases with the steps of those that are given in epochs counted, the last step of an epoch full."""
+    return [
+        phase
+        if phase.num_epochs is None
+        else dataclasses.replace(
+            phase, num_steps=math.ceil(phase.num_epochs * num_samples / prompts_per_step(train, phase, world_size))
+        )
+        for phase in phases
+    ]
 
 
 def plan(phases: Sequence[Phase], first_step: int = 0) -> Iterator[PhaseStep]:

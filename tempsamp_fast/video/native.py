@@ -155,7 +155,8 @@ class Plan:
         if not good.any():
             return "DECODE_FAILED", "none could be decoded"
         if not good.all():
-            ends_early = not good[good.sum() :].any() and (states[~good] == MISSING).all()
+            cut_off = self.index.is_truncated or (states[~good] == MISSING).all()
+            ends_early = cut_off and not good[good.sum() :].any()
             return (
                 ("TRUNCATED", "the rest is missing") if ends_early else ("DAMAGED", "the others are damaged or missing")
             )

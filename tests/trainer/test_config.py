@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tempsamp_fast.arguments import parse_args
-from tempsamp_fast.config import Phase, parse_phases
+from tempsamp_fast.config import Phase, TrainConfig, parse_phases
 
 
 def test_phases_are_read_in_order_with_answer_as_the_default_mode() -> None:
@@ -16,6 +16,10 @@ def test_phases_are_read_in_order_with_answer_as_the_default_mode() -> None:
         Phase("sft", ("answer",), 300),
         Phase("tempsamp", ("think",), 150),
         Phase("grpo", ("answer", "think"), 7, learning_rate=2e-5),
+    ]
+    assert parse_phases("sft:1epoch,grpo/think:0.5epochs@2e-5") == [
+        Phase("sft", ("answer",), 0, num_epochs=1.0),
+        Phase("grpo", ("think",), 0, learning_rate=2e-5, num_epochs=0.5),
     ]
 
 
@@ -28,6 +32,8 @@ def test_phases_are_read_in_order_with_answer_as_the_default_mode() -> None:
         ("ppo:10", "'ppo'.*choose from sft, grpo, tempsamp"),
         ("sft/loud:10", "'loud'.*choose from answer, think"),
         ("sft:0", "'sft:0' has no steps"),
+        ("sft:0epochs", "'sft:0epochs' has no steps"),
+        ("sft:1.5", "'sft:1.5' is not method"),
         ("sft:-1", "'sft:-1' is not method"),
         ("sft:3@fast", "'sft:3@fast' is not method"),
         ("sft:3@0", "has a learning rate of 0"),
@@ -116,6 +122,26 @@ def test_a_yaml_file_counts_as_flags_typed_first(tmp_path: Path) -> None:
     assert config.algorithm.delta is None
     assert config.train.phases == "sft:1,grpo:2"
     assert config.data.fps == 2.0
+
+
+def test_a_recipe_is_its_base_with_its_own_settings_over_it(tmp_path: Path) -> None:
+    """The base may be a file beside it or one of the recipes that come with the package."""
+    (tmp_path / "mine.yaml").write_text("base: tiny_cpu\nseed: 3\nbeta: 0.1\n")
+    (tmp_path / "variant.yaml").write_text("base: mine\nseed: 4\nadam_beta2: null\n")
+    config = parse_args(["--config", str(tmp_path / "variant.yaml"), "--fps", "1"])
+    assert (config.train.seed, config.algorithm.beta, config.data.fps) == (4, 0.1, 1.0)
+    assert config.train.phases == parse_args([]).train.phases
+    assert config.train.adam_beta2 == TrainConfig().adam_beta2
+
+
+@pytest.mark.parametrize(
+    ("base", "named"), [("b", "b.yaml: base 'a' leads back to itself"), ("gone", "gone.yaml: No such file")]
+)
+def test_a_base_that_is_none_is_named(tmp_path: Path, base: str, named: str) -> None:
+    (tmp_path / "a.yaml").write_text(f"base: {base}\n")
+    (tmp_path / "b.yaml").write_text("base: a\n")
+    with pytest.raises(ValueError, match=named):
+        parse_args(["--config", str(tmp_path / "a.yaml")])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.config import parse_phases
 from tempsamp_fast.engine import learning_rate
 from tempsamp_fast.groups import reward_metrics
-from tempsamp_fast.schedule import plan
+from tempsamp_fast.schedule import in_steps, plan, prompts_per_row
 from tempsamp_fast.update import combine
 
 THREE_STEPS = ("--phases", "sft:1,tempsamp:2", "--shaping", "anchor", "--beta", "0.04")
@@ -174,11 +174,22 @@ def test_every_epoch_asks_each_sample_once_in_another_order(stepper) -> None:
     assert epochs[0] != epochs[1]
 
 
-def test_prompts_per_row_is_by_method(stepper) -> None:
-    run = stepper("--phases", "sft:1,grpo:1", "--prompts_per_device", "2", "--sft_prompts_per_device", "3").run
-    assert [run.prompts_per_row(phase) for phase in run.phases] == [3, 2]
-    run.config.train.sft_prompts_per_device = None
-    assert [run.prompts_per_row(phase) for phase in run.phases] == [2, 2]
+def test_prompts_per_row_is_by_method() -> None:
+    train = parse_args(["--prompts_per_device=2", "--sft_prompts_per_device=3"]).train
+    phases = parse_phases("sft:1,grpo:1")
+    assert [prompts_per_row(train, phase) for phase in phases] == [3, 2]
+    train.sft_prompts_per_device = None
+    assert [prompts_per_row(train, phase) for phase in phases] == [2, 2]
+
+
+def test_phases_in_epochs_take_every_sample_as_often(stepper) -> None:
+    """Whatever the number of devices; the last step is full."""
+    train = parse_args(["--prompts_per_device=1", "--gradient_accumulation_steps=2"]).train
+    phases = parse_phases("sft:7,grpo:1epoch,grpo:0.5epochs@2e-5")
+    steps = {n: [phase.num_steps for phase in in_steps(phases, train, 12408, n)] for n in (1, 4, 64)}
+    assert steps == {1: [7, 6204, 3102], 4: [7, 1551, 776], 64: [7, 97, 49]}
+    run = stepper("--phases", "sft:2epochs").run
+    assert [phase.num_steps for phase in run.phases] == [len(run.train_samples)]
 
 
 @pytest.mark.parametrize(
