@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +24,11 @@ class VisionFeatures:
 
     def to(self, device: torch.device | str) -> VisionFeatures:
         """The same features on `device`."""
-        return VisionFeatures(self.embeds.to(device), tuple(layer.to(device) for layer in self.deepstack))
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> VisionFeatures:
+        """Features of which every tensor has been through `change`."""
+        return VisionFeatures(change(self.embeds), tuple(map(change, self.deepstack)))
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,14 @@ class VideoPatches:
     """[grid_t] float64: mean time of the frames of each temporal patch."""
     features: VisionFeatures | None = None
     """Of a frozen tower, computed once; `pixel_values` are not read then."""
+    is_whole: bool = True
+    """Whether this is all that is sampled of the file, not a stretch of it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of pixels and features."""
+        features = () if self.features is None else (self.features.embeds, *self.features.deepstack)
+        return sum(tensor.nbytes for tensor in (self.pixel_values, *features))
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,10 @@ class DataConfig:
     prefetch_steps: int = field(default=2, metadata={"help": "steps whose videos are decoded ahead"})
     patch_cache: str | None = field(default=None, metadata={"help": "folder that keeps decoded videos between runs"})
     video_cache_gib: float = field(default=2.0, metadata={"help": "memory for decoded videos, per process"})
+    cache_features: bool = field(
+        default=False,
+        metadata={"help": "keep what a frozen vision tower made of a video there and in patch_cache, not its pixels"},
+    )
 
     def __post_init__(self) -> None:
         _require(0 < self.fps < math.inf, "fps", self.fps, "positive")

@@ -1,16 +1,20 @@
-"""Prompts in training order: which sample comes at which step, its video decoded once and kept while memory lasts."""
+"""Prompts in training order: which sample comes at which step, its video decoded once and kept while memory lasts.
+
+Of a frozen tower, its features may be kept instead: their video is neither decoded nor encoded again.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tempsamp_fast.batch import Prompt, VideoPatches
 from tempsamp_fast.chat import Chat
@@ -45,11 +49,18 @@ def crop(sample: Sample, video: VideoPatches, generator: torch.Generator) -> tup
     last = int(torch.randint(min(earliest_end, grid_t), grid_t + 1, (), generator=generator))
     last = max(last, first + 1)
     shift_s = first * second
+    features = video.features
+
+    def cut(rows: Tensor) -> Tensor:
+        return rows[first * (len(rows) // grid_t) : last * (len(rows) // grid_t)]
+
     stretch = dataclasses.replace(
         video,
-        pixel_values=video.pixel_values[first * height * width : last * height * width],
+        pixel_values=cut(video.pixel_values),
         grid_thw=(last - first, height, width),
         timestamps_s=video.timestamps_s[first:last] - shift_s,
+        features=features and features.map(cut),  # no temporal patch sees another in the tower
+        is_whole=False,
     )
     moved = dataclasses.replace(
         sample,
@@ -62,11 +73,14 @@ def crop(sample: Sample, video: VideoPatches, generator: torch.Generator) -> tup
 class PromptLoader:
     """Turns samples into prompts; decoded videos are kept as uint8 patches up to `video_cache_gib`.
 
+    tower: the fingerprint of a frozen vision tower whose features `keep_features` may put in place of patches; empty:
+        they are not kept.
+
     With `on_bad_video="skip"` a sample whose video fails is replaced by the next good one and listed in `skipped`;
     with `raise` its VideoError names the file.
     """
 
-    def __init__(self, chat: Chat, geometry: Geometry, config: DataConfig):
+    def __init__(self, chat: Chat, geometry: Geometry, config: DataConfig, tower: str = ""):
         self.chat = chat
         self.geometry = geometry
         self.config = config
@@ -74,16 +88,30 @@ class PromptLoader:
         self.skipped: dict[Path, str] = {}
         self._videos: OrderedDict[Path, VideoPatches] = OrderedDict()
         self._cached_bytes = 0
-        self._disk = PatchCache(Path(config.patch_cache), geometry) if config.patch_cache else None
+        folder = Path(config.patch_cache) if config.patch_cache else None
+        self._disk = PatchCache(folder, geometry) if folder else None
+        self._features_disk = PatchCache(folder, geometry, tower) if folder and tower else None
+        self._keeps_features = bool(tower)
+        self._encoded: deque[tuple[Path, VideoPatches]] = deque()
         # Training prompts are made in a prefetch thread while the main thread may be evaluating.
         self._lock = threading.RLock()
+
+    def keep_features(self, prompts: Sequence[Prompt]) -> None:
+        """Keep the features of whole videos for further prompts about them; the loading thread takes them in."""
+        if not self._keeps_features:
+            return
+        for path, video in {prompt.sample.video: prompt.video for prompt in prompts}.items():
+            kept = self._videos.get(path)
+            if video.features is not None and video.is_whole and (kept is None or kept.features is None):
+                self._encoded.append((path, dataclasses.replace(video, features=video.features.to("cpu"))))
 
     def prompts(self, samples: Sequence[Sample], modes: Sequence[Mode]) -> list[Prompt]:
         """One prompt per sample whose video could be read, in order."""
         with self._lock:
             self._decode([sample.video for sample in samples])
+            made: dict[Path, VideoPatches] = {}
             prompts = [
-                self._prompt(sample, mode, self._videos[sample.video])
+                self.chat.prompt(sample, mode, self.config.task, self._whole(sample.video, made))
                 for sample, mode in zip(samples, modes, strict=True)
                 if sample.video not in self.skipped
             ]
@@ -99,20 +127,30 @@ class PromptLoader:
         chosen = [sample_index(position, len(samples), seed) for position in positions]
         with self._lock:
             self._decode([samples[index].video for index in chosen])
+            made: dict[Path, VideoPatches] = {}
             prompts = []
             for index, position, mode in zip(chosen, positions, modes, strict=True):
                 sample = self._good(samples, index)
-                video = self._videos[sample.video]
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
                 if torch.rand((), generator=generator) < self.config.random_crop:
-                    sample, video = crop(sample, video, generator)
-                prompts.append(self._prompt(sample, mode, video))
+                    sample, stretch = crop(sample, self._videos[sample.video], generator)
+                    video = self._normalised(stretch)
+                else:
+                    video = self._whole(sample.video, made)
+                prompts.append(self.chat.prompt(sample, mode, self.config.task, video))
             self._evict()
         return prompts
 
-    def _prompt(self, sample: Sample, mode: Mode, video: VideoPatches) -> Prompt:
-        pixels = normalise_rows(video.pixel_values, self.geometry)
-        return self.chat.prompt(sample, mode, self.config.task, dataclasses.replace(video, pixel_values=pixels))
+    def _whole(self, path: Path, made: dict[Path, VideoPatches]) -> VideoPatches:
+        """Prompts made together about one video share it: `made` holds what they have already."""
+        if path not in made:
+            made[path] = self._normalised(self._videos[path])
+        return made[path]
+
+    def _normalised(self, video: VideoPatches) -> VideoPatches:
+        if video.features is not None:
+            return video
+        return dataclasses.replace(video, pixel_values=normalise_rows(video.pixel_values, self.geometry))
 
     def _good(self, samples: Sequence[Sample], index: int) -> Sample:
         for offset in range(len(samples)):
@@ -125,11 +163,17 @@ class PromptLoader:
         )
 
     def _decode(self, paths: Sequence[Path]) -> None:
+        while self._encoded:
+            path, encoded = self._encoded.popleft()
+            self._keep(path, encoded)
+            if self._features_disk:
+                self._features_disk.put(path, self.sampling, encoded)
         wanted = [path for path in dict.fromkeys(paths) if path not in self.skipped]
+        disks = [disk for disk in (self._features_disk, self._disk) if disk]
         for path in wanted:
             if path in self._videos:
                 self._videos.move_to_end(path)
-            elif self._disk and (stored := self._disk.get(path, self.sampling)):
+            elif stored := next((found for disk in disks if (found := disk.get(path, self.sampling))), None):
                 self._keep(path, stored)
         missing = [path for path in wanted if path not in self._videos]
         if not missing:
@@ -151,10 +195,12 @@ class PromptLoader:
                 self._disk.put(path, self.sampling, self._videos[path])
 
     def _keep(self, path: Path, video: VideoPatches) -> None:
+        if path in self._videos:
+            self._cached_bytes -= self._videos.pop(path).nbytes
         self._videos[path] = video
-        self._cached_bytes += video.pixel_values.nbytes
+        self._cached_bytes += video.nbytes
 
     def _evict(self) -> None:
         while self._cached_bytes > self.config.video_cache_gib * 2**30:
             _, video = self._videos.popitem(last=False)
-            self._cached_bytes -= video.pixel_values.nbytes
+            self._cached_bytes -= video.nbytes

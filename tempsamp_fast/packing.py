@@ -121,19 +121,23 @@ def idle_row(config: Any, has_features: bool) -> PackedRow:
 
     has_features: whether rows bring their videos' features, so that the vision tower does not run.
     """
+    video = idle_video(config)
+    if has_features:
+        nothing = torch.zeros(1, config.vision_config.out_hidden_size)
+        num_deepstack = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+        video = replace(video, features=VisionFeatures(nothing, (nothing,) * num_deepstack))
+    ids = torch.tensor([config.vision_start_token_id, config.video_token_id, config.vision_end_token_id])
+    sample = Sample("idle", Path("idle"), "", 0.0, ())
+    segment = _segment(Prompt(sample, "answer", ids, video), [ids[:1]], config)
+    return _concatenate([segment], branch_chunks=())
+
+
+def idle_video(config: Any) -> VideoPatches:
+    """The smallest video that passes through the vision tower: zeros, of a single merged patch."""
     vision = config.vision_config
     side = vision.spatial_merge_size
     pixels = torch.zeros(side**2, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
-    features = None
-    if has_features:
-        nothing = torch.zeros(1, vision.out_hidden_size)
-        num_deepstack = len(getattr(vision, "deepstack_visual_indexes", ()))
-        features = VisionFeatures(nothing, (nothing,) * num_deepstack)
-    ids = torch.tensor([config.vision_start_token_id, config.video_token_id, config.vision_end_token_id])
-    sample = Sample("idle", Path("idle"), "", 0.0, ())
-    video = VideoPatches(pixels, (1, side, side), 0.0, torch.zeros(1, dtype=torch.float64), features)
-    segment = _segment(Prompt(sample, "answer", ids, video), [ids[:1]], config)
-    return _concatenate([segment], branch_chunks=())
+    return VideoPatches(pixels, (1, side, side), 0.0, torch.zeros(1, dtype=torch.float64))
 
 
 def _segment(prompt: Prompt, branches: Sequence[Tensor], config: Any) -> _Segment:

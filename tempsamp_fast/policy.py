@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -14,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 
 from tempsamp_fast.attention import AttentionCore, PackedAttention, packed_attention, use_packed_attention
-from tempsamp_fast.batch import Prompt, VisionFeatures
+from tempsamp_fast.batch import VideoPatches, VisionFeatures
 from tempsamp_fast.kv_cache import PrefillAttention
 from tempsamp_fast.packing import GroupLayout, PackedRow
 from tempsamp_fast.split_attention import BranchAttention
@@ -87,12 +86,16 @@ class Policy(nn.Module):
         """The transformers configuration."""
         return self.base_model.config
 
-    def forward(self, row: PolicyInput, head: Head | None = None, *, attention: PackedAttention | None = None) -> Any:
-        """Hidden states [M, hidden_size] at `row.logit_indices`, or `head` of them.
+    def forward(
+        self, row: PolicyInput | VideoPatches, head: Head | None = None, *, attention: PackedAttention | None = None
+    ) -> Any:
+        """Hidden states [M, hidden_size] at `row.logit_indices`, or `head` of them; of a video alone, its features.
 
         head: called inside this forward with the hidden states and the output embedding.
         attention: how the tokens attend; by default as the layout of a `PackedRow` says.
         """
+        if isinstance(row, VideoPatches):
+            return self.encode_videos(row.pixel_values, torch.tensor([row.grid_thw], device=row.pixel_values.device))
         embeds, deepstack = self._embed(row)
         if isinstance(row, PackedRow) and row.branch_chunks:
             hidden = self._run_in_stages(row, embeds, deepstack)
@@ -164,27 +167,6 @@ class Policy(nn.Module):
 
     def _core(self, layout: Sequence[GroupLayout], embeds: Tensor) -> PackedAttention:
         return packed_attention(layout, dtype=embeds.dtype, device=embeds.device, core=self.attention_core)
-
-
-@torch.no_grad()
-def with_vision_features(policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts with their videos' features in place of pixels: encoded once, for rollout, update and later epochs.
-
-    Raises ValueError when the tower is trained, since its features change with every update.
-    """
-    if not policy.has_frozen_tower:
-        raise ValueError("with_vision_features needs a frozen vision tower, and this one is trained")
-    device = next(policy.parameters()).device
-    encoded = []
-    for prompt in prompts:
-        video = prompt.video
-        if video.features is None:
-            features = policy.encode_videos(
-                video.pixel_values.to(device), torch.tensor([video.grid_thw], device=device)
-            )
-            video = replace(video, pixel_values=video.pixel_values[:0], features=features)
-        encoded.append(replace(prompt, video=video))
-    return encoded
 
 
 def check_architecture(model: nn.Module) -> None:

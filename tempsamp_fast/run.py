@@ -45,6 +45,7 @@ from tempsamp_fast.synthetic import SyntheticConfig
 from tempsamp_fast.synthetic import generate as generate_videos
 from tempsamp_fast.tiny import build_tiny_checkpoint
 from tempsamp_fast.update import update
+from tempsamp_fast.vision_features import tower_fingerprint, with_vision_features
 
 REFERENCE = "reference"
 logger = logging.getLogger(__name__)
@@ -83,9 +84,6 @@ class Run:
         checkpoint = str(self.resumed_from / MODEL) if self.resumed_from else self._initial_checkpoint()
         model, self.chat = load_model(checkpoint, config.model, dtype)
         data = config.data
-        self.loader = PromptLoader(
-            self.chat, geometry_of(model, data.min_pixels, data.max_pixels, data.total_pixels), data
-        )
         if config.model.freeze_vision:
             model.model.visual.requires_grad_(False)
         self.policy = Policy(
@@ -93,6 +91,14 @@ class Run:
             gradient_checkpointing=config.model.gradient_checkpointing,
             checkpoint_every=config.model.checkpoint_every,
             checkpoint_vision=config.model.checkpoint_vision,
+        )
+        if data.cache_features and not self.policy.has_frozen_tower:
+            raise ValueError("cache_features=True: the vision tower is trained, so its features change; freeze_vision")
+        self.loader = PromptLoader(
+            self.chat,
+            geometry_of(model, data.min_pixels, data.max_pixels, data.total_pixels),
+            data,
+            tower=tower_fingerprint(self.policy.base_model) if data.cache_features else "",
         )
         self.engine = build_engine(self.policy, config, dtype)
         if self.resumed_from:
@@ -196,7 +202,7 @@ class Run:
 
         config = self.config
         groups = answer(
-            prompts,
+            self.with_features(prompts),
             at.phase.method,
             config.rollout.num_generations,
             sampler,
@@ -206,6 +212,15 @@ class Run:
         )
         self.watch.lap("reward")
         return groups
+
+    def with_features(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """The prompts with the features of their videos where the tower is frozen, else as they are."""
+        if not self.policy.has_frozen_tower:
+            return prompts
+        prompts = with_vision_features(self.engine, prompts)
+        self.loader.keep_features(prompts)
+        self.watch.lap("vision")
+        return prompts
 
     def sample(
         self, prompts: Sequence[Prompt], num_completions: int | Sequence[int], temperature: float, step: int = 0
@@ -224,7 +239,7 @@ class Run:
 
     def greedy(self, prompts: Sequence[Prompt], num_completions: Sequence[int]) -> list[list[Completion]]:
         """The sampler of evaluation."""
-        return self.sample(prompts, num_completions, temperature=0.0)
+        return self.sample(self.with_features(prompts), num_completions, temperature=0.0)
 
     def update(self, at: PhaseStep, groups: Sequence[RolloutGroup]) -> dict[str, float]:
         """One optimizer step on scored groups with advantages."""

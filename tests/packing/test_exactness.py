@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tempsamp_fast.packing import pack
-from tempsamp_fast.policy import Policy, with_vision_features
+from tempsamp_fast.policy import Policy
+from tempsamp_fast.vision_features import with_vision_features
 
 
 @pytest.mark.parametrize("mode", ["shared_prefix", "none"])

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tempsamp_fast.flops import forward_flops, peak_bf16_flops
 from tempsamp_fast.packing import pack
-from tempsamp_fast.policy import Policy, with_vision_features
+from tempsamp_fast.policy import Policy
+from tempsamp_fast.vision_features import with_vision_features
 
 
 def counted(policy: Policy, row) -> float:

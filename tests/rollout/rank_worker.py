@@ -19,9 +19,10 @@ from tempsamp_fast.packing import pack
 from tempsamp_fast.policy import Policy
 from tempsamp_fast.rollout import SamplingParams, generate
 from tempsamp_fast.stopwatch import Stopwatch
+from tempsamp_fast.vision_features import with_vision_features
 
 
-def build_engine(tiny: Tiny, zero_stage: int):
+def build_engine(tiny: Tiny, zero_stage: int, has_frozen_tower: bool = False):
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -29,7 +30,9 @@ def build_engine(tiny: Tiny, zero_stage: int):
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     }
     policy = Policy(tiny.model())
-    return deepspeed.initialize(model=policy, model_parameters=policy.parameters(), config=config)[0]
+    policy.base_model.model.visual.requires_grad_(not has_frozen_tower)
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    return deepspeed.initialize(model=policy, model_parameters=trainable, config=config)[0]
 
 
 def check_rollouts(tiny: Tiny, engine, rank: int) -> None:
@@ -61,6 +64,16 @@ def check_update(tiny: Tiny, engine, rank: int) -> None:
     assert losses[-1] < losses[0], losses
 
 
+def check_features(tiny: Tiny, zero_stage: int, rank: int) -> None:
+    """A frozen tower: rank 0 has three videos to encode, rank 1 none."""
+    engine, model = build_engine(tiny, zero_stage, has_frozen_tower=True), tiny.model()
+    model.model.visual.requires_grad_(False)
+    prompts = [group.prompt for group in tiny.groups()]
+    expected = with_vision_features(Policy(model), prompts)
+    for ours, theirs in zip(with_vision_features(engine, expected if rank else prompts), expected, strict=True):
+        torch.testing.assert_close(ours.video.features.embeds, theirs.video.features.embeds)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -69,6 +82,7 @@ def main() -> None:
     engine = build_engine(tiny, int(sys.argv[1]))
     check_rollouts(tiny, engine, dist.get_rank())
     check_update(tiny, engine, dist.get_rank())
+    check_features(tiny, int(sys.argv[1]), dist.get_rank())
 
 
 if __name__ == "__main__":

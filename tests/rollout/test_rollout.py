@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
 from tempsamp_fast.mrope import mrope_positions
 from tempsamp_fast.packing import pack
-from tempsamp_fast.policy import Policy, with_vision_features
+from tempsamp_fast.policy import Policy
 from tempsamp_fast.rollout import SampledAnswer, SamplingParams, generate
 from tempsamp_fast.token_sampling import choose_tokens
+from tempsamp_fast.vision_features import with_vision_features
 
 EOS = 7
 PARAMS = SamplingParams(temperature=1.3, max_completion_length=12)
