@@ -8,7 +8,7 @@ that a model prepared here still runs plainly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tempsamp_fast.config import AttentionCore
 from tempsamp_fast.flex_attention import FlexAttention
 from tempsamp_fast.packing import GroupLayout
 from tempsamp_fast.split_attention import SplitAttention, attend_windows
@@ -24,9 +25,6 @@ from tempsamp_fast.varlen_attention import FLASH_DTYPES, VarlenAttention, varlen
 TEXT_ATTENTION = "tempsamp_packed"
 # transformers hands the vision tower's whole sequence over in one call only to names that contain "flash".
 VISION_ATTENTION = "tempsamp_vision_flash"
-
-AttentionCore = Literal["auto", "split", "varlen", "flex"]
-
 
 class PackedAttention(Protocol):
     """How the tokens of one forward pass attend, in every text layer."""

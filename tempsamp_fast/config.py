@@ -12,6 +12,7 @@ from tempsamp_fast.sample import Mode, Task
 
 Method = Literal["sft", "grpo", "tempsamp"]
 LigerLayers = Literal["auto", "on", "off"]
+AttentionCore = Literal["auto", "split", "varlen", "flex"]
 Shaping = Literal["grpo", "mixed", "downscale", "anchor", "nonlinear", "orarl"]
 METHODS: tuple[str, ...] = get_args(Method)
 MODES: tuple[str, ...] = get_args(Mode)
@@ -179,6 +180,10 @@ class ModelConfig:
     )
     checkpoint_every: int = field(default=1, metadata={"help": "of the decoder layers, recompute every k-th"})
     checkpoint_vision: bool = field(default=True, metadata={"help": "recompute the vision tower's blocks too"})
+    attention_core: AttentionCore = field(
+        default="auto",
+        metadata={"help": "how packed rows attend: auto is one varlen flash call on a GPU, split SDPA calls elsewhere"},
+    )
     liger_layers: LigerLayers = field(
         default="auto", metadata={"help": "Liger's fused RMSNorm, SwiGLU and rotary positions; auto: on with a GPU"}
     )

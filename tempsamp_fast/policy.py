@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 
-from tempsamp_fast.attention import AttentionCore, PackedAttention, packed_attention, use_packed_attention
+from tempsamp_fast.attention import PackedAttention, packed_attention, use_packed_attention
 from tempsamp_fast.batch import VideoPatches, VisionFeatures
+from tempsamp_fast.config import AttentionCore
 from tempsamp_fast.kv_cache import PrefillAttention
 from tempsamp_fast.packing import GroupLayout, PackedRow
 from tempsamp_fast.split_attention import BranchAttention

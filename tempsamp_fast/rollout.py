@@ -163,8 +163,9 @@ def _prefill(policy: Any, prompts: Sequence[Prompt], config: Any, max_tokens_per
     # Agreed upon before the first pass: a pass is a collective of its own under ZeRO-3.
     num_passes = _most_of_any_rank(len(rows), synced, parameter.device)
     attentions, logits = [], []
+    core = getattr(policy, "module", policy).attention_core
     for row in rows:
-        attention = packed_attention(row.layout, dtype=parameter.dtype, device=parameter.device)
+        attention = packed_attention(row.layout, dtype=parameter.dtype, device=parameter.device, core=core)
         attentions.append(PrefillAttention(row.layout, attention))
         logits.append(policy(row.to(parameter.device), next_token_logits, attention=attentions[-1]))
     for _ in range(num_passes - len(rows)):

@@ -91,6 +91,7 @@ class Run:
             gradient_checkpointing=config.model.gradient_checkpointing,
             checkpoint_every=config.model.checkpoint_every,
             checkpoint_vision=config.model.checkpoint_vision,
+            attention_core=config.model.attention_core,
         )
         if data.cache_features and not self.policy.has_frozen_tower:
             raise ValueError("cache_features=True: the vision tower is trained, so its features change; freeze_vision")

@@ -12,7 +12,8 @@ from torch import Tensor
 from bench.gpu_sections.child import Record
 from bench.gpu_sections.models import PROMPT_LEN, Size, model_config, packed_rows, random_model
 from bench.gpu_sections.timing import distance, in_turn, require
-from tempsamp_fast.attention import AttentionCore, PackedAttention, packed_attention
+from tempsamp_fast.attention import PackedAttention, packed_attention
+from tempsamp_fast.config import AttentionCore
 from tempsamp_fast.packing import GroupLayout, PackedRow
 from tempsamp_fast.policy import Policy
 

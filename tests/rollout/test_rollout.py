@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tempsamp_fast import rollout
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
 from tempsamp_fast.mrope import mrope_positions
 from tempsamp_fast.packing import pack
@@ -134,6 +135,17 @@ def test_decoding_stops_with_the_last_row_and_drops_finished_ones(tiny) -> None:
     assert longest < PARAMS.max_completion_length
     assert len(batch_sizes) == longest
     assert batch_sizes[1:] == sorted(batch_sizes[1:], reverse=True) and batch_sizes[-1] < 24
+
+
+def test_prefilling_attends_by_the_core_of_the_policy(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention runs on the CPU where no gradient is needed."""
+    prompts, cores = prompts_of(tiny), []
+    packed_attention = rollout.packed_attention
+    note = lambda *args, core, **options: cores.append(core) or packed_attention(*args, core=core, **options)
+    monkeypatch.setattr(rollout, "packed_attention", note)
+    answers = sample(Policy(tiny.model(), attention_core="flex"), prompts)
+    assert all(map(same_ids, answers, sample(Policy(tiny.model()), prompts)))
+    assert cores == ["flex", "auto"]
 
 
 def test_each_video_and_prompt_is_encoded_once(tiny) -> None:
