@@ -26,6 +26,7 @@ TEXT_ATTENTION = "tempsamp_packed"
 # transformers hands the vision tower's whole sequence over in one call only to names that contain "flash".
 VISION_ATTENTION = "tempsamp_vision_flash"
 
+
 class PackedAttention(Protocol):
     """How the tokens of one forward pass attend, in every text layer."""
 
