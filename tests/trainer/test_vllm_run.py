@@ -9,7 +9,7 @@ import pytest
 from tests.rollout import vllm_double
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", [pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "qwen3_vl"])
 def test_prompts_are_read_alike_and_greedy_evaluations_agree(
     trainer, clips: Path, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
