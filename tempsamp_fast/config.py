@@ -290,7 +290,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
-    zero_stage: Literal["0", "1", "2"] = "0"
+    zero_stage: Literal["0", "1", "2", "3"] = "0"
     deepspeed_config: str | None = field(default=None, metadata={"help": "JSON merged over the generated config"})
     eval_modes: str = field(
         default="answer", metadata={"help": "modes evaluated after each phase, such as answer+think"}

@@ -56,7 +56,7 @@ def deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
         raise ValueError(f"deepspeed_config={train.deepspeed_config!r}: expected an object, found {given!r}")
     merged = _merged(generated, given)
     stage, accumulation = merged["zero_optimization"]["stage"], merged["gradient_accumulation_steps"]
-    if stage not in (0, 1, 2) or accumulation != 1:
+    if stage not in (0, 1, 2, 3) or accumulation != 1:
         raise ValueError(
             f"deepspeed_config={train.deepspeed_config!r}: has ZeRO stage {stage} and gradient_accumulation_steps "
             f"{accumulation}; choose stage 0, 1 or 2, and accumulate with --gradient_accumulation_steps"
