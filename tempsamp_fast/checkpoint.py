@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from tempsamp_fast.chat import Chat
 from tempsamp_fast.config import Config, DataConfig
 from tempsamp_fast.durable import PARTIAL, damage, partial_folder, publish, remove, require_space, seal, size_of, sync
+from tempsamp_fast.engine import is_first_rank, is_partitioned, whole_parameters
 from tempsamp_fast.policy import Policy
 from tempsamp_fast.runlog import RECORDS, write_json
 
@@ -33,13 +34,17 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def save_model(folder: Path, policy: Policy, chat: Chat, data: DataConfig) -> None:
-    """Write model, tokenizer and preprocessor settings as an ordinary Hugging Face folder.
+    """Write model, tokenizer and preprocessor settings as an ordinary Hugging Face folder; called by every rank.
 
-    `video.json` beside them says how frames were taken in training, so that inference takes them alike.
+    Of a model with adapters only those are written, as PEFT does. `video.json` beside them says how frames were taken
+    in training, so that inference takes them alike.
     Raises OSError when it cannot be written.
     """
+    state = whole_parameters(policy.model) if is_partitioned(policy) else None
+    if not is_first_rank():
+        return
     try:
-        policy.base_model.save_pretrained(folder)
+        policy.model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
     except SafetensorError as error:
         raise OSError(f"{folder}: weights not written: {error}") from error
     chat.tokenizer.save_pretrained(folder)
@@ -65,7 +70,7 @@ def save_checkpoint(
     """
     final = checkpoint_folder(run, step)
     partial = partial_folder(final)
-    is_first = _is_first()
+    is_first = is_first_rank()
     if is_first:
         for unfinished in final.parent.glob(f"*{PARTIAL}"):
             shutil.rmtree(unfinished)
@@ -73,9 +78,8 @@ def save_checkpoint(
     _barrier()
     require_space(partial, _expected_size(run, policy), f"checkpoint {final.name}")
     try:
-        engine.save_checkpoint(str(partial / ENGINE), tag="state")
-        if is_first:
-            save_model(partial / MODEL, policy, chat, config.data)
+        engine.save_checkpoint(str(partial / ENGINE), tag="state", exclude_frozen_parameters=config.model.lora_rank > 0)
+        save_model(partial / MODEL, policy, chat, config.data)
         _barrier()
         files = seal(partial)
         if is_first:
@@ -138,7 +142,7 @@ def sound_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def _put_aside(broken: Sequence[Path]) -> None:
     _barrier()
-    if _is_first():
+    if is_first_rank():
         for folder in broken:
             shutil.rmtree(folder.with_suffix(".broken"), ignore_errors=True)
             folder.rename(folder.with_suffix(".broken"))
@@ -163,12 +167,12 @@ def _check(folder: Path) -> tuple[list[str], dict[str, Any]]:
 def save_reference(folder: Path, policy: Policy, chat: Chat, data: DataConfig) -> None:
     """Write the reference model as a checkpoint is written: aside, hashed, renamed. Called by every rank."""
     partial = partial_folder(folder)
-    if _is_first():
+    if is_first_rank():
         shutil.rmtree(partial, ignore_errors=True)
-        save_model(partial, policy, chat, data)
+    save_model(partial, policy, chat, data)
     _barrier()
     files = seal(partial)
-    if _is_first():
+    if is_first_rank():
         write_json(partial / STATE, {"files": files})
         sync(partial / STATE)
         publish(folder)
@@ -183,10 +187,6 @@ def check_reference(folder: Path) -> None:
         wrong = damage(folder, json.loads((folder / STATE).read_text())["files"])
         if wrong:
             raise ValueError(f"{folder}: the reference model is broken: {', '.join(wrong[:3])}")
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _barrier() -> None:

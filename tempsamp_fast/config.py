@@ -175,6 +175,14 @@ class ModelConfig:
         default="auto", metadata={"help": "auto: bfloat16 on a GPU, float32 on a CPU"}
     )
     freeze_vision: bool = False
+    lora_rank: int = field(
+        default=0, metadata={"help": "train adapters of this rank on the language model; 0: all weights"}
+    )
+    lora_alpha: float | None = field(default=None, metadata={"help": "scale of the adapters; None: twice the rank"})
+    lora_targets: str = field(
+        default="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+        metadata={"help": "linear layers of the language model that get adapters"},
+    )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "recompute activations in the backward pass instead of keeping them"}
     )
@@ -291,6 +299,12 @@ class TrainConfig:
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
     zero_stage: Literal["0", "1", "2", "3"] = "0"
+    offload: Literal["none", "optimizer", "all"] = field(
+        default="none",
+        metadata={
+            "help": "to CPU memory: the optimizer's state (zero_stage 1 and up), or parameters too (zero_stage 3)"
+        },
+    )
     deepspeed_config: str | None = field(default=None, metadata={"help": "JSON merged over the generated config"})
     eval_modes: str = field(
         default="answer", metadata={"help": "modes evaluated after each phase, such as answer+think"}
@@ -315,6 +329,8 @@ class TrainConfig:
         _require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
         _require(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, "zero (off) or more")
         _require(self.save_steps >= 0, "save_steps", self.save_steps, "zero or more")
+        least_stage = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        _require(int(self.zero_stage) >= least_stage, "offload", self.offload, f"none below zero_stage {least_stage}")
         for mode in self.eval_modes.split("+"):
             _require(mode in MODES, "eval_modes", self.eval_modes, f"modes of {', '.join(MODES)} joined by +")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,16 @@ def deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's own configuration, with `deepspeed_config` (a JSON file) merged over it, key by key.
 
     Accumulation is driven row by row by `optimizer_step`, so DeepSpeed is told of single steps.
-    Raises ValueError naming a file that cannot be read, or that asks for its own accumulation or ZeRO stage 3.
+    Raises ValueError naming a file that cannot be read, or that asks for its own accumulation.
     """
     train = config.train
     generated: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": train.max_grad_norm,
-        "zero_optimization": {"stage": int(train.zero_stage)},
+        "zero_optimization": {"stage": int(train.zero_stage), **_offload(train.offload)},
+        # Without it, offloading asks for an optimizer that is compiled where the run starts.
+        "zero_force_ds_cpu_optimizer": torch.cuda.is_available(),
         "bf16": {"enabled": dtype == torch.bfloat16},
         "optimizer": {
             "type": "AdamW",
@@ -59,9 +62,15 @@ def deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     if stage not in (0, 1, 2, 3) or accumulation != 1:
         raise ValueError(
             f"deepspeed_config={train.deepspeed_config!r}: has ZeRO stage {stage} and gradient_accumulation_steps "
-            f"{accumulation}; choose stage 0, 1 or 2, and accumulate with --gradient_accumulation_steps"
+            f"{accumulation}; choose stage 0 to 3, and accumulate with --gradient_accumulation_steps"
         )
     return merged
+
+
+def _offload(what: str) -> dict[str, Any]:
+    to_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    parts = {"none": (), "optimizer": ("offload_optimizer",), "all": ("offload_optimizer", "offload_param")}[what]
+    return dict.fromkeys(parts, to_cpu)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -80,14 +89,15 @@ def build_engine(policy: nn.Module, config: Config, dtype: torch.dtype) -> Any:
     return engine
 
 
-def load_engine(engine: Any, folder: Path, allow_pickle: bool) -> None:
+def load_engine(engine: Any, folder: Path, allow_pickle: bool, has_all_weights: bool = True) -> None:
     """Load the engine's state as a checkpoint holds it, refusing pickles that would run code unless `allow_pickle`.
 
+    has_all_weights: whether it was saved with the frozen weights too.
     Raises ValueError naming the file that holds more than tensors, plain values and DeepSpeed's own records.
     """
     if not allow_pickle:
         engine.checkpoint_engine.load = _load_without_code
-    engine.load_checkpoint(str(folder), tag="state", load_module_strict=True)
+    engine.load_checkpoint(str(folder), tag="state", load_module_strict=has_all_weights)
 
 
 def _load_without_code(path: str, map_location: Any = None) -> Any:
@@ -101,6 +111,52 @@ def _load_without_code(path: str, map_location: Any = None) -> Any:
         except pickle.UnpicklingError as error:
             reason = str(error).split("\n")[0]
             raise ValueError(f"{path}: holds more than tensors; --allow_pickle loads it anyway ({reason})") from error
+
+
+@contextmanager
+def partitioned_loading(config: Config, dtype: torch.dtype) -> Iterator[None]:
+    """Under ZeRO stage 3 `from_pretrained` inside partitions each parameter as it is made: no rank holds all."""
+    settings = deepspeed_config(config, dtype)
+    if settings["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    kept_alive = HfDeepSpeedConfig(settings)  # transformers finds it through a weak reference
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del kept_alive
+
+
+def is_partitioned(module: nn.Module) -> bool:
+    """Whether each rank holds only a part of every parameter (ZeRO stage 3)."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+def is_first_rank() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def whole_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """The state of `module` on the CPU of rank 0, parameters gathered one by one; called by every rank.
+
+    Empty on the other ranks. Tied parameters stay tied.
+    """
+    import deepspeed
+
+    is_first = is_first_rank()
+    whole: dict[int, Tensor] = {}
+    state = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in whole:
+            with deepspeed.zero.GatheredParameters([tensor]):
+                whole[id(tensor)] = tensor.detach().to("cpu", copy=True) if is_first else tensor.new_empty(0)
+        if is_first:
+            state[name] = whole[id(tensor)]
+    return state
 
 
 def learning_rate(train: TrainConfig, phase: Phase, step_in_phase: int) -> float:

@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 from tempsamp_fast.chat import Chat
 from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.liger_layers import apply_liger_layers
+from tempsamp_fast.lora import base_checkpoint, load_adapters
 from tempsamp_fast.video import Geometry
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
@@ -28,17 +29,19 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, Chat]:
-    """A model and its chat format from a Hugging Face folder or hub name.
+def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tuple[Any, Chat]:
+    """A model and its chat format from a Hugging Face folder or hub name; a `PeftModel` from a folder of adapters.
 
     Weights are read from safetensors alone, unless `allow_pickle`.
     Raises ValueError for a folder without a model, an architecture that is not supported, and weights that are
     missing or cannot be read.
     """
-    check_architecture(checkpoint, config.trust_remote_code)
+    base = base_checkpoint(checkpoint)
+    weights = base or checkpoint
+    check_architecture(weights, config.trust_remote_code)
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            checkpoint,
+            weights,
             dtype=dtype,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=None if config.allow_pickle else True,
@@ -49,8 +52,10 @@ def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tupl
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model={checkpoint!r}: cannot be loaded: {error}") from error
     if loading["missing_keys"]:
-        raise ValueError(f"model={checkpoint!r}: has no weights for {', '.join(sorted(loading['missing_keys']))}")
+        raise ValueError(f"model={weights!r}: has no weights for {', '.join(sorted(loading['missing_keys']))}")
     apply_liger_layers(model, config.liger_layers)
+    if base:
+        model = load_adapters(model, checkpoint)
     return model, Chat(tokenizer, model.config, _preprocessor_files(checkpoint))
 
 

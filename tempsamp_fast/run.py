@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import time
@@ -28,13 +27,15 @@ from tempsamp_fast.checkpoint import (
 )
 from tempsamp_fast.config import Config, parse_phases
 from tempsamp_fast.device import training_device
-from tempsamp_fast.engine import build_engine, learning_rate, load_engine
+from tempsamp_fast.engine import build_engine, learning_rate, load_engine, partitioned_loading
 from tempsamp_fast.groups import RecordedRollouts, answer
 from tempsamp_fast.loader import PromptLoader
+from tempsamp_fast.lora import add_adapters, base_checkpoint, remember_reference
 from tempsamp_fast.model import geometry_of, load_model, resolve_dtype
 from tempsamp_fast.policy import Policy
 from tempsamp_fast.prefetch import Prefetch
 from tempsamp_fast.prompts import off_policy_text, question
+from tempsamp_fast.reference import Forward, adapter_reference, frozen_reference
 from tempsamp_fast.resume import check_same_run, facts_of
 from tempsamp_fast.rollout import SamplingParams
 from tempsamp_fast.runlog import RunLog, drop_rows_from
@@ -82,10 +83,11 @@ class Run:
             logger.warning("%s: stopped before its first checkpoint; starting from its beginning", self.folder)
         dtype = resolve_dtype(config.model.dtype, self.device)
         checkpoint = str(self.resumed_from / MODEL) if self.resumed_from else self._initial_checkpoint()
-        model, self.chat = load_model(checkpoint, config.model, dtype)
+        with partitioned_loading(config, dtype):
+            model, self.chat = load_model(checkpoint, config.model, dtype)
+            if config.model.lora_rank and not base_checkpoint(checkpoint):
+                model = add_adapters(model, config.model, config.train.seed, self._needs_reference_adapter())
         data = config.data
-        if config.model.freeze_vision:
-            model.model.visual.requires_grad_(False)
         self.policy = Policy(
             model,
             gradient_checkpointing=config.model.gradient_checkpointing,
@@ -93,6 +95,8 @@ class Run:
             checkpoint_vision=config.model.checkpoint_vision,
             attention_core=config.model.attention_core,
         )
+        if config.model.freeze_vision:
+            self.policy.base_model.model.visual.requires_grad_(False)
         if data.cache_features and not self.policy.has_frozen_tower:
             raise ValueError("cache_features=True: the vision tower is trained, so its features change; freeze_vision")
         self.loader = PromptLoader(
@@ -103,9 +107,11 @@ class Run:
         )
         self.engine = build_engine(self.policy, config, dtype)
         if self.resumed_from:
-            load_engine(self.engine, self.resumed_from / ENGINE, config.model.allow_pickle)
+            load_engine(
+                self.engine, self.resumed_from / ENGINE, config.model.allow_pickle, not config.model.lora_rank
+            )
         self.backend = self._build_backend(checkpoint, dtype)
-        self.reference: Policy | None = None
+        self.reference: Forward | None = None
         self.watch = Stopwatch()
         if self.rank == 0 and config.train.resume and config.rollout.record_rollouts:
             drop_rows_from(Path(config.rollout.record_rollouts), self.first_step)
@@ -245,7 +251,7 @@ class Run:
     def update(self, at: PhaseStep, groups: Sequence[RolloutGroup]) -> dict[str, float]:
         """One optimizer step on scored groups with advantages."""
         if at.phase.method != "sft" and self.config.algorithm.beta > 0 and self.reference is None:
-            self.reference = self._build_reference()
+            self.reference = self._build_reference(is_first=at.step == self._first_reinforcement_step())
             self.watch.lap("reference")
         rate = learning_rate(self.config.train, at.phase, at.step_in_phase)
         return update(
@@ -259,16 +265,28 @@ class Run:
             self.watch,
         )
 
-    def _build_reference(self) -> Policy:
+    def _first_reinforcement_step(self) -> int | None:
+        return next((at.step for at in plan(self.phases) if at.phase.method != "sft"), None)
+
+    def _needs_reference_adapter(self) -> bool:
+        """Adapters that learned something before reinforcement are not switched off for its reference but kept."""
+        return self.config.algorithm.beta > 0 and (self._first_reinforcement_step() or 0) > 0
+
+    def _build_reference(self, is_first: bool) -> Forward:
         """The policy as it was before its first reinforcement step, frozen; kept in RUN/reference for resuming."""
+        if self.config.model.lora_rank:
+            if is_first:
+                remember_reference(self.policy.model)
+            return adapter_reference(self.engine)
         folder = self.folder / REFERENCE
-        if any(at.phase.method != "sft" for at in plan(self.phases) if at.step < self.first_step):
-            check_reference(folder)
-            model, _ = load_model(str(folder), self.config.model, self.policy.base_model.dtype)
-        else:
-            model = copy.deepcopy(self.policy.base_model)
+        if is_first:
             save_reference(folder, self.policy, self.chat, self.config.data)
-        return Policy(model).requires_grad_(False).eval().to(self.device)
+        else:
+            check_reference(folder)
+        dtype = self.policy.base_model.dtype
+        with partitioned_loading(self.config, dtype):
+            model, _ = load_model(str(folder), self.config.model, dtype)
+        return frozen_reference(Policy(model), self.config, dtype, self.device)
 
     def is_save_step(self, at: PhaseStep) -> bool:
         """Whether `save_steps` asks for a checkpoint after this step."""

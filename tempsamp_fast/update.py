@@ -17,7 +17,7 @@ from tempsamp_fast.engine import in_step, optimizer_step
 from tempsamp_fast.flops import device_peak_flops, forward_flops
 from tempsamp_fast.loss import RowTargets, idle_loss, log_probs, policy_loss
 from tempsamp_fast.packing import PackedRow, pack
-from tempsamp_fast.policy import Policy
+from tempsamp_fast.reference import Forward, forward_of
 from tempsamp_fast.stopwatch import Stopwatch
 
 REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
@@ -31,7 +31,7 @@ REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
 
 def update(
     engine: Any,
-    reference: Policy | None,
+    reference: Forward | None,
     groups: Sequence[RolloutGroup],
     method: Method,
     config: Config,
@@ -64,10 +64,10 @@ def update(
     watch.lap("pack")
     old = ref = None
     if algorithm.updates_per_batch > 1 and not is_sft:
-        old = _log_probs(engine.module, rows, config)
+        old = _log_probs(forward_of(engine), rows, config, engine.device)
         watch.lap("old_log_probs")
     if reference is not None and algorithm.beta > 0 and not is_sft:
-        ref = _log_probs(reference, rows, config)
+        ref = _log_probs(reference, rows, config, engine.device)
         watch.lap("reference")
     targets = _targets(own_rows, learning, old, ref)
     heads = [
@@ -135,9 +135,8 @@ def _targets(
 
 
 @torch.no_grad()
-def _log_probs(policy: Policy, rows: Sequence[PackedRow], config: Config) -> list[Tensor]:
-    device = next(policy.parameters()).device
-    return [policy(row.to(device), log_probs(row, config.algorithm, config.rollout.temperature)) for row in rows]
+def _log_probs(forward: Forward, rows: Sequence[PackedRow], config: Config, device: torch.device) -> list[Tensor]:
+    return [forward(row.to(device), log_probs(row, config.algorithm, config.rollout.temperature)) for row in rows]
 
 
 def _mean_over_ranks(number: float, device: torch.device) -> float:

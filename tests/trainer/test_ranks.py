@@ -1,4 +1,4 @@
-"""Two processes of the `deepspeed` launcher against one: the same prompts, answers, losses and weights."""
+"""Launched ranks with partitioned states against one plain process: the same prompts, answers, losses and weights."""
 
 from __future__ import annotations
 
@@ -30,13 +30,26 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForImageTextToText.from_pretrained(folder / "model").named_parameters())
 
 
+def slow(*words: str) -> Any:
+    return pytest.param(words, marks=pytest.mark.slow, id=" ".join(words))
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "stage", ["2", pytest.param("0", marks=pytest.mark.slow), pytest.param("1", marks=pytest.mark.slow)]
+    "partitioning",
+    [
+        pytest.param(("2",), id="2"),
+        pytest.param(("3",), id="3"),
+        *(slow("0"), slow("1"), slow("2", "--offload", "optimizer"), slow("3", "--offload", "all")),
+    ],
 )
-def test_two_ranks_train_as_one_with_twice_the_accumulation(trainer, one_rank, tmp_path: Path, stage: str) -> None:
+def test_every_zero_stage_and_number_of_ranks_trains_as_one_plain_rank(
+    trainer, one_rank, tmp_path: Path, partitioning: tuple[str, ...], num_ranks: int
+) -> None:
     run, recorded, expected = one_rank
-    words = ("--gradient_accumulation_steps", "1", "--replay_rollouts", str(recorded), "--zero_stage", stage)
-    rows = trainer.launch(tmp_path / "run", 2, *TWENTY_STEPS, *words)
+    accumulation = ("--gradient_accumulation_steps", str(2 // num_ranks))
+    words = (*accumulation, "--replay_rollouts", str(recorded), "--zero_stage", *partitioning)
+    rows = trainer.launch(tmp_path / "run", num_ranks, *TWENTY_STEPS, *words)
     assert [row["step"] for row in rows] == list(range(20))
     for ours, theirs in zip(rows, expected, strict=True):
         for name in COMPARED:

@@ -1,0 +1,60 @@
+"""Write a trained model for others to load: `python -m tempsamp_fast.export RUN_OR_MODEL OUT [--dtype bfloat16]`.
+
+Adapters are merged into their base, weights are rounded to 16 bits; plain `from_pretrained` loads the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tempsamp_fast.device import prepare_environment
+
+prepare_environment()
+
+from tempsamp_fast.checkpoint import MODEL, VIDEO_SETTINGS, latest_checkpoint  # noqa: E402
+from tempsamp_fast.config import ModelConfig  # noqa: E402
+from tempsamp_fast.model import DTYPES, load_model  # noqa: E402
+
+
+def export(source: Path, out: Path, dtype: torch.dtype) -> None:
+    """Write the model of a run's newest checkpoint, or of a checkpoint's `model/` folder, into the new folder `out`.
+
+    Raises ValueError for a source without a model and for an `out` that exists.
+    """
+    if out.exists():
+        raise ValueError(f"{out}: exists already")
+    folder = latest_checkpoint(source)[0] / MODEL if (source / "checkpoints").is_dir() else source
+    model, chat = load_model(str(folder), ModelConfig(), dtype)
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    model.save_pretrained(out)
+    chat.tokenizer.save_pretrained(out)
+    for name, text in chat.preprocessor_files.items():
+        (out / name).write_text(text)
+    if (folder / VIDEO_SETTINGS).is_file():
+        shutil.copy(folder / VIDEO_SETTINGS, out)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; exit code 2 on bad input."""
+    parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.export", description=__doc__)
+    parser.add_argument("source", type=Path, metavar="RUN_OR_MODEL")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    options = parser.parse_args(arguments)
+    try:
+        export(options.source, options.out, DTYPES[options.dtype])
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
