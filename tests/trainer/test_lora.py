@@ -52,7 +52,7 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(trainer, without_times, tmp_p
     for folder in (tmp_path / "cut/checkpoints").glob("step_*"):
         if folder.name != "step_000002":
             (folder / "state.json").unlink()
-    trainer.main(tmp_path / "cut", "--resume", str(tmp_path / "cut"))
+    trainer.main(tmp_path / "cut", *words, "--resume", str(tmp_path / "cut"))
     assert without_times(read_metrics(tmp_path / "cut")) == without_times(whole)
 
 
