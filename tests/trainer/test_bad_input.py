@@ -165,7 +165,7 @@ def test_unknown_flags_and_values_are_named(trainer, refused, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "text", ["zero: 2", "[]", '{"gradient_accumulation_steps": 4}', '{"zero_optimization": {"stage": 3}}']
+    "text", ["zero: 2", "[]", '{"gradient_accumulation_steps": 4}', '{"zero_optimization": {"stage": 4}}']
 )
 def test_a_deepspeed_file_that_cannot_be_used_is_named(trainer, refused, tmp_path: Path, text: str) -> None:
     path = tmp_path / "ds.json"
