@@ -107,9 +107,7 @@ class Run:
         )
         self.engine = build_engine(self.policy, config, dtype)
         if self.resumed_from:
-            load_engine(
-                self.engine, self.resumed_from / ENGINE, config.model.allow_pickle, not config.model.lora_rank
-            )
+            load_engine(self.engine, self.resumed_from / ENGINE, config.model.allow_pickle, not config.model.lora_rank)
         self.backend = self._build_backend(checkpoint, dtype)
         self.reference: Forward | None = None
         self.watch = Stopwatch()
