@@ -27,7 +27,7 @@ from tempsamp_fast.checkpoint import (
 )
 from tempsamp_fast.config import Config, parse_phases
 from tempsamp_fast.device import training_device
-from tempsamp_fast.engine import build_engine, learning_rate, load_engine, partitioned_loading
+from tempsamp_fast.engine import build_engine, is_partitioned, learning_rate, load_engine, partitioned_loading
 from tempsamp_fast.groups import RecordedRollouts, answer
 from tempsamp_fast.loader import PromptLoader
 from tempsamp_fast.lora import add_adapters, base_checkpoint, remember_reference
@@ -99,6 +99,8 @@ class Run:
             self.policy.base_model.model.visual.requires_grad_(False)
         if data.cache_features and not self.policy.has_frozen_tower:
             raise ValueError("cache_features=True: the vision tower is trained, so its features change; freeze_vision")
+        if data.cache_features and is_partitioned(self.policy):
+            raise ValueError("cache_features=True: ranks that hold a part of the tower each encode in step; zero_stage 2")
         self.loader = PromptLoader(
             self.chat,
             geometry_of(model, data.min_pixels, data.max_pixels, data.total_pixels),
@@ -219,8 +221,8 @@ class Run:
         return groups
 
     def with_features(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """The prompts with the features of their videos where the tower is frozen, else as they are."""
-        if not self.policy.has_frozen_tower:
+        """The prompts with the features of their videos where the tower is frozen and whole, else as they are."""
+        if not self.policy.has_frozen_tower or is_partitioned(self.policy):
             return prompts
         prompts = with_vision_features(self.engine, prompts)
         self.loader.keep_features(prompts)
