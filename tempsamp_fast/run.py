@@ -100,7 +100,7 @@ class Run:
         if data.cache_features and not self.policy.has_frozen_tower:
             raise ValueError("cache_features=True: the vision tower is trained, so its features change; freeze_vision")
         if data.cache_features and is_partitioned(self.policy):
-            raise ValueError("cache_features=True: ranks that hold a part of the tower each encode in step; zero_stage 2")
+            raise ValueError("cache_features=True: partitioned ranks encode videos in step; choose zero_stage 2")
         self.loader = PromptLoader(
             self.chat,
             geometry_of(model, data.min_pixels, data.max_pixels, data.total_pixels),
