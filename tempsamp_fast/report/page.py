@@ -8,7 +8,7 @@ from html import escape
 
 from tempsamp_fast.report import figures
 from tempsamp_fast.report.gallery import gallery
-from tempsamp_fast.report.runs import RunRecord, ScoreRow, score_table
+from tempsamp_fast.report.runs import RunRecord, ScoreRow, score_table, step_medians
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2126; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
@@ -40,6 +40,7 @@ def build_page(runs: Sequence[RunRecord], num_gallery: int) -> str:
     sections = [
         ("Runs", _run_list(runs)),
         ("Scores", _score_table(score_table(runs))),
+        ("Speed", _speed_table(runs)),
         ("Curves and distributions", "".join(_figure(svg, caption) for svg, caption in pictures if svg)),
         (
             "Gallery",
@@ -76,6 +77,26 @@ def _score_table(rows: Sequence[ScoreRow]) -> str:
         "at the truth: an upper bound, not a result."
     )
     return _table(["method", "mode", "seeds", *names, f"mIoU against {rows[0].method}"], cells) + _hint(hint)
+
+
+def _speed_table(runs: Sequence[RunRecord]) -> str:
+    """Medians over the steps of each phase of each run."""
+    medians = [
+        (run.folder.name, phase, step_medians(run, ("time/", "perf/"), phase))
+        for run in runs
+        for phase in dict.fromkeys(row["phase"] for row in run.metrics if "time/step_s" in row)
+    ]
+    if not medians:
+        return ""
+    names = sorted({name for *_, row in medians for name in row}, reverse=True)
+    cells = [
+        [folder, phase, *(f"{row[name]:,.{0 if row[name] >= 100 else 3}f}" if name in row else "-" for name in names)]
+        for folder, phase, row in medians
+    ]
+    header = ["folder", "phase", *(name.partition("/")[2] for name in names)]
+    return _table(header, cells) + _hint(
+        "Medians over steps: seconds of the step and its parts, tokens per second, MFU."
+    )
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

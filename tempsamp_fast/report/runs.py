@@ -116,6 +116,16 @@ def by_method(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     return methods
 
 
+def step_medians(run: RunRecord, prefixes: tuple[str, ...], phase: str) -> dict[str, float]:
+    """Of every metric with one of the prefixes, the median over the steps of one phase."""
+    values: dict[str, list[float]] = {}
+    for row in run.metrics:
+        for name, value in row.items():
+            if row["phase"] == phase and name.startswith(prefixes):
+                values.setdefault(name, []).append(value)
+    return {name: float(np.median(each)) for name, each in values.items()}
+
+
 def interval(values: Sequence[float]) -> Interval:
     """Mean of independent values and the half-width of its 95 % interval (Student's t); nan for a single value."""
     count = len(values)

@@ -21,7 +21,10 @@ def write_run(folder, shaping, seed, video, span):
     config = {"model": {"model": "tiny"}, "algorithm": {"shaping": shaping}, "train": {"seed": seed, "phases": "p"}}
     rewards = {"reward/tiou": 0.4, "reward/on_policy_mean": 0.4, "reward/off_policy_mean": 1.0}
     metrics = [{"step": 0, "phase": "eval", "eval/answer/miou": 0.1}]
-    metrics += [{"step": step, "phase": "tempsamp/answer", **rewards} for step in range(4)]
+    speeds = [
+        {"time/step_s": second, "time/rollout_s": 0.25, "perf/tokens_per_s": 1000.0} for second in (1.0, 2.0, 2.0, 9.0)
+    ]
+    metrics += [{"step": step, "phase": "tempsamp/answer", **rewards, **speed} for step, speed in enumerate(speeds)]
     metrics += [{"step": 4, "phase": "eval", "eval/answer/miou": 0.5}]
     group = {"rewards": {"tiou": [0.2, 0.6, 1.0]}, "advantages": [-1, 0, 1], "is_off_policy": [False, False, True]}
     groups = [{"step": step, "phase": "tempsamp/answer", **group} for step in range(4)]
@@ -62,10 +65,17 @@ def test_page_loads_nothing_from_elsewhere(page):
 
 def test_page_has_every_section_and_escapes_what_it_shows(page):
     html = page.read_text()
-    assert re.findall(r"<h2>(.*?)</h2>", html) == ["Runs", "Scores", "Curves and distributions", "Gallery"]
+    assert re.findall(r"<h2>(.*?)</h2>", html) == ["Runs", "Scores", "Speed", "Curves and distributions", "Gallery"]
     assert html.count("<figure>") == 6 and html.count("<article>") == 2
     assert "&lt;b&gt;red&lt;/b&gt;" in html and "<b>red" not in html
     assert "shaping=anchor" in html and "0.250 ± 0.000" in html
+
+
+def test_the_page_tells_the_median_time_of_each_part_of_a_step(page):
+    table = page.read_text().partition("<h2>Speed</h2>")[2].partition("</table>")[0]
+    header, *rows = [re.findall("<t[hd]>(.*?)</t", line) for line in table.split("</tr>")[:-1]]
+    assert header == ["folder", "phase", "step_s", "rollout_s", "tokens_per_s"]
+    assert rows[0] == ["mixed-0", "tempsamp/answer", "2.000", "0.250", "1,000"] and len(rows) == 4
 
 
 def test_a_missing_video_is_said_in_its_place(page):
@@ -93,7 +103,7 @@ def test_a_browser_shows_spans_where_they_are_on_the_frames(page, tmp_path):
     if browser is None:
         pytest.skip("no Chromium on the PATH to look at the page with")
     shot = tmp_path / "shot.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,4600"]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,5000"]
     command = [browser, *options, f"--screenshot={shot}", f"--user-data-dir={tmp_path}", page.as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     picture = imread(shot)[..., :3]

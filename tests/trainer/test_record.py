@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tempsamp_fast.annotations import load_annotations
 from tempsamp_fast.checkpoint import latest_checkpoint
 from tempsamp_fast.evaluation import answer_row
+from tempsamp_fast.groups import RecordedRollouts
 from tempsamp_fast.infer import main as infer_main
 from tempsamp_fast.results import table
 from tempsamp_fast.sample import Sample
+from tempsamp_fast.schedule import plan
 from tempsamp_fast.score import read_predictions
 
 PNG = b"\x89PNG"
@@ -113,3 +118,18 @@ def test_a_trained_model_answers_a_query_in_json(
     assert 8 <= answer["duration_s"] <= 12
     assert isinstance(answer["text"], str)
     assert (tmp_path / "timeline.png").read_bytes().startswith(PNG)
+
+
+def test_ranks_that_record_to_one_file_wait_for_each_other(stepper, tmp_path: Path) -> None:
+    run = stepper("--phases", "grpo:1").run
+    record = RecordedRollouts(tmp_path / "answers.jsonl", run.chat)
+    (prompt,) = run.prompts(next(plan(run.phases)))[:1]
+    with record.path.open("a") as other, ThreadPoolExecutor() as thread:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        writing = thread.submit(record.write, 0, [prompt], [[run.chat.completion(torch.tensor([1, 2]))]])
+        with pytest.raises(TimeoutError):
+            writing.result(timeout=0.3)
+        assert record.path.read_text() == ""
+        fcntl.flock(other, fcntl.LOCK_UN)
+        writing.result(timeout=30)
+    assert record.read(0, [prompt], [1])[0][0].ids.tolist() == [1, 2]
