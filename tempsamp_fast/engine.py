@@ -18,6 +18,8 @@ from tempsamp_fast.config import Config, Phase, TrainConfig
 from tempsamp_fast.packing import PackedRow, idle_row
 from tempsamp_fast.stopwatch import Stopwatch
 
+STATE = "state"
+"""DeepSpeed's tag of the only checkpoint in an engine folder."""
 Head = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
 """`(hidden [M, H], lm_head weight [V, H]) -> (loss, metrics)`."""
 
@@ -78,14 +80,16 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return {**base, **over, **both}
 
 
-def build_engine(policy: nn.Module, config: Config, dtype: torch.dtype) -> Any:
-    """A DeepSpeed engine over the trainable parameters of `policy`."""
+def build_engine(policy: nn.Module, config: Config, dtype: torch.dtype, *, load_universal: bool = False) -> Any:
+    """A DeepSpeed engine over the trainable parameters of `policy`.
+
+    load_universal: its state will be loaded from a universal checkpoint.
+    """
     import deepspeed
 
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    engine, _, _, _ = deepspeed.initialize(
-        model=policy, model_parameters=trainable, config=deepspeed_config(config, dtype)
-    )
+    settings = _merged(deepspeed_config(config, dtype), {"checkpoint": {"load_universal": load_universal}})
+    engine, _, _, _ = deepspeed.initialize(model=policy, model_parameters=trainable, config=settings)
     return engine
 
 
@@ -96,11 +100,12 @@ def load_engine(engine: Any, folder: Path, allow_pickle: bool, has_all_weights: 
     Raises ValueError naming the file that holds more than tensors, plain values and DeepSpeed's own records.
     """
     if not allow_pickle:
-        engine.checkpoint_engine.load = _load_without_code
-    engine.load_checkpoint(str(folder), tag="state", load_module_strict=has_all_weights)
+        engine.checkpoint_engine.load = load_without_code
+    engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=has_all_weights)
 
 
-def _load_without_code(path: str, map_location: Any = None) -> Any:
+def load_without_code(path: str, map_location: Any = None) -> Any:
+    """`torch.load` of a file of DeepSpeed's; ValueError naming it when it holds more than `load_engine` allows."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

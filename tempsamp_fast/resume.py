@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ MAY_CHANGE = {
 }  # fmt: skip
 """Settings of data and model that a run survives a change of: paths (samples are compared themselves) and ways to get
 the same thing. All others of these two sections are fixed."""
-FIXED = {"train": ("seed", "prompts_per_device", "sft_prompts_per_device", "gradient_accumulation_steps", "zero_stage")}
-"""Settings of the other sections that are fixed, for they say which prompts come next or how state lies on the disk."""
+FIXED = {"train": ("seed", "prompts_per_device", "sft_prompts_per_device", "zero_stage")}
+"""Settings of the other sections that are fixed, for they say which prompts come next or how state lies on the disk.
+`gradient_accumulation_steps` may change with the number of ranks, so that a step's prompts stay as many."""
 
 
 def facts_of(config: Config, samples: Sequence[Sample], world_size: int) -> dict[str, Any]:
@@ -52,11 +54,16 @@ def check_same_run(
     """
     now = facts_of(config, samples, world_size)
     then = state.get("config") or json.loads((run / "config.json").read_text())
-    refused = [
-        f"{name} was {state[name]}, is {now[name]}"
-        for name in ("world_size", "samples")
-        if name in state and state[name] != now[name]
-    ]
+    refused = []
+    was = then["train"]["gradient_accumulation_steps"], state.get("world_size", world_size)
+    is_ = config.train.gradient_accumulation_steps, world_size
+    if math.prod(was) != math.prod(is_):
+        refused.append(
+            f"gradient_accumulation_steps was {was[0]} on {was[1]} ranks, is {is_[0]} on {is_[1]}: a step takes "
+            f"{math.prod(was)} rows"
+        )
+    if "samples" in state and state["samples"] != now["samples"]:
+        refused.append(f"samples was {state['samples']}, is {now['samples']}")
     phases, step = then["train"]["phases"], state["step"]
     if _done(phases, step, config, samples, world_size) != _done(
         config.train.phases, step, config, samples, world_size

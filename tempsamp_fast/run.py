@@ -45,6 +45,7 @@ from tempsamp_fast.stopwatch import Stopwatch
 from tempsamp_fast.synthetic import SyntheticConfig
 from tempsamp_fast.synthetic import generate as generate_videos
 from tempsamp_fast.tiny import build_tiny_checkpoint
+from tempsamp_fast.universal import loadable_state
 from tempsamp_fast.update import update
 from tempsamp_fast.vision_features import tower_fingerprint, with_vision_features
 
@@ -107,9 +108,13 @@ class Run:
             data,
             tower=tower_fingerprint(self.policy.base_model) if data.cache_features else "",
         )
-        self.engine = build_engine(self.policy, config, dtype)
         if self.resumed_from:
-            load_engine(self.engine, self.resumed_from / ENGINE, config.model.allow_pickle, not config.model.lora_rank)
+            saved, allow_pickle = self.resumed_from / ENGINE, config.model.allow_pickle
+            with loadable_state(saved, self.folder / "universal", allow_pickle) as (folder, is_universal):
+                self.engine = build_engine(self.policy, config, dtype, load_universal=is_universal)
+                load_engine(self.engine, folder, allow_pickle, not config.model.lora_rank)
+        else:
+            self.engine = build_engine(self.policy, config, dtype)
         self.backend = self._build_backend(checkpoint, dtype)
         self.reference: Forward | None = None
         self.watch = Stopwatch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -69,6 +70,35 @@ def checkpoint(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), texts)
 
 
+class RankServer:
+    """Runs of several ranks by `rank_server.py`, which is started when the first is asked for."""
+
+    def __init__(self) -> None:
+        self._server: subprocess.Popen[str] | None = None
+
+    def run(self, log: Path, num_ranks: int, words: list[str]) -> None:
+        """Run the trainer on `num_ranks` ranks; what they print is in `log`."""
+        if self._server is None:
+            self._server = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("rank_server.py"))],
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        log.mkdir(exist_ok=True)
+        request = {"log": str(log), "num_ranks": num_ranks, "port": free_port(), "words": words}
+        assert self._server.stdin is not None and self._server.stdout is not None
+        print(json.dumps(request), file=self._server.stdin, flush=True)
+        codes = json.loads(self._server.stdout.readline())
+        assert codes == [0] * num_ranks, "\n".join(path.read_text() for path in sorted(log.iterdir()))
+
+    def close(self) -> None:
+        if self._server is not None and self._server.stdin is not None:
+            self._server.stdin.close()
+            self._server.wait()
+
+
 @dataclass(frozen=True)
 class Trainer:
     """Starts small runs on the shared clips; every method takes further command line words."""
@@ -76,6 +106,7 @@ class Trainer:
     clips: Path
     checkpoint: Path
     recipe: Path
+    rank_server: RankServer
 
     def flags(self, output_dir: Path, *words: str) -> list[str]:
         return [
@@ -87,6 +118,11 @@ class Trainer:
     def main(self, output_dir: Path, *words: str) -> list[dict[str, Any]]:
         """A whole run in this process; returns the rows of its metrics.jsonl."""
         main(self.flags(output_dir, *words))
+        return read_metrics(output_dir)
+
+    def ranks(self, output_dir: Path, num_ranks: int, *words: str) -> list[dict[str, Any]]:
+        """A whole run on several ranks, without the launcher; returns the rows of its metrics.jsonl."""
+        self.rank_server.run(output_dir.with_suffix(".logs"), num_ranks, self.flags(output_dir, *words))
         return read_metrics(output_dir)
 
     def run(self, output_dir: Path, *words: str) -> Run:
@@ -114,10 +150,12 @@ class Trainer:
 
 
 @pytest.fixture(scope="session")
-def trainer(clips: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+def trainer(clips: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     recipe = tmp_path_factory.mktemp("recipe") / "small.yaml"
     recipe.write_text(RECIPE)
-    return Trainer(clips, checkpoint, recipe)
+    server = RankServer()
+    yield Trainer(clips, checkpoint, recipe, server)
+    server.close()
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def test_settings_that_make_it_another_run_are_all_listed_and_refused(run: Path,
     assert read_metrics(run) and len(checkpoints(run)) == 2
 
 
-def test_other_data_and_another_number_of_ranks_are_refused_and_other_changes_logged(
+def test_other_data_and_more_rows_a_step_are_refused_and_other_changes_logged(
     run: Path, trainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = parse_args(["--resume", str(run), "--learning_rate", "1e-5", "--videos", "elsewhere"])
@@ -137,7 +137,7 @@ def test_other_data_and_another_number_of_ranks_are_refused_and_other_changes_lo
     with caplog.at_level(logging.INFO):
         check_same_run(run, state, config, samples, 1)
     assert "learning_rate was 0.0002, is 1e-05" in caplog.text and "videos was" in caplog.text
-    with pytest.raises(ValueError, match=r"world_size was 1, is 2; samples was 16 samples, .* is 15 samples"):
+    with pytest.raises(ValueError, match=r"was 2 on 1 ranks, is 2 on 2: .*; samples was 16 samples, .* is 15 samples"):
         check_same_run(run, state, config, samples[1:], 2)
     assert samples_digest(samples) != samples_digest(samples[::-1])
 
