@@ -226,8 +226,8 @@ class Run:
         return groups
 
     def with_features(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """The prompts with the features of their videos where the tower is frozen and whole, else as they are."""
-        if not self.policy.has_frozen_tower or is_partitioned(self.policy):
+        """The prompts with the features of their videos where the tower is frozen, else as they are."""
+        if not self.policy.has_frozen_tower:
             return prompts
         prompts = with_vision_features(self.engine, prompts)
         self.loader.keep_features(prompts)

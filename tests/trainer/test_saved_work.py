@@ -86,12 +86,20 @@ def test_groups_stay_where_leaving_them_out_would_change_something(stepper, repl
     assert one.run.update(at, one.groups(at))["batch/skipped_share"] == 0
 
 
-@pytest.mark.parametrize("stage", ["2", pytest.param("0", marks=pytest.mark.slow)])
-def test_two_ranks_share_what_is_left_and_train_as_one(trainer, replay, tmp_path: Path, stage: str) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--zero_stage=2",),
+        pytest.param(("--zero_stage=0", "--freeze_vision"), marks=pytest.mark.slow),
+        pytest.param(("--zero_stage=3", "--freeze_vision"), marks=pytest.mark.slow),
+        pytest.param(("--zero_stage=3",), marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_share_what_is_left_and_train_as_one(trainer, replay, tmp_path: Path, words: tuple) -> None:
     """Groups travel with their videos; ranks without work or with answers of one token hold no other up."""
-    expected = trainer.main(tmp_path / "one", *replay, "--gradient_accumulation_steps", "4")
-    words = ("--gradient_accumulation_steps", "2", "--zero_stage", stage)
-    rows = trainer.launch(tmp_path / "two", 2, *replay, *words)
+    frozen = [word for word in words if word == "--freeze_vision"]
+    expected = trainer.main(tmp_path / "one", *replay, *frozen, "--gradient_accumulation_steps", "4")
+    rows = trainer.launch(tmp_path / "two", 2, *replay, *words, "--gradient_accumulation_steps", "2")
     for ours, theirs in zip(rows, expected, strict=True):
         for name in ("loss", "optim/grad_norm", "policy/entropy", "batch/skipped_share", "reward/on_policy_mean"):
             if name in theirs:
