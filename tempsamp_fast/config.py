@@ -111,6 +111,9 @@ class DataConfig:
     task: Task = "grounding"
     max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate the first N queries only"})
     on_bad_video: Literal["raise", "skip"] = "raise"
+    max_bad_videos: int | None = field(
+        default=None, metadata={"help": "training samples that may be replaced for a bad video, per epoch and process"}
+    )
     video_backend: Literal["auto", "native", "torchcodec"] = "auto"
     sampling: Literal["pts", "qwen_utils", "hf_qwen2", "hf_qwen3"] = "pts"
     fps: float = field(default=2.0, metadata={"help": "frames per second shown to the model"})
@@ -134,6 +137,8 @@ class DataConfig:
         _require(0 < self.fps < math.inf, "fps", self.fps, "positive")
         _require(1 <= self.min_frames <= self.max_frames, "min_frames", self.min_frames, "between 1 and max_frames")
         _require(0 <= self.random_crop <= 1, "random_crop", self.random_crop, "in [0, 1]")
+        bad = self.max_bad_videos
+        _require(bad is None or bad >= 0, "max_bad_videos", bad, "zero or more")
         _require(self.prefetch_steps >= 1, "prefetch_steps", self.prefetch_steps, "at least 1")
         _require(self.video_cache_gib >= 0, "video_cache_gib", self.video_cache_gib, "zero or more")
         for name in ("min_pixels", "max_pixels", "total_pixels"):
@@ -312,6 +317,15 @@ class TrainConfig:
     eval_batch_size: int = 64
     save_steps: int = field(default=0, metadata={"help": "0: at the end of each phase only"})
     keep_checkpoints: int = 2
+    max_skipped_steps: int = field(
+        default=5, metadata={"help": "steps in a row whose loss or gradient may be non-finite; they are skipped"}
+    )
+    stall_timeout_s: float = field(
+        default=1800.0, metadata={"help": "seconds after which a silent rank, or no progress of any, ends the run"}
+    )
+    stop_grace_s: float = field(
+        default=30.0, metadata={"help": "seconds from SIGTERM until the process ends even without its checkpoint"}
+    )
     local_rank: int = field(default=0, metadata={"help": "set by the deepspeed launcher"})
 
     def __post_init__(self) -> None:
@@ -331,6 +345,9 @@ class TrainConfig:
         _require(self.save_steps >= 0, "save_steps", self.save_steps, "zero or more")
         least_stage = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         _require(int(self.zero_stage) >= least_stage, "offload", self.offload, f"none below zero_stage {least_stage}")
+        _require(self.max_skipped_steps >= 0, "max_skipped_steps", self.max_skipped_steps, "zero or more")
+        for name in ("stall_timeout_s", "stop_grace_s"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "positive")
         for mode in self.eval_modes.split("+"):
             _require(mode in MODES, "eval_modes", self.eval_modes, f"modes of {', '.join(MODES)} joined by +")
 

@@ -190,23 +190,72 @@ def optimizer_step(
 ) -> tuple[list[Any], float]:
     """Accumulate the gradients of all rows, then update once. Every rank must have as many rows: see `in_step`.
 
-    Returns the metrics of each row, and the norm of the whole gradient before clipping.
+    Returns the metrics of each row, and the norm of the whole gradient before clipping. Where it is not finite, or a
+    row's loss is not, no rank updates, and the norm is infinite or NaN. Raises RowsTooLargeError on every rank, nothing
+    updated, when a row of any rank did not fit the memory.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-    metrics = []
+    metrics, too_large = [], False
     for index, (row, head) in enumerate(zip(rows, heads, strict=True)):
         is_last = index == len(rows) - 1
-        loss, row_metrics = engine(row.to(engine.device), head)
-        engine.set_gradient_accumulation_boundary(is_last)
-        engine.backward(loss)
+        row_metrics, fitted = _forward_backward(engine, row, head, is_last)
+        too_large = too_large or not fitted
         if is_last:
-            grad_norm = _plain_gradient_norm(engine)
+            plain_norm = _plain_gradient_norm(engine)
             watch.lap("forward_backward")
-        engine.step()
+        if is_last and plain_norm is not None and not plain_norm.isfinite():
+            engine.zero_grad()  # DeepSpeed's own optimizers skip such a step themselves
+        else:
+            engine.step()
         metrics.append(row_metrics)
     watch.lap("optimizer")
-    return metrics, float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
+    grad_norm = float(engine.get_global_grad_norm() if plain_norm is None else plain_norm)
+    if not math.isfinite(grad_norm) and max_over_ranks(int(too_large), engine.device):
+        raise RowsTooLargeError(max_over_ranks(max(row.num_tokens for row in rows), engine.device))
+    return metrics, grad_norm
+
+
+class RowsTooLargeError(RuntimeError):
+    """A row of some rank did not fit the memory of its device; `num_tokens` has the longest row of all ranks."""
+
+    def __init__(self, num_tokens: int):
+        super().__init__(f"out of memory with rows of up to {num_tokens} tokens")
+        self.num_tokens = num_tokens
+
+
+def _forward_backward(engine: Any, row: PackedRow, head: Head, is_last: bool) -> tuple[Any, bool]:
+    """Add a row's gradients; returns its metrics and whether it fitted the memory.
+
+    One that did not is replaced by an idle row whose gradient is NaN: the collectives of the other ranks meet it, and
+    no rank updates. Where collectives run inside the pass that failed (the forward pass of ZeRO-3, the backward pass of
+    stages 1 to 3), nothing can meet them and the error is raised.
+    """
+    stage = engine.zero_optimization_stage()
+    try:
+        loss, metrics = engine(row.to(engine.device), head)
+    except torch.OutOfMemoryError:
+        if stage == 3:
+            raise
+        loss, metrics = None, None
+    engine.set_gradient_accumulation_boundary(is_last)
+    if loss is not None:
+        try:
+            # Exactly the loss while it is finite; a gradient of NaN otherwise.
+            engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
+            return metrics, True
+        except torch.OutOfMemoryError:
+            if stage > 0:
+                raise
+    del loss
+    idle = idle_row(engine.module.config, has_features=engine.module.has_frozen_tower)
+    poison, _ = engine(idle.to(engine.device), _not_a_number)
+    engine.backward(poison)
+    return None, False
+
+
+def _not_a_number(hidden: Tensor, weight: Tensor) -> tuple[Tensor, None]:
+    return torch.nan * (hidden @ weight.T).sum(), None
 
 
 def _plain_gradient_norm(engine: Any) -> Tensor | None:
@@ -217,6 +266,12 @@ def _plain_gradient_norm(engine: Any) -> Tensor | None:
     if hasattr(engine.optimizer, "_global_grad_norm"):
         return None
     return nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
 
 
 def max_over_ranks(number: int, device: torch.device) -> int:

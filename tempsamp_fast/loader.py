@@ -6,9 +6,10 @@ Of a frozen tower, its features may be kept instead: their video is neither deco
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import threading
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,8 @@ from tempsamp_fast.config import DataConfig
 from tempsamp_fast.sample import Mode, Sample
 from tempsamp_fast.video import Geometry, Sampling, load_videos, normalise_rows
 from tempsamp_fast.video.patch_cache import PatchCache
+
+logger = logging.getLogger(__name__)
 
 
 def sample_index(position: int, num_samples: int, seed: int) -> int:
@@ -77,7 +80,7 @@ class PromptLoader:
         they are not kept.
 
     With `on_bad_video="skip"` a sample whose video fails is replaced by the next good one and listed in `skipped`;
-    with `raise` its VideoError names the file.
+    more than `max_bad_videos` of them in one epoch raise ValueError. With `raise` its VideoError names the file.
     """
 
     def __init__(self, chat: Chat, geometry: Geometry, config: DataConfig, tower: str = ""):
@@ -86,6 +89,8 @@ class PromptLoader:
         self.config = config
         self.sampling = Sampling(config.sampling, config.fps, config.min_frames, config.max_frames)
         self.skipped: dict[Path, str] = {}
+        self.replaced: Counter[int] = Counter()
+        """Training samples replaced for a bad video, by epoch."""
         self._videos: OrderedDict[Path, VideoPatches] = OrderedDict()
         self._cached_bytes = 0
         folder = Path(config.patch_cache) if config.patch_cache else None
@@ -131,6 +136,8 @@ class PromptLoader:
             prompts = []
             for index, position, mode in zip(chosen, positions, modes, strict=True):
                 sample = self._good(samples, index)
+                if sample is not samples[index]:
+                    self._count_bad(position // len(samples), samples[index])
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
                 if torch.rand((), generator=generator) < self.config.random_crop:
                     sample, stretch = crop(sample, self._videos[sample.video], generator)
@@ -161,6 +168,14 @@ class PromptLoader:
         raise ValueError(
             f"none of the {len(samples)} samples has a readable video; {next(iter(self.skipped.values()))}"
         )
+
+    def _count_bad(self, epoch: int, sample: Sample) -> None:
+        self.replaced[epoch] += 1
+        number, most = self.replaced[epoch], self.config.max_bad_videos
+        logger.warning("epoch %d: sample %r replaced (%d so far): %s", epoch, sample.sample_id, number, sample.video)
+        if most is not None and number > most:
+            reason = self.skipped[sample.video]
+            raise ValueError(f"epoch {epoch} has {number} bad videos (max_bad_videos={most}); the last one: {reason}")
 
     def _decode(self, paths: Sequence[Path]) -> None:
         while self._encoded:

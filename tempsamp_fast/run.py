@@ -29,9 +29,11 @@ from tempsamp_fast.config import Config, parse_phases
 from tempsamp_fast.device import training_device
 from tempsamp_fast.engine import build_engine, is_partitioned, learning_rate, load_engine, partitioned_loading
 from tempsamp_fast.groups import RecordedRollouts, answer
+from tempsamp_fast.heartbeat import GracefulStop, Heartbeat
 from tempsamp_fast.loader import PromptLoader
 from tempsamp_fast.lora import add_adapters, base_checkpoint, remember_reference
 from tempsamp_fast.model import geometry_of, load_model, resolve_dtype
+from tempsamp_fast.nonfinite import SkippedSteps
 from tempsamp_fast.policy import Policy
 from tempsamp_fast.prefetch import Prefetch
 from tempsamp_fast.prompts import off_policy_text, question
@@ -118,6 +120,10 @@ class Run:
         self.backend = self._build_backend(checkpoint, dtype)
         self.reference: Forward | None = None
         self.watch = Stopwatch()
+        train = config.train
+        self.heartbeat = Heartbeat(self.folder, self.rank, self.world_size, train.stall_timeout_s)
+        self.graceful_stop = GracefulStop(train.stop_grace_s)
+        self.skipped_steps = SkippedSteps(self.folder, self.rank, train.max_skipped_steps)
         if self.rank == 0 and config.train.resume and config.rollout.record_rollouts:
             drop_rows_from(Path(config.rollout.record_rollouts), self.first_step)
         self.record = self._recorded(config.rollout.record_rollouts)
@@ -203,6 +209,7 @@ class Run:
         """Scored groups for the prompts, sampled or replayed."""
 
         def sampler(asked: Sequence[Prompt], num_completions: Sequence[int]) -> list[list[Completion]]:
+            self.heartbeat.at(f"rollout of step {at.step}")
             if self.replay:
                 answers = self.replay.read(at.step, asked, num_completions)
             else:
@@ -251,6 +258,7 @@ class Run:
 
     def greedy(self, prompts: Sequence[Prompt], num_completions: Sequence[int]) -> list[list[Completion]]:
         """The sampler of evaluation."""
+        self.heartbeat.at("evaluation")
         return self.sample(self.with_features(prompts), num_completions, temperature=0.0)
 
     def update(self, at: PhaseStep, groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -259,7 +267,8 @@ class Run:
             self.reference = self._build_reference(is_first=at.step == self._first_reinforcement_step())
             self.watch.lap("reference")
         rate = learning_rate(self.config.train, at.phase, at.step_in_phase)
-        return update(
+        self.heartbeat.at(f"update of step {at.step}")
+        metrics = update(
             self.engine,
             self.reference,
             groups,
@@ -269,6 +278,9 @@ class Run:
             rate,
             self.watch,
         )
+        self.skipped_steps.note(at, groups, metrics)
+        self.heartbeat.at(f"records of step {at.step} and data of the next")
+        return metrics
 
     def _first_reinforcement_step(self) -> int | None:
         return next((at.step for at in plan(self.phases) if at.phase.method != "sft"), None)
@@ -300,6 +312,7 @@ class Run:
 
     def save(self, num_steps: int) -> None:
         """Checkpoint after `num_steps` optimizer steps."""
+        self.heartbeat.at(f"checkpoint after {num_steps} steps")
         facts = facts_of(self.config, self.train_samples, self.world_size)
         save_checkpoint(self.folder, num_steps, self.engine, self.policy, self.chat, self.config, facts)
 

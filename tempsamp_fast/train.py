@@ -20,15 +20,18 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 from tempsamp_fast.advantage import assign_advantages, skewness_by_rule  # noqa: E402
 from tempsamp_fast.arguments import parse_args  # noqa: E402
 from tempsamp_fast.groups import reward_metrics  # noqa: E402
+from tempsamp_fast.heartbeat import LOST_RANK_EXIT, RankLostError  # noqa: E402
 from tempsamp_fast.results import Results  # noqa: E402
 from tempsamp_fast.run import Run  # noqa: E402
 from tempsamp_fast.update import mean_over_ranks  # noqa: E402
+
+logger = logging.getLogger(__name__)
 
 
 def train(run: Run) -> None:
     """The whole job: sample, score, advantage, update, and an evaluation and a checkpoint after each phase."""
     algorithm, results = run.config.algorithm, Results(run)
-    with run.log() as log, run.steps() as steps:
+    with run.log() as log, run.heartbeat, run.graceful_stop, run.steps() as steps:
         if run.first_step == 0:
             results.evaluate("start", 0, log)
         run.watch.restart()
@@ -48,8 +51,12 @@ def train(run: Run) -> None:
 
             if at.is_last_of_phase:
                 results.evaluate(f"{at.phase_index + 1}_{at.phase}", at.step + 1, log)
-            if at.is_last_of_phase or run.is_save_step(at):
+            is_stopping = run.graceful_stop.agreed(run.device)
+            if at.is_last_of_phase or run.is_save_step(at) or is_stopping:
                 run.save(at.step + 1)
+            if is_stopping:
+                logger.warning("stopped by SIGTERM after step %d; go on with --resume %s", at.step, run.folder)
+                return
             run.watch.restart()
     results.finish()
 
@@ -64,12 +71,12 @@ def main(arguments: Sequence[str]) -> None:
         folder = Path(config.train.resume or config.train.output_dir)
         deepspeed.init_distributed(verbose=False)
         train(Run(config))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError, RankLostError) as error:
         if folder and folder.is_dir():
             with contextlib.suppress(OSError):  # the disk may be what is full
                 (folder / "error.log").write_text(traceback.format_exc())
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        sys.exit(2)
+        sys.exit(LOST_RANK_EXIT if isinstance(error, RankLostError) else 2)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,12 +15,14 @@ from torch import Tensor
 from tempsamp_fast.balance import balance
 from tempsamp_fast.batch import RolloutGroup
 from tempsamp_fast.config import AlgorithmConfig, Config, Method
-from tempsamp_fast.engine import in_step, optimizer_step
+from tempsamp_fast.engine import RowsTooLargeError, in_step, optimizer_step
 from tempsamp_fast.flops import device_peak_flops, forward_flops
 from tempsamp_fast.loss import RowTargets, idle_loss, log_probs, policy_loss
 from tempsamp_fast.packing import PackedRow, pack
 from tempsamp_fast.reference import Forward, forward_of
 from tempsamp_fast.stopwatch import Stopwatch
+
+logger = logging.getLogger(__name__)
 
 REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
     "loss": sum,
@@ -41,9 +45,36 @@ def update(
 ) -> dict[str, float]:
     """Update the policy on all ranks' groups, `updates_per_batch` times; returns the metrics of the last update.
 
+    Where a row does not fit the memory, rows half as long are made of this batch, on every rank, as often as needed;
+    `batch/max_tokens_per_row` then tells it. Raises ValueError when no shorter rows can be made.
+
     Groups whose advantages are all zero are left out where they have no gradient: they count in the loss's normalisers,
     but `policy/*` describes the answers of the others.
     """
+    shorter: dict[str, float] = {}
+    train = config.train
+    while True:
+        try:
+            found = _update(engine, reference, groups, method, config, prompts_per_row, learning_rate, watch)
+            return found | shorter
+        except RowsTooLargeError as error:
+            too_long = min(error.num_tokens, config.train.max_tokens_per_row)
+            logger.warning("rows of %d tokens do not fit the memory: this batch again in half as long ones", too_long)
+        torch.cuda.empty_cache()
+        config = dataclasses.replace(config, train=dataclasses.replace(train, max_tokens_per_row=too_long // 2))
+        shorter = {"batch/max_tokens_per_row": float(too_long // 2)}
+
+
+def _update(
+    engine: Any,
+    reference: Policy | None,
+    groups: Sequence[RolloutGroup],
+    method: Method,
+    config: Config,
+    prompts_per_row: int,
+    learning_rate: float,
+    watch: Stopwatch,
+) -> dict[str, float]:
     algorithm, temperature = config.algorithm, config.rollout.temperature
     is_sft = method == "sft"
     num_answers = _mean_over_ranks(sum(len(group.completions) for group in groups), engine.device)
@@ -78,8 +109,13 @@ def update(
     ]
     heads += [idle_loss] * (len(rows) - len(own_rows))
     num_updates = 1 if is_sft else algorithm.updates_per_batch
-    for _ in range(num_updates):
-        row_metrics, grad_norm = optimizer_step(engine, rows, heads, learning_rate, watch)
+    for index in range(num_updates):
+        try:
+            row_metrics, grad_norm = optimizer_step(engine, rows, heads, learning_rate, watch)
+        except RowsTooLargeError as error:
+            if index == 0:
+                raise
+            raise ValueError(f"out of memory in update {index + 1} of a batch; lower max_tokens_per_row") from error
     combined = {"loss": 0.0} | combine(_of_all_ranks([metrics.as_dict() for metrics in row_metrics[: len(own_rows)]]))
     combined["loss"] /= _num_ranks()  # each rank divides by its share of the step's answers
     return (
