@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from tempsamp_fast.chat import Chat
 from tempsamp_fast.config import Config, DataConfig
 from tempsamp_fast.durable import PARTIAL, damage, partial_folder, publish, remove, require_space, seal, size_of, sync
-from tempsamp_fast.engine import is_first_rank, is_partitioned, whole_parameters
+from tempsamp_fast.engine import barrier, is_first_rank, is_partitioned, whole_parameters
 from tempsamp_fast.policy import Policy
 from tempsamp_fast.runlog import RECORDS, write_json
 
@@ -75,12 +74,12 @@ def save_checkpoint(
         for unfinished in final.parent.glob(f"*{PARTIAL}"):
             shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
-    _barrier()
+    barrier()
     require_space(partial, _expected_size(run, policy), f"checkpoint {final.name}")
     try:
         engine.save_checkpoint(str(partial / ENGINE), tag="state", exclude_frozen_parameters=config.model.lora_rank > 0)
         save_model(partial / MODEL, policy, chat, config.data)
-        _barrier()
+        barrier()
         files = seal(partial)
         if is_first:
             write_json(partial / STATE, {"step": step, **facts, "files": files})
@@ -93,7 +92,7 @@ def save_checkpoint(
     except (OSError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{final}: checkpoint not written: {str(error).splitlines()[0]}") from error
-    _barrier()
+    barrier()
     return final
 
 
@@ -141,12 +140,12 @@ def sound_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _put_aside(broken: Sequence[Path]) -> None:
-    _barrier()
+    barrier()
     if is_first_rank():
         for folder in broken:
             shutil.rmtree(folder.with_suffix(".broken"), ignore_errors=True)
             folder.rename(folder.with_suffix(".broken"))
-    _barrier()
+    barrier()
 
 
 def _check(folder: Path) -> tuple[list[str], dict[str, Any]]:
@@ -170,13 +169,13 @@ def save_reference(folder: Path, policy: Policy, chat: Chat, data: DataConfig) -
     if is_first_rank():
         shutil.rmtree(partial, ignore_errors=True)
     save_model(partial, policy, chat, data)
-    _barrier()
+    barrier()
     files = seal(partial)
     if is_first_rank():
         write_json(partial / STATE, {"files": files})
         sync(partial / STATE)
         publish(folder)
-    _barrier()
+    barrier()
 
 
 def check_reference(folder: Path) -> None:
@@ -187,8 +186,3 @@ def check_reference(folder: Path) -> None:
         wrong = damage(folder, json.loads((folder / STATE).read_text())["files"])
         if wrong:
             raise ValueError(f"{folder}: the reference model is broken: {', '.join(wrong[:3])}")
-
-
-def _barrier() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()

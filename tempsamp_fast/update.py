@@ -67,7 +67,7 @@ def update(
 
 def _update(
     engine: Any,
-    reference: Policy | None,
+    reference: Forward | None,
     groups: Sequence[RolloutGroup],
     method: Method,
     config: Config,

@@ -59,7 +59,7 @@ SPOILED = {
 }
 
 
-@pytest.mark.parametrize("stage", ["0", "1", "2"])
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
 @pytest.mark.parametrize("what", SPOILED)
 def test_a_non_finite_step_leaves_the_weights_and_the_next_step_learns(
     stepper, monkeypatch: pytest.MonkeyPatch, what: str, stage: str
