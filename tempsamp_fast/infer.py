@@ -6,11 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tempsamp_fast.device import prepare_environment
 from tempsamp_fast.sample import Mode, Sample
+from tempsamp_fast.video import BackendName
 
 
 def infer(
@@ -20,11 +22,12 @@ def infer(
     mode: Mode = "answer",
     max_completion_length: int = 256,
     require_tags: bool = True,
+    video_backend: BackendName = "auto",
 ) -> dict[str, Any]:
     """The model's greedy answer to one query: `span` in seconds (None if it does not parse), `text`, `duration_s`.
 
-    Frames are taken as the checkpoint was trained (`video.json` beside its weights). Raises ValueError naming a bad
-    checkpoint, video or query.
+    Frames are taken as the checkpoint was trained (`video.json` beside its weights), by `video_backend`. Raises
+    ValueError naming a bad checkpoint, video or query.
     """
     from tempsamp_fast.answerer import Answerer
     from tempsamp_fast.checkpoint import read_video_settings
@@ -34,7 +37,8 @@ def infer(
     if not query.strip():
         raise ValueError("query is empty")
     params = SamplingParams(temperature=0.0, max_completion_length=max_completion_length)
-    answerer = Answerer(model_folder, read_video_settings(Path(model_folder)), params)
+    settings = replace(read_video_settings(Path(model_folder)), video_backend=video_backend)
+    answerer = Answerer(model_folder, settings, params)
     sample = Sample(video.stem, video, query, duration_s=0.0, windows=())
     (prompt,) = answerer.loader.prompts([sample], [mode])
     (completion,) = answerer.answer([prompt])
@@ -57,13 +61,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--think", action="store_true", help="reason first")
     parser.add_argument("--untagged", action="store_true", help="read an answer without <answer> tags too")
     parser.add_argument("--max_completion_length", type=int, default=256)
+    parser.add_argument("--video_backend", choices=get_args(BackendName), default="auto", help="what decodes the video")
     parser.add_argument("--plot", type=Path, help="write a timeline with frames under it to this PNG")
     options = parser.parse_args(arguments)
     prepare_environment()
     mode: Mode = "think" if options.think else "answer"
     try:
         answer = infer(
-            options.model, options.video, options.query, mode, options.max_completion_length, not options.untagged
+            options.model,
+            options.video,
+            options.query,
+            mode,
+            options.max_completion_length,
+            not options.untagged,
+            options.video_backend,
         )
         if options.plot:
             _plot(answer, options.plot)

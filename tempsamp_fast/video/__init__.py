@@ -26,6 +26,7 @@ from tempsamp_fast.video.result import Limits, VideoBatch, VideoError, VideoResu
 from tempsamp_fast.video.sampling import Sampling
 
 __all__ = [
+    "BackendName",
     "Geometry",
     "Limits",
     "Sampling",

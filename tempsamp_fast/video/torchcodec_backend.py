@@ -1,15 +1,17 @@
 """Decoding with torchcodec: the fallback where the extension is not built, and the oracle in tests.
 
-Known limits: the deadline is only looked at between chunks of frames; torchcodec does not verify which frame a seek
-landed on (files where it misses the very first one are refused) and does not tell concealed frames from good ones. What
-that means file by file is in bench/results/video_corpus.json.
+Known limits: torchcodec cannot be interrupted (past the deadline its thread is left to finish the frames at hand), does
+not verify which frame a seek landed on (files where it misses the very first one are refused) and does not tell
+concealed frames from good ones. What that means file by file is in bench/results/video_corpus.json.
 """
 
 from __future__ import annotations
 
 import math
+import queue
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ NAME = "torchcodec"
 CHUNK = 16
 """Frames decoded at a time: bounds the memory for frames at native size."""
 DEADLINE = "the deadline passed"
+HAND_OVER_S = 0.5
+"""Time after the deadline in which the frames so far may still be handed over."""
 PLAYLIST_STARTS = (b"#EXTM3U", b"ffconcat", b"v=0", b"<?xml", b"<MPD", b"[playlist]")
 """Files that would make FFmpeg open other files or the network."""
 
@@ -50,8 +54,11 @@ def load(
 
     def answer(request: Request) -> tuple[Tensor, VideoResult]:
         path, sampling = request
+        deadline = time.monotonic() + deadline_s
         try:
-            return _load_one(path, sampling, geometry, dtype, keep_partial, time.monotonic() + deadline_s, limits)
+            return _until(
+                deadline, path, lambda: _load_one(path, sampling, geometry, dtype, keep_partial, deadline, limits)
+            )
         except VideoError as error:
             return no_rows, failure(error, NAME)
 
@@ -61,6 +68,27 @@ def load(
     if len(answers) == 1:
         return answers[0][0], results
     return torch.cat([no_rows, *(rows for rows, _ in answers)]), results
+
+
+def _until(deadline: float, path: Path, work: Callable[[], tuple[Tensor, VideoResult]]) -> tuple[Tensor, VideoResult]:
+    """What `work` gives on a thread of its own, or raises; VideoError when it has not come soon after `deadline`."""
+    outcome: queue.SimpleQueue[tuple[Tensor, VideoResult] | Exception] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put(work())
+        except Exception as error:  # raised again on the thread that waits
+            outcome.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    left_s = max(deadline - time.monotonic(), 0.0) + HAND_OVER_S
+    try:
+        answer = outcome.get(timeout=min(left_s, threading.TIMEOUT_MAX))
+    except queue.Empty:
+        raise VideoError(path, "DEADLINE", DEADLINE) from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ def test_a_trained_model_answers_a_query_in_json(
     model = latest_checkpoint(finished_run.folder)[0] / "model"
     video = next((clips / "videos").glob("*.mp4"))
     words = ["--model", str(model), "--video", str(video), "--query", "a red square", "--max_completion_length", "8"]
+    words += ["--video_backend", "torchcodec"] if think else []
     capsys.readouterr()
     assert infer_main([*words, "--plot", str(tmp_path / "timeline.png"), *(["--think"] if think else [])]) == 0
     answer = json.loads(capsys.readouterr().out)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from torchcodec.decoders import VideoDecoder
 
 from tempsamp_fast import video
-from tempsamp_fast.video import Geometry, Limits, Sampling, VideoError, load_videos, normalise_rows
+from tempsamp_fast.video import Geometry, Limits, Sampling, VideoError, load_videos, normalise_rows, torchcodec_backend
 from tempsamp_fast.video.patches import patchify, resize_frames
 from tests.video.corpus import read
 from tests.video.verdict import GEOMETRY, numbers_shown
@@ -118,6 +120,17 @@ def test_limits_and_deadline_have_their_own_codes(corpus: Path) -> None:
     with pytest.raises(VideoError) as caught:
         load_videos(request, GEOMETRY, backend="torchcodec", deadline_s=1e-9)
     assert caught.value.code == "DEADLINE"
+
+
+def test_the_deadline_holds_while_torchcodec_is_busy(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a file whose frames are slow to decode: 20 s for one look at the clock."""
+    is_done = threading.Event()
+    monkeypatch.setattr(torchcodec_backend.Wanted, "fetch", lambda self, chunk: is_done.wait(20.0))
+    started = time.monotonic()
+    with pytest.raises(VideoError, match=r"h264.mp4.*deadline") as caught:
+        load_videos([(corpus / "h264.mp4", Sampling())], GEOMETRY, backend="torchcodec", deadline_s=0.3)
+    is_done.set()
+    assert caught.value.code == "DEADLINE" and time.monotonic() - started < 5.0
 
 
 @pytest.mark.parametrize(
