@@ -62,15 +62,16 @@ void skip_scaling_list(BitReader& reader, int size) {
     }
 }
 
-// frame_mbs_only_flag of a sequence parameter set (H.264 7.3.2.1.1), `data` past the NAL header.
-bool is_frames_only(const uint8_t* data, int size) {
+// Of a sequence parameter set (H.264 7.3.2.1.1), `data` past the NAL header.
+SequenceTraits read_sequence(const uint8_t* data, int size) {
     BitReader reader(data, size);
+    SequenceTraits sequence;
     const unsigned profile = reader.bits(8);
     reader.bits(16);
-    reader.exp_golomb();
+    sequence.id = reader.exp_golomb();
     if (has_chroma_fields(profile)) {
         const unsigned chroma_format = reader.exp_golomb();
-        if (chroma_format == 3) reader.bits(1);
+        if (chroma_format == 3) sequence.has_colour_planes = reader.bits(1);
         reader.exp_golomb();
         reader.exp_golomb();
         reader.bits(1);
@@ -80,7 +81,7 @@ bool is_frames_only(const uint8_t* data, int size) {
             }
         }
     }
-    reader.exp_golomb();
+    sequence.frame_number_bits = static_cast<int>(std::min(reader.exp_golomb(), 12u)) + 4;
     const unsigned order_type = reader.exp_golomb();
     if (order_type == 0) {
         reader.exp_golomb();
@@ -95,7 +96,8 @@ bool is_frames_only(const uint8_t* data, int size) {
     reader.bits(1);
     reader.exp_golomb();
     reader.exp_golomb();
-    return reader.bits(1);
+    sequence.is_frames_only = reader.bits(1);
+    return sequence;
 }
 
 // The first start code at or after `from`, or `size`.
@@ -138,15 +140,27 @@ BitstreamReader::BitstreamReader(const AVCodecParameters* codec) : codec_id_(cod
     can_drop_ = codec_id_ == AV_CODEC_ID_H264 || codec_id_ == AV_CODEC_ID_HEVC;
     const uint8_t* extra = codec->extradata;
     const int size = codec->extradata_size;
-    PacketTraits ignored;
     if (codec_id_ == AV_CODEC_ID_H264 && size >= 7 && extra[0] == 1) {
         length_size_ = (extra[4] & 3) + 1;
-        const int sps_size = size >= 8 ? extra[6] << 8 | extra[7] : 0;
-        if ((extra[5] & 31) > 0 && sps_size > 0 && 8 + sps_size <= size) read_nal(extra + 8, sps_size, &ignored);
+        read_avcc(extra, size);
     } else if (codec_id_ == AV_CODEC_ID_HEVC && size >= 23 && (extra[0] || extra[1] || extra[2] > 1)) {
         length_size_ = (extra[21] & 3) + 1;
     } else if (can_drop_) {
         read(extra, size);
+    }
+}
+
+// The parameter sets of an AVCDecoderConfigurationRecord (ISO/IEC 14496-15).
+void BitstreamReader::read_avcc(const uint8_t* data, int size) {
+    PacketTraits ignored;
+    int at = 5;
+    for (const int mask : {31, 255}) {
+        int count = at < size ? data[at++] & mask : 0;
+        for (; count > 0 && at + 2 <= size; --count) {
+            const int length = std::min(data[at] << 8 | data[at + 1], size - at - 2);
+            read_nal(data + at + 2, length, &ignored);
+            at += 2 + length;
+        }
     }
 }
 
@@ -187,15 +201,46 @@ void BitstreamReader::read_nal(const uint8_t* data, int size, PacketTraits* trai
 }
 
 void BitstreamReader::read_h264_nal(const uint8_t* data, int size, PacketTraits* traits) {
-    constexpr int kIdr = 5, kSei = 6, kSps = 7;
+    constexpr int kIdr = 5, kSei = 6, kSps = 7, kPps = 8;
     constexpr int kPrefix = 14, kSubsetSps = 15, kSliceExtension = 20, kDepthExtension = 21;
     const int type = data[0] & 31;
     const bool is_slice = type >= 1 && type <= 5;
-    if (is_slice) merge(traits, data[0] >> 5 & 3, 0);
+    if (is_slice) {
+        merge(traits, data[0] >> 5 & 3, 0);
+        read_h264_slice(data + 1, size - 1, traits);
+    }
     if (type == kIdr || (type == kSei && has_recovery_point(data + 1, size - 1))) traits->is_entry = true;
     const bool has_layers = type == kPrefix || type == kSubsetSps || type == kSliceExtension || type == kDepthExtension;
     if (has_layers) can_drop_ = false;
-    if (type == kSps && !is_frames_only(data + 1, size - 1)) can_drop_ = false;
+    if (type == kSps) {
+        const SequenceTraits sequence = read_sequence(data + 1, size - 1);
+        sequences_[sequence.id] = sequence;
+        if (!sequence.is_frames_only) can_drop_ = false;
+    }
+    if (type == kPps) {
+        BitReader reader(data + 1, size - 1);
+        const unsigned id = reader.exp_golomb();
+        sequence_of_picture_[id] = reader.exp_golomb();
+    }
+}
+
+// Pairs the fields of a frame, which may come in packets of their own (H.264 7.3.3, 7.4.1.2.4).
+void BitstreamReader::read_h264_slice(const uint8_t* data, int size, PacketTraits* traits) {
+    BitReader reader(data, size);
+    if (reader.exp_golomb() != 0) return;  // not the first slice of its picture
+    reader.exp_golomb();
+    const auto sequence = sequences_.find(sequence_of_picture_[reader.exp_golomb()]);
+    if (sequence == sequences_.end() || sequence->second.is_frames_only) return;
+    if (sequence->second.has_colour_planes) reader.bits(2);
+    const unsigned frame_number = reader.bits(sequence->second.frame_number_bits);
+    const bool is_field = reader.bits(1);
+    const bool is_bottom = is_field && reader.bits(1);
+    const bool completes = is_field && open_field_.is_open && open_field_.is_bottom != is_bottom &&
+                           open_field_.frame_number == frame_number;
+    if (completes && !traits->has_picture) traits->is_second_field = true;
+    open_field_ = {is_field && !completes, is_bottom, frame_number};
+    traits->lacks_field = open_field_.is_open;
+    traits->has_picture = true;
 }
 
 void BitstreamReader::read_hevc_nal(const uint8_t* data, int, PacketTraits* traits) {

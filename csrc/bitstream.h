@@ -1,6 +1,9 @@
 // What a coded packet says about itself without being decoded.
 #pragma once
 
+#include <cstdint>
+#include <map>
+
 #include "ffmpeg.h"
 
 namespace video {
@@ -16,6 +19,17 @@ struct PacketTraits {
     uint8_t temporal_id = 0;
     bool hidden = false;  // decodes to no picture of its own
     bool is_entry = true;  // decoding may start here, as far as the bits tell
+    bool is_second_field = false;  // completes the frame of the packet before
+    bool lacks_field = false;      // the second field of its frame has to follow
+    bool has_picture = false;      // a picture starts in it
+};
+
+// What reading the header of an H.264 slice takes of its sequence parameter set.
+struct SequenceTraits {
+    unsigned id = 0;
+    bool is_frames_only = true;
+    bool has_colour_planes = false;
+    int frame_number_bits = 4;
 };
 
 class BitstreamReader {
@@ -27,13 +41,25 @@ public:
     bool can_drop() const { return can_drop_; }
 
 private:
+    void read_avcc(const uint8_t* data, int size);
     void read_nal(const uint8_t* data, int size, PacketTraits* traits);
     void read_h264_nal(const uint8_t* data, int size, PacketTraits* traits);
+    void read_h264_slice(const uint8_t* data, int size, PacketTraits* traits);
     void read_hevc_nal(const uint8_t* data, int size, PacketTraits* traits);
 
     bool knows_entries() const { return codec_id_ == AV_CODEC_ID_H264 || codec_id_ == AV_CODEC_ID_HEVC; }
 
+    // A field whose frame still lacks the other one.
+    struct OpenField {
+        bool is_open = false;
+        bool is_bottom = false;
+        unsigned frame_number = 0;
+    };
+
     AVCodecID codec_id_;
+    std::map<unsigned, SequenceTraits> sequences_;      // by seq_parameter_set_id
+    std::map<unsigned, unsigned> sequence_of_picture_;  // seq_parameter_set_id by pic_parameter_set_id
+    OpenField open_field_;
     int length_size_ = 0;  // 0: start codes
     bool can_drop_ = false;
 };

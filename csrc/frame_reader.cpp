@@ -109,7 +109,7 @@ Status FrameReader::retry(const Run& run) {
 }
 
 Status FrameReader::read_run(const Run& run, int key) {
-    const int32_t last = wanted_[run.end - 1].packet;
+    const int32_t last = index_.last_packet_of(wanted_[run.end - 1].packet);
     if (Status moved = move_to(index_.keys[key]); !moved.ok()) return moved;
     broken_.clear();
     Status status;
@@ -129,7 +129,7 @@ Status FrameReader::read_run(const Run& run, int key) {
             packet_->pts = packet_->dts = current_;
             packet_->flags &= ~AV_PKT_FLAG_CORRUPT;  // the index knows what that spoils
             if (!decoder_->decode(packet_.get(), take, &status) && is_known) {
-                broken_.push_back(static_cast<int32_t>(current_));
+                broken_.push_back(static_cast<int32_t>(current_) - (index_.packets[current_].is_second_field ? 1 : 0));
             }
         }
         if (!status.ok()) break;

@@ -3,7 +3,6 @@
 #include <sys/stat.h>
 
 #include <algorithm>
-#include <numeric>
 
 #include "bitstream.h"
 
@@ -62,11 +61,11 @@ Status read_packets(Demuxer& demuxer, const Limits& limits, const Watch& watch, 
         // Some files mark keys that are none; where the first one is wrong there is no better.
         const bool is_entry = traits.is_entry || index->packets.empty();
         const auto has_flag = [&](int flag) { return (packet->flags & flag) != 0; };
-        const bool is_key = has_flag(AV_PKT_FLAG_KEY) && is_entry;
-        const bool is_shown = !has_flag(AV_PKT_FLAG_DISCARD) && !traits.hidden;
+        const bool is_key = has_flag(AV_PKT_FLAG_KEY) && is_entry && !traits.is_second_field;
+        const bool is_shown = !has_flag(AV_PKT_FLAG_DISCARD) && !traits.hidden && !traits.is_second_field;
         const bool is_cut = marks_early ? is_next_cut : has_flag(AV_PKT_FLAG_CORRUPT);
         index->packets.push_back({packet->pts, packet->dts, packet->duration, packet->pos, packet->size, is_key,
-                                  is_shown, false, is_cut});
+                                  is_shown, false, is_cut, traits.is_second_field});
         is_next_cut = has_flag(AV_PKT_FLAG_CORRUPT);
         if (Status checked = check(*index, limits); !checked.ok()) return checked;
         reading->traits.push_back(traits);
@@ -109,6 +108,16 @@ void mark_droppable(const Reading& reading, Index* index) {
     }
 }
 
+// Fields in packets of their own: a frame lasts as long as both, and is not whole with one.
+void join_fields(const Reading& reading, Index* index) {
+    for (size_t i = 0; i < reading.traits.size(); ++i) {
+        const bool has_second = i + 1 < reading.traits.size() && reading.traits[i + 1].is_second_field;
+        if (has_second) index->packets[i].duration += index->packets[i + 1].duration;
+        if (has_second) index->frame_rate = {0, 1};  // may count fields
+        if (reading.traits[i].lacks_field && !has_second) index->packets[i].is_cut = true;
+    }
+}
+
 void describe(const Demuxer& demuxer, Index* index) {
     const AVStream* stream = demuxer.stream();
     index->format = demuxer.format_name();
@@ -137,8 +146,11 @@ Status check(const Index& index, const Limits& limits) {
 }
 
 void Index::arrange() {
-    by_pts_.resize(packets.size());
-    std::iota(by_pts_.begin(), by_pts_.end(), 0);
+    by_pts_.clear();
+    for (size_t i = 0; i < packets.size(); ++i) {
+        const bool is_nameless = packets[i].is_second_field && packets[i].pts == IndexedPacket::kNone;
+        if (!is_nameless) by_pts_.push_back(static_cast<int32_t>(i));
+    }
     std::stable_sort(by_pts_.begin(), by_pts_.end(),
                      [this](int32_t a, int32_t b) { return packets[a].pts < packets[b].pts; });
     has_times = true;
@@ -150,12 +162,12 @@ void Index::arrange() {
     cuts_.clear();
     for (size_t i = 0; i < packets.size(); ++i) {
         if (packets[i].is_key) keys.push_back(static_cast<int32_t>(i));
-        if (packets[i].is_cut) cuts_.push_back(static_cast<int32_t>(i));
+        if (packets[i].is_cut) cuts_.push_back(static_cast<int32_t>(i) - (packets[i].is_second_field ? 1 : 0));
     }
     if (keys.empty() && !packets.empty()) keys.push_back(0);
 
     shown.clear();
-    for (size_t i = 0; i < packets.size(); ++i) {
+    for (size_t i = 0; i < (has_times ? by_pts_.size() : packets.size()); ++i) {
         const int32_t packet = has_times ? by_pts_[i] : static_cast<int32_t>(i);
         // Nothing before the first key, in either order, can be decoded.
         const bool is_lost = has_times && (packet < keys[0] || packets[packet].pts < packets[keys[0]].pts);
@@ -175,6 +187,11 @@ int Index::key_before(int32_t packet) const {
     // A frame shown before a key that it follows in the file refers to frames before that key (open GOP).
     while (key > 0 && packets[keys[key]].pts > packets[packet].pts) --key;
     return std::max(key, 0);
+}
+
+int32_t Index::last_packet_of(int32_t packet) const {
+    const auto next = static_cast<size_t>(packet) + 1;
+    return next < packets.size() && packets[next].is_second_field ? packet + 1 : packet;
 }
 
 bool Index::is_spoiled(int32_t packet) const {
@@ -200,6 +217,7 @@ IndexResult read_index(const std::string& path, const Limits& limits, const Watc
         return {std::move(read), nullptr};
     }
     mark_droppable(reading, index.get());
+    join_fields(reading, index.get());
     find_early_end(demuxer, reading, index.get());
     index->arrange();
     index->read_s = std::chrono::duration<double>(Watch::Clock::now() - started).count();

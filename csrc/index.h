@@ -20,6 +20,7 @@ struct IndexedPacket {
     bool is_shown;      // decodes to a frame of the presentation: not cut by an edit list, not hidden
     bool is_droppable;  // no other frame needs it
     bool is_cut;        // data is missing in it or right after it
+    bool is_second_field;  // completes the frame of the packet before
 
     static constexpr int64_t kNone = AV_NOPTS_VALUE;
 };
@@ -57,6 +58,8 @@ struct Index {
     int32_t find(int64_t pts) const;
     // Index into `keys` of the last key that `packet` can be decoded from.
     int key_before(int32_t packet) const;
+    // The last packet of the frame that `packet` starts.
+    int32_t last_packet_of(int32_t packet) const;
     // Whether something that `packet` needs was lost before any decoder saw it.
     bool is_spoiled(int32_t packet) const;
 

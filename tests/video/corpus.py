@@ -16,6 +16,8 @@ from typing import Literal
 
 import numpy as np
 
+from tests.video.fields import field_pictures
+
 NUM_FRAMES = 150
 FPS = 25
 WIDTH, HEIGHT = 280, 56
@@ -119,6 +121,11 @@ def encoded(*arguments: str, size: tuple[int, int] = (WIDTH, HEIGHT), num_frames
     return build
 
 
+def fields(path: Path) -> None:
+    """Numbered frames as field pictures, in a raw stream."""
+    path.write_bytes(field_pictures(draw(np.arange(NUM_FRAMES), 288, 64)))
+
+
 def remuxed(base: str, *arguments: str, before: tuple[str, ...] = (), more_inputs: tuple[str, ...] = ()):
     """Builder: the packets of another file of the corpus in a new container."""
 
@@ -213,6 +220,9 @@ CASES = [
     Case("h264_pyramid.mp4", encoded(*H264, "-bf", "7", "-x264-params", "b-pyramid=normal:b-adapt=0")),
     Case("h264_intra_refresh.mkv", encoded(*H264, "-bf", "0", "-x264-params", "intra-refresh=1:keyint=40")),
     Case("h264_interlaced.mp4", encoded(*H264, "-flags", "+ildct+ilme", size=(280, 64)), size=(280, 64)),
+    Case("h264_fields.h264", fields, size=(288, 64)),
+    Case("h264_fields.mp4", remuxed("h264_fields.h264"), size=(288, 64)),
+    Case("h264_fields.ts", remuxed("h264_fields.h264"), size=(288, 64)),
     Case("h264_422_10bit.mp4", encoded(*H264, "-pix_fmt", "yuv422p10le")),
     Case("h264_444_odd.mp4", encoded(*H264, "-pix_fmt", "yuv444p", size=(281, 57)), size=(281, 57)),
     Case("h264_16x16.mp4", encoded(*H264, "-crf", "10", size=(16, 16)), size=(16, 16)),

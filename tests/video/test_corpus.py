@@ -24,6 +24,7 @@ TORCHCODEC_REFUSES = {
     "mpeg4_b_frames.avi": "as above",
     "edit_list_mid_gop.mp4": "loses the first frames after a cut inside a GOP",
     "h264.h264": "cannot seek in raw streams",
+    "h264_fields.h264": "as above",
     "hevc.hevc": "as above",
     "half.h264": "as above",
     "size_change.h264": "as above",
@@ -32,6 +33,8 @@ TORCHCODEC_REFUSES = {
 
 TORCHCODEC_GETS_WRONG = {
     "mpeg2.mpg": "off by one in MPEG-PS",
+    "h264_fields.mp4": "takes fields for frames",
+    "h264_fields.ts": "as above",
     "truncated.mp4": "loses the last frame before the cut",
     "cut_fragments.mp4": "as above",
     "garbage.mp4": "returns concealed frames as good ones",
