@@ -28,7 +28,7 @@ def golomb(value: int) -> str:
 
 
 def nal(kind: int, reference: int, bits: str, payload: bytes = b"") -> bytes:
-    """A NAL unit: header, `bits` (padded with zeros where `payload` follows), `payload`, stop bit; no start code within."""
+    """A NAL unit: header, `bits` (zero-padded before `payload`), `payload`, stop bit; no start code within."""
     bits = bits + "0" * (-len(bits) % 8) if payload else bits + "1"
     bits += "0" * (-len(bits) % 8)
     body = int(bits, 2).to_bytes(len(bits) // 8, "big") + payload + (b"\x80" if payload else b"")
