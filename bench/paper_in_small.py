@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # a checkout runs without being installed
 
 from bench.paper.campaign import Campaign  # noqa: E402
-from bench.paper.plan import planned_runs  # noqa: E402
+from bench.paper.plan import PILOT_RATES, pilot_runs, planned_runs  # noqa: E402
 from bench.paper.plots import draw  # noqa: E402
 from bench.paper.results import read_results  # noqa: E402
 from bench.paper.summary import summarise  # noqa: E402
@@ -36,11 +36,11 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the planned runs; make none")
     options = parser.parse_args()
     if options.list:
-        print("\n".join(run.name for run in planned_runs()))
+        print("\n".join(run.name for run in [*pilot_runs(), *planned_runs(PILOT_RATES[0])]))
         return
     try:
         if not options.summary:
-            Campaign(options.work, options.results).make(planned_runs(), options.workers)
+            Campaign(options.work, options.results).make(options.workers)
         results = read_results(options.results)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")

@@ -71,11 +71,16 @@ class SyntheticConfig:
     """Further shapes that no query asks for, half of them visible all the time."""
     noise: float = 8.0
     """Standard deviation of the background noise, in grey levels of 0-255."""
+    background: float = 110.0
+    """Grey level of the backgrounds. Near the processors' mean of 120, where the default is, their texture and noise are
+    as loud as a shape to an untrained vision tower, which normalises every patch; at 20 they are a quarter of it."""
 
     def __post_init__(self) -> None:
         for name in ("num_train", "num_val", "num_test", "num_distractors", "noise"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.background <= 255:
+            raise ValueError(f"background must be a grey level of 0-255, got {self.background}")
         if self.max_events < 1:
             raise ValueError(f"max_events must be at least 1, got {self.max_events}")
         if not 0 < self.min_event_share <= self.max_event_share <= 1:
@@ -162,6 +167,7 @@ def draw_video(config: SyntheticConfig, split: str, index: int) -> Video:
         codec=CODECS[codec],
         keyframe_interval=rng.choice(KEYFRAME_INTERVALS),
         noise=config.noise,
+        background=config.background,
         texture_seed=rng.getrandbits(32),
         actors=tuple(actors),
     )

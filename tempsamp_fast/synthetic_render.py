@@ -79,6 +79,8 @@ class Clip:
     """Most frames between two keyframes."""
     noise: float
     """Standard deviation of the background noise, in grey levels of 0-255."""
+    background: float
+    """Grey level of the background, in 0-255, from which videos deviate by up to 10."""
     texture_seed: int
     actors: tuple[Actor, ...]
     """Later ones are drawn over earlier ones."""
@@ -128,7 +130,7 @@ def noisy_backgrounds(clip: Clip) -> np.ndarray:
     for _ in range(4):
         frequency_y, frequency_x = rng.uniform(-25, 25, size=2)
         texture += rng.uniform(3, 10) * np.sin(frequency_y * y + frequency_x * x + rng.uniform(0, 6.3))
-    grey, tint = rng.uniform(100, 120), rng.uniform(-3, 3, size=3)
+    grey, tint = clip.background + rng.uniform(-10, 10), rng.uniform(-3, 3, size=3)
     noise = rng.normal(0, clip.noise, size=(NOISE_POOL_SIZE, clip.height, clip.width, 3))
     return (grey + tint + texture[..., None] + noise).clip(0, 255).astype(np.uint8)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -38,8 +38,10 @@ class Campaign:
 
     def __init__(self, work: Path, results: Path):
         self.work, self.path = work, results
+        self.data: dict[str, Path] = {}
         self._lock = threading.Lock()
-        self._cold_locks = {seed: threading.Lock() for seed in plan.SEEDS}
+        self._base_lock = threading.Lock()
+        self._cold_locks = {seed: threading.Lock() for seed in (*plan.SEEDS, plan.PILOT_SEED)}
         machine = describe_machine()
         made_of = {"commit": machine.pop("commit"), "settings": _settings()}
         if results.exists():
@@ -48,38 +50,43 @@ class Campaign:
         else:
             self.results = {**made_of, "machine": machine, "cold_starts": {}, "runs": {}}
 
-    def make(self, runs: Sequence[PlannedRun], num_workers: int) -> None:
-        """Make the runs that have no record yet, `num_workers` at a time. Raises RuntimeError for one that fails."""
+    def make(self, num_workers: int) -> None:
+        """Make all runs that have no record yet, `num_workers` at a time: the pilots, then the rest at their best rate.
+
+        Raises RuntimeError when all others are made and one has failed.
+        """
         self.work.mkdir(parents=True, exist_ok=True)
-        self.results |= {"planned": len(runs)}
+        pilots = plan.pilot_runs()
+        self.results |= {"planned": len(pilots) + len(plan.planned_runs(plan.PILOT_RATES[0]))}
         self._prepare_data(num_workers)
+        self.make_runs(pilots, num_workers)
+        rate = best_rate(self.results["runs"])
+        self.results |= {"rate": rate}
+        self.make_runs(plan.planned_runs(rate), num_workers)
+
+    def make_runs(self, runs: Sequence[PlannedRun], num_workers: int) -> None:
+        """Make those that have no record yet. Raises RuntimeError when all others are made and one has failed."""
         missing = [run for run in runs if run.name not in self.results["runs"]]
         with ThreadPoolExecutor(num_workers) as executor:
             futures = [executor.submit(self._make, run) for run in missing]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:
-                executor.shutdown(cancel_futures=True)
-                raise
+        failed = [str(error) for future in futures if (error := future.exception())]
+        if failed:
+            raise RuntimeError(f"{len(failed)} of {len(missing)} runs failed; the first: {failed[0]}")
 
     def _prepare_data(self, num_workers: int) -> None:
-        folder = generate(self.work / "data", plan.DATA, num_workers)
-        self.videos = folder / "videos"
-        self.train, self.test = (folder / f"annotations/{split}.json" for split in ("train", "test"))
-        self.samples = load_annotations(self.train, self.videos)
-        test = load_annotations(self.test, self.videos)
+        for name, config in plan.DATA.items():
+            self.data[name] = generate(self.work / "data" / name, config, num_workers)
+        self.samples, test = (load_annotations(_annotations(self.data["hard"], split)) for split in ("train", "test"))
         span, _ = best_constant_span(self.samples)
         scores = score_rows(test, [{"span": list(span)}] * len(test), "grounding")
         self.results |= {"num_queries": len(test), "constant_span": {"span": span, **scores}}
 
     def _make(self, run: PlannedRun) -> None:
-        cold_start = self._cold_start(run.seed)
-        flags = {**plan.COMMON, **run.flags, "model": cold_start, "seed": run.seed}
+        folder = self.work / run.name
+        flags = {**run.flags, "model": self._cold_start(run.seed), "seed": run.seed}
         if run.num_videos:
             flags |= self._few_shot(run)
-        folder = self.work / run.name
-        cost = self._train(folder, flags)
+        cost = self._train(folder, self.data["hard"], flags)
         shown = {name: value for name, value in dataclasses.asdict(run).items() if name != "flags"}
         with self._lock:
             self.results["runs"][run.name] = {**shown, **record_of(folder), **cost}
@@ -94,32 +101,38 @@ class Campaign:
         folder = self.work / f"cold_start/seed{seed}"
         with self._cold_locks[seed]:
             if str(seed) not in self.results["cold_starts"]:
-                flags = {**plan.COMMON, **plan.COLD_START, "seed": seed + plan.COLD_START_SEED}
-                cost = self._train(folder, flags)
-                with self._lock:
-                    self.results["cold_starts"][str(seed)] = {**record_of(folder)["evaluations"]["answer"][-1], **cost}
-                    self._write()
+                flags = {**plan.COLD_START, "model": self._base(), "seed": seed + plan.COLD_START_SEED}
+                self._keep_start(str(seed), folder, self._train(folder, self.data["hard"], flags))
             return latest_checkpoint(folder)[0] / MODEL
 
-    def _few_shot(self, run: PlannedRun) -> dict[str, object]:
-        """The seed's videos of the subset, and as many steps as take all of their queries `FEW_SHOT_EPOCHS` times."""
-        assert run.num_videos is not None
-        samples = few_shot(self.samples, run.num_videos, run.seed)
-        kept = {sample.video_id for sample in samples}
-        every = json.loads(self.train.read_text())
-        annotations = self.work / f"few_shot/{run.num_videos}_videos_seed{run.seed}.json"
-        annotations.parent.mkdir(exist_ok=True)
-        write_json(annotations, {video: entry for video, entry in every.items() if video in kept})
-        batch = int(str(plan.COMMON["prompts_per_device"]))
-        steps = math.ceil(plan.FEW_SHOT_EPOCHS * len(samples) / batch)
-        return {"annotations": annotations, "phases": plan.phases(run.method, ["answer"], [steps])}
+    def _base(self) -> Path:
+        """The checkpoint that all cold starts come from."""
+        folder = self.work / "base"
+        with self._base_lock:
+            if "base" not in self.results["cold_starts"]:
+                self._keep_start("base", folder, self._train(folder, self.data["easy"], plan.BASE))
+            return latest_checkpoint(folder)[0] / MODEL
 
-    def _train(self, folder: Path, flags: dict[str, object]) -> dict[str, float]:
+    def _keep_start(self, name: str, folder: Path, cost: dict[str, float]) -> None:
+        with self._lock:
+            scores = record_of(folder)["evaluations"]["answer"][-1]
+            self.results["cold_starts"][name] = {**scores, **cost}
+            self._write()
+        print(f"{name}: mIoU {scores['miou']:.3f}, {cost['cpu_s']:.0f} CPU s", flush=True)
+
+    def _few_shot(self, run: PlannedRun) -> dict[str, object]:
+        assert run.num_videos is not None
+        num_queries = len(few_shot(self.samples, run.num_videos, run.seed))
+        subset = {"few_shot_videos": run.num_videos, "few_shot_seed": run.seed}
+        return {**subset, "phases": plan.few_shot_phases(run.method, num_queries, run.rate)}
+
+    def _train(self, folder: Path, data: Path, flags: dict[str, object]) -> dict[str, float]:
         """Run the trainer in a fresh folder; returns what it cost. Raises RuntimeError with the end of its output."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        data = {"annotations": self.train, "eval_annotations": self.test, "videos": self.videos}
-        every = {**data, "patch_cache": self.work / "patches", "eval_modes": "answer", **flags, "output_dir": folder}
+        files = {"annotations": _annotations(data, "train"), "eval_annotations": _annotations(data, "test")}
+        kept = {"videos": data / "videos", "patch_cache": self.work / "patches", "output_dir": folder}
+        every = {**plan.COMMON, **flags, **files, **kept}
         command = [sys.executable, str(ROOT / "tempsamp_fast/train.py"), *(f"--{k}={v}" for k, v in every.items())]
         python_path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
@@ -142,13 +155,28 @@ class Campaign:
         write_json(self.path, self.results)
 
 
+def best_rate(runs: dict[str, dict[str, Any]]) -> float:
+    """The rate at which the pilots of all methods have the highest mean mIoU."""
+    by_rate: dict[float, list[float]] = {}
+    for record in runs.values():
+        if record["family"] == "pilot":
+            by_rate.setdefault(record["rate"], []).append(record["evaluations"]["answer"][-1]["miou"])
+    return max(by_rate, key=lambda rate: statistics.mean(by_rate[rate]))
+
+
+def _annotations(data: Path, split: str) -> Path:
+    return data / f"annotations/{split}.json"
+
+
 def _settings() -> dict[str, Any]:
     """What is the same for all runs, as JSON gives it back."""
     settings = {
-        "data": dataclasses.asdict(plan.DATA),
+        "data": {name: dataclasses.asdict(config) for name, config in plan.DATA.items()},
         "common": plan.COMMON,
+        "base": plan.BASE,
         "cold_start": plan.COLD_START,
         "stages": plan.STAGES,
-        "rates": plan.RATES,
+        "stage_shares": plan.STAGE_SHARES,
+        "pilot_rates": plan.PILOT_RATES,
     }
     return json.loads(json.dumps(settings))

@@ -1,43 +1,67 @@
-"""The runs of the campaign: one data set, one cold start per seed, and what is trained from it.
+"""The runs of the campaign: what is made, asked and trained, with settings that are the same for all methods.
 
-Every setting below is the same for all methods; how they were chosen is in bench/LOG.md.
+The learning rate is chosen by the campaign itself, on a seed of its own: the one of `PILOT_RATES` at which the methods
+do best on average.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from tempsamp_fast.synthetic import SyntheticConfig
 
-DATA = SyntheticConfig(
-    num_train=2000,
+EASY = SyntheticConfig(
+    num_train=1200,
     num_val=0,
-    num_test=480,
-    min_duration_s=12.0,
-    max_duration_s=40.0,
+    num_test=60,
+    min_duration_s=10.0,
+    max_duration_s=10.0,
     sizes=("64x64",),
-    min_event_share=0.05,
-    max_event_share=0.2,
+    colours=("red", "green", "blue", "yellow", "purple", "cyan"),
+    shapes=("circle",),
+    max_events=1,
+    num_distractors=0,
+    min_event_share=0.1,
+    max_event_share=0.3,
+    time_step_s=1.0,
+    background=20.0,
 )
-"""Events of 3 s on average in videos of up to 40 s: a guess rarely hits, and no constant span does well."""
+"""One event and nothing else: where a model learns to look at all."""
 
+HARD = dataclasses.replace(EASY, num_train=2400, num_test=540, max_events=3, num_distractors=1, max_event_share=0.2)
+"""Up to three events of 1 or 2 s in 10 s beside a shape that never goes: a guess rarely hits, and no constant span does
+well. All runs are trained and tested on these."""
+
+DATA = {"easy": EASY, "hard": HARD}
+
+PROMPTS_PER_STEP = 16
 COMMON: dict[str, object] = {
     "random_crop": 0,
     "min_pixels": 784,
     "max_pixels": 784,
-    "prompts_per_device": 16,
-    "warmup_ratio": 0,
+    "freeze_vision": True,
+    "prompts_per_device": PROMPTS_PER_STEP,
+    "warmup_ratio": 0.1,
+    "lr_schedule": "constant",
     "max_completion_length": 24,
+    "eval_modes": "answer",
 }
-COLD_START = {"phases": "sft:600@2e-3", "warmup_ratio": 0.05}
+BASE: dict[str, object] = {"phases": "sft:3000@1e-3", "lr_schedule": "cosine", "seed": 9000}
+"""The base model, one for all seeds as a published checkpoint would be: trained on the easy videos."""
+COLD_START: dict[str, object] = {"phases": "sft:200@3e-4", "lr_schedule": "cosine"}
+"""From the base model to a seed's cold start, on the hard videos."""
 COLD_START_SEED = 1000
 """Added to a run's seed: the cold start takes the training samples in an order of its own."""
 
 STAGES = (40, 40, 40, 40, 40)
-RATES = ("1e-3", "1e-3", "1e-3", "5e-4", "2e-4")
-"""Training is cut into stages, each followed by an evaluation."""
+STAGE_SHARES = (1.0, 1.0, 1.0, 0.5, 0.2)
+"""Training is cut into stages of so many steps, each at its share of the learning rate, an evaluation after each."""
+PILOT_RATES = (1e-4, 3e-4, 1e-3)
+PILOT_SEED = 100
 
 CORE_GROUP_SIZE = 4
 METHODS = ("sft", "grpo", "mixed", "downscale", "anchor", "nonlinear", "orarl")
@@ -48,7 +72,7 @@ FEW_SHOT_VIDEOS = (50, 100, 200, 500)
 FEW_SHOT_EPOCHS = 3
 SCHEMES = ("answer only", "think only", "hybrid")
 
-Family = Literal["core", "group size", "few shot", "hybrid"]
+Family = Literal["pilot", "core", "group size", "few shot", "hybrid"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +86,8 @@ class PlannedRun:
     num_generations: int = 4
     num_videos: int | None = None
     """Training videos of a few-shot run; None: all."""
+    rate: float = PILOT_RATES[0]
+    """Learning rate, at its peak."""
     flags: dict[str, object] = field(default_factory=dict, compare=False)
     """What it adds to COMMON."""
 
@@ -70,34 +96,52 @@ class PlannedRun:
         parts = [self.family.replace(" ", "_"), self.method.replace(" ", "_")]
         parts += [f"G{self.num_generations}"] if self.family == "group size" else []
         parts += [f"{self.num_videos}_videos"] if self.num_videos else []
+        parts += [f"rate{self.rate:g}"] if self.family == "pilot" else []
         return "/".join([*parts, f"seed{self.seed}"])
 
 
-def phases(method: str, modes: Iterable[str], steps: Iterable[int] = STAGES) -> str:
-    """The `--phases` of a run: a stage each, with the modes in turn given."""
+def phases(method: str, modes: Iterable[str], rate: float) -> str:
+    """The `--phases` of a run whose stages have the modes given."""
     trainer = method if method in ("sft", "grpo") else "tempsamp"
-    stages = zip(modes, steps, RATES, strict=True)
-    return ",".join(f"{trainer}/{mode}:{count}@{rate}" for mode, count, rate in stages)
+    stages = zip(modes, STAGES, STAGE_SHARES, strict=True)
+    return ",".join(f"{trainer}/{mode}:{steps}@{rate * share:g}" for mode, steps, share in stages)
 
 
-def method_flags(method: str, num_generations: int) -> dict[str, object]:
+def few_shot_phases(method: str, num_queries: int, rate: float) -> str:
+    """As many steps as take all queries `FEW_SHOT_EPOCHS` times."""
+    trainer = method if method in ("sft", "grpo") else "tempsamp"
+    return f"{trainer}/answer:{math.ceil(FEW_SHOT_EPOCHS * num_queries / PROMPTS_PER_STEP)}@{rate:g}"
+
+
+def answering(method: str, num_generations: int, rate: float) -> dict[str, object]:
     """The settings in which methods differ."""
     shaping = {} if method in ("sft", "grpo") else {"shaping": method}
-    return {"phases": phases(method, ["answer"] * len(STAGES)), "num_generations": num_generations, **shaping}
+    return {"phases": phases(method, ["answer"] * len(STAGES), rate), "num_generations": num_generations, **shaping}
 
 
-def planned_runs() -> list[PlannedRun]:
-    """All runs, in the order in which they are made: the paired seeds first, all methods of a seed together."""
-    return [*_core(), *_hybrid(), *_group_sizes(), *_few_shot()]
+def pilot_runs() -> list[PlannedRun]:
+    """Every method at every rate, on a seed that no other run has."""
+    return [
+        PlannedRun("pilot", method, PILOT_SEED, rate=rate, flags=answering(method, CORE_GROUP_SIZE, rate))
+        for rate in PILOT_RATES
+        for method in METHODS
+    ]
 
 
-def _core() -> Iterator[PlannedRun]:
+def planned_runs(rate: float) -> list[PlannedRun]:
+    """All runs at the rate chosen, in the order in which they are made: the paired seeds first, all methods of a seed
+    together.
+    """
+    return [*_core(rate), *_hybrid(rate), *_group_sizes(rate), *_few_shot(rate)]
+
+
+def _core(rate: float) -> Iterator[PlannedRun]:
     for seed in SEEDS:
         for method in METHODS:
-            yield PlannedRun("core", method, seed, flags=method_flags(method, CORE_GROUP_SIZE))
+            yield PlannedRun("core", method, seed, rate=rate, flags=answering(method, CORE_GROUP_SIZE, rate))
 
 
-def _hybrid() -> Iterator[PlannedRun]:
+def _hybrid(rate: float) -> Iterator[PlannedRun]:
     modes = {
         "answer only": ["answer"] * 5,
         "think only": ["think"] * 5,
@@ -106,22 +150,22 @@ def _hybrid() -> Iterator[PlannedRun]:
     shared = {"eval_modes": "answer+think", "max_completion_length": 64, "shaping": "nonlinear", "num_generations": 4}
     for seed in EXPLORATORY_SEEDS:
         for scheme in SCHEMES:
-            flags = {**shared, "phases": phases("nonlinear", modes[scheme])}
-            yield PlannedRun("hybrid", scheme, seed, flags=flags)
+            flags = {**shared, "phases": phases("nonlinear", modes[scheme], rate)}
+            yield PlannedRun("hybrid", scheme, seed, rate=rate, flags=flags)
 
 
-def _group_sizes() -> Iterator[PlannedRun]:
-    """Of 4 answers the core runs serve."""
+def _group_sizes(rate: float) -> Iterator[PlannedRun]:
+    """For `CORE_GROUP_SIZE` answers the core runs serve."""
     for seed in EXPLORATORY_SEEDS:
         for size in GROUP_SIZES:
             for method in ("grpo", "nonlinear") if size != CORE_GROUP_SIZE else ():
-                yield PlannedRun("group size", method, seed, size, flags=method_flags(method, size))
+                yield PlannedRun("group size", method, seed, size, rate=rate, flags=answering(method, size, rate))
 
 
-def _few_shot() -> Iterator[PlannedRun]:
+def _few_shot(rate: float) -> Iterator[PlannedRun]:
+    """Their phases are set when the number of their queries is known."""
     for seed in EXPLORATORY_SEEDS:
         for num_videos in FEW_SHOT_VIDEOS:
             for method in ("sft", "grpo", "nonlinear"):
-                yield PlannedRun(
-                    "few shot", method, seed, num_videos=num_videos, flags=method_flags(method, CORE_GROUP_SIZE)
-                )  # its phases are set when the number of its queries is known
+                flags = answering(method, CORE_GROUP_SIZE, rate)
+                yield PlannedRun("few shot", method, seed, num_videos=num_videos, rate=rate, flags=flags)

@@ -107,7 +107,8 @@ def _means(found: dict[int, Record], metric: str, mode: str = "answer") -> str:
 
 def _header(results: Results) -> str:
     done, planned = results.get("done", 0), results["planned"]
-    constant, cold = results["constant_span"], list(results["cold_starts"].values())
+    constant = results["constant_span"]
+    cold = [scores for name, scores in results["cold_starts"].items() if name != "base"]
     start, end = constant["span"]
     grpo = records(results, "core", "grpo").values()
     lines = [
@@ -121,6 +122,10 @@ def _header(results: Results) -> str:
         lines.append(
             f"The cold starts ({len(cold)} seeds) have an mIoU of {100 * statistics.mean(c['miou'] for c in cold):.1f} "
             f"and an R1@0.7 of {100 * statistics.mean(c['r1@0.7'] for c in cold):.1f}."
+        )
+    if "rate" in results:
+        lines.append(
+            f"Learning rate of all methods: {results['rate']:g}, the best of {plan.PILOT_RATES} in the pilots."
         )
     if grpo:
         hits = statistics.mean(record["rewards"]["hits"]["first_quarter"] for record in grpo)

@@ -219,6 +219,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     [
         ({"num_train": -1}, "num_train must not be negative, got -1"),
         ({"max_events": 0}, "max_events must be at least 1"),
+        ({"background": 300.0}, "background must be a grey level"),
         ({"min_event_share": 0.5}, "min_event_share <= max_event_share <= 1, got 0.5 and 0.45"),
         ({"max_event_share": 1.5}, "max_event_share"),
         ({"min_duration_s": 1.0}, "time_step_s <= 0.2, the shortest event, got 0.5"),

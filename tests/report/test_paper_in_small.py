@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bench.paper import plan
+from bench.paper.campaign import best_rate
 from bench.paper.plots import draw
 from bench.paper.record import record_of
 from bench.paper.results import check_same, read_results
@@ -46,7 +47,7 @@ MIOU = {"sft": 0.3, "grpo": 0.2, "mixed": 0.25, "downscale": 0.25, "anchor": 0.2
 def results():
     """Three seeds of every run; nonlinear beats anchor, and GRPO falls short of mixed, by about 5 and 10 points."""
     runs = {}
-    for run in plan.planned_runs():
+    for run in plan.planned_runs(1e-4):
         if run.seed < 3:
             miou = MIOU.get(run.method, 0.3) + 0.01 * run.seed
             fields = {"num_generations": run.num_generations, "num_videos": run.num_videos}
@@ -58,16 +59,16 @@ def results():
 
 
 def test_runs_have_names_of_their_own_and_flags_that_the_trainer_takes():
-    runs = plan.planned_runs()
+    runs = [*plan.pilot_runs(), *plan.planned_runs(1e-4)]
     assert len({run.name for run in runs}) == len(runs)
-    for run in (run for run in runs if run.seed == 0):
+    for run in (run for run in runs if run.seed in (0, plan.PILOT_SEED)):
         flags = {**plan.COMMON, **run.flags, "seed": run.seed}
         config = parse_args([f"--{name}={value}" for name, value in flags.items()])
         assert config.rollout.num_generations == run.num_generations
 
 
 def test_methods_differ_in_nothing_but_method_rule_and_phases():
-    core = [run for run in plan.planned_runs() if run.family == "core" and run.seed == 0]
+    core = [run for run in plan.planned_runs(1e-4) if run.family == "core" and run.seed == 0]
     assert [run.method for run in core] == list(plan.METHODS)
     for run in core:
         assert {name: value for name, value in run.flags.items() if name not in ("phases", "shaping")} == {
@@ -76,6 +77,15 @@ def test_methods_differ_in_nothing_but_method_rule_and_phases():
         assert run.flags.get("shaping", run.method) == run.method
     steps = {tuple(entry.split(":")[1] for entry in str(run.flags["phases"]).split(",")) for run in core}
     assert len(steps) == 1
+
+
+def test_the_rate_is_the_one_at_which_all_pilots_do_best_on_average():
+    scores = {(1e-4, "grpo"): 0.3, (1e-4, "mixed"): 0.2, (3e-4, "grpo"): 0.1, (3e-4, "mixed"): 0.45}
+    runs = {
+        f"{rate}{method}": run_record("pilot", method, 100, miou, rate=rate) for (rate, method), miou in scores.items()
+    }
+    runs["core"] = run_record("core", "grpo", 0, 0.9, rate=1e-4)
+    assert best_rate(runs) == 3e-4
 
 
 def test_a_difference_is_paired_by_seed_and_its_interval_decides():
