@@ -72,8 +72,8 @@ class SyntheticConfig:
     noise: float = 8.0
     """Standard deviation of the background noise, in grey levels of 0-255."""
     background: float = 110.0
-    """Grey level of the backgrounds. The default lies near the processors' mean, where texture is as loud as a shape to an
-    untrained vision tower, since that normalises every patch; at 20 it is a quarter as loud."""
+    """Grey level of the backgrounds. The default lies near the processors' mean, where texture is as loud as a shape to
+    an untrained vision tower, since that normalises every patch; at 20 it is a quarter as loud."""
 
     def __post_init__(self) -> None:
         for name in ("num_train", "num_val", "num_test", "num_distractors", "noise"):
