@@ -310,7 +310,9 @@ class TrainConfig:
             "help": "to CPU memory: the optimizer's state (zero_stage 1 and up), or parameters too (zero_stage 3)"
         },
     )
-    deepspeed_config: str | None = field(default=None, metadata={"help": "JSON merged over the generated config"})
+    deepspeed_config: str | None = field(
+        default=None, metadata={"help": "JSON merged over the generated config: a file, or zero2, zero3_offload, ..."}
+    )
     eval_modes: str = field(
         default="answer", metadata={"help": "modes evaluated after each phase, such as answer+think"}
     )

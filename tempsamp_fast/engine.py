@@ -25,8 +25,9 @@ Head = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
 
 
 def deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's own configuration, with `deepspeed_config` (a JSON file) merged over it, key by key.
+    """DeepSpeed's own configuration, with `deepspeed_config` merged over it, key by key.
 
+    That is a JSON file, or the name of one in configs/.
     Accumulation is driven row by row by `optimizer_step`, so DeepSpeed is told of single steps.
     Raises ValueError naming a file that cannot be read, or that asks for its own accumulation.
     """
@@ -53,8 +54,9 @@ def deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     }
     if train.deepspeed_config is None:
         return generated
+    packaged = Path(__file__).parent / "configs" / f"{train.deepspeed_config}.json"
     try:
-        given = json.loads(Path(train.deepspeed_config).read_text())
+        given = json.loads((packaged if packaged.is_file() else Path(train.deepspeed_config)).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"deepspeed_config={train.deepspeed_config!r}: {error}") from error
     if not isinstance(given, dict):

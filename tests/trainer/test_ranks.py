@@ -49,7 +49,8 @@ def test_every_zero_stage_and_number_of_ranks_trains_as_one_plain_rank(
     run, recorded, expected = one_rank
     accumulation = ("--gradient_accumulation_steps", str(2 // num_ranks))
     words = (*accumulation, "--replay_rollouts", str(recorded), "--zero_stage", *partitioning)
-    rows = trainer.launch(tmp_path / "run", num_ranks, *TWENTY_STEPS, *words)
+    start = trainer.launch if (partitioning, num_ranks) == (("2",), 2) else trainer.ranks
+    rows = start(tmp_path / "run", num_ranks, *TWENTY_STEPS, *words)
     assert [row["step"] for row in rows] == list(range(20))
     for ours, theirs in zip(rows, expected, strict=True):
         for name in COMPARED:
