@@ -29,7 +29,46 @@ def demo_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"demo": demo_table}
+STEP_ROWS = {
+    "update_packed_against_one_row_per_completion[P830-C48-G5]": "update, prompt 830, 5 answers of 48: one row each",
+    "update_packed_against_one_row_per_completion[P2110-C64-G9]": "update, prompt 2110, 9 answers of 64: one row each",
+    "rollout_against_generate": "rollout: `generate(num_return_sequences=5)`",
+    "step_against_a_plain_huggingface_step": "whole step: TimeZero-style, of Hugging Face parts",
+    "step_against_trl": "whole step on text: TRL's `GRPOTrainer`",
+}
+VIDEO_ROWS = {
+    "one_core[h264_360p]": "H.264 360p",
+    "one_core[h264_720p]": "H.264 720p",
+    "one_core[h264_1080p]": "H.264 1080p",
+    "one_core[hevc_720p]": "HEVC 720p",
+    "one_core[vp9_720p]": "VP9 720p",
+    "one_core[av1_720p]": "AV1 720p",
+}
+
+
+def _ratio_table(file: str, title: str, rows: dict[str, str]) -> str:
+    results = json.loads((RESULTS / file).read_text())["results"]
+    lines = [f"| {title} | times faster | spread | goal |", "|---|---|---|---|"]
+    for name, label in rows.items():
+        ratio, (least, most), goal = (results[name][key] for key in ("ratio", "spread", "goal"))
+        lines.append(f"| {label} | {ratio:.2f} | {least:.2f} to {most:.2f} | {goal:.2f} |")
+    return "\n".join(lines)
+
+
+def step_table() -> str:
+    """The parts of a step against what users run otherwise, on a CPU."""
+    return _ratio_table("step_cpu.json", "against", STEP_ROWS)
+
+
+def video_table() -> str:
+    """File to patches on one core against the fastest of torchcodec and decord, and the corpus of hostile files."""
+    corpus = json.loads((RESULTS / "video_corpus.json").read_text())
+    count = f"Of {corpus['num_files']} damaged or odd files, returned right or refused with a reason: ours "
+    count += "{tempsamp_native}, torchcodec {torchcodec}, decord {decord}.".format(**corpus["solved"])
+    return _ratio_table("video_cpu.json", "file to patches, one core", VIDEO_ROWS) + f"\n\n{count}"
+
+
+TABLES = {"demo": demo_table, "step": step_table, "video": video_table}
 
 
 def take_demo(run: Path) -> None:
