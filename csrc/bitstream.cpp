@@ -214,13 +214,16 @@ void BitstreamReader::read_h264_nal(const uint8_t* data, int size, PacketTraits*
     if (has_layers) can_drop_ = false;
     if (type == kSps) {
         const SequenceTraits sequence = read_sequence(data + 1, size - 1);
-        sequences_[sequence.id] = sequence;
+        if (sequence.id < sequences_.size()) sequences_[sequence.id] = sequence;
         if (!sequence.is_frames_only) can_drop_ = false;
     }
     if (type == kPps) {
         BitReader reader(data + 1, size - 1);
         const unsigned id = reader.exp_golomb();
-        sequence_of_picture_[id] = reader.exp_golomb();
+        const unsigned sequence_id = reader.exp_golomb();
+        if (id < sequence_of_picture_.size() && sequence_id < sequences_.size()) {
+            sequence_of_picture_[id] = static_cast<uint8_t>(sequence_id);
+        }
     }
 }
 
@@ -229,10 +232,12 @@ void BitstreamReader::read_h264_slice(const uint8_t* data, int size, PacketTrait
     BitReader reader(data, size);
     if (reader.exp_golomb() != 0) return;  // not the first slice of its picture
     reader.exp_golomb();
-    const auto sequence = sequences_.find(sequence_of_picture_[reader.exp_golomb()]);
-    if (sequence == sequences_.end() || sequence->second.is_frames_only) return;
-    if (sequence->second.has_colour_planes) reader.bits(2);
-    const unsigned frame_number = reader.bits(sequence->second.frame_number_bits);
+    const unsigned picture_id = reader.exp_golomb();
+    if (picture_id >= sequence_of_picture_.size()) return;
+    const SequenceTraits& sequence = sequences_[sequence_of_picture_[picture_id]];
+    if (sequence.is_frames_only) return;
+    if (sequence.has_colour_planes) reader.bits(2);
+    const unsigned frame_number = reader.bits(sequence.frame_number_bits);
     const bool is_field = reader.bits(1);
     const bool is_bottom = is_field && reader.bits(1);
     const bool completes = is_field && open_field_.is_open && open_field_.is_bottom != is_bottom &&

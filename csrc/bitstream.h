@@ -1,8 +1,8 @@
 // What a coded packet says about itself without being decoded.
 #pragma once
 
+#include <array>
 #include <cstdint>
-#include <map>
 
 #include "ffmpeg.h"
 
@@ -57,8 +57,8 @@ private:
     };
 
     AVCodecID codec_id_;
-    std::map<unsigned, SequenceTraits> sequences_;      // by seq_parameter_set_id
-    std::map<unsigned, unsigned> sequence_of_picture_;  // seq_parameter_set_id by pic_parameter_set_id
+    std::array<SequenceTraits, 32> sequences_;          // by seq_parameter_set_id
+    std::array<uint8_t, 256> sequence_of_picture_ = {};  // seq_parameter_set_id by pic_parameter_set_id
     OpenField open_field_;
     int length_size_ = 0;  // 0: start codes
     bool can_drop_ = false;
