@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -177,6 +178,21 @@ def test_a_request_that_would_write_out_of_bounds_is_refused(corpus: Path, field
 def resident_mib() -> float:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def test_a_bomb_costs_no_memory(corpus: Path) -> None:
+    """A few kilobytes that would decode to frames of 96 MiB each are refused before any is made."""
+
+    def child() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        (result,) = load([corpus / "bomb.mp4"], num_threads=2).results
+        grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        os._exit(0 if result.code == "LIMIT_EXCEEDED" and grown_kib < 32 * 1024 else 1)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
 
 
 @pytest.mark.slow
