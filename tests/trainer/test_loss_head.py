@@ -154,3 +154,20 @@ def test_log_probs_of_one_policy_are_the_same_to_the_bit_before_and_in_the_loss(
     _, metrics = policy(row, policy_loss(row, targets, "grpo", algorithm, 0.7, 4, 96, 40))
     assert metrics.as_dict()["ratio_min"] == metrics.as_dict()["ratio_max"] == 1
     assert metrics.as_dict()["kl"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [700, 5000])
+def test_log_probs_are_the_same_to_the_bit_on_a_gpu(tiny, num_tokens: int) -> None:
+    """A 3B head in bf16, for which tiles would be faster; a third of the answers leave the backward."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = lambda *size: torch.randn(*size, device="cuda", generator=generator)
+    hidden, weight = draw(num_tokens, 2048).bfloat16(), (draw(151_936, 2048) / 2048**0.5).bfloat16()
+    token_ids = torch.randint(151_936, (num_tokens,), generator=torch.Generator().manual_seed(0))
+    row = replace(one_row(tiny, tied(tiny)), token_ids=token_ids, row_ids=torch.arange(num_tokens) % 3)
+    algorithm, is_off_policy = AlgorithmConfig(beta=0.0), torch.zeros(3, dtype=torch.bool)
+    before = log_probs(row, algorithm, 0.7)(hidden, weight)
+    targets = RowTargets(torch.tensor([1.0, 0.0, -1.0]), is_off_policy, old_logps=before)
+    head = policy_loss(row, targets, "grpo", algorithm, 0.7, 3, num_tokens, num_tokens)
+    _, metrics = head(hidden.requires_grad_(), weight.requires_grad_())
+    assert metrics.as_dict()["ratio_min"] == metrics.as_dict()["ratio_max"] == 1
