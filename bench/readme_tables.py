@@ -11,9 +11,13 @@ import re
 import sys
 from pathlib import Path
 
+from tempsamp_fast.arguments import parse_args
+from tempsamp_fast.plan import peak_memory, with_stage
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = Path(__file__).parent / "results"
+PLANNED = "charades_qwen2_5_vl_7b"
 
 
 def demo_table() -> str:
@@ -68,7 +72,17 @@ def video_table() -> str:
     return _ratio_table("video_cpu.json", "file to patches, one core", VIDEO_ROWS) + f"\n\n{count}"
 
 
-TABLES = {"demo": demo_table, "step": step_table, "video": video_table}
+def plan_table() -> str:
+    """Estimated memory of the main recipe, by number of GPUs and ZeRO stage."""
+    config = parse_args(["--config", PLANNED])
+    lines = ["| GPUs | ZeRO-0 | ZeRO-1 | ZeRO-2 | ZeRO-3 |", "|---|---|---|---|---|"]
+    for num_gpus in (1, 4, 8, 64):
+        totals = [peak_memory(with_stage(config, stage), num_gpus).total / 2**30 for stage in range(4)]
+        lines.append(f"| {num_gpus} | " + " | ".join(f"{total:.0f} GiB" for total in totals) + " |")
+    return "\n".join([*lines, "", f"Estimates for `{PLANNED}` with answers as long as they may be, not measured."])
+
+
+TABLES = {"demo": demo_table, "step": step_table, "video": video_table, "plan": plan_table}
 
 
 def take_demo(run: Path) -> None:

@@ -289,6 +289,7 @@ class TrainConfig:
     )
     output_dir: str = field(default="runs/tiny", metadata={"help": "run folder"})
     resume: str | None = field(default=None, metadata={"help": "continue the run in this folder"})
+    dry_run: bool = field(default=False, metadata={"help": "print the plan (samples, steps, memory, FLOPs) and stop"})
     seed: int = 0
     prompts_per_device: int = field(default=1, metadata={"help": "prompts per device and micro-step"})
     sft_prompts_per_device: int | None = field(default=None, metadata={"help": "the same in sft phases; None: equal"})

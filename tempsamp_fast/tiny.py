@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,9 +62,15 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase, family: Family, seed: int) ->
     Raises ValueError for an unknown family.
     """
     set_seed(seed)
-    token_id = tokenizer.convert_tokens_to_ids
+    config = tiny_config(len(tokenizer), tokenizer.convert_tokens_to_ids, family)
+    build: Any = Qwen2_5_VLForConditionalGeneration if family == "qwen2_5_vl" else Qwen3VLForConditionalGeneration
+    return build(config)
+
+
+def tiny_config(vocab_size: int, token_id: Callable[[str], Any], family: Family) -> Any:
+    """Its shape. Raises ValueError for an unknown family."""
     text: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocab_size,
         "hidden_size": 128,
         "intermediate_size": 384,
         "num_hidden_layers": 4,
@@ -96,7 +102,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase, family: Family, seed: int) ->
             "initializer_range": 0.05,
         }
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
-        return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
+        return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
     if family == "qwen3_vl":
         vision = {
             "depth": 2,
@@ -117,7 +123,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase, family: Family, seed: int) ->
                 "mrope_interleaved": True,
             },
         }
-        return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
+        return Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
     raise ValueError(f"family={family!r} is unknown; choose qwen2_5_vl or qwen3_vl")
 
 

@@ -21,6 +21,7 @@ from tempsamp_fast.advantage import assign_advantages, skewness_by_rule  # noqa:
 from tempsamp_fast.arguments import parse_args  # noqa: E402
 from tempsamp_fast.groups import reward_metrics  # noqa: E402
 from tempsamp_fast.heartbeat import LOST_RANK_EXIT, RankLostError  # noqa: E402
+from tempsamp_fast.plan import describe_plan  # noqa: E402
 from tempsamp_fast.results import Results  # noqa: E402
 from tempsamp_fast.run import Run  # noqa: E402
 from tempsamp_fast.update import mean_over_ranks  # noqa: E402
@@ -68,6 +69,10 @@ def main(arguments: Sequence[str]) -> None:
     folder = None
     try:
         config = parse_args(arguments)
+        if config.train.dry_run:
+            if os.environ["RANK"] == "0":
+                print(describe_plan(config, int(os.environ["WORLD_SIZE"])))
+            return
         folder = Path(config.train.resume or config.train.output_dir)
         deepspeed.init_distributed(verbose=False)
         train(Run(config))

@@ -1,0 +1,186 @@
+"""What a run will take: `python -m tempsamp_fast.plan --config RECIPE --gpus 8 --nodes 2`, or `train.py --dry-run`.
+
+Everything is an estimate by arithmetic, from settings, annotations and the model's shape: no weights are read, no video
+is opened, and the data need not be there. Step times are given only as far as they were measured on one GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tempsamp_fast.architectures import count_parameters, model_config
+from tempsamp_fast.arguments import parse_args
+from tempsamp_fast.catalogue import DATASETS, find_annotations, load_training_data
+from tempsamp_fast.config import Config, DataConfig, parse_phases
+from tempsamp_fast.estimate import Memory, largest, step_flops, step_memory, step_traffic, video_grid, work_of
+from tempsamp_fast.flops import PEAK_BF16_TFLOPS
+from tempsamp_fast.schedule import in_steps, prompts_per_step
+from tempsamp_fast.synthetic import SyntheticConfig, draw_videos
+from tempsamp_fast.video import Geometry
+
+FRAME_SIZE = (720, 1280)
+"""(height, width) in pixels that videos are taken to have: the pixel budgets bind long before."""
+SHORTEST_ANSWER = {"answer": 20, "think": 45}
+"""Tokens of the shortest useful answers: the span in its tags, and the template that thinks before it."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is known of the training samples."""
+
+    num_samples: int | None
+    durations_s: tuple[float, ...]
+    """One per sample; empty where only counts are known."""
+    note: str
+
+
+def training_data(data: DataConfig) -> Data:
+    """From the annotations where they are, from published counts where they are not."""
+    if data.annotations == "synthetic":
+        train, val, test = data.num_synthetic_videos()
+        videos = draw_videos(SyntheticConfig(num_train=train, num_val=val, num_test=test))["train"]
+        durations = [video.annotation["duration"] for video in videos for _ in video.annotation["sentences"]]
+        return Data(len(durations), tuple(durations), "the embedded data set")
+    dataset = DATASETS.get(data.annotations)
+    assert data.videos is not None
+    try:
+        is_here = bool(find_annotations(dataset, Path(data.videos))) if dataset else Path(data.annotations).is_file()
+    except ValueError:
+        is_here = False
+    if is_here:
+        samples, _ = load_training_data(dataclasses.replace(data, eval_annotations=None, eval_videos=None))
+        return Data(len(samples), tuple(sample.duration_s for sample in samples), f"read from {data.annotations}")
+    missing = f"{data.annotations} is not here"
+    if dataset is None or dataset.num_queries is None:
+        return Data(None, (), f"{missing}, and no counts are published")
+    if data.few_shot_videos is None:
+        return Data(dataset.num_queries, (), f"{missing}: published count, filters left aside")
+    per_video = 1.0 if data.few_shot_queries == "one" else dataset.num_queries / (dataset.num_videos or 1)
+    return Data(round(per_video * data.few_shot_videos), (), f"{missing}: mean of the published counts")
+
+
+def video_grids(data: DataConfig, found: Data, config: Any) -> list[tuple[int, int, int]]:
+    """The grids of all samples; where durations are not known, of every possible number of frames."""
+    limits = {name: getattr(data, name) for name in ("min_pixels", "max_pixels", "total_pixels")}
+    geometry = Geometry.from_config(config, **{name: value for name, value in limits.items() if value is not None})
+    if found.durations_s:
+        wanted = [int(duration * data.fps) // 2 * 2 for duration in found.durations_s]
+        counts = [min(max(count, data.min_frames), data.max_frames) for count in wanted]
+    else:
+        counts = list(range(data.min_frames, data.max_frames + 1, 2))
+    by_count = {count: video_grid(geometry, count, FRAME_SIZE) for count in set(counts)}
+    return [by_count[count] for count in counts]
+
+
+def value_size(config: Config) -> int:
+    """Bytes of a weight: 4 in fp32 as asked for, or by `auto` for a model of one's own on a machine without a GPU."""
+    is_own = config.model.model == "tiny" or Path(config.model.model).exists()
+    on_cpu = config.model.dtype == "auto" and is_own and not torch.cuda.is_available()
+    return 4 if config.model.dtype == "float32" or on_cpu else 2
+
+
+def peak_memory(config: Config, world_size: int) -> Memory:
+    """Of the phase that takes most, with every answer as long as it may be."""
+    shape = model_config(config.model)
+    grid = largest(video_grids(config.data, training_data(config.data), shape))
+    parameters, methods = count_parameters(shape, config.model), {p.method for p in parse_phases(config.train.phases)}
+    works = [
+        work_of(grid, shape, method, config.rollout.num_generations, config.rollout.max_completion_length)
+        for method in methods
+    ]
+    every = [step_memory(work, shape, parameters, config, value_size(config), world_size) for work in works]
+    return max(every, key=lambda memory: memory.total)
+
+
+def with_stage(config: Config, stage: int) -> Config:
+    """The same settings under another ZeRO stage, without offload."""
+    changed = copy.deepcopy(config)
+    changed.train = dataclasses.replace(changed.train, zero_stage=str(stage), offload="none")  # type: ignore[arg-type]
+    return changed
+
+
+def describe_plan(config: Config, world_size: int, gpu: str | None = None) -> str:
+    """The plan as text, for `world_size` devices.
+
+    gpu: a name of `flops.PEAK_BF16_TFLOPS`, whose peak gives the least time that the FLOPs can take.
+    """
+    shape, found = model_config(config.model), training_data(config.data)
+    parameters, b = count_parameters(shape, config.model), value_size(config)
+    grids = video_grids(config.data, found, shape)
+    tokens = [t * h * w // 4 for t, h, w in grids]
+    known = f"{sum(tokens) / len(tokens):.0f} on average, " if found.durations_s else ""
+    size = f"{FRAME_SIZE[1]} x {FRAME_SIZE[0]}"
+    lines = [
+        f"An estimate for {world_size} device(s), {'bfloat16' if b == 2 else 'float32'}; nothing was loaded.",
+        f"model    {config.model.model}: {parameters.total / 1e9:.3f} B parameters, "
+        f"{parameters.trained(config.model) / 1e9:.3f} B trained",
+        f"samples  {'unknown' if found.num_samples is None else found.num_samples} ({found.note})",
+        f"video    {known}at most {max(tokens)} tokens of a prompt (frames taken to be {size})",
+    ]
+    phases = in_steps(parse_phases(config.train.phases), config.train, found.num_samples or 0, world_size)
+    longest = config.rollout.max_completion_length
+    for phase in phases:
+        per_step = prompts_per_step(config.train, phase, world_size)
+        per_device = prompts_per_step(config.train, phase, 1)
+        short = min(longest, min(SHORTEST_ANSWER[mode] for mode in phase.modes))
+        least, most = (
+            work_of(largest(grids), shape, phase.method, config.rollout.num_generations, length)
+            for length in (short, longest)
+        )
+        flops = [step_flops(work, shape, config, phase.method, per_device) for work in (least, most)]
+        traffic = [step_traffic(work, parameters, config, b, world_size, per_device) for work in (least, most)]
+        num_steps = phase.num_steps or f"{phase.num_epochs:g} epochs of unknown length in"
+        lines += [
+            f"phase    {phase}: {num_steps} steps of {per_step} prompts; a prompt and its answers are "
+            f"{least.num_tokens} tokens with {short} an answer, {most.num_tokens} with {longest}",
+            f"         {flops[0] / 1e12:.3g} to {flops[1] / 1e12:.3g} TFLOP per device and step, "
+            f"{traffic[0] / GIB:.3g} to {traffic[1] / GIB:.3g} GiB sent",
+        ]
+        if gpu:
+            seconds = [each / (PEAK_BF16_TFLOPS[gpu] * 1e12) for each in flops]
+            lines.append(f"         {seconds[0]:.3g} to {seconds[1]:.3g} s at the {gpu}'s peak: a floor, no forecast")
+    lines.append("time     no step has been measured on one GPU yet, so none is forecast")
+    lines.append("memory   GiB per device at the worst moment, answers as long as they may be:")
+    lines.append(f"         {'ZeRO':<24}{'weights':>9}{'reference':>11}{'gradients':>11}{'optimizer':>11}{'buffers':>9}"
+                 f"{'activations':>13}{'total':>8}{'on CPU':>8}")  # fmt: skip
+    chosen = f"{config.train.zero_stage}, offload {config.train.offload} (chosen)"
+    rows = [(chosen, config), *((str(stage), with_stage(config, stage)) for stage in range(4))]
+    for name, settings in rows:
+        memory = peak_memory(settings, world_size)
+        figures = [memory.weights, memory.reference, memory.gradients, memory.optimizer, memory.buffers]
+        cells = [*figures, memory.activations, memory.total, memory.on_cpu]
+        widths = (9, 11, 11, 11, 9, 13, 8, 8)
+        lines.append(f"         {name:<24}" + "".join(f"{c / GIB:>{w}.2f}" for c, w in zip(cells, widths, strict=True)))
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; every flag of train.py is understood too. Exit code 2 and one line on stderr for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.plan", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--gpus", type=int, default=1, help="per node")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpu", choices=PEAK_BF16_TFLOPS, help="also the least time, at this GPU's peak")
+    parser.epilog = "All other words are settings of train.py, such as --config charades_qwen2_5_vl_7b --zero_stage 3."
+    options, words = parser.parse_known_args(arguments)
+    try:
+        if options.gpus < 1 or options.nodes < 1:
+            raise ValueError(f"--gpus {options.gpus} --nodes {options.nodes}: must be at least 1")
+        print(describe_plan(parse_args(words), options.gpus * options.nodes, options.gpu))
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
