@@ -64,7 +64,9 @@ class Chat:
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
         if text.count(VIDEO_MARKER) != 1:
-            raise ValueError(f"the chat template renders a video as {text!r}; expected one {VIDEO_MARKER}")
+            raise ValueError(
+                f"the chat template of {self.tokenizer.name_or_path!r} renders a video as {text!r}; expected one {VIDEO_MARKER}"
+            )
         return text
 
     def _video_text(self, video: VideoPatches) -> str:

@@ -48,9 +48,13 @@ def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tupl
             output_loading_info=True,
         )
         model, loading = loaded
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=config.trust_remote_code)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model={checkpoint!r}: cannot be loaded: {error}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=config.trust_remote_code)
+        tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
+    except Exception as error:  # what a damaged file raises is plain Exception in tokenizers, and jinja2's own
+        raise ValueError(f"model={checkpoint!r}: its tokenizer or chat template cannot be used: {error}") from error
     if loading["missing_keys"]:
         raise ValueError(f"model={weights!r}: has no weights for {', '.join(sorted(loading['missing_keys']))}")
     apply_liger_layers(model, config.liger_layers)
@@ -75,7 +79,7 @@ def check_architecture(checkpoint: str, trust_remote_code: bool = False) -> None
         raise ValueError(f"model={checkpoint!r}: no config.json in this folder")
     try:
         model_type = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code).model_type
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"model={checkpoint!r}: cannot be read as a checkpoint: {error}") from error
     if model_type not in FAMILIES:
         raise ValueError(f"model={checkpoint!r} is a {model_type} model; supported: {', '.join(FAMILIES)}")

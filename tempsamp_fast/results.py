@@ -31,7 +31,10 @@ class Results:
         self.run = run
         self.path = run.folder / "results.json"
         resumed = run.first_step > 0 and self.path.exists()
-        kept = json.loads(self.path.read_text()) if resumed else []
+        try:
+            kept = json.loads(self.path.read_text()) if resumed else []
+        except ValueError as error:
+            raise ValueError(f"{self.path}: the evaluations so far cannot be read: {error}") from error
         self.rows: list[dict[str, Any]] = [row for row in kept if row["num_steps"] <= run.first_step]
 
     def evaluate(self, stage: str, num_steps: int, log: RunLog) -> None:

@@ -133,9 +133,13 @@ def drop_rows_from(path: Path, first_step: int) -> None:
     """Cut a JSONL record back to what was there after `first_step` steps; a last line that was cut off goes too."""
     if not path.exists():
         return
-    *lines, _ = path.read_text().split("\n")
+    try:
+        *lines, _ = path.read_text().split("\n")
+        kept = [line + "\n" for line in lines if _is_before(json.loads(line), first_step)]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: the record cannot be read: {error}") from error
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in lines if _is_before(json.loads(line), first_step)))
+    partial.write_text("".join(kept))
     partial.replace(path)
 
 

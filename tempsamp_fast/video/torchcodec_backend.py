@@ -33,8 +33,9 @@ CHUNK = 16
 DEADLINE = "the deadline passed"
 HAND_OVER_S = 0.5
 """Time after the deadline in which the frames so far may still be handed over."""
-PLAYLIST_STARTS = (b"#EXTM3U", b"ffconcat", b"v=0", b"<?xml", b"<MPD", b"[playlist]")
-"""Files that would make FFmpeg open other files or the network."""
+TEXT = frozenset(b"\t\n\v\f\r\xef\xbb\xbf") | frozenset(range(32, 127))
+"""Playlists, manifests and session descriptions are text, and would make FFmpeg open other files or the network."""
+TEXT_THAT_IS_VIDEO = b"YUV4MPEG2"
 
 
 def load(
@@ -124,8 +125,8 @@ def open_decoder(path: Path) -> VideoDecoder:
         raise VideoError(path, "OPEN_FAILED", f"cannot be read ({error.strerror})") from error
     if not head:
         raise VideoError(path, "OPEN_FAILED", "the file is empty")
-    if head.startswith(PLAYLIST_STARTS):
-        raise VideoError(path, "OPEN_FAILED", "a playlist or description, not a video")
+    if TEXT.issuperset(head) and not head.startswith(TEXT_THAT_IS_VIDEO):
+        raise VideoError(path, "OPEN_FAILED", "text, such as a playlist, not a video")
     try:
         return VideoDecoder(str(path.absolute()), device="cpu")
     except (RuntimeError, ValueError, AssertionError) as error:

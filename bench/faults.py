@@ -1,0 +1,97 @@
+"""The fault campaign: kill, starve and feed garbage to tiny runs; every one must go on as if nothing had been.
+
+    python bench/faults.py [--only kills inputs disks ranks] [--kills 60] [--work DIR] [--results FILE]
+
+Resumable: what the results file holds is not repeated (`--again NAME...` repeats). `disks` mounts small tmpfs folders
+and needs root. The exit code is the number of cases that did not come out as they must.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # a checkout runs without being installed
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+
+from tempsamp_fast.device import prepare_environment  # noqa: E402
+
+prepare_environment()
+
+import torch  # noqa: E402
+import torch.utils.tensorboard  # noqa: E402
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl  # noqa: E402, F401
+
+from bench.fault_campaign.children import World  # noqa: E402
+from bench.fault_campaign.disks import disk_cases  # noqa: E402
+from bench.fault_campaign.inputs import input_cases  # noqa: E402
+from bench.fault_campaign.kills import Kills  # noqa: E402
+from bench.fault_campaign.ranks import rank_cases  # noqa: E402
+from tempsamp_fast import plots  # noqa: E402
+from tempsamp_fast.runlog import describe_machine, write_json  # noqa: E402
+
+RESULTS = ROOT / "bench/results/faults.json"
+PARTS = ("kills", "inputs", "disks", "ranks")
+GOOD = ("equal", "refused", "ended by name", "survived")
+Case = Callable[[], dict[str, Any]]
+
+
+def kill_cases(world: World, number: int) -> Iterator[tuple[str, Case]]:
+    kills: list[Kills] = []
+
+    def case(index: int) -> dict[str, Any]:
+        if not kills:
+            kills.append(Kills(world))
+        return kills[0].disturb(index)
+
+    for index in range(number):
+        yield f"kill {index:03d}", lambda index=index: case(index)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--again", nargs="*", default=[], help="names of cases to repeat")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/faults")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    plots.plot_run = lambda folder: []  # the same in every run, and half of its time
+    world = World(options.work)
+    world.make()
+    cases = {
+        "kills": lambda: kill_cases(world, options.kills),
+        "inputs": lambda: input_cases(world),
+        "disks": lambda: disk_cases(world),
+        "ranks": lambda: rank_cases(world),
+    }
+    results = json.loads(options.results.read_text()) if options.results.exists() else {}
+    results = {part: results.get(part, {}) for part in PARTS}
+    bad = 0
+    for part in options.only:
+        for name, case in cases[part]():
+            if name not in results[part] or name in options.again:
+                results[part][name] = case()
+                write_json(options.results, {"machine": describe_machine(), "summary": summary(results), **results})
+                print(f"{name}: {results[part][name]['outcome'][:300]}", flush=True)
+            bad += results[part][name]["outcome"] not in GOOD
+    print(summary(results))
+    return min(bad, 100)
+
+
+def summary(results: dict[str, Any]) -> dict[str, str]:
+    return {
+        part: f"{sum(case['outcome'] in GOOD for case in cases.values())} of {len(cases)} as they must"
+        for part, cases in results.items()
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
