@@ -65,7 +65,8 @@ class Chat:
         )
         if text.count(VIDEO_MARKER) != 1:
             raise ValueError(
-                f"the chat template of {self.tokenizer.name_or_path!r} renders a video as {text!r}; expected one {VIDEO_MARKER}"
+                f"the chat template of {self.tokenizer.name_or_path!r} renders a video as {text!r}; "
+                f"expected one {VIDEO_MARKER}"
             )
         return text
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,8 @@ def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tupl
         raise ValueError(f"model={checkpoint!r}: cannot be loaded: {error}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=config.trust_remote_code)
-        tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
+        asked: Any = [{"role": "user", "content": [{"type": "video"}]}]
+        tokenizer.apply_chat_template(asked, tokenize=False)
     except Exception as error:  # what a damaged file raises is plain Exception in tokenizers, and jinja2's own
         raise ValueError(f"model={checkpoint!r}: its tokenizer or chat template cannot be used: {error}") from error
     if loading["missing_keys"]:
