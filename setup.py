@@ -1,6 +1,7 @@
 """Build of the two packages and of the video extension; all other metadata is in pyproject.toml.
 
-The extension needs FFmpeg's development packages; without them it is left out, and videos are decoded by torchcodec.
+The extension needs FFmpeg's development packages and the headers of NVIDIA's decoders (ffnvcodec), but no GPU; without
+them it is left out, and videos are decoded by torchcodec.
 TEMPSAMP_SANITIZE=1 builds it with the address and undefined-behaviour sanitizers, to be run as
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 pytest
 tests/video/test_corpus.py
@@ -14,8 +15,8 @@ from glob import glob
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
 
-FFMPEG = ["libavformat", "libavcodec", "libavutil", "libswscale"]
-DEBIAN_PACKAGES = "libavformat-dev libavcodec-dev libavutil-dev libswscale-dev pkg-config"
+LIBRARIES = ["libavformat", "libavcodec", "libavutil", "libswscale", "ffnvcodec"]
+DEBIAN_PACKAGES = "libavformat-dev libavcodec-dev libavutil-dev libswscale-dev libffmpeg-nvenc-dev pkg-config"
 # GCC 12 warns about its own AVX-512 headers.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
@@ -25,12 +26,12 @@ def video_extension() -> list[Pybind11Extension]:
     """tempsamp_fast._video, or nothing (with a warning) where it cannot be built."""
     try:
         flags = subprocess.run(
-            ["pkg-config", "--cflags", "--libs", *FFMPEG], check=True, capture_output=True, text=True
+            ["pkg-config", "--cflags", "--libs", *LIBRARIES], check=True, capture_output=True, text=True
         ).stdout.split()
     except (OSError, subprocess.CalledProcessError):
         warnings.warn(
-            "FFmpeg's development packages were not found: tempsamp_fast._video is not built and videos are decoded "
-            f"by torchcodec, at half the speed. To build it: apt-get install {DEBIAN_PACKAGES}",
+            "FFmpeg's development packages or ffnvcodec's were not found: tempsamp_fast._video is not built, and "
+            f"videos are decoded by torchcodec, at half the speed. To build it: apt-get install {DEBIAN_PACKAGES}",
             stacklevel=1,
         )
         return []
@@ -44,7 +45,7 @@ def video_extension() -> list[Pybind11Extension]:
             depends=glob("csrc/*.h"),
             cxx_std=17,
             extra_compile_args=["-O3", "-ffp-contract=off", "-pthread", *WARNINGS, *compile_flags, *sanitizers],
-            extra_link_args=["-pthread", *link_flags, *sanitizers],
+            extra_link_args=["-pthread", "-ldl", *link_flags, *sanitizers],
         )
     ]
 

@@ -5,40 +5,46 @@
 
 #include <algorithm>
 
-#include "batch.h"
+#include "nvdec_bindings.h"
 
 namespace py = pybind11;
 
 namespace video {
-namespace {
 
-CallOptions& prepare(CallOptions& options, int64_t max_frame_pixels, int64_t max_num_frames, int num_threads,
-                     const std::string& simd) {
-    options.limits = {max_frame_pixels, max_num_frames};
+void prepare(CallOptions& options, int64_t max_frame_pixels, int num_threads) {
+    options.limits.max_frame_pixels = max_frame_pixels;
     options.num_threads = num_threads;
-    options.kernels = find_kernels(simd);
-    if (!options.kernels) throw py::value_error("simd '" + simd + "' is not usable on this processor");
     options.poll = [&options] {
         const py::gil_scoped_acquire held;
         if (!options.cancelled && PyErr_CheckSignals() != 0) options.cancelled = true;
     };
-    return options;
-}
-
-// Runs `call` without the interpreter lock; a signal handler that raised goes on raising afterwards.
-template <typename Call>
-auto without_lock(Call call) {
-    const py::gil_scoped_release released;
-    return call();
 }
 
 py::tuple status_of(const Status& status) { return py::make_tuple(name(status.code), status.message); }
+
+py::list answers_of(const std::vector<DecodeResult>& results) {
+    py::list answers;
+    for (const DecodeResult& result : results) {
+        py::dict counts;
+        counts["decoded"] = result.counts.decoded;
+        counts["dropped"] = result.counts.dropped;
+        counts["seeks"] = result.counts.seeks;
+        counts["back_offs"] = result.counts.back_offs;
+        const py::array_t<uint8_t> states(static_cast<py::ssize_t>(result.states.size()),
+                                          reinterpret_cast<const uint8_t*>(result.states.data()));
+        answers.append(py::make_tuple(states, status_of(result.status), counts));
+    }
+    return answers;
+}
+
+namespace {
 
 py::list index_paths(const std::vector<std::string>& paths, const std::vector<double>& deadlines_s,
                      int64_t max_frame_pixels, int64_t max_num_frames, int num_threads,
                      const std::string& index_folder) {
     CallOptions options;
-    prepare(options, max_frame_pixels, max_num_frames, num_threads, "");
+    prepare(options, max_frame_pixels, num_threads);
+    options.limits.max_num_frames = max_num_frames;
     options.index_folder = index_folder;
     if (deadlines_s.size() != paths.size()) throw py::value_error("one deadline per path is needed");
     const auto results = without_lock([&] { return index_files(paths, deadlines_s, options); });
@@ -88,23 +94,14 @@ DecodeRequest to_request(const py::dict& fields) {
 py::list decode_requests(const std::vector<py::dict>& fields, int64_t max_frame_pixels, int num_threads,
                          const std::string& simd) {
     CallOptions options;
-    prepare(options, max_frame_pixels, 0, num_threads, simd);
+    prepare(options, max_frame_pixels, num_threads);
+    options.kernels = find_kernels(simd);
+    if (!options.kernels) throw py::value_error("simd '" + simd + "' is not usable on this processor");
     std::vector<DecodeRequest> requests;
     for (const py::dict& request : fields) requests.push_back(to_request(request));
     const auto results = without_lock([&] { return decode_files(requests, options); });
     if (options.cancelled) throw py::error_already_set();
-    py::list answers;
-    for (const DecodeResult& result : results) {
-        py::dict counts;
-        counts["decoded"] = result.counts.decoded;
-        counts["dropped"] = result.counts.dropped;
-        counts["seeks"] = result.counts.seeks;
-        counts["back_offs"] = result.counts.back_offs;
-        const py::array_t<uint8_t> states(static_cast<py::ssize_t>(result.states.size()),
-                                          reinterpret_cast<const uint8_t*>(result.states.data()));
-        answers.append(py::make_tuple(states, status_of(result.status), counts));
-    }
-    return answers;
+    return answers_of(results);
 }
 
 // [2, num_frames]: pts (dts where some have no pts) and duration of the shown frames.
@@ -195,4 +192,5 @@ PYBIND11_MODULE(_video, m) {
         for (const Kernels* kernels : usable_kernels()) names.emplace_back(kernels->name);
         return names;
     }, "Instruction sets that `decode` can use here, the fastest first.");
+    bind_nvdec(m);
 }

@@ -13,9 +13,9 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -24,6 +24,7 @@ from tempsamp_fast.video.geometry import Geometry
 from tempsamp_fast.video.patches import PATCH_DTYPES, normalise_rows
 from tempsamp_fast.video.result import Limits, VideoBatch, VideoError, VideoResult
 from tempsamp_fast.video.sampling import Sampling
+from tempsamp_fast.video.target import Target, find_target
 
 __all__ = [
     "BackendName",
@@ -50,6 +51,7 @@ def load_videos(
     geometry: Geometry,
     *,
     backend: BackendName = "auto",
+    device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     on_error: OnError = "raise",
     num_threads: int | None = None,
@@ -63,10 +65,13 @@ def load_videos(
         requests: (path, sampling) pairs; a file may occur more than once.
         geometry: frame sizes and patch layout of the model.
         backend: `auto` is `native` where the extension is built, else `torchcodec`.
+        device: where the patches are wanted: `cpu`, `cuda` (the current one), `cuda:<number>`, or `auto`: `cuda` where
+            there is one, else `cpu`. For a CUDA device `native` decodes with the GPU's hardware decoders, ordered by
+            the current stream; what they cannot decode the CPU does, and the result's `backend` says why.
         dtype: float32 or bfloat16 (normalised), or uint8: as resized, for `normalise_rows` to finish on any device.
         on_error: `raise` the first failure; `skip` videos that are not whole (their result says why); `partial`: as
             `skip`, but keep the good frames of a damaged video.
-        num_threads: files decoded at the same time; None is the number of usable cores.
+        num_threads: files decoded at the same time; None is the number of usable cores, and of hardware decoders.
         deadline_s: seconds for each video; `inf` for none.
         limits: what one file may cost.
         index_folder: existing folder where `native` keeps the packet index of every file it has read, so that the next
@@ -74,7 +79,8 @@ def load_videos(
 
     Raises:
         VideoError: a file failed and `on_error` is `raise`; it names the file and has a `code`.
-        ValueError: an argument is not one of its choices.
+        ValueError: an argument is not one of its choices, or `device` is not there.
+        RuntimeError: hardware decoders are used in a process forked from the one that opened them.
     """
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error must be one of {get_args(OnError)}, got {on_error!r}")
@@ -84,12 +90,13 @@ def load_videos(
         raise ValueError(f"num_threads must be at least 1, got {num_threads}")
     if math.isnan(deadline_s) or deadline_s <= 0:
         raise ValueError(f"deadline_s must be positive, got {deadline_s}")
-    rows, results = load_function(backend)(
+    load = load_on(find_target(device), backend)
+    rows, results = load(
         [(Path(path).absolute(), sampling) for path, sampling in requests],
         geometry,
         dtype,
         keep_partial=on_error == "partial",
-        num_threads=num_threads or len(os.sched_getaffinity(0)),
+        num_threads=num_threads,
         deadline_s=deadline_s,
         limits=limits,
         index_folder=None if index_folder is None else Path(index_folder),
@@ -100,6 +107,25 @@ def load_videos(
         if result.status != "ok":
             log.warning("%s", result.message)
     return VideoBatch.pack(rows, results, geometry.temporal_patch_size)
+
+
+def load_on(target: Target, backend: BackendName) -> Backend:
+    """A backend whose patches come on the device of `target`: its hardware decoders, or the CPU and a copy."""
+    on_cpu, reason = load_function(backend), target.reason
+    if target.decoders is not None:
+        from tempsamp_fast.video import native, nvdec
+
+        if on_cpu is native.load:
+            return partial(nvdec.load, device=target.device, decoders=target.decoders)
+        reason = f"backend is {backend!r}"
+    if not reason:
+        return on_cpu
+
+    def load(*arguments: Any, **options: Any) -> tuple[torch.Tensor, list[VideoResult]]:
+        rows, results = on_cpu(*arguments, **options)
+        return rows.to(target.device), [result.decoded_instead_of("nvdec", reason) for result in results]
+
+    return load
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,11 @@ Request = tuple[Path, Sampling]
 """An absolute path and the frames wanted of it."""
 
 
+def usable_cores() -> int:
+    """Processors that this process may run on: the threads that `num_threads` None stands for on the CPU."""
+    return len(os.sched_getaffinity(0))
+
+
 class Backend(Protocol):
     """What `torchcodec_backend.load` and `native.load` both are."""
 
@@ -27,7 +33,7 @@ class Backend(Protocol):
         dtype: torch.dtype,
         *,
         keep_partial: bool,
-        num_threads: int,
+        num_threads: int | None,
         deadline_s: float,
         limits: Limits,
         index_folder: Path | None,
@@ -38,7 +44,7 @@ class Backend(Protocol):
             requests: may repeat a file; each is answered by itself.
             dtype: float32 or bfloat16 (normalised) or uint8 (as resized), see `patches.normalise_rows`.
             keep_partial: keep the good frames of a damaged or truncated video as status `partial`; else it fails.
-            num_threads: at least 1; files (or parts of them) decoded at the same time.
+            num_threads: at least 1; files (or parts of them) decoded at the same time. None: as suits the machine.
             deadline_s: seconds for each request from its own start; `inf` for none. Past it the request fails with
                 `DEADLINE`, or is `partial` with the frames so far.
             index_folder: where packet indexes are kept between calls, if the backend makes any; None keeps none.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tempsamp_fast import _video
-from tempsamp_fast.video.backend import Request
+from tempsamp_fast.video.backend import Request, usable_cores
 from tempsamp_fast.video.geometry import Geometry
 from tempsamp_fast.video.patches import patchify, unpatchify
 from tempsamp_fast.video.result import Code, Limits, VideoError, VideoResult, failure
@@ -30,12 +30,45 @@ def load(
     dtype: torch.dtype,
     *,
     keep_partial: bool,
-    num_threads: int,
+    num_threads: int | None,
     deadline_s: float,
     limits: Limits,
     index_folder: Path | None,
 ) -> tuple[Tensor, list[VideoResult]]:
     """See `backend.Backend`; the threads work on files and on parts of them that start at different key frames."""
+    num_threads = num_threads or usable_cores()
+    plans = make_plans(
+        requests,
+        geometry,
+        dtype,
+        num_threads=num_threads,
+        deadline_s=deadline_s,
+        limits=limits,
+        index_folder=index_folder,
+    )
+    return decode_plans(
+        [path for path, _ in requests],
+        plans,
+        geometry,
+        dtype,
+        keep_partial=keep_partial,
+        num_threads=num_threads,
+        deadlines_s=[deadline_s - plan.index.read_s if isinstance(plan, Plan) else 0.0 for plan in plans],
+        limits=limits,
+    )
+
+
+def make_plans(
+    requests: Sequence[Request],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    *,
+    num_threads: int,
+    deadline_s: float,
+    limits: Limits,
+    index_folder: Path | None,
+) -> list[Plan | VideoError]:
+    """Index the files; the frames to take of each, or why there are none. Arguments as `backend.Backend`."""
     paths = list(dict.fromkeys(path for path, _ in requests))
     answers = _video.index(
         [str(path) for path in paths],
@@ -46,15 +79,29 @@ def load(
         index_folder=str(index_folder or ""),
     )
     indexes = dict(zip(paths, answers, strict=True))
-    plans = [_plan(*request, indexes[request[0]], geometry, dtype, limits) for request in requests]
+    return [_plan(*request, indexes[request[0]], geometry, dtype, limits) for request in requests]
+
+
+def decode_plans(
+    paths: Sequence[Path],
+    plans: Sequence[Plan | VideoError],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    *,
+    keep_partial: bool,
+    num_threads: int,
+    deadlines_s: Sequence[float],
+    limits: Limits,
+) -> tuple[Tensor, list[VideoResult]]:
+    """What `load` returns, of files that are indexed already; `deadlines_s` is what is left for decoding each."""
     sizes = [plan.num_patches(geometry) if isinstance(plan, Plan) else 0 for plan in plans]
     rows = torch.empty(sum(sizes), geometry.row_width, dtype=dtype)
     parts = rows.split(sizes)
     decoded = iter(
         _video.decode(
             [
-                plan.request(part, geometry, max(deadline_s - plan.index.read_s, 0.0))
-                for plan, part in zip(plans, parts, strict=True)
+                plan.request(part, geometry, max(deadline_s, 0.0))
+                for plan, part, deadline_s in zip(plans, parts, deadlines_s, strict=True)
                 if isinstance(plan, Plan)
             ],
             max_frame_pixels=limits.max_frame_pixels,
@@ -62,7 +109,7 @@ def load(
         )
     )
     kept, results = [], []
-    for (path, _), plan, part in zip(requests, plans, parts, strict=True):
+    for path, plan, part in zip(paths, plans, parts, strict=True):
         try:
             if isinstance(plan, VideoError):
                 raise plan

@@ -1,14 +1,14 @@
 """Decoder surfaces (NV12, P016) to patch rows in one Triton kernel: colour, resize, normalise, patch order.
 
 8-bit surfaces give the bits of the CPU path (`patches`); P016 keeps the extra bits until the colour conversion rounds.
-Not imported by the package: it needs Triton, and a GPU unless TRITON_INTERPRET=1.
+Imported only where there are surfaces: it needs Triton, and a GPU unless TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,97 +19,101 @@ from torch import Tensor
 from tempsamp_fast.video.geometry import Geometry
 from tempsamp_fast.video.patches import normalise_rows
 
-Matrix = Literal["bt601", "bt709", "bt2020"]
-
-INVERSE_COEFFICIENTS: dict[Matrix, tuple[int, int, int, int]] = {
-    "bt601": (104597, 132201, 25675, 53279),
-    "bt709": (117489, 138438, 13975, 34925),
-    "bt2020": (110013, 140363, 12277, 42626),
-}
-"""(red of v, blue of u, green of u, green of v), times 65536, limited range: the tables of swscale."""
-
 TILE = 32
 """Output pixels along each side of what one program makes."""
 
 
 @dataclass(frozen=True)
-class Colour:
-    """How the samples of a stream mean colours. swscale reads untagged streams as bt601, limited, at every size."""
+class Pictures:
+    """What the surfaces of a file hold."""
 
-    matrix: Matrix = "bt601"
-    full_range: bool = False
+    height: int
+    """Rows as coded; as shown where the orientation does not transpose."""
+    width: int
+    coefficients: tuple[int, int, int, int, int, int]
+    """(luma offset, luma, red of v, green of u, green of v, blue of u) in swscale's fixed point."""
+    orientation: tuple[bool, bool, bool] = (False, False, False)
+    """(transpose, mirror x, mirror y): how a picture is turned for display, in this order."""
 
-    def coefficients(self) -> tuple[int, int, int, int, int, int]:
-        """(luma offset, luma, red of v, green of u, green of v, blue of u) in swscale's fixed point."""
-        if self.matrix not in INVERSE_COEFFICIENTS:
-            raise ValueError(f"matrix must be one of {tuple(INVERSE_COEFFICIENTS)}, got {self.matrix!r}")
-        chroma = [c * 224 // 255 if self.full_range else c for c in INVERSE_COEFFICIENTS[self.matrix]]
-        red_v, blue_u, green_u, green_v = chroma
-        luma = 65536 if self.full_range else 65536 * 255 // 219
-        fixed = [((value << 13) + 32768) >> 16 for value in (luma, red_v, -green_u, -green_v, blue_u)]
-        return (0 if self.full_range else 128, *fixed)  # type: ignore[return-value]
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """(height, width) as displayed."""
+        return (self.width, self.height) if self.orientation[0] else (self.height, self.width)
+
+    @property
+    def surface_shape(self) -> tuple[int, int]:
+        """(rows, samples per row) of the smallest surface that holds one."""
+        return (self.height + 1) // 2 * 3, (self.width + 1) // 2 * 2
 
 
-def surfaces_to_patches(
+def write_patches(
     surfaces: Tensor,
-    height: int,
-    width: int,
+    pictures: Pictures,
+    frames: Sequence[int],
     geometry: Geometry,
     frame_size: tuple[int, int],
-    dtype: torch.dtype,
-    colour: Colour,
-) -> Tensor:
-    """Patch rows of the frames of one video, on the device of `surfaces` and its current stream.
+    out: Tensor,
+) -> None:
+    """Fill `out` with the patch rows of frames of one video, on the device of `surfaces` and its current stream.
 
     Args:
-        surfaces: [T, rows, pitch] uint8 (NV12) or uint16 (P016), contiguous; luma in the first `height` rows,
+        surfaces: [S, rows, pitch] uint8 (NV12) or uint16 (P016), contiguous; luma in the first `height` rows,
             interleaved chroma from row `height` rounded up to even.
+        frames: n numbers of surfaces, in the order of the patches; an odd n is padded by the last.
         frame_size: (height, width) to resize to, from `geometry.frame_size`.
-        dtype: float32, bfloat16 (normalised) or uint8.
+        out: [gt * gh * gw, row_width] float32, bfloat16 (normalised) or uint8, contiguous.
 
-    Returns [gt * gh * gw, row_width]; an odd T is padded by its last frame. Raises ValueError for surfaces that are too
-    small or of another dtype.
+    Raises ValueError for surfaces that are too small or of another dtype, and for another shape of `out`.
     """
-    num_frames, rows, pitch = surfaces.shape
-    chroma_row = height + height % 2
+    _, rows, pitch = surfaces.shape
+    least_rows, least_pitch = pictures.surface_shape
     if surfaces.dtype not in (torch.uint8, torch.uint16) or not surfaces.is_contiguous():
         raise ValueError(f"surfaces must be contiguous uint8 or uint16, got {surfaces.dtype}")
-    if pitch < width + width % 2 or rows < chroma_row + chroma_row // 2:
-        raise ValueError(f"surfaces of {rows} x {pitch} cannot hold frames of {height} x {width}")
-    out_height, out_width = frame_size
-    grid_t, grid_h, grid_w = geometry.grid_thw(num_frames, frame_size)
-    out = torch.empty(grid_t * grid_h * grid_w, geometry.row_width, dtype=dtype, device=surfaces.device)
+    if pitch < least_pitch or rows < least_rows:
+        size = f"{pictures.height} x {pictures.width}"
+        raise ValueError(f"surfaces of {rows} x {pitch} cannot hold frames of {size}")
+    grid_t, grid_h, grid_w = geometry.grid_thw(len(frames), frame_size)
+    if out.shape != (grid_t * grid_h * grid_w, geometry.row_width) or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous [{grid_t * grid_h * grid_w}, {geometry.row_width}], got {list(out.shape)}"
+        )
+    num_frames = grid_t * geometry.temporal_patch_size
+    padded = [*frames, *[frames[-1]] * (num_frames - len(frames))]
+    (height, width), (out_height, out_width) = pictures.shown_size, frame_size
+    transpose, mirror_x, mirror_y = pictures.orientation
     horizontal = _resize_taps(width, out_width, surfaces.device)
     vertical = _resize_taps(height, out_height, surfaces.device)
     tiles = triton.cdiv(out_height, TILE), triton.cdiv(out_width, TILE)
-    _surface_kernel[(grid_t * geometry.temporal_patch_size, *tiles)](
+    _surface_kernel[(num_frames, *tiles)](
         surfaces,
+        torch.tensor(padded, dtype=torch.int32).to(surfaces.device),
         out,
-        _pixel_table(geometry, dtype, surfaces.device),
+        _pixel_table(geometry, out.dtype, surfaces.device),
         horizontal.first,
         horizontal.weights,
         vertical.first,
         vertical.weights,
         horizontal.precision,
         vertical.precision,
-        num_frames,
         rows * pitch,
         pitch,
-        chroma_row,
+        pictures.height + pictures.height % 2,
         height,
         width,
         out_height,
         out_width,
-        *colour.coefficients(),
+        *pictures.coefficients,
         TAPS_X=horizontal.weights.shape[1],
         TAPS_Y=vertical.weights.shape[1],
+        TRANSPOSE=transpose,
+        MIRROR_X=mirror_x,
+        MIRROR_Y=mirror_y,
         IS_16_BIT=surfaces.dtype == torch.uint16,
         PATCH=geometry.patch_size,
         MERGE=geometry.merge_size,
         TEMPORAL=geometry.temporal_patch_size,
         TILE=TILE,
     )
-    return out
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,7 @@ def _pixel_table(geometry: Geometry, dtype: torch.dtype, device: torch.device) -
 @triton.jit
 def _surface_kernel(
     surface_ptr,
+    frame_ptr,
     out_ptr,
     table_ptr,
     first_x_ptr,
@@ -161,7 +166,6 @@ def _surface_kernel(
     weights_y_ptr,
     precision_x,
     precision_y,
-    num_frames,
     frame_stride,
     pitch,
     chroma_row,
@@ -177,16 +181,19 @@ def _surface_kernel(
     blue_u,
     TAPS_X: tl.constexpr,
     TAPS_Y: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    MIRROR_X: tl.constexpr,
+    MIRROR_Y: tl.constexpr,
     IS_16_BIT: tl.constexpr,
     PATCH: tl.constexpr,
     MERGE: tl.constexpr,
     TEMPORAL: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One TILE x TILE piece of one output frame: every source row of its window is converted and resized along x,
+    """One TILE x TILE piece of one output frame: every row of its window, as shown, is converted and resized along x,
     rounded to 8 bits, and added to the output rows that it has a weight in."""
     frame = tl.program_id(0)
-    source_ptr = surface_ptr + tl.minimum(frame, num_frames - 1).to(tl.int64) * frame_stride
+    source_ptr = surface_ptr + tl.load(frame_ptr + frame).to(tl.int64) * frame_stride
     y = tl.program_id(1) * TILE + tl.arange(0, TILE)
     x = tl.program_id(2) * TILE + tl.arange(0, TILE)
     y_inside, x_inside = y < out_height, x < out_width
@@ -199,8 +206,7 @@ def _surface_kernel(
     green = tl.zeros((TILE, TILE), dtype=tl.int32)
     blue = tl.zeros((TILE, TILE), dtype=tl.int32)
     for row in range(begin, end):
-        luma_ptr = source_ptr + row * pitch
-        chroma_ptr = source_ptr + (chroma_row + row // 2) * pitch
+        turned_row = height - 1 - row if MIRROR_Y else row
         row_red = tl.zeros((TILE,), dtype=tl.int32)
         row_green = tl.zeros((TILE,), dtype=tl.int32)
         row_blue = tl.zeros((TILE,), dtype=tl.int32)
@@ -208,9 +214,14 @@ def _surface_kernel(
             column = first_x + tap
             inside = column < width
             weight = tl.load(weights_x_ptr + x * TAPS_X + tap, mask=x_inside, other=0)
-            luma = _sample(luma_ptr + column, inside, IS_16_BIT) - luma_offset
-            u = _sample(chroma_ptr + column // 2 * 2, inside, IS_16_BIT) - 1024
-            v = _sample(chroma_ptr + column // 2 * 2 + 1, inside, IS_16_BIT) - 1024
+            turned_column = width - 1 - column if MIRROR_X else column
+            source_row = turned_column if TRANSPOSE else turned_row
+            source_column = turned_row if TRANSPOSE else turned_column
+            luma_ptr = source_ptr + source_row * pitch + source_column
+            chroma_ptr = source_ptr + (chroma_row + source_row // 2) * pitch + source_column // 2 * 2
+            luma = _sample(luma_ptr, inside, IS_16_BIT) - luma_offset
+            u = _sample(chroma_ptr, inside, IS_16_BIT) - 1024
+            v = _sample(chroma_ptr + 1, inside, IS_16_BIT) - 1024
             grey = (luma * luma_scale) >> 16
             row_red += weight * _clip(grey + ((v * red_v) >> 16))
             row_green += weight * _clip(grey + ((u * green_u) >> 16) + ((v * green_v) >> 16))

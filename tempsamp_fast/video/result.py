@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -101,6 +101,10 @@ class VideoResult:
         padding = self.frame_times_s[-1:].expand(-self.num_frames % temporal_patch_size)
         pairs = torch.cat([self.frame_times_s, padding]).view(-1, temporal_patch_size)
         return (pairs[:, 0] + pairs[:, -1]) / 2
+
+    def decoded_instead_of(self, engine: str, reason: str) -> VideoResult:
+        """The same, `backend` saying why another one was not used."""
+        return replace(self, backend=f"{self.backend} (not {engine}: {reason})")
 
     def error(self) -> VideoError:
         """This failure as an exception."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torchcodec.decoders import VideoDecoder, VideoStreamMetadata
 
-from tempsamp_fast.video.backend import Request
+from tempsamp_fast.video.backend import Request, usable_cores
 from tempsamp_fast.video.geometry import Geometry
 from tempsamp_fast.video.patches import normalise_rows, patchify, resize_frames
 from tempsamp_fast.video.result import Code, Limits, VideoError, VideoResult, failure
@@ -44,7 +44,7 @@ def load(
     dtype: torch.dtype,
     *,
     keep_partial: bool,
-    num_threads: int,
+    num_threads: int | None,
     deadline_s: float,
     limits: Limits,
     index_folder: Path | None,
@@ -63,7 +63,7 @@ def load(
         except VideoError as error:
             return no_rows, failure(error, NAME)
 
-    with ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(num_threads or usable_cores()) as pool:
         answers = list(pool.map(answer, requests))
     results = [result for _, result in answers]
     if len(answers) == 1:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import subprocess
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tempsamp_fast.video import Geometry, Sampling, load_videos, normalise_rows
-from tempsamp_fast.video.nv12 import Colour, surfaces_to_patches
+from tempsamp_fast.video import Geometry, normalise_rows
+from tempsamp_fast.video.nv12 import Pictures, write_patches
 from tempsamp_fast.video.patches import patchify, resize_frames
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Geometry(patch_size=4, min_pixels=64, total_pixels=None)
+INVERSE_COEFFICIENTS = {
+    "bt601": (104597, 132201, 25675, 53279),
+    "bt709": (117489, 138438, 13975, 34925),
+    "bt2020": (110013, 140363, 12277, 42626),
+}
+"""(red of v, blue of u, green of u, green of v), times 65536, limited range: the tables of swscale."""
+
+
+def coefficients(matrix: str = "bt601", full_range: bool = False) -> tuple[int, int, int, int, int, int]:
+    """The specification's closed form; the extension makes the same from what a stream says of itself."""
+    red_v, blue_u, green_u, green_v = [c * 224 // 255 if full_range else c for c in INVERSE_COEFFICIENTS[matrix]]
+    luma = 65536 if full_range else 65536 * 255 // 219
+    fixed = [((value << 13) + 32768) >> 16 for value in (luma, red_v, -green_u, -green_v, blue_u)]
+    return (0 if full_range else 128, *fixed)  # type: ignore[return-value]
 
 
 def random_surfaces(num_frames: int, height: int, width: int, pitch: int) -> Tensor:
@@ -24,9 +37,10 @@ def random_surfaces(num_frames: int, height: int, width: int, pitch: int) -> Ten
     return torch.randint(0, 256, (num_frames, rows, pitch), dtype=torch.uint8, generator=generator)
 
 
-def rgb(surfaces: Tensor, height: int, width: int, colour: Colour) -> Tensor:
-    """[T, 3, height, width] uint8: swscale's integer conversion written with whole planes, nearest chroma."""
-    offset, luma_scale, red_v, green_u, green_v, blue_u = colour.coefficients()
+def rgb(surfaces: Tensor, pictures: Pictures) -> Tensor:
+    """[T, 3, *shown size] uint8: swscale's integer conversion in whole planes, nearest chroma; then turned."""
+    height, width = pictures.height, pictures.width
+    offset, luma_scale, red_v, green_u, green_v, blue_u = pictures.coefficients
     planes = surfaces.to(torch.int32)
     luma = (((planes[:, :height, :width] << 3) - offset) * luma_scale) >> 16
     chroma = planes[:, height + height % 2 :].repeat_interleave(2, dim=1)[:, :height]
@@ -35,61 +49,89 @@ def rgb(surfaces: Tensor, height: int, width: int, colour: Colour) -> Tensor:
     red = luma + (v * red_v >> 16)
     green = luma + (u * green_u >> 16) + (v * green_v >> 16)
     blue = luma + (u * blue_u >> 16)
-    return torch.stack([red, green, blue], dim=1).clamp(0, 255).to(torch.uint8)
+    planes = torch.stack([red, green, blue], dim=1).clamp(0, 255).to(torch.uint8)
+    transpose, mirror_x, mirror_y = pictures.orientation
+    planes = planes.transpose(2, 3) if transpose else planes
+    return planes.flip([axis for axis, is_mirrored in ((3, mirror_x), (2, mirror_y)) if is_mirrored])
+
+
+def write_patches_in_torch(
+    surfaces: Tensor,
+    pictures: Pictures,
+    frames: Sequence[int],
+    geometry: Geometry,
+    frame_size: tuple[int, int],
+    out: Tensor,
+) -> None:
+    """What `write_patches` does, by the CPU path; 16-bit samples lose their low bits."""
+    wide = surfaces.dtype == torch.uint16
+    narrow = torch.from_numpy((surfaces.numpy() >> 8).astype(np.uint8)) if wide else surfaces
+    rows = patchify(resize_frames(rgb(narrow, pictures)[list(frames)].contiguous(), frame_size), geometry)
+    out.copy_(normalise_rows(rows, geometry, out.dtype))
+
+
+def patches(surfaces: Tensor, pictures: Pictures, frames: Sequence[int], frame_size: tuple[int, int], dtype) -> Tensor:
+    """The kernel's."""
+    grid = SMALL.grid_thw(len(frames), frame_size)
+    out = torch.empty(grid[0] * grid[1] * grid[2], SMALL.row_width, dtype=dtype, device=DEVICE)
+    write_patches(surfaces.to(DEVICE), pictures, frames, SMALL, frame_size, out)
+    return out.cpu()
 
 
 def both_paths(
-    surfaces: Tensor, size: tuple[int, int], frame_size: tuple[int, int], colour: Colour, dtype: torch.dtype
+    surfaces: Tensor, pictures: Pictures, frame_size: tuple[int, int], dtype=torch.uint8, frames: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
     """(ours, the CPU path's)."""
-    rows = patchify(resize_frames(rgb(surfaces, *size, colour), frame_size), SMALL)
-    ours = surfaces_to_patches(surfaces.to(DEVICE), *size, SMALL, frame_size, dtype, colour)
-    return ours.cpu(), normalise_rows(rows, SMALL, dtype)
+    frames = frames or range(len(surfaces))
+    ours = patches(surfaces, pictures, frames, frame_size, dtype)
+    expected = torch.empty_like(ours)
+    write_patches_in_torch(surfaces, pictures, frames, SMALL, frame_size, expected)
+    return ours, expected
 
 
 @pytest.mark.parametrize("size, frame_size", [((12, 22), (8, 16)), ((6, 10), (8, 40)), ((8, 16), (8, 16))])
 def test_kernel_gives_the_bits_of_the_cpu_path(size: tuple[int, int], frame_size: tuple[int, int]) -> None:
     """Down, up over two tiles, and unchanged; three frames, so that the last is repeated."""
-    ours, expected = both_paths(random_surfaces(3, *size, pitch=64), size, frame_size, Colour(), torch.uint8)
+    ours, expected = both_paths(random_surfaces(3, *size, pitch=64), Pictures(*size, coefficients()), frame_size)
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    "orientation", [(True, True, False), (False, True, True), (True, False, True), (False, True, False)]
+)
+def test_turned_and_mirrored_pictures_are_those_of_the_cpu_path(orientation: tuple[bool, bool, bool]) -> None:
+    pictures = Pictures(6, 11, coefficients(), orientation)
+    ours, expected = both_paths(random_surfaces(1, 6, 11, pitch=16), pictures, (8, 8))
+    assert torch.equal(ours, expected)
+
+
+def test_a_surface_serves_as_often_as_it_is_asked_for() -> None:
+    pictures = Pictures(8, 8, coefficients())
+    ours, expected = both_paths(random_surfaces(2, 8, 8, pitch=8), pictures, (8, 8), frames=[1, 0, 1])
     assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("matrix", ["bt601", "bt709", "bt2020"])
 @pytest.mark.parametrize("full_range", [False, True])
 def test_colours_of_every_matrix_and_range_are_those_of_the_cpu_path(matrix, full_range: bool) -> None:
-    colour = Colour(matrix, full_range)
-    ours, expected = both_paths(random_surfaces(2, 8, 8, pitch=16), (8, 8), (8, 8), colour, torch.uint8)
+    pictures = Pictures(8, 8, coefficients(matrix, full_range))
+    ours, expected = both_paths(random_surfaces(2, 8, 8, pitch=16), pictures, (8, 8))
     assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_normalised_rows_are_those_of_the_cpu_path(dtype: torch.dtype) -> None:
-    ours, expected = both_paths(random_surfaces(2, 8, 8, pitch=16), (8, 8), (8, 8), Colour(), dtype)
+    pictures = Pictures(8, 8, coefficients())
+    ours, expected = both_paths(random_surfaces(2, 8, 8, pitch=16), pictures, (8, 8), dtype)
     assert torch.equal(ours, expected)
 
 
 def test_sixteen_bit_surfaces_of_eight_bit_values_are_the_same() -> None:
     surfaces = random_surfaces(2, 8, 16, pitch=16)
     wide = torch.from_numpy(surfaces.numpy().astype(np.uint16) << 8)
-    narrow_rows, wide_rows = (
-        surfaces_to_patches(planes.to(DEVICE), 8, 16, SMALL, (8, 16), torch.uint8, Colour("bt709")).cpu()
-        for planes in (surfaces, wide)
-    )
+    pictures = Pictures(8, 16, coefficients("bt709"))
+    narrow_rows, wide_rows = (patches(planes, pictures, [0, 1], (8, 16), torch.uint8) for planes in (surfaces, wide))
     assert torch.equal(narrow_rows, wide_rows)
-
-
-def test_frames_of_a_real_decoder_give_the_patches_of_load_videos(corpus: Path) -> None:
-    """NV12 as the command line decodes it, against the whole CPU path."""
-    video = corpus / "h264_16x16.mp4"
-    geometry = Geometry(patch_size=4, min_pixels=24 * 24, total_pixels=None)
-    expected = load_videos([(video, Sampling("hf_qwen3", max_frames=4))], geometry, dtype=torch.uint8)
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-i", video, "-pix_fmt", "nv12", "-f", "rawvideo", "-"]
-    raw = np.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, np.uint8)
-    surfaces = torch.from_numpy(raw.reshape(-1, 24, 16)[[0, 50, 99, 149]].copy())
-    frame_size = geometry.frame_size(4, 16, 16)
-    ours = surfaces_to_patches(surfaces.to(DEVICE), 16, 16, geometry, frame_size, torch.uint8, Colour())
-    assert frame_size == (24, 24)
-    assert torch.equal(ours.cpu(), expected.pixel_values)
 
 
 @pytest.mark.parametrize(
@@ -102,9 +144,10 @@ def test_frames_of_a_real_decoder_give_the_patches_of_load_videos(corpus: Path) 
 )
 def test_surfaces_that_cannot_hold_the_frame_are_refused(surfaces: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        surfaces_to_patches(surfaces, 20, 30, SMALL, (16, 24), torch.uint8, Colour())
+        patches(surfaces, Pictures(20, 30, coefficients()), [0, 1], (16, 24), torch.uint8)
 
 
-def test_unknown_matrix_is_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match="bt709"):
-        Colour("smpte240m").coefficients()  # type: ignore[arg-type]
+def test_rows_of_another_shape_are_refused() -> None:
+    surfaces, out = random_surfaces(2, 8, 8, pitch=8), torch.empty(3, SMALL.row_width)
+    with pytest.raises(ValueError, match=r"\[4, 96\], got \[3, 96\]"):
+        write_patches(surfaces, Pictures(8, 8, coefficients()), [0, 1], SMALL, (8, 8), out)
