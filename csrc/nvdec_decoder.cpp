@@ -179,7 +179,8 @@ int NvdecDecoder::on_decode(CUVIDPICPARAMS* picture) {
 int NvdecDecoder::on_display(const CUVIDPARSERDISPINFO& shown) {
     if (!status_.ok()) return 0;
     const int32_t packet = index_.find(shown.timestamp);
-    if (packet < 0) return 1;
+    // What is shown before the start may lack what it refers to, and the driver does not say so.
+    if (packet < 0 || is_leading(packet)) return 1;
     const bool shows_again = codec_ == cudaVideoCodec_VP9 || codec_ == cudaVideoCodec_AV1;
     const auto decoded = in_flight_.find(shown.picture_index);
     if (!shows_again && (decoded == in_flight_.end() || decoded->second != packet)) {

@@ -118,7 +118,7 @@ def decode_plans(
         except VideoError as error:
             results.append(failure(error, NAME))
             continue
-        kept.append(patches)
+        kept.append(part.copy_(patches) if len(patches) == len(part) else patches)  # other frames, as many patches
         results.append(result)
     if sum(map(len, kept)) == len(rows):
         return rows, results

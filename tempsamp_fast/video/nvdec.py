@@ -86,14 +86,13 @@ def load(
             if file.reason:
                 patches, result = from_cpu[index]
                 result = result.decoded_instead_of(NAME, file.reason)
-                patches = part.copy_(patches) if len(patches) == len(part) else patches.to(device)
             else:
                 patches, result = plan.result(path, part, geometry, file.states, file.status, keep_partial)
                 result = replace(result, backend=NAME)
         except VideoError as error:
             # Its traceback would keep the rows and the decoders.
             patches, result = rows[:0], failure(error.with_traceback(None), NAME)
-        kept.append(patches)
+        kept.append(part.copy_(patches) if len(patches) == len(part) else patches.to(device))
         results.append(result)
     return (rows if sum(map(len, kept)) == len(rows) else torch.cat(kept)), results
 

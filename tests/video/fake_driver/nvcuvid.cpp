@@ -237,6 +237,7 @@ CUresult cuvidCreateVideoParser(CUvideoparser* parser, CUVIDPARSERPARAMS* parame
     if (!codec) return kNotSupported;
     made->codec = avcodec_alloc_context3(codec);
     made->codec->thread_count = 1;
+    made->codec->flags |= AV_CODEC_FLAG_OUTPUT_CORRUPT;  // pictures that lack references are shown all the same
     if (avcodec_open2(made->codec, codec, nullptr) < 0) return kNotSupported;
     *parser = made.release();
     fake_add("parsers", 1);
