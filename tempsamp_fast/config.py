@@ -256,7 +256,7 @@ class AlgorithmConfig:
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
     delta: float | None = field(default=None, metadata={"help": "upper bound of the ratio (two-sided clipping)"})
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
     importance_sampling_level: Literal["token", "sequence"] = "token"
     off_policy_ratio: Literal["detach", "old"] = "detach"
     off_policy_kl: bool = True

@@ -131,9 +131,9 @@ def _update(
 
 
 def _has_gradient(group: RolloutGroup, is_sft: bool, algorithm: AlgorithmConfig) -> bool:
-    """False only where leaving the group out changes nothing; `bnpo` divides by the tokens that stand in a row."""
+    """False only where leaving the group out changes nothing."""
     assert group.advantages is not None
-    return is_sft or algorithm.beta > 0 or algorithm.loss_type == "bnpo" or bool(group.advantages.any())
+    return is_sft or algorithm.beta > 0 or bool(group.advantages.any())
 
 
 def _utilisation(rows: Sequence[PackedRow], num_updates: int, engine: Any, watch: Stopwatch) -> dict[str, float]:
