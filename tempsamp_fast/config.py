@@ -115,6 +115,9 @@ class DataConfig:
         default=None, metadata={"help": "training samples that may be replaced for a bad video, per epoch and process"}
     )
     video_backend: Literal["auto", "native", "torchcodec"] = "auto"
+    video_device: Literal["cpu", "cuda", "auto"] = field(
+        default="cpu", metadata={"help": "what decodes: cuda is the hardware decoders of each rank's GPU"}
+    )
     sampling: Literal["pts", "qwen_utils", "hf_qwen2", "hf_qwen3"] = "pts"
     fps: float = field(default=2.0, metadata={"help": "frames per second shown to the model"})
     min_frames: int = 4

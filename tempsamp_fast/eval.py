@@ -27,7 +27,7 @@ from tempsamp_fast.sample import Mode, Sample, Task
 from tempsamp_fast.score import grounding_scores, oracle_ious, score_rows
 
 HOW_FRAMES_ARE_TAKEN = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "sampling")
-HOW_THEY_ARE_READ = ("video_backend", "patch_cache")
+HOW_THEY_ARE_READ = ("video_backend", "video_device", "patch_cache")
 
 
 class AnswerFiles:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tempsamp_fast.batch import Prompt, VideoPatches
 from tempsamp_fast.chat import Chat
 from tempsamp_fast.config import DataConfig
+from tempsamp_fast.device import training_device
 from tempsamp_fast.sample import Mode, Sample
 from tempsamp_fast.video import Geometry, Sampling, load_videos, normalise_rows
 from tempsamp_fast.video.patch_cache import PatchCache
@@ -100,6 +101,9 @@ class PromptLoader:
         self._encoded: deque[tuple[Path, VideoPatches]] = deque()
         # Training prompts are made in a prefetch thread while the main thread may be evaluating.
         self._lock = threading.RLock()
+        gpu = training_device() if config.video_device != "cpu" and torch.cuda.is_available() else None
+        self._device = str(gpu or config.video_device)
+        self._stream = torch.cuda.Stream(gpu) if gpu else None
 
     def keep_features(self, prompts: Sequence[Prompt]) -> None:
         """Keep the features of whole videos for further prompts about them; the loading thread takes them in."""
@@ -193,21 +197,25 @@ class PromptLoader:
         missing = [path for path in wanted if path not in self._videos]
         if not missing:
             return
-        batch = load_videos(
-            [(path, self.sampling) for path in missing],
-            self.geometry,
-            backend=self.config.video_backend,
-            dtype=torch.uint8,
-            on_error=self.config.on_bad_video,
-        )
-        for path, video, result in zip(missing, batch.split(), batch.results, strict=True):
-            if video is None:
-                self.skipped[path] = result.message
-                continue
-            # A copy of its own: a view would keep the whole batch in memory.
-            self._keep(path, dataclasses.replace(video, pixel_values=video.pixel_values.clone()))
-            if self._disk:
-                self._disk.put(path, self.sampling, self._videos[path])
+        # Kept in host memory, decoded in a stream of its own: training does not wait for it, nor it for training.
+        with torch.cuda.stream(self._stream):
+            batch = load_videos(
+                [(path, self.sampling) for path in missing],
+                self.geometry,
+                backend=self.config.video_backend,
+                device=self._device,
+                dtype=torch.uint8,
+                on_error=self.config.on_bad_video,
+            )
+            for path, video, result in zip(missing, batch.split(), batch.results, strict=True):
+                if video is None:
+                    self.skipped[path] = result.message
+                    continue
+                # A copy of its own: a view would keep the whole batch in memory.
+                pixels = video.pixel_values.to("cpu", copy=True)
+                self._keep(path, dataclasses.replace(video, pixel_values=pixels))
+                if self._disk:
+                    self._disk.put(path, self.sampling, self._videos[path])
 
     def _keep(self, path: Path, video: VideoPatches) -> None:
         if path in self._videos:

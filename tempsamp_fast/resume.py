@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 MAY_CHANGE = {
     "data": {
         "annotations", "eval_annotations", "videos", "eval_videos", "synthetic_dir", "max_eval_samples",
-        "on_bad_video", "max_bad_videos", "video_backend", "prefetch_steps", "patch_cache", "video_cache_gib",
+        "on_bad_video", "max_bad_videos", "video_backend", "video_device", "prefetch_steps", "patch_cache",
+        "video_cache_gib",
     },
     "model": {
         "model", "gradient_checkpointing", "checkpoint_every", "checkpoint_vision", "liger_layers",

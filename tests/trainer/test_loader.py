@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,22 @@ def test_the_disk_cache_gives_the_same_prompts_without_decoding(
     assert torch.equal(stored.input_ids, fresh.input_ids)
     assert torch.equal(stored.video.pixel_values, fresh.video.pixel_values)
     assert torch.equal(stored.video.timestamps_s, fresh.video.timestamps_s)
+
+
+def test_videos_are_decoded_on_the_device_of_the_setting(stepper: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes from a GPU is kept in host memory; here the decoder only notes what it was asked for."""
+    asked: list[str] = []
+    load = loader.load_videos
+
+    def noting(*arguments, device: str, **options):
+        asked.append(device)
+        return load(*arguments, device=device, **options)
+
+    monkeypatch.setattr(loader, "load_videos", noting)
+    run = stepper(*SHORT, "--video_device", "auto").run
+    (on_auto,) = training_prompts(run, run.loader, 1)
+    on_cpu_only = replace(run.config.data, video_device="cpu")
+    (on_cpu,) = training_prompts(run, PromptLoader(run.chat, run.loader.geometry, on_cpu_only), 1)
+    assert asked[0] == ("auto" if not torch.cuda.is_available() else "cuda:0") and asked[-1] == "cpu"
+    assert on_auto.video.pixel_values.device.type == "cpu"
+    assert torch.equal(on_auto.video.pixel_values, on_cpu.video.pixel_values)
