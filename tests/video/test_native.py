@@ -177,3 +177,16 @@ def test_frames_that_no_wanted_frame_needs_are_not_decoded(clips: dict[str, Path
     out = torch.empty(plan.num_patches(Geometry()), Geometry().row_width)
     ((_, _, counts),) = _video.decode([plan.request(out, Geometry(), 10.0)], max_frame_pixels=2**25, num_threads=1)
     assert counts["dropped"] >= 4 and counts["decoded"] + counts["dropped"] <= len(index.packets["pts"])
+
+
+def test_a_lost_frame_leaves_its_place_to_the_next_also_where_padding_makes_as_many_patches(corpus: Path) -> None:
+    """An odd number of good frames of an even number wanted: the same patches in number, others in content."""
+    geometry = Geometry(min_pixels=28 * 28, total_pixels=None)
+    wanted = Sampling("hf_qwen3", max_frames=8)
+    batch = load_videos(
+        [(corpus / "truncated.mp4", wanted)], geometry, backend="native", dtype=torch.uint8, on_error="partial"
+    )
+    (result,) = batch.results
+    frames = unpatchify(batch.pixel_values, result.grid_thw, geometry)
+    assert result.status == "partial" and result.num_frames % 2 == 1
+    assert torch.equal(frames[result.num_frames], frames[result.num_frames - 1])
