@@ -44,6 +44,8 @@ VIDEO_ROWS = {
     "one_core[h264_360p]": "H.264 360p",
     "one_core[h264_720p]": "H.264 720p",
     "one_core[h264_1080p]": "H.264 1080p",
+    "one_core[h264_1080p_coarse_grain]": "H.264 1080p, fewer B-frames",
+    "one_core[h264_720p_no_b_frames]": "H.264 720p without B-frames",
     "one_core[hevc_720p]": "HEVC 720p",
     "one_core[vp9_720p]": "VP9 720p",
     "one_core[av1_720p]": "AV1 720p",
