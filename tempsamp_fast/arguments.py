@@ -16,6 +16,8 @@ from tempsamp_fast.config import AlgorithmConfig, Config, DataConfig, ModelConfi
 RECIPES = Path(__file__).parent / "configs"
 SECTIONS = (DataConfig, ModelConfig, RolloutConfig, AlgorithmConfig, TrainConfig)
 DEFAULT_RECIPE = RECIPES / "tiny_cpu.yaml"
+DESCRIPTION = """--config NAME_OR_FILE.yaml takes the settings of a recipe first, by default those of tiny_cpu, in place
+of the defaults below; flags win. --resume RUN takes those the run was started with."""
 
 
 def read_recipe(path: Path, inherited_by: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -78,7 +80,9 @@ def parse_args(arguments: Sequence[str]) -> Config:
     files.add_argument("--config", type=Path)
     files.add_argument("--resume", type=Path)
     sections: Any = SECTIONS
-    parser = HfArgumentParser(sections, prog="train.py", allow_abbrev=False, exit_on_error=False)
+    parser = HfArgumentParser(
+        sections, prog="train.py", description=DESCRIPTION, allow_abbrev=False, exit_on_error=False
+    )
     try:
         given, words = files.parse_known_args(list(arguments))
         flags = [*_base_flags(given.config, given.resume), *words]

@@ -116,7 +116,7 @@ def latest_checkpoint(run: Path) -> tuple[Path, int]:
     """The newest complete checkpoint and its number of steps. Raises ValueError when the run has none."""
     found = checkpoints(run)
     if not found:
-        raise ValueError(f"resume={str(run)!r}: no complete checkpoint in {run / 'checkpoints'}")
+        raise ValueError(f"{run}: no complete checkpoint in {run / 'checkpoints'}")
     return found[-1], json.loads((found[-1] / STATE).read_text())["step"]
 
 

@@ -210,6 +210,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "at least 1")
+        _require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "zero (off) or more")
+        _require(self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "positive")
 
 
 @dataclass
@@ -349,8 +351,6 @@ class TrainConfig:
         _require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
         _require(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, "zero (off) or more")
         _require(self.save_steps >= 0, "save_steps", self.save_steps, "zero or more")
-        least_stage = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
-        _require(int(self.zero_stage) >= least_stage, "offload", self.offload, f"none below zero_stage {least_stage}")
         _require(self.max_skipped_steps >= 0, "max_skipped_steps", self.max_skipped_steps, "zero or more")
         for name in ("stall_timeout_s", "stop_grace_s"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "positive")

@@ -35,7 +35,9 @@ def free_port() -> int:
 
 
 def training_device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
+    """This rank's GPU, made the current one for collectives and kernels, or the CPU where there is none."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
     return torch.device("cpu")

@@ -53,6 +53,7 @@ def deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
     }
     if train.deepspeed_config is None:
+        _check_offload(train.offload, generated)
         return generated
     packaged = Path(__file__).parent / "configs" / f"{train.deepspeed_config}.json"
     try:
@@ -68,7 +69,14 @@ def deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
             f"deepspeed_config={train.deepspeed_config!r}: has ZeRO stage {stage} and gradient_accumulation_steps "
             f"{accumulation}; choose stage 0 to 3, and accumulate with --gradient_accumulation_steps"
         )
+    _check_offload(train.offload, merged)
     return merged
+
+
+def _check_offload(what: str, settings: dict[str, Any]) -> None:
+    stage, least = settings["zero_optimization"]["stage"], {"none": 0, "optimizer": 1, "all": 3}[what]
+    if stage < least:
+        raise ValueError(f"offload={what!r}: needs --zero_stage {least} or more; this run has {stage}")
 
 
 def _offload(what: str) -> dict[str, Any]:

@@ -95,9 +95,9 @@ def fingerprint(model: str) -> str:
 
 
 def require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Keep `settings` in FOLDER/settings.json; raise ValueError listing those an evaluation there began with others."""
+    """Keep `settings` in FOLDER/settings.json; raise ValueError listing those its answers were given with others."""
     path = folder / "settings.json"
-    if not path.exists():
+    if not path.exists() or not any(folder.glob("*.jsonl")):
         write_json(path, settings)
         return
     begun = json.loads(path.read_text())

@@ -19,6 +19,7 @@ prepare_environment()
 
 from tempsamp_fast.checkpoint import MODEL, VIDEO_SETTINGS, latest_checkpoint  # noqa: E402
 from tempsamp_fast.config import ModelConfig  # noqa: E402
+from tempsamp_fast.lora import base_checkpoint  # noqa: E402
 from tempsamp_fast.model import DTYPES, load_model  # noqa: E402
 
 
@@ -30,9 +31,10 @@ def export(source: Path, out: Path, dtype: torch.dtype) -> None:
     if out.exists():
         raise ValueError(f"{out}: exists already")
     folder = latest_checkpoint(source)[0] / MODEL if (source / "checkpoints").is_dir() else source
-    model, chat = load_model(str(folder), ModelConfig(), dtype)
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
+    has_adapters = base_checkpoint(str(folder)) is not None
+    model, chat = load_model(str(folder), ModelConfig(), torch.float32 if has_adapters else dtype)
+    if has_adapters:
+        model = model.merge_and_unload().to(dtype)
     model.save_pretrained(out)
     chat.tokenizer.save_pretrained(out)
     for name, text in chat.preprocessor_files.items():

@@ -143,7 +143,9 @@ class Heartbeat:
         """In place and always of one length: it needs no room on a full disk."""
         self._beat += 1
         record = {"place": _place(), "pid": os.getpid(), "beat": self._beat, "count": self._count}
-        text = json.dumps({**record, "action": self._action})[:RECORD_BYTES]
+        action = self._action
+        while len(text := json.dumps({**record, "action": action})) > RECORD_BYTES:
+            action = action[:-16]
         os.pwrite(self._file, text.ljust(RECORD_BYTES).encode(), 0)
 
     def _read(self, rank: int) -> dict[str, Any]:
@@ -156,7 +158,7 @@ class Heartbeat:
 
 
 class GracefulStop:
-    """SIGTERM asks for a checkpoint and the end after the current step; after `grace_s` the process ends without one.
+    """SIGTERM asks for a checkpoint and the end after the current step; a step longer than `grace_s` ends without one.
 
     A context manager around the training loop; a second SIGTERM changes nothing.
     """
@@ -168,7 +170,10 @@ class GracefulStop:
 
     def agreed(self, device: Any) -> bool:
         """Whether any rank was asked to stop; every rank calls it after the same step and gets the same answer."""
-        return bool(max_over_ranks(int(self.asked), device))
+        is_stopping = bool(max_over_ranks(int(self.asked), device))
+        if is_stopping and self._timer:
+            self._timer.cancel()  # the checkpoint takes the time it takes
+        return is_stopping
 
     def __enter__(self) -> GracefulStop:
         self._previous = signal.signal(signal.SIGTERM, self._ask)

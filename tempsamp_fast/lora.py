@@ -19,7 +19,7 @@ TRAINED, REFERENCE = "default", "reference"
 """Adapters: the one that learns, and its copy from before reinforcement learning, which only a KL term needs."""
 
 
-def add_adapters(model: nn.Module, config: ModelConfig, seed: int, with_reference: bool) -> Any:
+def add_adapters(model: nn.Module, config: ModelConfig, seed: int) -> Any:
     """A `PeftModel` around `model`, everything frozen but fresh adapters on `config.lora_targets`, drawn from `seed`.
 
     Raises ValueError for a target that no linear layer of the language model is named after, the head included.
@@ -41,11 +41,13 @@ def add_adapters(model: nn.Module, config: ModelConfig, seed: int, with_referenc
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        wrapped = get_peft_model(model, settings, adapter_name=TRAINED, autocast_adapter_dtype=False)
-    if with_reference:
-        wrapped.add_adapter(REFERENCE, settings, autocast_adapter_dtype=False)
-        wrapped.set_adapter(TRAINED)
-    return wrapped
+        return get_peft_model(model, settings, adapter_name=TRAINED, autocast_adapter_dtype=False)
+
+
+def add_reference(model: Any) -> None:
+    """Give the `PeftModel` a frozen adapter for `remember_reference`."""
+    model.add_adapter(REFERENCE, model.peft_config[TRAINED], autocast_adapter_dtype=False)
+    model.set_adapter(TRAINED)
 
 
 def base_checkpoint(folder: str) -> str | None:

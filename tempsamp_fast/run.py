@@ -31,7 +31,7 @@ from tempsamp_fast.engine import build_engine, is_partitioned, learning_rate, lo
 from tempsamp_fast.groups import RecordedRollouts, answer
 from tempsamp_fast.heartbeat import GracefulStop, Heartbeat
 from tempsamp_fast.loader import PromptLoader
-from tempsamp_fast.lora import add_adapters, base_checkpoint, remember_reference
+from tempsamp_fast.lora import REFERENCE, TRAINED, add_adapters, add_reference, base_checkpoint, remember_reference
 from tempsamp_fast.model import geometry_of, load_model, resolve_dtype
 from tempsamp_fast.nonfinite import SkippedSteps
 from tempsamp_fast.policy import Policy
@@ -51,7 +51,7 @@ from tempsamp_fast.universal import loadable_state
 from tempsamp_fast.update import update
 from tempsamp_fast.vision_features import tower_fingerprint, with_vision_features
 
-REFERENCE = "reference"
+REFERENCE_MODEL = "reference"
 logger = logging.getLogger(__name__)
 
 
@@ -88,8 +88,7 @@ class Run:
         checkpoint = str(self.resumed_from / MODEL) if self.resumed_from else self._initial_checkpoint()
         with partitioned_loading(config, dtype):
             model, self.chat = load_model(checkpoint, config.model, dtype)
-            if config.model.lora_rank and not base_checkpoint(checkpoint):
-                model = add_adapters(model, config.model, config.train.seed, self._needs_reference_adapter())
+            model = self._with_adapters(model, checkpoint)
         data = config.data
         self.policy = Policy(
             model,
@@ -285,9 +284,26 @@ class Run:
     def _first_reinforcement_step(self) -> int | None:
         return next((at.step for at in plan(self.phases) if at.phase.method != "sft"), None)
 
-    def _needs_reference_adapter(self) -> bool:
-        """Adapters that learned something before reinforcement are not switched off for its reference but kept."""
-        return self.config.algorithm.beta > 0 and (self._first_reinforcement_step() or 0) > 0
+    def _with_adapters(self, model: Any, checkpoint: str) -> Any:
+        """The model with what `lora_rank` asks for. Raises ValueError where a checkpoint's adapters are not that.
+
+        Adapters that learned something before reinforcement are not switched off for its reference but kept.
+        """
+        rank, found = self.config.model.lora_rank, base_checkpoint(checkpoint)
+        has = model.peft_config[TRAINED].r if found else rank
+        if has != rank:
+            raise ValueError(f"lora_rank={rank}: the adapters in {checkpoint} have rank {has}; ask for that")
+        if rank == 0:
+            return model
+        if not found:
+            model = add_adapters(model, self.config.model, self.config.train.seed)
+        first = self._first_reinforcement_step()
+        learned_before = first is not None and (first > 0 or (found is not None and self.resumed_from is None))
+        if self.config.algorithm.beta > 0 and learned_before and REFERENCE not in model.peft_config:
+            if first is not None and self.first_step > first:
+                raise ValueError("beta: this run's reinforcement began without a reference; resume it with --beta 0")
+            add_reference(model)
+        return model
 
     def _build_reference(self, is_first: bool) -> Forward:
         """The policy as it was before its first reinforcement step, frozen; kept in RUN/reference for resuming."""
@@ -295,7 +311,7 @@ class Run:
             if is_first:
                 remember_reference(self.policy.model)
             return adapter_reference(self.engine)
-        folder = self.folder / REFERENCE
+        folder = self.folder / REFERENCE_MODEL
         if is_first:
             save_reference(folder, self.policy, self.chat, self.config.data)
         else:
@@ -303,7 +319,8 @@ class Run:
         dtype = self.policy.base_model.dtype
         with partitioned_loading(self.config, dtype):
             model, _ = load_model(str(folder), self.config.model, dtype)
-        return frozen_reference(Policy(model), self.config, dtype, self.device)
+        policy = Policy(model, attention_core=self.config.model.attention_core)
+        return frozen_reference(policy, self.config, dtype, self.device)
 
     def is_save_step(self, at: PhaseStep) -> bool:
         """Whether `save_steps` asks for a checkpoint after this step."""

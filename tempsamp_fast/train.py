@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from tempsamp_fast.device import prepare_environment
+from tempsamp_fast.device import prepare_environment, training_device
 
 prepare_environment()
 
@@ -74,6 +74,7 @@ def main(arguments: Sequence[str]) -> None:
                 print(describe_plan(config, int(os.environ["WORLD_SIZE"])))
             return
         folder = Path(config.train.resume or config.train.output_dir)
+        training_device()
         deepspeed.init_distributed(verbose=False)
         train(Run(config))
     except (ValueError, OSError, FloatingPointError, RankLostError) as error:

@@ -16,7 +16,7 @@ import pytest
 
 from tempsamp_fast.annotations import load_annotations
 from tempsamp_fast.answerer import Answerer
-from tempsamp_fast.eval import main
+from tempsamp_fast.eval import main, require_same_settings
 from tempsamp_fast.infer import infer
 from tempsamp_fast.score import score_rows
 
@@ -119,6 +119,14 @@ def test_other_settings_or_another_data_set_do_not_continue_it(
     path.write_text(json.dumps(entries))
     assert main(words("out")) == 2
     assert "answer.jsonl: line 1 answers another query of the id" in capsys.readouterr().err
+
+
+def test_a_folder_without_answers_takes_new_settings(tmp_path: Path) -> None:
+    require_same_settings(tmp_path, {"model": "a folder that holds none"})
+    require_same_settings(tmp_path, {"model": "another"})
+    (tmp_path / "answer.0.jsonl").touch()
+    with pytest.raises(ValueError, match="began with model 'another', now 'a third'"):
+        require_same_settings(tmp_path, {"model": "a third"})
 
 
 def test_sampled_answers_depend_on_their_seed_alone(words: Words, tmp_path: Path) -> None:

@@ -56,6 +56,21 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(trainer, without_times, tmp_p
     assert without_times(read_metrics(tmp_path / "cut")) == without_times(whole)
 
 
+def test_a_run_that_starts_from_adapters_compares_with_those(trainer, stepper, tmp_path: Path) -> None:
+    trainer.main(tmp_path / "first", "--phases", "sft:2", *LORA)
+    adapters = str(latest_checkpoint(tmp_path / "first")[0] / "model")
+    rows = stepper("--model", adapters, "--phases", "tempsamp:2", *LORA).steps()
+    assert rows[0]["policy/kl"] == pytest.approx(0, abs=1e-7) and rows[1]["policy/kl"] > 0
+    with pytest.raises(ValueError, match=r"lora_rank=0: the adapters in .* have rank 4"):
+        stepper("--model", adapters, "--phases", "tempsamp:2")
+
+
+def test_reinforcement_added_on_resuming_starts_from_what_the_adapters_had_learned(trainer, tmp_path: Path) -> None:
+    trainer.main(tmp_path / "run", "--phases", "sft:2", *LORA)
+    rows = trainer.main(tmp_path / "run", *LORA, "--phases", "sft:2,tempsamp:1", "--resume", str(tmp_path / "run"))
+    assert rows[2]["policy/kl"] == pytest.approx(0, abs=1e-7)
+
+
 def test_an_export_is_the_merged_model_and_loads_without_peft(trainer, tmp_path: Path) -> None:
     trainer.main(tmp_path / "run", "--phases", "sft:2", *LORA)
     export(tmp_path / "run", tmp_path / "merged", torch.float32)
