@@ -63,7 +63,9 @@ def _ratio_table(file: str, title: str, rows: dict[str, str]) -> str:
 
 def step_table() -> str:
     """The parts of a step against what users run otherwise, on a CPU."""
-    return _ratio_table("step_cpu.json", "against", STEP_ROWS)
+    memory = json.loads((RESULTS / "step_cpu.json").read_text())["results"]["peak_memory_of_the_update"]["ratio"]
+    table = _ratio_table("step_cpu.json", "against", STEP_ROWS)
+    return table + f"\n\nAt 8 answers the update needs {100 * memory:.0f} % of the memory of one row for each."
 
 
 def video_table() -> str:

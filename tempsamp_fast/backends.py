@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from tempsamp_fast.batch import Prompt
+from tempsamp_fast.engine import forward_of
 from tempsamp_fast.rollout import SampledAnswer, SamplingParams, generate
 
 
@@ -44,11 +45,11 @@ class PolicyBackend:
         max_tokens_per_row: int,
         cuda_graphs: bool = False,
     ) -> None:
-        self._synced = engine.zero_optimization_partition_weights()
+        self._policy = forward_of(engine)
+        self._synced = self._policy is engine
         if cuda_graphs and (self._synced or not torch.cuda.is_available()):
             lacking = "parameters that ZeRO does not partition (stage 3)" if self._synced else "a CUDA GPU"
             raise ValueError(f"cuda_graphs=True needs {lacking}; set it to False")
-        self._policy = engine if self._synced else engine.module
         self._options: dict[str, Any] = {
             "eos_token_ids": eos_token_ids,
             "banned_token_ids": banned_token_ids,

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from tempsamp_fast.batch import RolloutGroup
+from tempsamp_fast.ranks import num_ranks, of_all_ranks
 
 MIN_GAIN = 0.05
 """The share by which the largest load must fall for groups to travel: a video is tens of megabytes."""
@@ -19,10 +20,9 @@ def balance(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
 
     A rank may be left without a group. Every rank has to call this together.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if num_ranks() == 1:
         return list(groups)
-    num_tokens: list[list[int]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(num_tokens, [group.num_tokens for group in groups])
+    num_tokens = of_all_ranks([group.num_tokens for group in groups])
     rank, mine = dist.get_rank(), []
     # All ranks go through all transfers in one order, so that no two wait for each other.
     for sender, receivers in enumerate(new_owners(num_tokens)):

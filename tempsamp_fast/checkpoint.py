@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from tempsamp_fast.chat import Chat
 from tempsamp_fast.config import Config, DataConfig
 from tempsamp_fast.durable import PARTIAL, damage, partial_folder, publish, remove, require_space, seal, size_of, sync
-from tempsamp_fast.engine import barrier, is_first_rank, is_partitioned, whole_parameters
+from tempsamp_fast.engine import is_partitioned, save_engine, whole_parameters
 from tempsamp_fast.policy import Policy
+from tempsamp_fast.ranks import barrier, is_first_rank
 from tempsamp_fast.runlog import RECORDS, write_json
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def save_checkpoint(
     barrier()
     require_space(partial, _expected_size(run, policy), f"checkpoint {final.name}")
     try:
-        engine.save_checkpoint(str(partial / ENGINE), tag="state", exclude_frozen_parameters=config.model.lora_rank > 0)
+        save_engine(engine, partial / ENGINE, has_all_weights=not config.model.lora_rank)
         save_model(partial / MODEL, policy, chat, config.data)
         barrier()
         files = seal(partial)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tempsamp_fast.ranks import num_ranks, of_all_ranks
+
 PARTIAL = ".partial"
 Digests = dict[str, tuple[int, str]]
 """`{path inside the folder: (bytes, SHA-256)}`."""
@@ -27,12 +29,12 @@ def seal(folder: Path) -> Digests:
     Returns the digests of all files on every rank.
     """
     names: list[Any] = [_files(folder)]
-    if _num_ranks() > 1:
+    if num_ranks() > 1:
         dist.broadcast_object_list(names)
     own = {name: _digest(folder / name) for name in _own_share(names[0])}
     for name in own:
         sync(folder / name)
-    return {name: digest for part in _of_all_ranks(own) for name, digest in part.items()}
+    return {name: digest for part in of_all_ranks(own) for name, digest in part.items()}
 
 
 def damage(folder: Path, digests: Digests) -> list[str]:
@@ -44,7 +46,7 @@ def damage(folder: Path, digests: Digests) -> list[str]:
             own.append(f"{name} is missing")
         elif _digest(path) != tuple(digests[name]):
             own.append(f"{name} is not as it was written")
-    return [line for part in _of_all_ranks(own) for line in part]
+    return [line for part in of_all_ranks(own) for line in part]
 
 
 def publish(final: Path) -> None:
@@ -104,16 +106,4 @@ def _digest(path: Path) -> tuple[int, str]:
 
 
 def _own_share(names: Sequence[str]) -> Sequence[str]:
-    return names[dist.get_rank() :: _num_ranks()] if _num_ranks() > 1 else names
-
-
-def _of_all_ranks(own: Any) -> list[Any]:
-    if _num_ranks() == 1:
-        return [own]
-    gathered: list[Any] = [None] * _num_ranks()
-    dist.all_gather_object(gathered, own)
-    return gathered
-
-
-def _num_ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return names[dist.get_rank() :: num_ranks()] if num_ranks() > 1 else names

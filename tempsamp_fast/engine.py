@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from tempsamp_fast.config import Config, Phase, TrainConfig
 from tempsamp_fast.packing import PackedRow, idle_row
+from tempsamp_fast.ranks import is_first_rank, max_over_ranks
 from tempsamp_fast.stopwatch import Stopwatch
 
 STATE = "state"
 """DeepSpeed's tag of the only checkpoint in an engine folder."""
+Forward = Callable[..., Any]
+"""`(row, head) -> head(hidden, weight)`, as of `Policy`."""
 Head = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
 """`(hidden [M, H], lm_head weight [V, H]) -> (loss, metrics)`."""
 
@@ -52,31 +54,30 @@ def deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
     }
-    if train.deepspeed_config is None:
-        _check_offload(train.offload, generated)
-        return generated
-    packaged = Path(__file__).parent / "configs" / f"{train.deepspeed_config}.json"
-    try:
-        given = json.loads((packaged if packaged.is_file() else Path(train.deepspeed_config)).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"deepspeed_config={train.deepspeed_config!r}: {error}") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"deepspeed_config={train.deepspeed_config!r}: expected an object, found {given!r}")
-    merged = _merged(generated, given)
+    merged = _merged(generated, _given_settings(train.deepspeed_config))
     stage, accumulation = merged["zero_optimization"]["stage"], merged["gradient_accumulation_steps"]
     if stage not in (0, 1, 2, 3) or accumulation != 1:
         raise ValueError(
             f"deepspeed_config={train.deepspeed_config!r}: has ZeRO stage {stage} and gradient_accumulation_steps "
             f"{accumulation}; choose stage 0 to 3, and accumulate with --gradient_accumulation_steps"
         )
-    _check_offload(train.offload, merged)
+    least_stage = {"none": 0, "optimizer": 1, "all": 3}[train.offload]
+    if stage < least_stage:
+        raise ValueError(f"offload={train.offload!r}: needs --zero_stage {least_stage} or more; this run has {stage}")
     return merged
 
 
-def _check_offload(what: str, settings: dict[str, Any]) -> None:
-    stage, least = settings["zero_optimization"]["stage"], {"none": 0, "optimizer": 1, "all": 3}[what]
-    if stage < least:
-        raise ValueError(f"offload={what!r}: needs --zero_stage {least} or more; this run has {stage}")
+def _given_settings(name: str | None) -> dict[str, Any]:
+    if name is None:
+        return {}
+    packaged = Path(__file__).parent / "configs" / f"{name}.json"
+    try:
+        given = json.loads((packaged if packaged.is_file() else Path(name)).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"deepspeed_config={name!r}: {error}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"deepspeed_config={name!r}: expected an object, found {given!r}")
+    return given
 
 
 def _offload(what: str) -> dict[str, Any]:
@@ -103,7 +104,15 @@ def build_engine(policy: nn.Module, config: Config, dtype: torch.dtype, *, load_
     return engine
 
 
-def load_engine(engine: Any, folder: Path, allow_pickle: bool, has_all_weights: bool = True) -> None:
+def save_engine(engine: Any, folder: Path, has_all_weights: bool) -> None:
+    """Write the engine's state for `load_engine`; called by every rank.
+
+    has_all_weights: with the frozen weights too.
+    """
+    engine.save_checkpoint(str(folder), tag=STATE, exclude_frozen_parameters=not has_all_weights)
+
+
+def load_engine(engine: Any, folder: Path, allow_pickle: bool, has_all_weights: bool) -> None:
     """Load the engine's state as a checkpoint holds it, refusing pickles that would run code unless `allow_pickle`.
 
     has_all_weights: whether it was saved with the frozen weights too.
@@ -150,9 +159,9 @@ def is_partitioned(module: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
-def is_first_rank() -> bool:
-    """Whether this is rank 0, or the only process."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+def forward_of(engine: Any) -> Forward:
+    """The policy of an engine, or the engine itself where only that can gather partitioned parameters."""
+    return engine if engine.zero_optimization_partition_weights() else engine.module
 
 
 def whole_parameters(module: nn.Module) -> dict[str, Tensor]:
@@ -276,18 +285,3 @@ def _plain_gradient_norm(engine: Any) -> Tensor | None:
     if hasattr(engine.optimizer, "_global_grad_norm"):
         return None
     return nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-
-
-def barrier() -> None:
-    """Wait for every rank."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
-
-
-def max_over_ranks(number: int, device: torch.device) -> int:
-    """The largest of all ranks' numbers."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return number
-    largest = torch.tensor(number, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return int(largest)

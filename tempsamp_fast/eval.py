@@ -115,6 +115,7 @@ def evaluate(options: argparse.Namespace) -> str:
     from tempsamp_fast.answerer import Answerer
     from tempsamp_fast.checkpoint import read_video_settings
     from tempsamp_fast.evaluation import answer_row
+    from tempsamp_fast.ranks import barrier, of_all_ranks
     from tempsamp_fast.rollout import SamplingParams
 
     modes: list[Any] = options.mode.split("+")
@@ -136,13 +137,13 @@ def evaluate(options: argparse.Namespace) -> str:
         frames = {name: getattr(data, name) for name in HOW_FRAMES_ARE_TAKEN}
         settings = {"model": fingerprint(options.model), "annotations": options.annotations, "task": data.task}
         require_same_settings(options.output, settings | frames | dataclasses.asdict(params) | {"seed": options.seed})
-    _barrier(world_size)
+    barrier()
     answerer = Answerer(options.model, data, params, options.seed)
     rows_by_mode = {}
     for mode in modes:
         files = AnswerFiles(options.output, mode, rank)
         texts = files.read(samples)
-        _barrier(world_size)
+        barrier()
         done = len(texts)
         own = _share([sample for sample in samples if sample.sample_id not in texts], rank, world_size)
         for answers in answerer.answer_all(own, mode, options.batch_size):
@@ -150,14 +151,12 @@ def evaluate(options: argparse.Namespace) -> str:
             done += len(answers) * world_size
             if rank == 0:
                 print(f"{mode}: {min(done, len(samples))} of {len(samples)}", file=sys.stderr, flush=True)
-        skipped = [{str(path): reason for path, reason in answerer.loader.skipped.items()}] * world_size
-        if world_size > 1:
-            dist.all_gather_object(skipped, skipped[0])
+        skipped = of_all_ranks({str(path): reason for path, reason in answerer.loader.skipped.items()})
         if rank == 0:
             reasons = {path: reason for part in skipped for path, reason in part.items()}
             rows_by_mode[mode] = _all_rows(samples, files.read(samples), reasons, not options.untagged)
             files.merge(rows_by_mode[mode])
-        _barrier(world_size)
+        barrier()
     return _report(options, samples, rows_by_mode, data.task) if rank == 0 else ""
 
 
@@ -178,13 +177,6 @@ def _share(samples: Sequence[Sample], rank: int, world_size: int) -> list[Sample
     for sample in samples:
         by_video.setdefault(sample.video, []).append(sample)
     return [sample for queries in list(by_video.values())[rank::world_size] for sample in queries]
-
-
-def _barrier(world_size: int) -> None:
-    if world_size > 1:
-        import torch.distributed as dist
-
-        dist.barrier()
 
 
 def _all_rows(

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tempsamp_fast.engine import barrier, max_over_ranks
+from tempsamp_fast.ranks import barrier, max_over_ranks
 
 logger = logging.getLogger(__name__)
 

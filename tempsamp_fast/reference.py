@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from tempsamp_fast.config import Config
-from tempsamp_fast.engine import deepspeed_config, is_partitioned
+from tempsamp_fast.engine import Forward, deepspeed_config, forward_of, is_partitioned
 from tempsamp_fast.lora import as_reference
 from tempsamp_fast.policy import Policy
-
-Forward = Callable[..., Any]
-"""`(row, head) -> head(hidden, weight)`, as of `Policy`."""
-
-
-def forward_of(engine: Any) -> Forward:
-    """The policy of an engine, or the engine itself where only that can gather partitioned parameters."""
-    return engine if is_partitioned(engine.module) else engine.module
 
 
 def frozen_reference(policy: Policy, config: Config, dtype: torch.dtype, device: torch.device) -> Forward:

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch.distributed as dist
-
 from tempsamp_fast.evaluation import evaluate, write_rows
+from tempsamp_fast.ranks import of_all_ranks
 from tempsamp_fast.run import Run
 from tempsamp_fast.runlog import RunLog, write_json
 from tempsamp_fast.sample import Mode
@@ -59,8 +58,7 @@ class Results:
 
     def finish(self) -> None:
         """Print the table of all evaluations, keep it in RUN/summary.json, and draw the plots into RUN/plots."""
-        skipped: list[dict[Path, str]] = [{}] * self.run.world_size
-        dist.all_gather_object(skipped, self.run.loader.skipped)
+        skipped = of_all_ranks(self.run.loader.skipped)
         if self.run.rank != 0:
             return
         reasons = {path: reason for part in skipped for path, reason in part.items()}

@@ -9,7 +9,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tempsamp_fast.attention import packed_attention
@@ -17,6 +16,7 @@ from tempsamp_fast.batch import Prompt
 from tempsamp_fast.decoding import Decoder, GraphDecoder, next_token_logits
 from tempsamp_fast.kv_cache import PrefillAttention, SharedPrefixCache
 from tempsamp_fast.packing import PackedRow, pack_prompts
+from tempsamp_fast.ranks import max_over_ranks
 from tempsamp_fast.token_sampling import SampleNoise, SamplingParams, choose_tokens
 
 __all__ = ["SampledAnswer", "SamplingParams", "generate"]
@@ -99,7 +99,7 @@ def generate(
         for index in range(params.max_completion_length):
             tokens, logps = choose_tokens(logits, params, noise[answers.rows, index], banned)
             answers.append(index, tokens, logps)
-            if index + 1 == params.max_completion_length or not _on_any_rank(answers.unfinished, synced, logits.device):
+            if index + 1 == params.max_completion_length or not _most(answers.unfinished, synced, logits.device):
                 break
             keep = answers.retire(retire_share)
             if keep is not None:
@@ -161,7 +161,7 @@ def _prefill(policy: Any, prompts: Sequence[Prompt], config: Any, max_tokens_per
     parameter = next(policy.parameters())
     rows = pack_prompts(prompts, config=config, max_tokens_per_row=max_tokens_per_row)
     # Agreed upon before the first pass: a pass is a collective of its own under ZeRO-3.
-    num_passes = _most_of_any_rank(len(rows), synced, parameter.device)
+    num_passes = _most(len(rows), synced, parameter.device)
     attentions, logits = [], []
     core = getattr(policy, "module", policy).attention_core
     for row in rows:
@@ -180,13 +180,6 @@ def _next_positions(row: PackedRow) -> Tensor:
     return torch.stack([positions.max() + 1 for positions in prompts])
 
 
-def _on_any_rank(count: int, synced: bool, device: torch.device) -> bool:
-    return _most_of_any_rank(count, synced, device) > 0
-
-
-def _most_of_any_rank(count: int, synced: bool, device: torch.device) -> int:
-    if not synced:
-        return count
-    most = torch.tensor(count, device=device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return int(most)
+def _most(count: int, synced: bool, device: torch.device) -> int:
+    """Of all ranks where they go in step, else of this one."""
+    return max_over_ranks(count, device) if synced else count

@@ -27,7 +27,7 @@ from tempsamp_fast.checkpoint import (
 )
 from tempsamp_fast.config import Config, parse_phases
 from tempsamp_fast.device import training_device
-from tempsamp_fast.engine import build_engine, is_partitioned, learning_rate, load_engine, partitioned_loading
+from tempsamp_fast.engine import Forward, build_engine, is_partitioned, learning_rate, load_engine, partitioned_loading
 from tempsamp_fast.groups import RecordedRollouts, answer
 from tempsamp_fast.heartbeat import GracefulStop, Heartbeat
 from tempsamp_fast.loader import PromptLoader
@@ -37,7 +37,7 @@ from tempsamp_fast.nonfinite import SkippedSteps
 from tempsamp_fast.policy import Policy
 from tempsamp_fast.prefetch import Prefetch
 from tempsamp_fast.prompts import off_policy_text, question
-from tempsamp_fast.reference import Forward, adapter_reference, frozen_reference
+from tempsamp_fast.reference import adapter_reference, frozen_reference
 from tempsamp_fast.resume import check_same_run, facts_of
 from tempsamp_fast.rollout import SamplingParams
 from tempsamp_fast.runlog import RunLog, drop_rows_from

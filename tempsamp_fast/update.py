@@ -15,11 +15,11 @@ from torch import Tensor
 from tempsamp_fast.balance import balance
 from tempsamp_fast.batch import RolloutGroup
 from tempsamp_fast.config import AlgorithmConfig, Config, Method
-from tempsamp_fast.engine import RowsTooLargeError, in_step, optimizer_step
+from tempsamp_fast.engine import Forward, RowsTooLargeError, forward_of, in_step, optimizer_step
 from tempsamp_fast.flops import device_peak_flops, forward_flops
 from tempsamp_fast.loss import RowTargets, idle_loss, log_probs, policy_loss
 from tempsamp_fast.packing import PackedRow, pack
-from tempsamp_fast.reference import Forward, forward_of
+from tempsamp_fast.ranks import num_ranks, of_all_ranks
 from tempsamp_fast.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -116,8 +116,10 @@ def _update(
             if index == 0:
                 raise
             raise ValueError(f"out of memory in update {index + 1} of a batch; lower max_tokens_per_row") from error
-    combined = {"loss": 0.0} | combine(_of_all_ranks([metrics.as_dict() for metrics in row_metrics[: len(own_rows)]]))
-    combined["loss"] /= _num_ranks()  # each rank divides by its share of the step's answers
+    own_metrics = [metrics.as_dict() for metrics in row_metrics[: len(own_rows)]]
+    all_metrics = [metrics for of_rank in of_all_ranks(own_metrics) for metrics in of_rank]
+    combined = {"loss": 0.0} | combine(all_metrics)
+    combined["loss"] /= num_ranks()  # each rank divides by its share of the step's answers
     return (
         combined
         | {
@@ -142,7 +144,7 @@ def _utilisation(rows: Sequence[PackedRow], num_updates: int, engine: Any, watch
     MFU: three times the forward FLOPs of the rows over the time of forward and backward passes and the device's dense
     bf16 peak; nothing where the peak is not known.
     """
-    num_tokens = _mean_over_ranks(sum(row.num_tokens for row in rows), engine.device) * _num_ranks()
+    num_tokens = _mean_over_ranks(sum(row.num_tokens for row in rows), engine.device) * num_ranks()
     found = {"perf/tokens_per_s": num_tokens / watch.total()["time/step_s"]}
     peak = device_peak_flops(engine.device)
     if peak is not None:
@@ -176,11 +178,11 @@ def _log_probs(forward: Forward, rows: Sequence[PackedRow], config: Config, devi
 
 
 def _mean_over_ranks(number: float, device: torch.device) -> float:
-    if _num_ranks() == 1:
+    if num_ranks() == 1:
         return float(number)
     total = torch.tensor(float(number), device=device)
     dist.all_reduce(total)
-    return float(total) / _num_ranks()
+    return float(total) / num_ranks()
 
 
 def combine(parts: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -205,19 +207,7 @@ def combine(parts: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def mean_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
     """Every metric averaged over the ranks that have it."""
-    parts = _of_all_ranks([metrics])
+    parts = of_all_ranks(metrics)
     names = dict.fromkeys(name for part in parts for name in part)
     having = {name: [part[name] for part in parts if name in part] for name in names}
     return {name: sum(values) / len(values) for name, values in having.items()}
-
-
-def _of_all_ranks(parts: list[dict[str, float]]) -> list[dict[str, float]]:
-    if _num_ranks() == 1:
-        return parts
-    gathered: list[list[dict[str, float]]] = [[]] * _num_ranks()
-    dist.all_gather_object(gathered, parts)
-    return [part for rank in gathered for part in rank]
-
-
-def _num_ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

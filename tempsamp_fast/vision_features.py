@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from tempsamp_fast.batch import Prompt, VideoPatches
-from tempsamp_fast.engine import max_over_ranks
+from tempsamp_fast.engine import forward_of
 from tempsamp_fast.packing import idle_video
+from tempsamp_fast.ranks import max_over_ranks
 
 
 @torch.no_grad()
@@ -27,8 +28,7 @@ def with_vision_features(policy: Any, prompts: Sequence[Prompt]) -> list[Prompt]
     if not module.has_frozen_tower:
         raise ValueError("with_vision_features needs a frozen vision tower, and this one is trained")
     device = next(module.parameters()).device
-    is_partitioned = module is not policy and policy.zero_optimization_partition_weights()
-    forward = policy if is_partitioned else module
+    forward = module if module is policy else forward_of(policy)
 
     def encoded(video: VideoPatches) -> VideoPatches:
         pixels = video.pixel_values
@@ -36,7 +36,7 @@ def with_vision_features(policy: Any, prompts: Sequence[Prompt]) -> list[Prompt]
         return replace(video, pixel_values=pixels.new_empty(0, pixels.shape[1]), features=features)
 
     missing = {id(prompt.video): prompt.video for prompt in prompts if prompt.video.features is None}
-    num_passes = max_over_ranks(len(missing), device) if is_partitioned else len(missing)
+    num_passes = len(missing) if forward is module else max_over_ranks(len(missing), device)
     made = {key: encoded(video) for key, video in missing.items()}
     for _ in range(num_passes - len(missing)):
         encoded(idle_video(module.config))

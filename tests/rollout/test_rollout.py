@@ -201,7 +201,8 @@ def test_synced_ranks_make_as_many_passes_as_the_busiest(tiny, monkeypatch: pyte
     longest = max(len(answer.ids) for group in expected for answer in group)
     assert longest < PARAMS.max_completion_length
     other_rank = iter([5, *[1] * PARAMS.max_completion_length])
-    monkeypatch.setattr("tempsamp_fast.rollout.dist.all_reduce", lambda tensor, op: tensor.clamp_(min=next(other_rank)))
+    monkeypatch.setattr("tempsamp_fast.ranks.num_ranks", lambda: 2)
+    monkeypatch.setattr("tempsamp_fast.ranks.dist.all_reduce", lambda tensor, op: tensor.clamp_(min=next(other_rank)))
     calls = []
     policy.register_forward_pre_hook(lambda *_: calls.append(1))
     answers = sample(policy, prompts, 2, eos_token_ids=ends, synced=True)

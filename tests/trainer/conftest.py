@@ -17,6 +17,7 @@ import deepspeed
 import pytest
 import torch
 
+from tempsamp_fast import loader
 from tempsamp_fast.advantage import assign_advantages
 from tempsamp_fast.annotations import load_annotations
 from tempsamp_fast.arguments import parse_args
@@ -81,7 +82,7 @@ class RankServer:
         if self._server is None:
             self._server = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("rank_server.py"))],
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -236,3 +237,17 @@ def without_times() -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
 
 def _without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if not name.startswith(("time/", "perf/"))} for row in rows]
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Every file that is decoded, as often as it is."""
+    paths: list[Path] = []
+    load_videos = loader.load_videos
+
+    def counting(requests, *arguments, **options):
+        paths.extend(path for path, _ in requests)
+        return load_videos(requests, *arguments, **options)
+
+    monkeypatch.setattr(loader, "load_videos", counting)
+    return paths

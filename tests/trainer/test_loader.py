@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,20 +15,6 @@ from tempsamp_fast.loader import PromptLoader
 from tempsamp_fast.run import Run
 
 SHORT = ("--phases", "sft:1")
-
-
-@pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
-    """Every file that is decoded, as often as it is."""
-    paths: list[Path] = []
-    load_videos = loader.load_videos
-
-    def counting(requests, *arguments, **options):
-        paths.extend(path for path, _ in requests)
-        return load_videos(requests, *arguments, **options)
-
-    monkeypatch.setattr(loader, "load_videos", counting)
-    yield paths
 
 
 def training_prompts(run: Run, source: PromptLoader, num_prompts: int) -> list[Prompt]:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tempsamp_fast import loader
 from tempsamp_fast.batch import Prompt
 from tempsamp_fast.loader import PromptLoader, crop
 from tempsamp_fast.packing import pack
@@ -71,20 +70,6 @@ def test_a_trained_tower_sees_each_group_once_per_pass(stepper, patches_seen) ->
     seen.clear()
     one.run.update(at, [replace(group, advantages=torch.tensor([1.0, 0.0, -1.0])) for group in groups])
     assert sum(seen) == sum(videos)
-
-
-@pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Every file that is decoded, as often as it is."""
-    paths: list[Path] = []
-    load_videos = loader.load_videos
-
-    def counting(requests, *arguments, **options):
-        paths.extend(path for path, _ in requests)
-        return load_videos(requests, *arguments, **options)
-
-    monkeypatch.setattr(loader, "load_videos", counting)
-    return paths
 
 
 @pytest.mark.parametrize("memory_gib", ["1", "0"])

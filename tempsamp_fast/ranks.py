@@ -1,0 +1,42 @@
+"""What ranks tell each other; in a single process, whatever it knows itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def num_ranks() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first_rank() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if num_ranks() > 1:
+        dist.barrier()
+
+
+def max_over_ranks(number: int, device: torch.device) -> int:
+    """The largest of all ranks' numbers."""
+    if num_ranks() == 1:
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def of_all_ranks(own: Any) -> list[Any]:
+    """Every rank's own object, by rank; each must pickle."""
+    if num_ranks() == 1:
+        return [own]
+    gathered: list[Any] = [None] * num_ranks()
+    dist.all_gather_object(gathered, own)
+    return gathered
