@@ -49,18 +49,25 @@ COMMON: dict[str, object] = {
     "lr_schedule": "constant",
     "max_completion_length": 24,
     "eval_modes": "answer",
+    "eval_batch_size": 256,
 }
-BASE: dict[str, object] = {"phases": "sft:3000@1e-3", "lr_schedule": "cosine", "seed": 9000}
-"""The base model, one for all seeds as a published checkpoint would be: trained on the easy videos."""
-COLD_START: dict[str, object] = {"phases": "sft:200@3e-4", "lr_schedule": "cosine"}
-"""From the base model to a seed's cold start, on the hard videos."""
+BASE: dict[str, object] = {
+    "phases": "sft:1500@1e-3,sft/answer+think:100@3e-4",
+    "lr_schedule": "cosine",
+    "max_completion_length": 64,
+    "seed": 9000,
+}
+"""The base model, one for all seeds as a published checkpoint would be: it looks at easy videos, and has seen how
+thoughts are written."""
+COLD_START: dict[str, object] = {"phases": "sft:30@3e-4", "lr_schedule": "cosine"}
+"""From the base model to a seed's cold start, on the hard videos: short, so that few sampled answers hit."""
 COLD_START_SEED = 1000
 """Added to a run's seed: the cold start takes the training samples in an order of its own."""
 
-STAGES = (40, 40, 40, 40, 40)
-STAGE_SHARES = (1.0, 1.0, 1.0, 0.5, 0.2)
+STAGES = (30, 30, 30, 30)
+STAGE_SHARES = (1.0, 1.0, 1.0, 0.3)
 """Training is cut into stages of so many steps, each at its share of the learning rate, an evaluation after each."""
-PILOT_RATES = (1e-4, 3e-4, 1e-3)
+PILOT_RATES = (1e-4, 3e-4, 6e-4)
 PILOT_SEED = 100
 
 CORE_GROUP_SIZE = 4
@@ -143,9 +150,9 @@ def _core(rate: float) -> Iterator[PlannedRun]:
 
 def _hybrid(rate: float) -> Iterator[PlannedRun]:
     modes = {
-        "answer only": ["answer"] * 5,
-        "think only": ["think"] * 5,
-        "hybrid": ["answer", "answer", "think", "think", "think"],
+        "answer only": ["answer"] * 4,
+        "think only": ["think"] * 4,
+        "hybrid": ["answer", "answer", "think", "think"],
     }
     shared = {"eval_modes": "answer+think", "max_completion_length": 64, "shaping": "nonlinear", "num_generations": 4}
     for seed in EXPLORATORY_SEEDS:
