@@ -234,8 +234,8 @@ def _hybrid(results: Results) -> str:
     header = ["trained", "asked", "seeds", *map(_title, TABLED), "parsed", "format reward, first to last of training"]
     return (
         "## Hybrid chain of thought (exploratory)\n\nTempSamp-R1, nonlinear, from the same cold starts, which saw "
-        "think prompts in the base model only. The oracle takes the better of both answers by looking at the truth: an upper bound, not a result.\n\n"
-        + table(header, rows)
+        "think prompts in the base model only. The oracle takes the better of both answers by looking at the truth: an "
+        "upper bound, not a result.\n\n" + table(header, rows)
     )
 
 
