@@ -1,4 +1,4 @@
-"""Published annotation files, each read into a list of samples; an error names the place and the value."""
+"""Published annotation files, each read into samples; an error names the place and the value."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -22,31 +22,63 @@ logger = logging.getLogger(__name__)
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi")
 
 
+@dataclass(frozen=True)
+class Annotations:
+    """What an annotation file holds."""
+
+    samples: list[Sample]
+    """In file order."""
+    dropped: list[str]
+    """Why a query is not among them, a line for each that names the file and the place."""
+
+
 def load_annotations(path: str | Path, videos: str | Path | None = None, format: str = "auto") -> list[Sample]:
-    """The samples of the annotation file `path`, in file order.
+    """The samples of `read_annotations`; how many queries were dropped and how many windows end late is logged once.
+
+    Raises as `read_annotations` does.
+    """
+    annotations = read_annotations(path, videos, format)
+    if annotations.dropped:
+        num_queries = len(annotations.samples) + len(annotations.dropped)
+        dropped, first = len(annotations.dropped), annotations.dropped[0]
+        logger.warning("%s: dropped %d of %d queries, the first: %s", path, dropped, num_queries, first)
+    _log_late_ends(Path(path), annotations.samples)
+    return annotations.samples
+
+
+def read_annotations(path: str | Path, videos: str | Path | None = None, format: str = "auto") -> Annotations:
+    """The samples of the annotation file `path`, and what of it had to be dropped.
 
     `format` is a name of `FORMATS` or `auto`, which tells them apart by their suffix and keys. `Sample.video` is the
     file `find_video` sees in the folder `videos`, or `<videos>/<id>.mp4` where it sees none: reading annotations needs
-    no videos. A window that ends beyond the video is kept, and their number is logged once.
+    no videos. A window that ends beyond the video is kept as it is, as the evaluations of the paper's lineage do.
+
+    Dropped, as published loaders do, are queries that are empty, have no window or a video of no length, and those with
+    a window that starts before 0 or not before the video's end, or does not end after its start.
 
     Raises FileNotFoundError for a missing file, and ValueError naming the file, the video, the field and the value for
-    malformed JSON, a missing field, a wrong type, an id that comes twice, an empty query, a path that leaves `videos`,
-    or a window that is not finite, starts before 0 or not before the video's end, or does not end after its start.
+    malformed JSON, a missing field, a wrong type, a number that is not finite, an id that comes twice, or a path that
+    leaves `videos`; also where nothing is left.
     """
     path = Path(path)
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"format {format!r}: choose from auto, {', '.join(FORMATS)}")
     reader = FORMATS[_detect_format(path) if format == "auto" else format]
     folder = Path(videos) if videos is not None else None
-    samples: dict[str, Sample] = {}
+    ids: set[str] = set()
+    samples, dropped = [], []
     for record in reader(path):
-        if record.sample_id in samples:
+        if record.sample_id in ids:
             raise ValueError(f"{record.place}: a sample of id {record.sample_id!r} came before")
-        samples[record.sample_id] = _sample(record, folder)
+        ids.add(record.sample_id)
+        try:
+            samples.append(_sample(record, folder))
+        except _UnusableQuery as reason:
+            dropped.append(str(reason))
     if not samples:
-        raise ValueError(f"{path}: no annotated query in it")
-    _log_late_ends(path, samples.values())
-    return list(samples.values())
+        reason = f"; dropped {len(dropped)}, the first: {dropped[0]}" if dropped else ""
+        raise ValueError(f"{path}: no annotated query in it{reason}")
+    return Annotations(samples, dropped)
 
 
 def find_video(folder: str | Path, video_id: str) -> Path | None:
@@ -78,17 +110,21 @@ class _Record:
     difficulty: Any = None
 
 
+class _UnusableQuery(ValueError):
+    """Well-formed, but nothing to learn from or to be tested on."""
+
+
 def _sample(record: _Record, folder: Path | None) -> Sample:
     place = record.place
     duration_s = _number(place, "duration", record.duration)
     if duration_s <= 0:
-        raise ValueError(f"{place}: duration {duration_s} is not positive")
+        raise _UnusableQuery(f"{place}: duration {duration_s} is not positive")
     query = _typed(place, "query", record.query, str)
     if not normalise_query(query):
-        raise ValueError(f"{place}: query {query!r} is empty")
+        raise _UnusableQuery(f"{place}: query {query!r} is empty")
     windows = _typed(place, "windows", record.windows, list)
     if not windows:
-        raise ValueError(f"{place}: no true window")
+        raise _UnusableQuery(f"{place}: no true window")
     try:
         missing = Path(folder or "", _file_names(record.video_id)[0])
     except ValueError as error:
@@ -109,11 +145,11 @@ def _window(place: str, window: Any, duration_s: float) -> Span:
         raise ValueError(f"{place}: window {window!r} is not a pair of start and end")
     start, end = (_number(place, f"window {window!r}", time) for time in window)
     if start < 0:
-        raise ValueError(f"{place}: window {window!r} starts before 0")
+        raise _UnusableQuery(f"{place}: window {window!r} starts before 0")
     if end <= start:
-        raise ValueError(f"{place}: window {window!r} does not end after its start")
+        raise _UnusableQuery(f"{place}: window {window!r} does not end after its start")
     if start >= duration_s:
-        raise ValueError(f"{place}: window {window!r} starts at or beyond the duration {duration_s}")
+        raise _UnusableQuery(f"{place}: window {window!r} starts at or beyond the duration {duration_s}")
     return start, end
 
 
@@ -138,7 +174,7 @@ def _get(place: str, fields: dict[str, Any], *names: str) -> Any:
     raise ValueError(f"{place}: no field {' or '.join(map(repr, names))}, only {', '.join(fields)}")
 
 
-def _log_late_ends(path: Path, samples: Collection[Sample]) -> None:
+def _log_late_ends(path: Path, samples: Sequence[Sample]) -> None:
     num_windows = sum(len(sample.windows) for sample in samples)
     num_late = sum(end > sample.duration_s for sample in samples for _, end in sample.windows)
     if num_late:
@@ -228,8 +264,6 @@ def _read_timelens(path: Path) -> Iterator[_Record]:
         place = f"{place}, video {videos[0]!r}"
         answer = _typed(place, "answer", _get(place, row, "answer"), str)
         windows = [list(span) for span in parse_spans(answer)]
-        if not windows:
-            raise ValueError(f"{place}: answer {answer!r} has no `<answer> start to end </answer>`")
         query, duration = _get(place, row, "problem"), _get(place, row, "duration")
         yield _Record(
             place, f"{videos[0]}/{number}", videos[0], query, duration, windows, difficulty=row.get("difficulty")

@@ -10,9 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tempsamp_fast.annotations import load_annotations
+from tempsamp_fast.annotations import Annotations, read_annotations
 from tempsamp_fast.catalogue import DATASETS, Dataset, find_annotations
-from tempsamp_fast.sample import Sample
 from tempsamp_fast.video import VideoError, frames
 from tempsamp_fast.video.torchcodec_backend import open_decoder, shown_span
 
@@ -27,16 +26,20 @@ class Findings:
 
     num_videos: int
     num_queries: int
+    """Dropped ones included, as in the published counts."""
     num_late_ends: int
     """Windows that end beyond the annotated duration: common in the published files, not a problem."""
+    dropped: list[str]
+    """Queries left out as `read_annotations` does, a line for each: the published files have some, not a problem."""
     problems: dict[str, list[str]] = field(default_factory=dict)
 
 
-def check(samples: Sequence[Sample], dataset: Dataset) -> Findings:
-    """Look at every video of `samples`: is it there, do its first and last frame decode, is it as long as annotated?"""
+def check(annotations: Annotations, dataset: Dataset) -> Findings:
+    """Look at every sample's video: is it there, do its first and last frame decode, is it as long as annotated?"""
+    samples, dropped = annotations.samples, annotations.dropped
     by_video = {sample.video: sample for sample in samples}
     late_ends = sum(end > sample.duration_s for sample in samples for _, end in sample.windows)
-    findings = Findings(len(by_video), len(samples), late_ends)
+    findings = Findings(len(by_video), len(samples) + len(dropped), late_ends, dropped)
     findings.problems["counts"] = [
         f"{found} {name}, published are {published}"
         for name, found, published in (
@@ -73,14 +76,14 @@ def _agree(length_s: float, annotated_s: float) -> bool:
 
 
 def describe(findings: Findings, num_shown: int) -> str:
-    """The findings as text, the first `num_shown` of each kind of problem by name."""
+    """The findings as text, the first `num_shown` of each kind by name."""
     lines = [f"{findings.num_videos} videos, {findings.num_queries} queries"]
     lines.append(f"{findings.num_late_ends} windows end beyond the annotated duration (kept as they are)")
-    for kind, problems in findings.problems.items():
-        lines.append(f"{kind}: {len(problems) or 'ok'}")
-        lines += [f"  {problem}" for problem in problems[:num_shown]]
-        if len(problems) > num_shown:
-            lines.append(f"  and {len(problems) - num_shown} more (--show)")
+    for kind, listed in {"dropped": findings.dropped, **findings.problems}.items():
+        lines.append(f"{kind}: {len(listed) or ('none' if kind == 'dropped' else 'ok')}")
+        lines += [f"  {line}" for line in listed[:num_shown]]
+        if len(listed) > num_shown:
+            lines.append(f"  and {len(listed) - num_shown} more (--show)")
     return "\n".join(lines)
 
 
@@ -94,14 +97,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument(
         "--annotations", type=Path, help="annotation file; default: its usual name in or above --videos"
     )
-    command.add_argument("--show", type=int, default=10, help="problems of each kind to name")
+    command.add_argument("--show", type=int, default=10, help="findings of each kind to name")
     options = parser.parse_args(arguments)
     dataset = DATASETS[options.name]
     try:
         if not options.videos.is_dir():
             raise ValueError(f"--videos {options.videos}: no such folder")
         annotations = options.annotations or find_annotations(dataset, options.videos)
-        findings = check(load_annotations(annotations, options.videos), dataset)
+        findings = check(read_annotations(annotations, options.videos), dataset)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     print(describe(findings, options.show))

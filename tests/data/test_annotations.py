@@ -1,4 +1,4 @@
-"""Annotation files: every published form loads, every flaw is an error that names the place."""
+"""Annotation files: every published form loads, every flaw is named with its place."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tempsamp_fast.annotations import find_video, load_annotations
+from tempsamp_fast.annotations import find_video, load_annotations, read_annotations
 
 SHARED = Path(os.environ.get("TEMPSAMP_SHARED", Path(__file__).parents[3] / "shared/data")) / "annotations"
 
@@ -132,18 +132,13 @@ def test_timelens_bench(written):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"timestamps": [[6.9, 6.9]]}, r"\[6\.9, 6\.9\] does not end after its start"),
-        ({"timestamps": [[33.75, 40.0]]}, r"starts at or beyond the duration 33\.75"),
-        ({"timestamps": [[-1, 4]]}, r"\[-1, 4\] starts before 0"),
         ({"timestamps": [[0, float("nan")]]}, "has nan, expected a finite number"),
         ({"timestamps": [[0, "6.9"]]}, "has '6.9', expected a finite number"),
         ({"timestamps": [[0, True]]}, "has True, expected a finite number"),
         ({"timestamps": [[1, 2, 3]]}, r"\[1, 2, 3\] is not a pair"),
         ({"timestamps": {}}, r"timestamps is {}, expected a list"),
         ({"timestamps": []}, "1 sentences but 0 timestamps"),
-        ({"duration": 0}, r"duration 0\.0 is not positive"),
         ({"duration": None}, "duration has None"),
-        ({"sentences": [" . "]}, r"query ' \. ' is empty"),
         ({"sentences": [3]}, "query is 3, expected a str"),
     ],
 )
@@ -154,9 +149,58 @@ def test_a_flaw_is_an_error_naming_file_video_and_value(written, changes, messag
 
 
 @pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"timestamps": [[6.9, 6.9]]}, "window [6.9, 6.9] does not end after its start"),
+        ({"timestamps": [[33.75, 40.0]]}, "window [33.75, 40.0] starts at or beyond the duration 33.75"),
+        ({"timestamps": [[-1, 4]]}, "window [-1, 4] starts before 0"),
+        ({"duration": 0}, "duration 0.0 is not positive"),
+        ({"sentences": [" . "]}, "query ' . ' is empty"),
+    ],
+)
+def test_an_unusable_query_is_dropped_with_its_reason_and_logged_once(written, caplog, changes, reason):
+    path = written("a.json", {**captions(**changes), "AB2": captions()["AB1"], "AB3": captions(**changes)["AB1"]})
+    annotations = read_annotations(path)
+    assert [sample.video_id for sample in annotations.samples] == ["AB2"]
+    assert annotations.dropped == [f"{path}: video '{name}', query 0: {reason}" for name in ("AB1", "AB3")]
+    assert not caplog.records
+    assert [sample.video_id for sample in load_annotations(path)] == ["AB2"]
+    assert [record.message for record in caplog.records] == [
+        f"{path}: dropped 2 of 3 queries, the first: {annotations.dropped[0]}"
+    ]
+
+
+@pytest.mark.parametrize(
+    "rows, reason",
+    [
+        ([qv_row(), qv_row(qid=8, relevant_windows=[])], "no true window"),
+        ([qv_row(), qv_row(qid=8, relevant_windows=[[2, 6], [10, 12]])], "[10, 12] starts at or beyond the duration"),
+        ([timelens_row(), timelens_row(answer="soon")], "no true window"),
+        ([timelens_row(), timelens_row(answer="<answer> 9 to 8 </answer>")], "does not end after its start"),
+    ],
+)
+def test_rows_without_a_valid_span_are_dropped(written, rows, reason):
+    annotations = read_annotations(written("a.jsonl", rows))
+    assert len(annotations.samples) == 1
+    (dropped,) = annotations.dropped
+    assert "a.jsonl: line 2, video" in dropped and reason in dropped
+
+
+def test_a_charades_line_beyond_the_video_is_dropped_and_the_other_ids_stay(written):
+    written("Charades_v1_test.csv", "id,length\nAB1,30\n")
+    lines = ["AB1 1 2##one", "AB1 30.1 31##two", "AB1 3 4##three"]
+    samples = load_annotations(written("a.txt", "\n".join(lines)))
+    assert [sample.sample_id for sample in samples] == ["AB1/1", "AB1/3"]
+
+
+def test_a_file_of_which_nothing_is_left_is_an_error_with_the_first_reason(written):
+    with pytest.raises(ValueError, match=r"a\.json: no annotated query.*dropped 1, .*video 'AB1'.*starts before 0"):
+        load_annotations(written("a.json", captions(timestamps=[[-1, 4]])))
+
+
+@pytest.mark.parametrize(
     "changes, message",
     [
-        ({"relevant_windows": []}, "no true window"),
         ({"relevant_clip_ids": [1]}, "1 relevant_clip_ids but 2 saliency_scores"),
         ({"relevant_clip_ids": [1, 5]}, "relevant_clip_ids has 5"),
         ({"saliency_scores": [[1], [9]]}, r"saliency_scores has \[9\]"),
@@ -177,7 +221,6 @@ def test_a_flawed_highlight_row_is_an_error_naming_the_line(written, changes, me
         ("a.json", '{"AB1": {}}', r"video 'AB1': no field 'sentences'"),
         ("a.json", "{}", "no annotated query"),
         ("a.jsonl", '{"qid": 1}\n{', r"line 1: no field 'vid'"),
-        ("a.jsonl", json.dumps(timelens_row(answer="soon")), "answer 'soon' has no"),
         ("a.jsonl", json.dumps(timelens_row(videos=[])), r"videos is \[\]"),
         ("a.txt", "AB1 1 2 a person", "is not `VIDEO start end##sentence`"),
     ],

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from tempsamp_fast.annotations import load_annotations
+from tempsamp_fast.annotations import read_annotations
 from tempsamp_fast.catalogue import DATASETS, Dataset
 from tempsamp_fast.data import check, main
 
@@ -31,8 +31,8 @@ def folder(tmp_path_factory):
 
 
 def test_each_kind_of_problem_names_its_video(folder):
-    samples = load_annotations(folder.parent / "charades_test.json", folder)
-    findings = check(samples, Dataset((), num_videos=5, num_queries=6))
+    annotations = read_annotations(folder.parent / "charades_test.json", folder)
+    findings = check(annotations, Dataset((), num_videos=5, num_queries=6))
     assert (findings.num_videos, findings.num_queries, findings.num_late_ends) == (5, 5, 4)
     assert findings.problems["counts"] == ["5 queries, published are 6"]
     assert findings.problems["missing"] == [str(folder / "gone.mp4")]
@@ -58,6 +58,19 @@ def test_command_line_exits_with_0_when_all_is_well(folder, tmp_path, monkeypatc
     with pytest.raises(SystemExit, match="0"):
         main(["check", "charades-test", "--videos", str(folder), "--annotations", str(annotations)])
     assert "missing: ok" in capsys.readouterr().out
+
+
+def test_dropped_queries_are_listed_and_counted_but_no_problem(folder, tmp_path, monkeypatch, capsys):
+    annotations = tmp_path / "a.json"
+    entry = {"duration": 3.0, "timestamps": [[0.5, 2.5], [3.0, 4.0], [2.0, 1.0]], "sentences": ["a", "b", "c"]}
+    annotations.write_text(json.dumps({"good": entry}))
+    monkeypatch.setitem(DATASETS, "charades-test", Dataset((), 1, 3))
+    with pytest.raises(SystemExit, match="0"):
+        main(["check", "charades-test", "--videos", str(folder), "--annotations", str(annotations), "--show", "1"])
+    printed = capsys.readouterr().out
+    assert "1 videos, 3 queries" in printed and "counts: ok" in printed and "dropped: 2" in printed
+    assert f"{annotations}: video 'good', query 1: window [3.0, 4.0] starts at or beyond the duration 3.0" in printed
+    assert "and 1 more" in printed
 
 
 @pytest.mark.parametrize(
