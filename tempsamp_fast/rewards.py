@@ -24,7 +24,8 @@ _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.IGNORECASE | 
 
 # Seconds, MM:SS or HH:MM:SS, perhaps with a unit. The pair must not be part of a longer number or word.
 _TIME = r"(\d+(?::[0-5]?\d){0,2}(?:\.\d+)?)\s*(?:seconds?|secs?|s)?"
-_PAIR = re.compile(rf"(?<![\w.:-]){_TIME}\s*(?:to|and|[-–])\s*{_TIME}(?![\w:]|\.\d)", re.IGNORECASE | re.ASCII)
+# Looked ahead at, so that pairs that share a time are all found.
+_PAIR = re.compile(rf"(?<![\w.:-])(?=({_TIME}\s*(?:to|and|[-–])\s*{_TIME})(?![\w:]|\.\d))", re.IGNORECASE | re.ASCII)
 
 _THINK_THEN_ANSWER = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.IGNORECASE | re.DOTALL)
 
@@ -40,11 +41,17 @@ def answer_text(text: str, require_tags: bool = True) -> str:
 def parse_spans(text: str, require_tags: bool = True) -> list[Span]:
     """Every `A to B`, `A and B` or `A - B` of the last answer block, in order.
 
-    Times are seconds, MM:SS or HH:MM:SS, never rounded; a pair whose end is not after its start is returned as written.
-    `require_tags=False` reads the whole text where there is no answer block.
+    Of pairs that share a time, as in `5 and 12 to 20`, the later one counts. Times are seconds, MM:SS or HH:MM:SS,
+    never rounded; a pair whose end is not after its start is returned as written. `require_tags=False` reads the whole
+    text where there is no answer block.
     """
-    pairs = [(_seconds(start), _seconds(end)) for start, end in _PAIR.findall(answer_text(text, require_tags))]
-    return [(start, end) for start, end in pairs if math.isfinite(start) and math.isfinite(end)]
+    spans: list[Span] = []
+    free_until = math.inf
+    for pair in reversed(list(_PAIR.finditer(answer_text(text, require_tags)))):
+        if pair.end(1) <= free_until:
+            spans.append((_seconds(pair[2]), _seconds(pair[3])))
+            free_until = pair.start()
+    return [span for span in reversed(spans) if all(map(math.isfinite, span))]
 
 
 def parse_span(text: str, require_tags: bool = True) -> Span | None:

@@ -18,6 +18,9 @@ from tempsamp_fast.rewards import parse_highlights, parse_span, parse_spans
         ("<answer>1 to 2</answer> no, <answer>3 to 4</answer>", (3, 4)),
         ("<answer>1 to 2, or rather 3 to 4</answer>", (3, 4)),
         ("<answer> 1 to 2 <answer> 3 to 4 </answer>", (3, 4)),
+        ("<answer>5 and 12 to 20</answer>", (12, 20)),
+        ("<answer>1 to 2 and 3 to 4</answer>", (3, 4)),
+        ("<answer>1 to 2, 5 and 0:12 - 20 s</answer>", (12, 20)),
         ("<answer>\n0.123456789 to 0.2\n</answer>", (0.123456789, 0.2)),
         ("<answer>9 to 5</answer>", (9, 5)),
         ("<answer>1 to 2</answer> <answer>soon</answer>", None),
@@ -43,6 +46,20 @@ def test_tags_can_be_optional():
 
 def test_every_pair_is_read_in_order():
     assert parse_spans("9 to 10 <answer>1 to 2, 3.5 to 4; 0:05 - 0:07</answer>") == [(1, 2), (3.5, 4), (5, 7)]
+
+
+@given(
+    st.lists(st.integers(0, 99), min_size=2, max_size=9),
+    st.lists(st.sampled_from([" to ", " and ", " - ", ", ", " s to ", " seconds. "]), min_size=8, max_size=8),
+)
+def test_the_last_two_neighbours_that_are_joined_are_the_span(times, separators):
+    """And the spans of an answer share no time."""
+    text = str(times[0]) + "".join(f"{word}{time}" for word, time in zip(separators, times[1:], strict=False))
+    joined = [i for i in range(len(times) - 1) if separators[i].strip() in ("to", "and", "-", "s to")]
+    expected = (times[joined[-1]], times[joined[-1] + 1]) if joined else None
+    assert parse_span(f"<answer>{text}</answer>") == expected
+    spans = parse_spans(f"<answer>{text}</answer>")
+    assert len(spans) * 2 <= len(times) and len(spans) >= len(joined) / 2
 
 
 @given(st.text(alphabet="<answer>/ 0123456789.:to-and\n", max_size=200))
