@@ -56,10 +56,10 @@ def window_average_precision(predicted: Sequence[Span], windows: Sequence[Span],
     """AP of the windows predicted for one query, most confident first, at one IoU threshold.
 
     As in moment_detr's standalone evaluation: at most 10 predictions count; each takes the free true window it overlaps
-    most and is right if that IoU reaches the threshold; AP is the area under precision over recall, precision made
-    non-increasing. Nothing predicted scores 0 (there such queries are left out of the mean).
+    most (on a tie the last one) and is right if that IoU reaches the threshold; AP is the area under precision over
+    recall, precision made non-increasing. Nothing predicted scores 0 (there such queries are left out of the mean).
     """
-    free = list(windows)
+    free = list(reversed(windows))
     hits = []
     for span in predicted[:MAX_WINDOWS]:
         best = max(free, key=lambda window: temporal_iou(span, window), default=None)

@@ -72,6 +72,12 @@ def test_a_second_hit_on_a_taken_window_goes_to_the_next_free_one_it_overlaps_en
     assert window_average_precision([(0, 10), (0, 10)], [(0, 10), (0, 8)], 0.5) == 1
 
 
+def test_of_windows_overlapped_alike_the_last_one_is_taken():
+    """Only the first one is left for the other prediction, as in moment_detr's evaluation; half of each is hit."""
+    assert window_average_precision([(0, 10), (5, 10)], [(0, 5), (5, 10)], 0.5) == 0.5
+    assert window_average_precision([(0, 10), (0, 5)], [(0, 5), (5, 10)], 0.5) == 1
+
+
 def test_moment_retrieval_map_averages_thresholds_and_queries():
     """IoU 0.72 passes five of the ten thresholds; the other query has no prediction."""
     scores = moment_retrieval_scores([sample((0, 10)), sample((0, 10))], [[(0, 7.2)], []])
