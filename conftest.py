@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    """`gpu` tests skip without a CUDA device, and fail there when TEMPSAMP_REQUIRE_GPU=1."""
     if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
         return
     if os.environ.get("TEMPSAMP_REQUIRE_GPU") == "1":

@@ -1,8 +1,7 @@
-"""Marks and fixtures of all tests. `tiny`: both model families in miniature, with prompts and random answers."""
+"""Fixtures of all tests. `tiny`: both model families in miniature, with prompts and random answers."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,15 +42,6 @@ VISION = {
     "initializer_range": 0.2,
 }
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """`gpu` tests skip without a CUDA device, and fail there when TEMPSAMP_REQUIRE_GPU=1."""
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        reason = "needs a CUDA device"
-        if os.environ.get("TEMPSAMP_REQUIRE_GPU") == "1":
-            pytest.fail(f"TEMPSAMP_REQUIRE_GPU=1, but this test {reason}")
-        pytest.skip(reason)
 
 
 @dataclass(frozen=True)
