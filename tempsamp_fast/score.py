@@ -168,8 +168,8 @@ def best_constant_span(samples: Sequence[Sample], num_steps: int = 48, num_round
 def read_predictions(path: str | Path, samples: Sequence[Sample]) -> list[dict[str, Any]]:
     """One row of the JSON lines file `path` per sample, in the samples' order.
 
-    A row names its sample by `sample_id`, or by `vid` (the video's id) and `query`. Raises ValueError naming the rows
-    that name no sample or the same one twice, and the samples without a row.
+    A row names its sample by `sample_id` or `qid`, or by `vid` (the video's id) and `query`. Raises
+    ValueError naming the rows that name no sample or the same one twice, and the samples without a row.
     """
     by_id = {sample.sample_id: sample for sample in samples}
     by_query = {(sample.video_id, normalise_query(sample.query)): sample for sample in samples}
@@ -184,8 +184,9 @@ def read_predictions(path: str | Path, samples: Sequence[Sample]) -> list[dict[s
             raise ValueError(f"{place}: malformed JSON ({error})") from error
         if not isinstance(row, dict):
             raise ValueError(f"{place}: expected an object, got {line[:80]!r}")
-        if "sample_id" in row:
-            sample, name = by_id.get(str(row["sample_id"])), f"sample_id {row['sample_id']!r}"
+        key = next((key for key in ("sample_id", "qid") if key in row), None)
+        if key is not None:
+            sample, name = by_id.get(str(row[key])), f"{key} {row[key]!r}"
         else:
             vid, query = str(row.get("vid")), normalise_query(str(row.get("query")))
             sample, name = by_query.get((vid, query)), f"vid {vid!r} with query {query!r}"
@@ -207,38 +208,61 @@ def _some(names: Sequence[str]) -> str:
 def score_rows(
     samples: Sequence[Sample], rows: Iterable[Mapping[str, Any]], task: Task, require_tags: bool = True
 ) -> dict[str, float]:
-    """The metrics of `task` for one prediction row per sample: its `text`, or else its `span` or `spans`.
+    """The metrics of `task` for one prediction row per sample: its `text`, or else what a model without words predicts.
 
-    `multi_grounding` takes the spans as the most confident first, and the first one for mIoU and R1.
-    `require_tags=False` reads texts without `<answer>` tags too.
+    That is `pred_saliency_scores` for `highlight`: numbers in the order of the 2-second clips, the higher the better.
+    For the other tasks it is a `span`, `spans`, the most confident first, or `pred_relevant_windows` of (start, end,
+    confidence). `grounding` takes the last span of a text and the most confident one of several, `multi_grounding` the
+    first one for mIoU and R1. `require_tags=False` reads texts without `<answer>` tags too.
+
+    Raises ValueError naming the row that has none of these or something else in their place.
     """
     rows = list(rows)
     if task == "highlight":
-        highlights = [parse_highlights(str(row.get("text", "")), require_tags) for row in rows]
+        highlights = [_row_saliency(row, require_tags) for row in rows]
         return {
             **highlight_scores(samples, highlights),
             "parse_rate": float(np.mean([bool(each) for each in highlights])),
         }
     predicted = [_row_spans(row, require_tags) for row in rows]
     if task == "grounding":
-        return score_spans(samples, [spans[-1] if spans else None for spans in predicted])
+        place_of_answer = [-1 if row.get("text") is not None else 0 for row in rows]
+        answers = [spans[place] if spans else None for spans, place in zip(predicted, place_of_answer, strict=True)]
+        return score_spans(samples, answers)
     first = [spans[0] if spans else None for spans in predicted]
     return {**score_spans(samples, first), **moment_retrieval_scores(samples, predicted)}
+
+
+def _row_saliency(row: Mapping[str, Any], require_tags: bool) -> dict[float, float] | None:
+    if row.get("text") is not None:
+        return parse_highlights(str(row["text"]), require_tags)
+    if "pred_saliency_scores" not in row:
+        raise ValueError(f"prediction {dict(row)} has no text or pred_saliency_scores")
+    scores = row["pred_saliency_scores"]
+    if not isinstance(scores, list) or not all(map(_is_number, scores)):
+        raise ValueError(f"prediction {dict(row)}: pred_saliency_scores is not a list of numbers")
+    return {float(CLIP_S * clip): float(score) for clip, score in enumerate(scores)}
 
 
 def _row_spans(row: Mapping[str, Any], require_tags: bool) -> list[Span]:
     if row.get("text") is not None:
         return parse_spans(str(row["text"]), require_tags)
-    if "spans" not in row and "span" not in row:
-        raise ValueError(f"prediction {dict(row)} has no text, span or spans")
-    spans = row["spans"] if "spans" in row else [row["span"]] if row["span"] is not None else []
+    key = next((key for key in ("pred_relevant_windows", "spans", "span") if key in row), None)
+    if key is None:
+        raise ValueError(f"prediction {dict(row)} has no text, span, spans or pred_relevant_windows")
+    spans = row[key] if key != "span" else [row[key]] if row[key] is not None else []
+    if not isinstance(spans, list):
+        raise ValueError(f"prediction {dict(row)}: {key} is not a list")
+    numbers = ("start", "end", "confidence") if key == "pred_relevant_windows" else ("start", "end")
     for span in spans:
-        if not isinstance(span, list) or len(span) != 2 or not all(map(_is_seconds, span)):
-            raise ValueError(f"prediction {dict(row)}: span {span!r} is not a pair of seconds")
-    return [(float(start), float(end)) for start, end in spans]
+        if not isinstance(span, list) or len(span) != len(numbers) or not all(map(_is_number, span)):
+            raise ValueError(f"prediction {dict(row)}: {key} has {span!r}, expected the numbers {', '.join(numbers)}")
+    if key == "pred_relevant_windows":
+        spans = sorted(spans, key=lambda span: -span[2])
+    return [(float(start), float(end)) for start, end, *_ in spans]
 
 
-def _is_seconds(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
@@ -246,7 +270,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, print the metrics."""
     parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.score", description="Score predicted spans.")
     parser.add_argument(
-        "--predictions", required=True, help="JSON lines: sample_id (or vid and query), and text or span"
+        "--predictions",
+        required=True,
+        help="JSON lines: sample_id or qid (or vid and query), and text, or as in `score_rows`",
     )
     parser.add_argument("--annotations", required=True, help="annotation file with the ground truth")
     parser.add_argument("--format", default="auto", choices=["auto", *FORMATS], help="format of the annotation file")

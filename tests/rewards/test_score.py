@@ -179,10 +179,10 @@ def test_answers_without_tags_count_where_they_are_asked_for(files, capsys):
         ([{"sample_id": "v9/0", "span": [0, 1]}], r"line 1: sample_id 'v9/0' is not in the annotations"),
         ([{"vid": "v1", "query": "six"}], r"line 1: vid 'v1' with query 'six' is not in the annotations"),
         ([{"sample_id": "v1/0", "span": None}] * 2, r"line 2: sample_id 'v1/0' has a prediction already"),
-        ([{"sample_id": "v1/0"}, {"sample_id": "v1/1"}], r"has no text, span or spans"),
-        ([{"sample_id": f"v1/{i}", "span": ["0", 1]} for i in (0, 1)], r"\['0', 1\] is not a pair of seconds"),
-        ([{"sample_id": f"v1/{i}", "span": [0, float("nan")]} for i in (0, 1)], r"\[0, nan\] is not a pair"),
-        ([{"sample_id": f"v1/{i}", "span": 5} for i in (0, 1)], r"span 5 is not a pair of seconds"),
+        ([{"sample_id": "v1/0"}, {"sample_id": "v1/1"}], r"has no text, span, spans or pred_relevant"),
+        ([{"sample_id": f"v1/{i}", "span": ["0", 1]} for i in (0, 1)], r"has \['0', 1\], expected the numbers"),
+        ([{"sample_id": f"v1/{i}", "span": [0, float("nan")]} for i in (0, 1)], r"has \[0, nan\], expected the"),
+        ([{"sample_id": f"v1/{i}", "span": 5} for i in (0, 1)], r"span has 5, expected the numbers"),
         ([3], r"line 1: expected an object, got '3'"),
     ],
 )
@@ -204,6 +204,62 @@ def test_true_answers_score_1_on_every_task(tmp_path, capsys):
         main(["--annotations", str(annotations), "--predictions", str(predictions), "--task", task, "--json"])
         metrics = json.loads(capsys.readouterr().out)
         assert set(metrics.values()) == {1}, (task, metrics)
+
+
+@pytest.fixture
+def highlights(tmp_path):
+    """QVHighlights annotations of one query about 12 seconds, and a function that writes its prediction row."""
+    row = {"qid": 1, "query": "q", "vid": "v", "duration": 12, "relevant_windows": [[2, 4], [8, 10]]}
+    row |= {"relevant_clip_ids": [1, 4], "saliency_scores": [[4, 4, 4], [3, 4, 3]]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+
+    def prediction(task, **fields):
+        path = tmp_path / "p.jsonl"
+        path.write_text(json.dumps({"qid": 1, "vid": "v", **fields}))
+        return ["--annotations", str(tmp_path / "a.jsonl"), "--predictions", str(path), "--task", task, "--json"]
+
+    return prediction
+
+
+@pytest.mark.parametrize(
+    "scores, hl_map, hit",
+    [
+        ([-0.5, 0.9, -0.5, -0.5, 0.2, -0.5], 1, 1),
+        ([-0.1, -0.2, -0.5, -0.5, -0.3, -0.5], (1 / 2 + 2 / 3 + 1 / 2) / 3, 0),
+        ([], 0, 0),
+    ],
+)
+def test_saliency_per_clip_is_scored_like_words(highlights, capsys, scores, hl_map, hit):
+    """Clip 1 is Very Good to all annotators, clip 4 to the second one."""
+    main(highlights("highlight", pred_saliency_scores=scores))
+    metrics = json.loads(capsys.readouterr().out)
+    expected = {"num_queries": 1, "hl_map": hl_map, "hit@1": hit, "parse_rate": float(bool(scores))}
+    assert metrics == pytest.approx(expected)
+
+
+def test_windows_with_confidences_are_ranked_by_them(highlights, capsys):
+    windows = [[8, 10, 0.2], [20, 30, 0.1], [2, 4, 0.9]]
+    main(highlights("multi_grounding", pred_relevant_windows=windows))
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["mr_map"] == metrics["miou"] == 1
+    main(highlights("grounding", pred_relevant_windows=[[2, 4, 0.9], [20, 30, 0.1]]))
+    assert json.loads(capsys.readouterr().out)["miou"] == 1
+
+
+@pytest.mark.parametrize(
+    "task, fields, message",
+    [
+        ("highlight", {"span": [0, 2]}, "has no text or pred_saliency_scores"),
+        ("highlight", {"pred_saliency_scores": [1, "2"]}, "pred_saliency_scores is not a list of numbers"),
+        ("highlight", {"pred_saliency_scores": {"0": 1}}, "pred_saliency_scores is not a list of numbers"),
+        ("multi_grounding", {"pred_relevant_windows": [[0, 2]]}, r"has \[0, 2\], expected the numbers start, end, con"),
+        ("grounding", {"spans": 5}, "spans is not a list"),
+    ],
+)
+def test_a_prediction_that_lacks_what_its_task_needs_is_an_error(highlights, capsys, task, fields, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(highlights(task, **fields))
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_scoring_does_not_import_the_training_stack(files):
