@@ -76,8 +76,8 @@ def read_annotations(path: str | Path, videos: str | Path | None = None, format:
         except _UnusableQuery as reason:
             dropped.append(str(reason))
     if not samples:
-        reason = f"; dropped {len(dropped)}, the first: {dropped[0]}" if dropped else ""
-        raise ValueError(f"{path}: no annotated query in it{reason}")
+        flaws = f"; dropped {len(dropped)}, the first: {dropped[0]}" if dropped else ""
+        raise ValueError(f"{path}: no annotated query in it{flaws}")
     return Annotations(samples, dropped)
 
 
