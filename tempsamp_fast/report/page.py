@@ -9,6 +9,7 @@ from html import escape
 from tempsamp_fast.report import figures
 from tempsamp_fast.report.gallery import gallery
 from tempsamp_fast.report.runs import RunRecord, ScoreRow, score_table, step_medians
+from tempsamp_fast.sample import Task
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2126; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
@@ -36,17 +37,12 @@ def build_page(runs: Sequence[RunRecord], num_gallery: int) -> str:
         (figures.advantage_distribution(runs), "Advantages as the updates used them."),
         (figures.rule_comparison(runs), "What every rule would have made of the rewards of one of the runs."),
     ]
-    shown = gallery(runs, figures.method_colours(runs), num_gallery)
     sections = [
         ("Runs", _run_list(runs)),
-        ("Scores", _score_table(score_table(runs))),
+        ("Scores", _score_table(score_table(runs), runs[0].task)),
         ("Speed", _speed_table(runs)),
         ("Curves and distributions", "".join(_figure(svg, caption) for svg, caption in pictures if svg)),
-        (
-            "Gallery",
-            shown
-            and _hint("Held-out queries at equal distances from the first run’s worst answer to its best.") + shown,
-        ),
+        ("Gallery", _gallery(runs, num_gallery)),
     ]
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections if content)
     return (
@@ -63,20 +59,32 @@ def _run_list(runs: Sequence[RunRecord]) -> str:
     return _table(["folder", "method", "seed", "model", "phases"], rows)
 
 
-def _score_table(rows: Sequence[ScoreRow]) -> str:
+def _score_table(rows: Sequence[ScoreRow], task: Task) -> str:
     if not rows:
         return ""
     names = list(rows[0].scores)
+    header = ["method", "mode", "seeds", *names, f"{names[0]} against {rows[0].method}"]
     cells = [
         [row.method, row.mode, str(len(row.seeds)), *(str(row.scores[name]) for name in names), str(row.gain or "-")]
         for row in rows
     ]
-    hint = (
-        "After the last phase: mean ± 95 % interval, over the seeds (Student’s t), or over the queries where there is "
-        "one seed. The last column is paired by seed. “Oracle of both” takes the better mode of each query by looking "
-        "at the truth: an upper bound, not a result."
-    )
-    return _table(["method", "mode", "seeds", *names, f"mIoU against {rows[0].method}"], cells) + _hint(hint)
+    hint = "After the last phase: mean ± 95 % interval over the seeds (Student’s t), "
+    if task == "grounding":
+        hint += (
+            "or over the queries where there is one seed. “Oracle of both” takes the better mode of each query by "
+            "looking at the truth: an upper bound, not a result. "
+        )
+    else:
+        hint += "as the runs logged their last evaluation. "
+    hint += "The last column is paired by seed."
+    return _table(header, cells) + _hint(hint)
+
+
+def _gallery(runs: Sequence[RunRecord], num_shown: int) -> str:
+    if runs[0].task == "highlight":
+        return _hint("Left out: the answers of highlight detection rate clips and have no span to draw.")
+    shown = gallery(runs, figures.method_colours(runs), num_shown)
+    return shown and _hint("Held-out queries at equal distances from the first run’s worst answer to its best.") + shown
 
 
 def _speed_table(runs: Sequence[RunRecord]) -> str:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 
 from tempsamp_fast.plots import eval_files, read_rows
-from tempsamp_fast.sample import Mode
+from tempsamp_fast.sample import Mode, Task
 from tempsamp_fast.score import grounding_scores, oracle_ious
 
 ORACLE = "oracle of both"
@@ -49,16 +49,20 @@ class RunRecord:
     def label(self) -> str:
         return f"{self.method}, seed {self.seed}"
 
+    @property
+    def task(self) -> Task:
+        return self.config["data"]["task"]
+
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the half-width of its 95 % confidence interval."""
+    """A mean and the half-width of its 95 % confidence interval; nan where a single value tells nothing of it."""
 
     mean: float
     half_width: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.half_width:.3f}"
+        return f"{self.mean:.3f}" if math.isnan(self.half_width) else f"{self.mean:.3f} ± {self.half_width:.3f}"
 
 
 @dataclass(frozen=True)
@@ -69,19 +73,23 @@ class ScoreRow:
     mode: str
     seeds: tuple[int, ...]
     scores: dict[str, Interval]
-    """By metric. Over the seeds; over the queries when there is one seed."""
+    """By metric of the task. Over the seeds; over the queries when there is one seed and the task is grounding."""
     gain: Interval | None
-    """mIoU minus that of the first method, paired by seed; None with fewer than two common seeds."""
+    """The first of the scores minus that of the first method, paired by seed; None with fewer than two common seeds."""
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """The runs in `folders`. Raises ValueError naming a folder that holds none."""
+    """The runs in `folders`. Raises ValueError naming a folder that holds none, or folders of different tasks."""
     configs = []
     for folder in folders:
         for name in ("config.json", "metrics.jsonl"):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder}: not a run folder, it has no {name}")
         configs.append(json.loads((folder / "config.json").read_text()))
+    tasks = [config["data"]["task"] for config in configs]
+    if len(set(tasks)) > 1:
+        found = ", ".join(f"{folder} {task}" for folder, task in zip(folders, tasks, strict=True))
+        raise ValueError(f"runs of different tasks cannot be compared: {found}")
     return [
         RunRecord(
             folder=folder,
@@ -137,32 +145,51 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def score_table(runs: Sequence[RunRecord]) -> list[ScoreRow]:
-    """A row per mode and method, the methods of a mode together."""
+    """A row per mode and method, the methods of a mode together; the runs are of one task.
+
+    For grounding from the answers themselves, for other tasks as the run logged its last evaluation: without the oracle
+    and, for one seed, without an interval.
+    """
     rows = []
     for mode in (*get_args(Mode), ORACLE):
         baseline: dict[int, float] = {}
         for method, members in by_method(runs).items():
-            ious = {run.seed: found for run in members if (found := _ious(run, mode))}
-            if not ious:
+            by_seed = {run.seed: run for run in members if _scores(run, mode)}
+            if not by_seed:
                 continue
-            scores = {seed: grounding_scores(found) for seed, found in ious.items()}
-            miou = {seed: score["miou"] for seed, score in scores.items()}
-            gains = [miou[seed] - baseline[seed] for seed in miou if seed in baseline]
-            baseline = baseline or miou
+            scores = {seed: _scores(run, mode) for seed, run in by_seed.items()}
+            first = {seed: next(iter(score.values())) for seed, score in scores.items()}
+            gains = [first[seed] - baseline[seed] for seed in first if seed in baseline]
+            baseline = baseline or first
             rows.append(
                 ScoreRow(
                     method=method,
                     mode=mode,
-                    seeds=tuple(ious),
-                    scores=_over_seeds(list(scores.values())) if len(ious) > 1 else over_queries(*ious.values()),
+                    seeds=tuple(by_seed),
+                    scores=_over_seeds(list(scores.values())) if len(scores) > 1 else _of_one(*by_seed.values(), mode),
                     gain=interval(gains) if len(gains) > 1 else None,
                 )
             )
     return rows
 
 
+def _scores(run: RunRecord, mode: str) -> dict[str, float]:
+    """The task's scores after the last phase; empty where the run has none in this mode."""
+    if run.task == "grounding":
+        ious = _ious(run, mode)
+        return grounding_scores(ious) if ious else {}
+    prefix = f"eval/{mode}/"
+    evaluations = [row for row in run.metrics if any(name.startswith(prefix) for name in row)]
+    last = evaluations[-1] if evaluations else {}
+    return {name.removeprefix(prefix): value for name, value in last.items() if name.startswith(prefix)}
+
+
 def _over_seeds(scores: Sequence[dict[str, float]]) -> dict[str, Interval]:
     return {name: interval([score[name] for score in scores]) for name in scores[0]}
+
+
+def _of_one(run: RunRecord, mode: str) -> dict[str, Interval]:
+    return over_queries(_ious(run, mode)) if run.task == "grounding" else _over_seeds([_scores(run, mode)])
 
 
 def over_queries(ious: Sequence[float | None]) -> dict[str, Interval]:

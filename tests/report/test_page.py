@@ -18,7 +18,8 @@ QUERY = "the <b>red</b> square & the circle"
 
 def write_run(folder, shaping, seed, video, span):
     """A run of two steps, evaluated before and after on two queries, one of them about a missing video."""
-    config = {"model": {"model": "tiny"}, "algorithm": {"shaping": shaping}, "train": {"seed": seed, "phases": "p"}}
+    config = {"data": {"task": "grounding"}, "model": {"model": "tiny"}, "algorithm": {"shaping": shaping}}
+    config |= {"train": {"seed": seed, "phases": "p"}}
     rewards = {"reward/tiou": 0.4, "reward/on_policy_mean": 0.4, "reward/off_policy_mean": 1.0}
     metrics = [{"step": 0, "phase": "eval", "eval/answer/miou": 0.1}]
     speeds = [
@@ -82,8 +83,25 @@ def test_a_missing_video_is_said_in_its_place(page):
     assert re.search(r'class="missing">no frames: .*gone\.mp4', page.read_text())
 
 
+def write_config(folder, task):
+    config = {"data": {"task": task}, "model": {"model": "m"}, "train": {"seed": 0, "phases": "p"}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_highlight_detection_shows_its_scores_and_why_no_gallery(tmp_path):
+    write_config(tmp_path, task="highlight")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "phase": "eval", "eval/answer/hl_map": 0.25}\n')
+    (tmp_path / "eval").mkdir()
+    answer = {"sample_id": "a", "query": QUERY, "video": "gone.mp4", "duration_s": 4.0, "windows": [[1.0, 3.0]]}
+    (tmp_path / "eval/start_answer.jsonl").write_text(json.dumps({**answer, "text": "", "span": None, "iou": 0.0}))
+    main([str(tmp_path)])
+    html = (tmp_path / "report.html").read_text()
+    assert "<th>hl_map</th>" in html and "<td>0.250</td>" in html and "miou" not in html
+    assert "Left out: the answers of highlight detection" in html and "<article>" not in html and "racle" not in html
+
+
 def test_a_run_without_groups_and_evaluations_still_has_a_page(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model": {"model": "m"}, "train": {"seed": 0, "phases": "p"}}))
+    write_config(tmp_path, task="grounding")
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "phase": "sft/answer", "loss": 1.0}\n')
     main([str(tmp_path)])
     html = (tmp_path / "report.html").read_text()

@@ -11,8 +11,9 @@ from tempsamp_fast.report.gallery import pick_samples
 from tempsamp_fast.report.runs import Interval, RunRecord, interval, name_methods, read_runs, score_table
 
 
-def config(seed=0, shaping="mixed", output_dir="a"):
-    return {"algorithm": {"shaping": shaping, "tau": 0.8}, "train": {"seed": seed, "output_dir": output_dir}}
+def config(seed=0, shaping="mixed", output_dir="a", task="grounding"):
+    train = {"seed": seed, "output_dir": output_dir}
+    return {"data": {"task": task}, "algorithm": {"shaping": shaping, "tau": 0.8}, "train": train}
 
 
 def record(method, seed, ious, mode="answer"):
@@ -61,6 +62,35 @@ def test_one_seed_has_its_interval_over_the_queries():
 def test_modes_are_scored_apart():
     rows = score_table([record("a", 0, [1.0, 1.0]), record("b", 0, [0.5, 0.5], mode="think")])
     assert [(row.method, row.mode) for row in rows] == [("a", "answer"), ("b", "think")]
+
+
+def highlight_record(method, seed, *hl_maps):
+    """A run whose answers have no spans, evaluated before training and after."""
+    metrics = [{"step": 0, "phase": "eval", "eval/answer/hl_map": each, "eval/answer/hit@1": 0.5} for each in hl_maps]
+    answers = {mode: [{"sample_id": "0", "iou": 0.0, "span": None}] for mode in ("answer", "think")}
+    return RunRecord(None, method, seed, config(seed, task="highlight"), metrics, [], answers)
+
+
+def test_another_task_shows_its_own_scores_of_the_last_evaluation():
+    runs = [highlight_record("a", 0, 0.1, 0.3), highlight_record("a", 1, 0.1, 0.5)]
+    runs += [highlight_record("b", 0, 0.1, 0.4), highlight_record("b", 1, 0.1, 0.6)]
+    first, second = score_table(runs)
+    assert {name: each.mean for name, each in first.scores.items()} == {"hl_map": pytest.approx(0.4), "hit@1": 0.5}
+    assert (first.mode, second.gain.mean) == ("answer", pytest.approx(0.1))
+
+
+def test_one_seed_of_another_task_has_no_interval():
+    (row,) = score_table([highlight_record("a", 0, 0.3)])
+    assert str(row.scores["hl_map"]) == "0.300"
+
+
+def test_runs_of_different_tasks_are_refused_by_name(tmp_path):
+    for task in ("grounding", "highlight"):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "config.json").write_text(json.dumps(config(task=task)))
+        (tmp_path / task / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match=r"different tasks.*grounding grounding, .*highlight highlight"):
+        read_runs([tmp_path / "grounding", tmp_path / "highlight"])
 
 
 def test_oracle_of_both_modes_needs_both():
