@@ -55,6 +55,17 @@ def packed_attention(
     return VarlenAttention(layout, device=device, kernel=kernel)
 
 
+def check_attention_core(core: AttentionCore, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError where a model of this dtype cannot be trained with the core on the device."""
+    if core == "flex" and device.type != "cuda":
+        raise ValueError(f"attention_core='flex': needs a CUDA GPU to train, not {device.type}; choose auto or split")
+    if core == "varlen" and not _runs_flash(device, dtype):
+        raise ValueError(
+            f"attention_core='varlen': needs a CUDA GPU and bfloat16, not {device.type} and {str(dtype)[6:]}; "
+            "choose auto or split"
+        )
+
+
 def use_packed_attention(model: PreTrainedModel) -> None:
     """Switch the text layers and the vision tower of `model` to this module's attention."""
     model.set_attn_implementation({"text_config": TEXT_ATTENTION, "vision_config": VISION_ATTENTION})

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from tempsamp_fast.batch import RolloutGroup
-from tempsamp_fast.ranks import num_ranks, of_all_ranks
+from tempsamp_fast.ranks import num_ranks, of_all_ranks, own_rank
 
 MIN_GAIN = 0.05
 """The share by which the largest load must fall for groups to travel: a video is tens of megabytes."""
@@ -23,7 +23,7 @@ def balance(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
     if num_ranks() == 1:
         return list(groups)
     num_tokens = of_all_ranks([group.num_tokens for group in groups])
-    rank, mine = dist.get_rank(), []
+    rank, mine = own_rank(), []
     # All ranks go through all transfers in one order, so that no two wait for each other.
     for sender, receivers in enumerate(new_owners(num_tokens)):
         for index, receiver in enumerate(receivers):

@@ -7,11 +7,8 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
-
-from tempsamp_fast.ranks import num_ranks, of_all_ranks
+from tempsamp_fast.ranks import made_by_first_rank, num_ranks, of_all_ranks, own_rank
 
 PARTIAL = ".partial"
 Digests = dict[str, tuple[int, str]]
@@ -28,10 +25,8 @@ def seal(folder: Path) -> Digests:
 
     Returns the digests of all files on every rank.
     """
-    names: list[Any] = [_files(folder)]
-    if num_ranks() > 1:
-        dist.broadcast_object_list(names)
-    own = {name: _digest(folder / name) for name in _own_share(names[0])}
+    names = made_by_first_rank(lambda: _files(folder))
+    own = {name: _digest(folder / name) for name in _own_share(names)}
     for name in own:
         sync(folder / name)
     return {name: digest for part in of_all_ranks(own) for name, digest in part.items()}
@@ -106,4 +101,4 @@ def _digest(path: Path) -> tuple[int, str]:
 
 
 def _own_share(names: Sequence[str]) -> Sequence[str]:
-    return names[dist.get_rank() :: num_ranks()] if num_ranks() > 1 else names
+    return names[own_rank() :: num_ranks()]

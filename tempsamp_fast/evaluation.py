@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from tempsamp_fast.batch import Prompt
 from tempsamp_fast.groups import Sampler
 from tempsamp_fast.loader import PromptLoader
+from tempsamp_fast.ranks import num_ranks, of_all_ranks, own_rank
 from tempsamp_fast.rewards import best_iou, parse_span
 from tempsamp_fast.sample import Mode, Sample
 
@@ -29,21 +28,16 @@ def evaluate(
 
     A video that had to be skipped leaves an empty text, which scores 0 like any answer that does not parse.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     texts: dict[str, str] = {}
-    own = samples[rank::world_size]
+    own = samples[own_rank() :: num_ranks()]
     # Every rank samples equally often, as partitioned parameters need it, if only an answer that others have too.
-    for start in range(0, math.ceil(len(samples) / world_size), batch_size):
+    for start in range(0, math.ceil(len(samples) / num_ranks()), batch_size):
         batch = own[start : start + batch_size]
         prompts = loader.prompts(batch, [mode] * len(batch)) or _first_prompt(samples, mode, loader)
         answers = sampler(prompts, [1] * len(prompts)) if prompts else []
         for prompt, (completion,) in zip(prompts, answers, strict=True):
             texts[prompt.sample.sample_id] = completion.text
-    gathered: list[dict[str, str]] = [texts]
-    if world_size > 1:
-        gathered = [{}] * world_size
-        dist.all_gather_object(gathered, texts)
-    texts = {sample_id: text for part in gathered for sample_id, text in part.items()}
+    texts = {sample_id: text for part in of_all_ranks(texts) for sample_id, text in part.items()}
     return [answer_row(sample, texts.get(sample.sample_id, ""), require_tags) for sample in samples]
 
 

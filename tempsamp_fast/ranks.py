@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +14,14 @@ def num_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def own_rank() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def is_first_rank() -> bool:
     """Whether this is rank 0, or the only process."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return own_rank() == 0
 
 
 def barrier() -> None:
@@ -31,6 +37,14 @@ def max_over_ranks(number: int, device: torch.device) -> int:
     largest = torch.tensor(number, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
+
+
+def made_by_first_rank(make: Callable[[], Any]) -> Any:
+    """What `make` gives on rank 0, on every rank once it is done; it must pickle."""
+    made = [make() if is_first_rank() else None]
+    if num_ranks() > 1:
+        dist.broadcast_object_list(made)
+    return made[0]
 
 
 def of_all_ranks(own: Any) -> list[Any]:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
+from tempsamp_fast.attention import check_attention_core
 from tempsamp_fast.backends import PolicyBackend, RolloutBackend
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
 from tempsamp_fast.catalogue import load_training_data
@@ -37,6 +37,7 @@ from tempsamp_fast.nonfinite import SkippedSteps
 from tempsamp_fast.policy import Policy
 from tempsamp_fast.prefetch import Prefetch
 from tempsamp_fast.prompts import off_policy_text, question
+from tempsamp_fast.ranks import barrier, made_by_first_rank, num_ranks, own_rank
 from tempsamp_fast.reference import adapter_reference, frozen_reference
 from tempsamp_fast.resume import check_same_run, facts_of
 from tempsamp_fast.rollout import SamplingParams
@@ -62,7 +63,7 @@ class Run:
         self.started_s = time.monotonic()
         self.config = config
         self.device = training_device()
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = own_rank(), num_ranks()
         self.folder = Path(config.train.resume or config.train.output_dir)
         self.resumed_from: Path | None = None
         self.first_step = 0
@@ -71,7 +72,7 @@ class Run:
             raise ValueError(
                 f"output_dir={str(self.folder)!r} holds a run; continue it with --resume or choose another"
             )
-        dist.barrier()
+        barrier()
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -85,6 +86,7 @@ class Run:
         elif config.train.resume:
             logger.warning("%s: stopped before its first checkpoint; starting from its beginning", self.folder)
         dtype = resolve_dtype(config.model.dtype, self.device)
+        check_attention_core(config.model.attention_core, dtype, self.device)
         checkpoint = str(self.resumed_from / MODEL) if self.resumed_from else self._initial_checkpoint()
         with partitioned_loading(config, dtype):
             model, self.chat = load_model(checkpoint, config.model, dtype)
@@ -133,7 +135,7 @@ class Run:
         if data.annotations == "synthetic":
             train, val, test = data.num_synthetic_videos()
             config = SyntheticConfig(num_train=train, num_val=val, num_test=test)
-            folder = self._first_rank_makes(lambda: _generate_videos(Path(data.synthetic_dir), config))
+            folder = made_by_first_rank(lambda: _generate_videos(Path(data.synthetic_dir), config))
             data = dataclasses.replace(
                 data,
                 annotations=str(folder / "annotations/train.json"),
@@ -170,13 +172,7 @@ class Run:
         ]
         folder = self.folder / "tiny_model"
         family, seed = self.config.model.tiny_family, self.config.train.seed
-        return str(self._first_rank_makes(lambda: build_tiny_checkpoint(folder, mode_texts, family, seed)))
-
-    def _first_rank_makes(self, make: Any) -> Any:
-        """What `make` gives on rank 0, on every rank once it is done."""
-        shared = [make() if self.rank == 0 else None]
-        dist.broadcast_object_list(shared)
-        return shared[0]
+        return str(made_by_first_rank(lambda: build_tiny_checkpoint(folder, mode_texts, family, seed)))
 
     def _recorded(self, path: str | None) -> RecordedRollouts | None:
         return RecordedRollouts(path, self.chat) if path else None

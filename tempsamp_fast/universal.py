@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch.distributed as dist
-
 from tempsamp_fast.engine import STATE, load_without_code
+from tempsamp_fast.ranks import barrier, is_first_rank, made_by_first_rank, num_ranks
 
 
 @contextmanager
@@ -22,19 +21,17 @@ def loadable_state(saved: Path, scratch: Path, allow_pickle: bool) -> Iterator[t
     leaving. Both folders are seen by all ranks; called by every rank.
     Raises ValueError for a file that holds more than tensors, unless `allow_pickle`; OSError when conversion fails.
     """
-    if num_partitions(saved) in (0, dist.get_world_size()):
+    if num_partitions(saved) in (0, num_ranks()):
         yield saved, False
         return
-    is_first = dist.get_rank() == 0
-    failure = [None if not is_first else _convert(saved / STATE, scratch / STATE, allow_pickle)]
-    dist.broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise failure[0]
+    failure = made_by_first_rank(lambda: _convert(saved / STATE, scratch / STATE, allow_pickle))
+    if failure is not None:
+        raise failure
     try:
         yield scratch, True
-        dist.barrier()
+        barrier()
     finally:
-        if is_first:
+        if is_first_rank():
             shutil.rmtree(scratch)
 
 
@@ -62,4 +59,4 @@ def _convert(state: Path, universal: Path, allow_pickle: bool) -> Exception | No
     if done.returncode == 0:
         return None
     last_words = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
-    return OSError(f"{state}: cannot be converted for {dist.get_world_size()} ranks: {last_words}")
+    return OSError(f"{state}: cannot be converted for {num_ranks()} ranks: {last_words}")

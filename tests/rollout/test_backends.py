@@ -45,11 +45,16 @@ def test_every_rank_evaluates_in_as_many_calls(num_samples: int, monkeypatch: py
         prompts=lambda batch, modes: [SimpleNamespace(sample=each) for each in batch if each not in unreadable]
     )
     num_calls, texts, gathered = [], {}, []
-    monkeypatch.setattr("tempsamp_fast.evaluation.dist.is_initialized", lambda: True)
-    monkeypatch.setattr("tempsamp_fast.evaluation.dist.get_world_size", lambda: 2)
-    monkeypatch.setattr("tempsamp_fast.evaluation.dist.all_gather_object", lambda out, own: gathered.append(own))
+    monkeypatch.setattr("tempsamp_fast.ranks.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("tempsamp_fast.ranks.dist.get_world_size", lambda: 2)
+
+    def all_gather_object(parts: list, own: dict) -> None:
+        gathered.append(own)
+        parts[:] = [own, {}]
+
+    monkeypatch.setattr("tempsamp_fast.ranks.dist.all_gather_object", all_gather_object)
     for rank in range(2):
-        monkeypatch.setattr("tempsamp_fast.evaluation.dist.get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("tempsamp_fast.ranks.dist.get_rank", lambda rank=rank: rank)
         calls = []
         sampler = lambda prompts, counts, calls=calls: (
             calls.append(len(prompts))

@@ -164,6 +164,12 @@ def test_unknown_flags_and_values_are_named(trainer, refused, tmp_path: Path) ->
     assert "'mixd'" in refused(trainer.flags(tmp_path, "--shaping", "mixd"))
 
 
+@pytest.mark.parametrize("core", ["flex", "varlen"])
+def test_an_attention_core_that_cannot_train_here_is_named(trainer, refused, tmp_path: Path, core: str) -> None:
+    said = refused(trainer.flags(tmp_path / "run", *SHORT, "--attention_core", core))
+    assert f"attention_core='{core}': needs a CUDA GPU" in said and "choose auto or split" in said
+
+
 @pytest.mark.parametrize(
     "text", ["zero: 2", "[]", '{"gradient_accumulation_steps": 4}', '{"zero_optimization": {"stage": 4}}']
 )
