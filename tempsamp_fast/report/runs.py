@@ -158,6 +158,7 @@ def score_table(runs: Sequence[RunRecord]) -> list[ScoreRow]:
             if not by_seed:
                 continue
             scores = {seed: _scores(run, mode) for seed, run in by_seed.items()}
+            only = next(iter(by_seed.values()))
             first = {seed: next(iter(score.values())) for seed, score in scores.items()}
             gains = [first[seed] - baseline[seed] for seed in first if seed in baseline]
             baseline = baseline or first
@@ -166,7 +167,7 @@ def score_table(runs: Sequence[RunRecord]) -> list[ScoreRow]:
                     method=method,
                     mode=mode,
                     seeds=tuple(by_seed),
-                    scores=_over_seeds(list(scores.values())) if len(scores) > 1 else _of_one(*by_seed.values(), mode),
+                    scores=_over_seeds(list(scores.values())) if len(scores) > 1 else _of_one(only, mode),
                     gain=interval(gains) if len(gains) > 1 else None,
                 )
             )
