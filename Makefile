@@ -6,7 +6,16 @@ APT_PACKAGES := ffmpeg libavcodec-dev libavformat-dev libavutil-dev libswscale-d
 	pkg-config g++ python3-dev python3-venv
 
 .DEFAULT_GOAL := $(VENV)
-.PHONY: demo test test-all lint bench gpu clean system-packages $(VENV)
+.PHONY: demo test test-all test-browser lint bench gpu clean system-packages $(VENV)
+
+# Installs the packages $(1) where this user may, else prints the command and fails.
+define apt_install
+	if [ "$$(id -u)" = 0 ]; then run=""; elif sudo -n true 2>/dev/null; then run="sudo"; else \
+		echo "System packages are missing. Run this, then make again:"; \
+		echo "  sudo apt-get install -y $(1)"; exit 1; fi; \
+	$$run apt-get update -qq && $$run env DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends $(1)
+endef
 
 $(VENV): system-packages $(VENV)/.installed
 
@@ -15,11 +24,7 @@ system-packages:
 	then exit 0; fi; \
 	if ! command -v apt-get >/dev/null; then \
 		echo "Install FFmpeg 5 to 8 with its development files, ffnvcodec headers, pkg-config and a C++ compiler, then run make again."; exit 1; fi; \
-	if [ "$$(id -u)" = 0 ]; then run=""; elif sudo -n true 2>/dev/null; then run="sudo"; else \
-		echo "System packages are missing. Run this, then make again:"; \
-		echo "  sudo apt-get install -y $(APT_PACKAGES)"; exit 1; fi; \
-	$$run apt-get update -qq && $$run env DEBIAN_FRONTEND=noninteractive \
-		apt-get install -y -qq --no-install-recommends $(APT_PACKAGES)
+	$(call apt_install,$(APT_PACKAGES))
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,6 +44,13 @@ test: $(VENV)
 
 test-all: $(VENV)
 	$(PYTEST)
+
+# Looks at the report in a real browser.
+test-browser: $(VENV)
+	@if command -v chromium-headless-shell || command -v chromium || command -v chromium-browser || \
+		command -v google-chrome; then exit 0; fi >/dev/null; \
+	$(call apt_install,chromium-headless-shell)
+	TEMPSAMP_REQUIRE_BROWSER=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/report/test_page.py -k browser
 
 lint: $(VENV)
 	$(BIN)/ruff check .

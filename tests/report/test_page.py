@@ -1,6 +1,7 @@
 """The report: one file that needs nothing else, and that a browser shows as meant."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -114,12 +115,31 @@ def test_command_line_names_a_folder_without_a_run(tmp_path, capsys):
     assert "not a run folder" in capsys.readouterr().err
 
 
+def find_browser():
+    """A Chromium on the PATH; without one skips, or fails where TEMPSAMP_REQUIRE_BROWSER=1."""
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is not None:
+        return browser
+    if os.environ.get("TEMPSAMP_REQUIRE_BROWSER") == "1":
+        pytest.fail(f"TEMPSAMP_REQUIRE_BROWSER=1, but none of {', '.join(names)} is on the PATH")
+    pytest.skip("no Chromium on the PATH to look at the page with")
+
+
+def test_without_a_browser_the_test_skips_unless_one_is_required(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("TEMPSAMP_REQUIRE_BROWSER", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no Chromium"):
+        find_browser()
+    monkeypatch.setenv("TEMPSAMP_REQUIRE_BROWSER", "1")
+    with pytest.raises(pytest.fail.Exception, match="none of chromium-headless-shell, chromium"):
+        find_browser()
+
+
 @pytest.mark.slow
 def test_a_browser_shows_spans_where_they_are_on_the_frames(page, tmp_path):
     """Each method's bar covers half the frames' width: the first method the left half, the second the right one."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no Chromium on the PATH to look at the page with")
+    browser = find_browser()
     shot = tmp_path / "shot.png"
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,5000"]
     command = [browser, *options, f"--screenshot={shot}", f"--user-data-dir={tmp_path}", page.as_uri()]
