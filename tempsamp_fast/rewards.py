@@ -23,7 +23,7 @@ CLIP_S = 2
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.IGNORECASE | re.DOTALL)
 
 # Seconds, MM:SS or HH:MM:SS, perhaps with a unit. The pair must not be part of a longer number or word.
-_TIME = r"(\d+(?::[0-5]?\d){0,2}(?:\.\d+)?)\s*(?:seconds?|secs?|s)?"
+_TIME = r"(\d+(?::[0-5]?\d){0,2}(?:\.\d+)?)(?:\s*(?:seconds?|secs?|s))?"
 # Looked ahead at, so that pairs that share a time are all found.
 _PAIR = re.compile(rf"(?<![\w.:-])(?=({_TIME}\s*(?:to|and|[-–])\s*{_TIME})(?![\w:]|\.\d))", re.IGNORECASE | re.ASCII)
 
