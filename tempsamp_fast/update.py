@@ -19,7 +19,7 @@ from tempsamp_fast.engine import Forward, RowsTooLargeError, forward_of, in_step
 from tempsamp_fast.flops import device_peak_flops, forward_flops
 from tempsamp_fast.loss import RowTargets, idle_loss, log_probs, policy_loss
 from tempsamp_fast.packing import PackedRow, pack
-from tempsamp_fast.ranks import num_ranks, of_all_ranks
+from tempsamp_fast.ranks import max_over_ranks, num_ranks, of_all_ranks
 from tempsamp_fast.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,9 @@ def update(
 ) -> dict[str, float]:
     """Update the policy on all ranks' groups, `updates_per_batch` times; returns the metrics of the last update.
 
-    Where a row does not fit the memory, rows half as long are made of this batch, on every rank, as often as needed;
-    `batch/max_tokens_per_row` then tells it. Raises ValueError when no shorter rows can be made.
+    Where a row does not fit the memory, this batch is packed again with half the budget, on every rank, as often as
+    needed, down to the longest prompt or answer: longer groups run in stages. `batch/max_tokens_per_row` then tells it.
+    Raises ValueError when that does not fit either.
 
     Groups whose advantages are all zero are left out where they have no gradient: they count in the loss's normalisers,
     but `policy/*` describes the answers of the others.
@@ -58,11 +59,24 @@ def update(
             found = _update(engine, reference, groups, method, config, prompts_per_row, learning_rate, watch)
             return found | shorter
         except RowsTooLargeError as error:
-            too_long = min(error.num_tokens, config.train.max_tokens_per_row)
-            logger.warning("rows of %d tokens do not fit the memory: this batch again in half as long ones", too_long)
+            too_much = min(error.num_tokens, config.train.max_tokens_per_row)
         torch.cuda.empty_cache()
-        config = dataclasses.replace(config, train=dataclasses.replace(train, max_tokens_per_row=too_long // 2))
-        shorter = {"batch/max_tokens_per_row": float(too_long // 2)}
+        learning = [group for group in groups if _has_gradient(group, method == "sft", config.algorithm)]
+        longest = max_over_ranks(max(map(_longest_part, learning), default=0), engine.device)
+        budget = max(too_much // 2, longest)
+        if budget >= too_much:
+            raise ValueError(
+                f"out of memory in the update at max_tokens_per_row={too_much}, and this batch has a prompt or answer of "
+                f"{longest} tokens: try gradient_checkpointing, a higher zero_stage, or lower max_pixels and fps"
+            )
+        logger.warning("max_tokens_per_row=%d does not fit the memory: this batch again with %d", too_much, budget)
+        config = dataclasses.replace(config, train=dataclasses.replace(train, max_tokens_per_row=budget))
+        shorter = {"batch/max_tokens_per_row": float(budget)}
+
+
+def _longest_part(group: RolloutGroup) -> int:
+    """The least budget that a group can be packed with."""
+    return max(len(group.prompt.input_ids), *(len(completion.ids) for completion in group.completions))
 
 
 def _update(

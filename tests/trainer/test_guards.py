@@ -128,12 +128,28 @@ def test_a_batch_that_does_not_fit_is_packed_again_in_shorter_rows(
     assert torch.equal(other.weights(), small.weights())
 
 
+def test_a_group_that_does_not_fit_is_run_in_stages_of_its_prompt(stepper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a row would not hold the prompt."""
+    small = stepper(*GRPO)
+    at = next(plan(small.run.phases))
+    groups = small.groups(at)
+    longest_prompt = max(len(group.prompt.input_ids) for group in groups)
+    assert max(group.num_tokens for group in groups) < 2 * longest_prompt
+    with monkeypatch.context() as patch:
+        spoil_loss(patch, lambda call: out_of_memory if call == 0 else None)
+        metrics = small.run.update(at, groups)
+    assert metrics["batch/max_tokens_per_row"] == longest_prompt
+    other = stepper(*GRPO, "--max_tokens_per_row", str(longest_prompt))
+    assert other.run.update(at, groups)["loss"] == metrics["loss"]
+    assert torch.equal(other.weights(), small.weights())
+
+
 def test_a_batch_that_fits_no_memory_ends_the_run(
     trainer, refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil_loss(monkeypatch, lambda call: out_of_memory)
     line = refused(trainer.flags(tmp_path / "run", "--phases", "sft:1"))
-    assert "must fit max_tokens_per_row" in line
+    assert "out of memory in the update at max_tokens_per_row=" in line and "gradient_checkpointing" in line
 
 
 def test_too_many_bad_videos_in_an_epoch_end_the_run(trainer, clips: Path, refused, tmp_path: Path) -> None:
