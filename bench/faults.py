@@ -2,6 +2,7 @@
 
     python bench/faults.py [--only kills inputs disks ranks] [--kills 60] [--work DIR] [--results FILE]
 
+Runs are disturbed until `--kills` kills have landed: one that comes after the end of its run does not count.
 Resumable: what the results file holds is not repeated (`--again NAME...` repeats). `disks` mounts small tmpfs folders
 and needs root. The exit code is the number of cases that did not come out as they must.
 """
@@ -9,6 +10,7 @@ and needs root. The exit code is the number of cases that did not come out as th
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -42,7 +44,8 @@ GOOD = ("equal", "refused", "ended by name", "survived")
 Case = Callable[[], dict[str, Any]]
 
 
-def kill_cases(world: World, number: int) -> Iterator[tuple[str, Case]]:
+def kill_cases(world: World, number: int, made: dict[str, Any]) -> Iterator[tuple[str, Case]]:
+    """`(name, case)` until `number` kills have landed by the results `made`, which the caller adds to in between."""
     kills: list[Kills] = []
 
     def case(index: int) -> dict[str, Any]:
@@ -50,14 +53,19 @@ def kill_cases(world: World, number: int) -> Iterator[tuple[str, Case]]:
             kills.append(Kills(world))
         return kills[0].disturb(index)
 
-    for index in range(number):
-        yield f"kill {index:03d}", lambda index=index: case(index)
+    num_landed = 0
+    for index in itertools.count():
+        if num_landed >= number:
+            return
+        name = f"kill {index:03d}"
+        yield name, lambda index=index: case(index)
+        num_landed += len(made[name]["killed"])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--kills", type=int, default=60, help="that land")
     parser.add_argument("--again", nargs="*", default=[], help="names of cases to repeat")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/faults")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -66,14 +74,14 @@ def main() -> int:
     plots.plot_run = lambda folder: []  # the same in every run, and half of its time
     world = World(options.work)
     world.make()
+    results = json.loads(options.results.read_text()) if options.results.exists() else {}
+    results = {part: results.get(part, {}) for part in PARTS}
     cases = {
-        "kills": lambda: kill_cases(world, options.kills),
+        "kills": lambda: kill_cases(world, options.kills, results["kills"]),
         "inputs": lambda: input_cases(world),
         "disks": lambda: disk_cases(world),
         "ranks": lambda: rank_cases(world),
     }
-    results = json.loads(options.results.read_text()) if options.results.exists() else {}
-    results = {part: results.get(part, {}) for part in PARTS}
     bad = 0
     for part in options.only:
         for name, case in cases[part]():
@@ -87,10 +95,12 @@ def main() -> int:
 
 
 def summary(results: dict[str, Any]) -> dict[str, str]:
-    return {
+    lines = {
         part: f"{sum(case['outcome'] in GOOD for case in cases.values())} of {len(cases)} as they must"
         for part, cases in results.items()
     }
+    lines["kills"] += f", {sum(len(case['killed']) for case in results['kills'].values())} kills landed"
+    return lines
 
 
 if __name__ == "__main__":

@@ -25,10 +25,14 @@ class Kills:
         self.undisturbed = record(run)
 
     def disturb(self, number: int) -> dict[str, Any]:
-        """One run, killed once or twice; even numbers before a change of a file, odd ones after a time."""
+        """One run, killed once or twice; even numbers before a change of a file, odd ones after a time.
+
+        `killed` names the kills that landed, `missed` the one that came after the end of the run, if one did.
+        """
         draw = random.Random(number)
         run = fresh(self.world.folder / f"killed_{number:03d}")
-        log, killed_at = run.with_suffix(".log"), []
+        log = run.with_suffix(".log")
+        facts: dict[str, Any] = {"killed": []}
         for _ in range(draw.choice((1, 1, 2))):
             words = words_to_go_on(self.world, run)
             if number % 2 == 0:
@@ -41,14 +45,17 @@ class Kills:
                 time.sleep(after_s)
                 child.signal(signal.SIGKILL)
                 code, where = child.wait(), f"after {after_s:.2f} s"
-            killed_at.append(where if code == -signal.SIGKILL else f"{where}: it had ended with {code}")
-            if code not in (0, -signal.SIGKILL):
-                return {"killed": killed_at, "outcome": f"ended with {code}: {log.read_text()[-500:]}"}
-        left = sorted(path.name for path in (run / "checkpoints").glob("*")) if run.exists() else []
+            if code == 0:
+                facts["missed"] = where
+                break
+            if code != -signal.SIGKILL:
+                return {**facts, "outcome": f"ended with {code} {where}: {log.read_text()[-500:]}"}
+            facts["killed"].append(where)
+        facts["left"] = sorted(path.name for path in (run / "checkpoints").glob("*")) if run.exists() else []
         code = start(words_to_go_on(self.world, run), log).wait()
         if code:
-            return {"killed": killed_at, "left": left, "outcome": f"resume ended with {code}: {log.read_text()[-500:]}"}
+            return {**facts, "outcome": f"resume ended with {code}: {log.read_text()[-500:]}"}
         differs = difference(run, self.undisturbed)
         if not differs:
             fresh(run)
-        return {"killed": killed_at, "left": left, "outcome": f"differs in {differs}" if differs else "equal"}
+        return {**facts, "outcome": f"differs in {differs}" if differs else "equal"}
