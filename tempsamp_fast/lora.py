@@ -14,7 +14,7 @@ from torch import nn
 
 from tempsamp_fast.config import ModelConfig
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRAINED, REFERENCE = "default", "reference"
 """Adapters: the one that learns, and its copy from before reinforcement learning, which only a KL term needs."""
 
@@ -51,19 +51,49 @@ def add_reference(model: Any) -> None:
 
 
 def base_checkpoint(folder: str) -> str | None:
-    """The checkpoint that the adapters in `folder` belong on; None for a folder of whole weights."""
+    """The checkpoint that the adapters in `folder` belong on; None for a folder of whole weights.
+
+    Raises ValueError naming an adapter_config.json that cannot be read or names no checkpoint.
+    """
     path = Path(folder) / ADAPTER_CONFIG
-    return json.loads(path.read_text())["base_model_name_or_path"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: base_model_name_or_path is {base!r}; expected a checkpoint folder or hub name")
+    return base
 
 
-def load_adapters(model: nn.Module, folder: str) -> Any:
-    """A `PeftModel` of `model` and the adapters that a checkpoint keeps in `folder`."""
-    (PeftModel,) = _peft("PeftModel")
-    options = {"autocast_adapter_dtype": False, "torch_device": "cpu"}
-    wrapped = PeftModel.from_pretrained(model, folder, adapter_name=TRAINED, is_trainable=True, **options)
-    if (Path(folder) / REFERENCE / ADAPTER_CONFIG).is_file():
-        wrapped.load_adapter(str(Path(folder) / REFERENCE), REFERENCE, **options)
-        wrapped.set_adapter(TRAINED)
+def load_adapters(model: nn.Module, folder: str, allow_pickle: bool) -> Any:
+    """A `PeftModel` of `model` and the adapters that a checkpoint keeps in `folder`.
+
+    Their weights are read from safetensors alone, unless `allow_pickle`.
+    Raises ValueError naming the folder whose adapters are missing or cannot be read.
+    """
+    PeftConfig, PeftModel = _peft("PeftConfig", "PeftModel")
+    reference = Path(folder) / REFERENCE
+    folders = {TRAINED: Path(folder)} | ({REFERENCE: reference} if (reference / ADAPTER_CONFIG).is_file() else {})
+    wrapped: Any = None
+    for name, saved in folders.items():
+        if not allow_pickle and not (saved / ADAPTER_WEIGHTS).is_file():
+            raise ValueError(f"model={str(saved)!r}: has no {ADAPTER_WEIGHTS}; only --allow_pickle loads other files")
+        try:
+            if wrapped is None:
+                config = PeftConfig.from_pretrained(str(saved))
+                config.inference_mode = False
+                wrapped = PeftModel(model, config, name, autocast_adapter_dtype=False)
+            options = {"is_trainable": name == TRAINED, "autocast_adapter_dtype": False, "torch_device": "cpu"}
+            missing = wrapped.load_adapter(str(saved), name, **options).missing_keys
+        except Exception as error:  # damaged files make PEFT raise nearly every kind
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"model={str(saved)!r}: its adapters cannot be loaded: {reason}") from error
+        if missing:
+            raise ValueError(f"model={str(saved)!r}: has no weights for {len(missing)} adapters, such as {missing[0]}")
+    wrapped.set_adapter(TRAINED)
     return wrapped
 
 

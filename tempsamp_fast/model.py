@@ -59,7 +59,7 @@ def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tupl
         raise ValueError(f"model={weights!r}: has no weights for {', '.join(sorted(loading['missing_keys']))}")
     apply_liger_layers(model, config.liger_layers)
     if base:
-        model = load_adapters(model, checkpoint)
+        model = load_adapters(model, checkpoint, config.allow_pickle)
     return model, Chat(tokenizer, model.config, _preprocessor_files(checkpoint))
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from tempsamp_fast.checkpoint import latest_checkpoint
@@ -85,3 +90,48 @@ def test_an_export_is_the_merged_model_and_loads_without_peft(trainer, tmp_path:
 def test_targets_that_are_no_linear_layers_are_refused_with_the_choices(stepper) -> None:
     with pytest.raises(ValueError, match=r"lora_targets='lm_head,q_proj': no lm_head; choose from down_proj, .*v_proj"):
         stepper("--lora_rank", "4", "--lora_targets", "lm_head,q_proj")
+
+
+@pytest.fixture(scope="module")
+def saved_adapters(trainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of one supervised step before reinforcement leaves, its reference adapter included."""
+    run = tmp_path_factory.mktemp("adapters") / "run"
+    trainer.main(run, "--phases", "sft:1,tempsamp:1", *LORA)
+    return latest_checkpoint(run)[0] / "model"
+
+
+def without_one_tensor(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    _, *kept = ((name, tensor.clone()) for name, tensor in load_file(file).items())
+    save_file(dict(kept), file)
+
+
+WEIGHTS, BIN = "adapter_model.safetensors", "adapter_model.bin"
+SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
+    "half the weights": (lambda folder: os.truncate(folder / WEIGHTS, 5000), "cannot be loaded"),
+    "one tensor missing": (without_one_tensor, "has no weights for 1 adapters, such as base_model"),
+    "half the reference's weights": (lambda folder: os.truncate(folder / REFERENCE / WEIGHTS, 5000), REFERENCE),
+    "half a configuration": (lambda folder: os.truncate(folder / "adapter_config.json", 20), "adapter_config.json"),
+    "a configuration of nothing": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "is None; expect"),
+    "weights in a pickle": (
+        lambda folder: (torch.save(load_file(folder / WEIGHTS), folder / BIN), (folder / WEIGHTS).unlink()),
+        "--allow_pickle",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_adapters_that_cannot_be_read_end_the_run_with_one_line_that_names_them(
+    trainer, saved_adapters: Path, refused, tmp_path: Path, what: str
+) -> None:
+    spoil, named = SPOILED[what]
+    folder = shutil.copytree(saved_adapters, tmp_path / "adapters")
+    spoil(folder)
+    words = ("--phases", "sft:1", "--model", str(folder), "--lora_rank", "4")
+    line = refused(trainer.flags(tmp_path / "run", *words))
+    assert str(folder) in line and named in line
+    if what == "weights in a pickle":
+        model, _ = load_model(str(folder), ModelConfig(allow_pickle=True), torch.float32)
+        whole, _ = load_model(str(saved_adapters), ModelConfig(), torch.float32)
+        assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(model).items())
