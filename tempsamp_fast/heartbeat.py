@@ -83,15 +83,18 @@ class Heartbeat:
 
     def _watch(self) -> None:
         while not self._stop.wait(self.interval_s):
-            self._write()
-            lost = self._lost()
+            try:
+                self._write()
+            except OSError as error:
+                logger.warning("%s: the heartbeat was not written: %s", self._path(self.rank), error)
+            lost = self.lost()
             if lost:
                 self._end(lost)
 
     def _await_verdict(self) -> str | None:
         deadline = time.monotonic() + 2 * self.interval_s
         while time.monotonic() < deadline:
-            lost = self._lost()
+            lost = self.lost()
             if lost:
                 return lost
             time.sleep(0.1)
@@ -108,7 +111,7 @@ class Heartbeat:
         finally:
             os._exit(LOST_RANK_EXIT)
 
-    def _lost(self) -> str | None:
+    def lost(self) -> str | None:
         """Who is lost and what it did last; None while all goes on."""
         now = time.monotonic()
         for rank in range(self.world_size):
