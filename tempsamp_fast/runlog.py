@@ -32,7 +32,7 @@ SHOWN = {
 }
 RECORDS = ("metrics.jsonl", "groups.jsonl", "results.json", "config.json")
 """Files of a run folder that a checkpoint counts on: they are on the disk before it is."""
-PACKAGES = ("torch", "triton", "transformers", "deepspeed", "liger-kernel", "torchcodec")
+PACKAGES = ("torch", "triton", "transformers", "deepspeed", "liger-kernel", "torchcodec", "trl")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -50,17 +50,24 @@ def describe_machine() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     return {
         "python": sys.version.split()[0],
         "versions": versions,
         "platform": platform.platform(),
         "num_threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
-        "commit": commit.stdout.strip() or None,
+        "commit": commit_of_code(),
     }
+
+
+def commit_of_code() -> str | None:
+    """Hash of the commit that is checked out; None where git or its repository is missing."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return answer.stdout.strip() or None
 
 
 class RunLog:

@@ -24,11 +24,12 @@ def query(fields: Iterable[str]) -> list[str]:
 
 
 def settings() -> dict[str, str] | None:
-    """Driver, clock and power limits; None without nvidia-smi."""
+    """Driver, clock and power limits; None where nvidia-smi is missing or does not answer with all of them."""
     if shutil.which("nvidia-smi") is None:
         return None
-    line = subprocess.run(query(SETTINGS.values()), capture_output=True, text=True, check=True).stdout
-    return dict(zip(SETTINGS, map(str.strip, line.split(",")), strict=True))
+    answer = subprocess.run(query(SETTINGS.values()), capture_output=True, text=True, check=False)
+    values = [value.strip() for value in answer.stdout.split(",")]
+    return dict(zip(SETTINGS, values, strict=True)) if len(values) == len(SETTINGS) else None
 
 
 def summarise(lines: Iterable[str]) -> dict[str, Any] | None:
