@@ -8,17 +8,24 @@ rotation. Only the given model changes: transformers' own classes and functions 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
+from importlib.util import find_spec
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 import triton
-from liger_kernel.ops import LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tempsamp_fast.config import LigerLayers
+
+HAS_LIGER = find_spec("liger_kernel") is not None
+if HAS_LIGER:
+    from liger_kernel.ops import LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction
+
+logger = logging.getLogger(__name__)
 
 SILU = ("SiLU", "SiLUActivation")
 """The names of torch's module and of transformers' own."""
@@ -27,12 +34,17 @@ ROTARY = "apply_rotary_pos_emb"
 
 
 def apply_liger_layers(model: PreTrainedModel, choice: LigerLayers) -> None:
-    """Switch `model` to Liger's layers: "auto" does where they run, which is on CUDA.
+    """Switch `model` to Liger's layers: "auto" does where they run, which is on CUDA, and warns if they are missing.
 
-    Raises ValueError for "on" without CUDA, naming an activation that is not SwiGLU's, and for attention that rotates
-    in another way.
+    Raises ValueError for "on" without liger-kernel or CUDA, naming an activation that is not SwiGLU's, and for
+    attention that rotates in another way.
     """
     if choice == "off" or (choice == "auto" and not torch.cuda.is_available()):
+        return
+    if not HAS_LIGER:
+        if choice == "on":
+            raise ValueError("liger_layers='on' needs liger-kernel, not installed; choose auto or off")
+        logger.warning("liger-kernel is not installed: transformers' own layers run, slower and with more memory")
         return
     if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
         raise ValueError("liger_layers='on' needs a CUDA GPU, and there is none; choose auto or off")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
 from tempsamp_kernels.liger import FusedLinearGRPOLoss
 
+LigerFusedLinearGRPOLoss = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss").LigerFusedLinearGRPOLoss
 BATCH, LENGTH, HIDDEN, VOCAB = 4, 7, 12, 37
 TOKEN_LEVEL_ONLY = ("cispo", "sapo", "vespo")
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", *TOKEN_LEVEL_ONLY)
