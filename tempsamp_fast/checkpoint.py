@@ -83,7 +83,8 @@ def save_checkpoint(
         barrier()
         files = seal(partial)
         if is_first:
-            write_json(partial / STATE, {"step": step, **facts, "files": files})
+            stage = int(engine.zero_optimization_stage())
+            write_json(partial / STATE, {"step": step, "zero_stage": stage, **facts, "files": files})
             for record in (partial / STATE, *(run / name for name in RECORDS)):
                 if record.exists():
                     sync(record)

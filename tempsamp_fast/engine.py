@@ -67,6 +67,16 @@ def deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     return merged
 
 
+def effective_zero(config: Config) -> tuple[int, set[str]]:
+    """The ZeRO stage, and which of "optimizer" and "param" are offloaded, once `deepspeed_config` has had its say.
+
+    Raises ValueError as `deepspeed_config` does.
+    """
+    zero = deepspeed_config(config, torch.float32)["zero_optimization"]
+    devices = {part: (zero.get(f"offload_{part}") or {}).get("device", "none") for part in ("optimizer", "param")}
+    return zero["stage"], {part for part, device in devices.items() if device != "none"}
+
+
 def _given_settings(name: str | None) -> dict[str, Any]:
     if name is None:
         return {}

@@ -15,6 +15,7 @@ from tempsamp_kernels.head import chunk_rows
 
 from tempsamp_fast.architectures import Parameters
 from tempsamp_fast.config import Config, parse_phases
+from tempsamp_fast.engine import effective_zero
 from tempsamp_fast.flops import forward_flops
 from tempsamp_fast.packing import GroupLayout, PackedRow
 from tempsamp_fast.schedule import prompts_per_row
@@ -91,12 +92,12 @@ class Memory:
     """DeepSpeed's buckets, or the parameters that ZeRO-3 has gathered."""
     activations: float
     """The larger of sampling (keys, values) and updating (what autograd keeps, the head's chunk and its gradient)."""
-    on_cpu: float = 0.0
-    """Offloaded to the memory of the machine, per GPU; not in the total."""
+    off_gpu: float = 0.0
+    """Offloaded to the memory or disk of the machine, per GPU; not in the total."""
 
     @property
     def total(self) -> float:
-        return sum(vars(self).values()) - self.on_cpu
+        return sum(vars(self).values()) - self.off_gpu
 
 
 def video_grid(geometry: Geometry, num_frames: int, frame_size: tuple[int, int]) -> tuple[int, int, int]:
@@ -135,7 +136,7 @@ def step_memory(
     work: Work, model_config: Any, parameters: Parameters, config: Config, bytes_per_value: int, world_size: int
 ) -> Memory:
     """Of one device under the configured ZeRO stage and offload, on `world_size` devices."""
-    b, stage = bytes_per_value, int(config.train.zero_stage)
+    b, (stage, offloaded) = bytes_per_value, effective_zero(config)
     trained = parameters.trained(config.model)
     partition = world_size if stage == 3 else 1
     phases = parse_phases(config.train.phases)
@@ -153,16 +154,16 @@ def step_memory(
         buffers = b * min(trained, REDUCE_BUCKET)
     elif stage == 3:
         buffers = b * min(parameters.total, LIVE_PARAMETERS)
-    on_cpu = 0.0
-    if config.train.offload != "none":
-        on_cpu, optimizer = optimizer, 0.0
+    off_gpu = 0.0
+    if "optimizer" in offloaded:
+        off_gpu, optimizer = optimizer, 0.0
         if stage >= 2:
-            on_cpu, gradients = on_cpu + gradients, 0.0
-    if config.train.offload == "all":
-        on_cpu, weights, reference = on_cpu + weights + reference, 0.0, 0.0
+            off_gpu, gradients = off_gpu + gradients, 0.0
+    if "param" in offloaded:
+        off_gpu, weights, reference = off_gpu + weights + reference, 0.0, 0.0
     update = _kept_activations(work, model_config, config, b) + _head_bytes(work, model_config, parameters, config)
     activations = max(update, _sampling_bytes(work, model_config, config, b))
-    return Memory(weights, reference, gradients, optimizer, buffers, activations, on_cpu)
+    return Memory(weights, reference, gradients, optimizer, buffers, activations, off_gpu)
 
 
 def _text_sizes(model_config: Any) -> tuple[int, int, int, int]:
@@ -219,7 +220,7 @@ def step_traffic(work: Work, parameters: Parameters, config: Config, b: int, wor
     """
     share = (world_size - 1) / world_size
     trained = b * parameters.trained(config.model)
-    if int(config.train.zero_stage) < 3:
+    if effective_zero(config)[0] < 3:
         return 2 * trained * share
     sampling = 1 + work.answer_len if work.num_sampled else 0
     reference = num_rows if config.algorithm.beta > 0 and work.num_sampled else 0

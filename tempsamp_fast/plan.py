@@ -21,6 +21,7 @@ from tempsamp_fast.architectures import count_parameters, model_config
 from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.catalogue import DATASETS, find_annotations, load_training_data
 from tempsamp_fast.config import Config, DataConfig, parse_phases
+from tempsamp_fast.engine import effective_zero
 from tempsamp_fast.estimate import Memory, largest, step_flops, step_memory, step_traffic, video_grid, work_of
 from tempsamp_fast.flops import PEAK_BF16_TFLOPS
 from tempsamp_fast.schedule import in_steps, prompts_per_step
@@ -103,9 +104,10 @@ def peak_memory(config: Config, world_size: int) -> Memory:
 
 
 def with_stage(config: Config, stage: int) -> Config:
-    """The same settings under another ZeRO stage, without offload."""
+    """The same settings under another ZeRO stage, without offload and without DeepSpeed settings by file."""
     changed = copy.deepcopy(config)
-    changed.train = dataclasses.replace(changed.train, zero_stage=str(stage), offload="none")  # type: ignore[arg-type]
+    zero: dict[str, Any] = {"zero_stage": str(stage), "offload": "none", "deepspeed_config": None}
+    changed.train = dataclasses.replace(changed.train, **zero)
     return changed
 
 
@@ -151,16 +153,17 @@ def describe_plan(config: Config, world_size: int, gpu: str | None = None) -> st
             lines.append(f"         {seconds[0]:.3g} to {seconds[1]:.3g} s at the {gpu}'s peak: a floor, no forecast")
     lines.append("time     no step has been measured on one GPU yet, so none is forecast")
     lines.append("memory   GiB per device at the worst moment, answers as long as they may be:")
-    lines.append(f"         {'ZeRO':<24}{'weights':>9}{'reference':>11}{'gradients':>11}{'optimizer':>11}{'buffers':>9}"
-                 f"{'activations':>13}{'total':>8}{'on CPU':>8}")  # fmt: skip
-    chosen = f"{config.train.zero_stage}, offload {config.train.offload} (chosen)"
+    lines.append(f"         {'ZeRO':<36}{'weights':>9}{'reference':>11}{'gradients':>11}{'optimizer':>11}{'buffers':>9}"
+                 f"{'activations':>13}{'total':>8}{'off GPU':>9}")  # fmt: skip
+    stage, offloaded = effective_zero(config)
+    chosen = f"{stage}, offload {'+'.join(sorted(offloaded)) or 'none'} (chosen)"
     rows = [(chosen, config), *((str(stage), with_stage(config, stage)) for stage in range(4))]
     for name, settings in rows:
         memory = peak_memory(settings, world_size)
         figures = [memory.weights, memory.reference, memory.gradients, memory.optimizer, memory.buffers]
-        cells = [*figures, memory.activations, memory.total, memory.on_cpu]
-        widths = (9, 11, 11, 11, 9, 13, 8, 8)
-        lines.append(f"         {name:<24}" + "".join(f"{c / GIB:>{w}.2f}" for c, w in zip(cells, widths, strict=True)))
+        cells = [*figures, memory.activations, memory.total, memory.off_gpu]
+        widths = (9, 11, 11, 11, 9, 13, 8, 9)
+        lines.append(f"         {name:<36}" + "".join(f"{c / GIB:>{w}.2f}" for c, w in zip(cells, widths, strict=True)))
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tempsamp_fast.config import Config, parse_phases
+from tempsamp_fast.engine import effective_zero
 from tempsamp_fast.sample import Sample
 from tempsamp_fast.schedule import in_steps, plan
 
@@ -29,8 +30,8 @@ MAY_CHANGE = {
 }  # fmt: skip
 """Settings of data and model that a run survives a change of: paths (samples are compared themselves) and ways to get
 the same thing. All others of these two sections are fixed."""
-FIXED = {"train": ("seed", "prompts_per_device", "sft_prompts_per_device", "zero_stage")}
-"""Settings of the other sections that are fixed, for they say which prompts come next or how state lies on the disk.
+FIXED = {"train": ("seed", "prompts_per_device", "sft_prompts_per_device")}
+"""Settings of the other sections that are fixed, for they say which prompts come next.
 `gradient_accumulation_steps` may change with the number of ranks, so that a step's prompts stay as many."""
 
 
@@ -53,35 +54,64 @@ def check_same_run(
     state: the checkpoint's `state.json`; one of an earlier version lacks facts, which are then not compared.
     Raises ValueError that lists every setting in the way, with the run's value and the one asked for.
     """
-    now = facts_of(config, samples, world_size)
     then = state.get("config") or json.loads((run / "config.json").read_text())
-    refused = []
-    was = then["train"]["gradient_accumulation_steps"], state.get("world_size", world_size)
+    refused = [
+        *_changed_work(state, then["train"], config, samples, world_size),
+        *_changed_stage(state, config),
+        *_changed_settings(then, config),
+    ]
+    if refused:
+        raise ValueError(f"resume={str(run)!r} cannot go on with other settings: {'; '.join(refused)}")
+
+
+def _changed_work(
+    state: dict[str, Any], then: dict[str, Any], config: Config, samples: Sequence[Sample], world_size: int
+) -> list[str]:
+    """What of a step's rows, of the samples and of the steps done is not as it was.
+
+    then: the train section of the run's settings.
+    """
+    changed = []
+    was = then["gradient_accumulation_steps"], state.get("world_size", world_size)
     is_ = config.train.gradient_accumulation_steps, world_size
     if math.prod(was) != math.prod(is_):
-        refused.append(
+        changed.append(
             f"gradient_accumulation_steps was {was[0]} on {was[1]} ranks, is {is_[0]} on {is_[1]}: a step takes "
             f"{math.prod(was)} rows"
         )
-    if "samples" in state and state["samples"] != now["samples"]:
-        refused.append(f"samples was {state['samples']}, is {now['samples']}")
-    phases, step = then["train"]["phases"], state["step"]
+    digest = samples_digest(samples)
+    if state.get("samples", digest) != digest:
+        changed.append(f"samples was {state['samples']}, is {digest}")
+    phases, step = then["phases"], state["step"]
     if _done(phases, step, config, samples, world_size) != _done(
         config.train.phases, step, config, samples, world_size
     ):
-        refused.append(f"phases was {phases!r}, is {config.train.phases!r}: the {step} steps done are not in it")
-    for section, settings in now["config"].items():
+        changed.append(f"phases was {phases!r}, is {config.train.phases!r}: the {step} steps done are not in it")
+    return changed
+
+
+def _changed_stage(state: dict[str, Any], config: Config) -> list[str]:
+    """The stage decides how the engine's state lies on the disk."""
+    stage, given = effective_zero(config)[0], config.train.deepspeed_config
+    if state.get("zero_stage", stage) == stage:
+        return []
+    return [f"zero_stage was {state['zero_stage']}, is {stage}" + (f" by deepspeed_config={given!r}" if given else "")]
+
+
+def _changed_settings(then: dict[str, Any], config: Config) -> list[str]:
+    """Fixed settings that are not as they were; changes of the others are logged."""
+    fixed = []
+    for section, settings in config.as_dict().items():
         for name, value in settings.items():
             if name not in then.get(section, {}):
                 logger.info("resume: %s=%r is new since the run was started", name, value)
             elif then[section][name] != value:
                 change = f"{name} was {then[section][name]!r}, is {value!r}"
                 if _is_fixed(section, name):
-                    refused.append(change)
+                    fixed.append(change)
                 elif name not in ("resume", "output_dir", "local_rank"):
                     logger.info("resume: %s", change)
-    if refused:
-        raise ValueError(f"resume={str(run)!r} cannot go on with other settings: {'; '.join(refused)}")
+    return fixed
 
 
 def _is_fixed(section: str, name: str) -> bool:

@@ -126,6 +126,18 @@ def test_settings_that_make_it_another_run_are_all_listed_and_refused(run: Path,
     assert read_metrics(run) and len(checkpoints(run)) == 2
 
 
+def test_a_zero_stage_that_deepspeeds_settings_change_is_refused(run: Path, refused) -> None:
+    line = refused(["--resume", str(run), "--deepspeed_config", "zero2", "--phases", "sft:2,tempsamp:4"])
+    assert "zero_stage was 0, is 2 by deepspeed_config='zero2'" in line
+
+
+def test_a_stage_may_be_asked_for_in_another_way(trainer, tmp_path: Path) -> None:
+    words = ("--phases", "sft:2", "--save_steps", "1", "--zero_stage")
+    trainer.main(tmp_path / "run", "--phases", "sft:1", "--deepspeed_config", "zero1")
+    rows = trainer.main(tmp_path / "run", *words, "1", "--resume", str(tmp_path / "run"))
+    assert [row["step"] for row in rows] == [0, 1]
+
+
 def test_other_data_and_more_rows_a_step_are_refused_and_other_changes_logged(
     run: Path, trainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -62,6 +62,21 @@ def test_steps_are_those_of_the_published_counts(capsys: pytest.CaptureFixture[s
     assert main(["--gpus", "0"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [("zero1", "1, offload none"), ("zero3_offload", "3, offload optimizer+param")],
+)
+def test_the_plan_follows_deepspeeds_settings(name: str, chosen: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", "charades_qwen2_5_vl_7b", "--deepspeed_config", name, "--gpus", "8"]) == 0
+    printed = capsys.readouterr().out
+    (row,) = (line.split() for line in printed.splitlines() if "(chosen)" in line)
+    assert f"{chosen} (chosen)" in " ".join(row)
+    by_stage = [line.split() for line in printed.splitlines() if line.split()[:1] == [chosen[0]]]
+    is_offloaded = "param" in chosen
+    assert (float(row[-1]) > 0) == is_offloaded
+    assert is_offloaded or row[-8:] == by_stage[-1][-8:]
+
+
 def test_partitioning_divides_what_it_partitions() -> None:
     config = parse_args(["--config", "charades_qwen2_5_vl_7b"])
     one, eight = (peak_memory(with_stage(config, 3), n) for n in (1, 8))
