@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from bench.gpu_sections.child import Record
-from bench.gpu_sections.models import PROMPT_LEN, Size, model_config, packed_rows, random_model
+from bench.gpu_sections.models import PUBLISHED, Scale, Size
 from bench.gpu_sections.timing import distance, in_turn, require
 from tempsamp_fast.attention import PackedAttention, packed_attention
 from tempsamp_fast.config import AttentionCore
-from tempsamp_fast.packing import GroupLayout, PackedRow
+from tempsamp_fast.packing import GroupLayout, PackedRow, PackingMode
 from tempsamp_fast.policy import Policy
 
 HEADS: dict[Size, tuple[int, int]] = {"3B": (16, 2), "7B": (28, 4)}
 HEAD_DIM, SCALING = 128, 128**-0.5
+PROMPT_LEN = PUBLISHED.prompt_len
 CORES: tuple[AttentionCore, ...] = ("varlen", "flex", "split")
+MODES: tuple[PackingMode, ...] = ("none", "shared_prefix")
 
 
 def measure(record: Record) -> None:
@@ -86,7 +88,8 @@ def measure_cores(record: Record, label: str, size: Size, completion_len: int, n
 
 def log_prob_gradients(policy: Policy, rows: list[PackedRow]) -> tuple[Tensor, list[Tensor]]:
     """Log-probs of all answer tokens, and the gradients of a sum that weighs each of them differently."""
-    weights = torch.linspace(-1, 1, sum(len(row.token_ids) for row in rows), device="cuda")
+    num_predicted = sum(len(row.token_ids) for row in rows)
+    weights = torch.linspace(-1, 1, num_predicted, device=rows[0].token_ids.device)
     policy.zero_grad()
     parts = []
     for row, weight in zip(rows, weights.split([len(row.token_ids) for row in rows]), strict=True):
@@ -101,25 +104,20 @@ def _log_probs(hidden: Tensor, table: Tensor, token_ids: Tensor) -> Tensor:
     return (hidden.float() @ table.float().T).log_softmax(-1).gather(-1, token_ids[:, None])[:, 0]
 
 
-def measure_model(record: Record) -> None:
+def measure_model(record: Record, scale: Scale = PUBLISHED) -> None:
     """Full width, four layers: the error of packed bf16 must not be over that of separate bf16 rows by half."""
-    config = model_config("3B", depth=4)
-    exact = Policy(random_model(config, torch.float32), attention_core="split")
-    expected_logps, expected = log_prob_gradients(exact, packed_rows(config, 32, 4, mode="none"))
-    policy = Policy(_rounded(exact))
+    config = scale.config("3B", depth=4)
+    exact = Policy(scale.model("3B", torch.float32, depth=4), attention_core="split")
+    expected_logps, expected = log_prob_gradients(exact, scale.rows(config, 32, 4, mode="none"))
+    rounded = scale.model("3B", depth=4)
+    rounded.load_state_dict(exact.base_model.state_dict())
+    policy = Policy(rounded)
     errors = {}
-    for mode in ("none", "shared_prefix"):
-        logps, gradients = log_prob_gradients(policy, packed_rows(config, 32, 4, mode=mode))
+    for mode in MODES:
+        logps, gradients = log_prob_gradients(policy, scale.rows(config, 32, 4, mode=mode))
         pairs = list(zip(gradients, expected, strict=True))
         total = sum((a.float() - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)
         errors[mode] = {"logp": (logps - expected_logps).abs().mean().item(), "gradient": total.sqrt().item()}
         record.add(f"3B width, 4 layers, {mode}", **errors[mode])
     for name, error in errors["shared_prefix"].items():
         require(error, 1.5 * errors["none"][name], f"error of {name} when packed")
-
-
-def _rounded(policy: Policy) -> torch.nn.Module:
-    """The same model in bf16; the fp32 one is kept."""
-    model = random_model(model_config("3B", depth=4))
-    model.load_state_dict(policy.base_model.state_dict())
-    return model

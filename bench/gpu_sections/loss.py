@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 
-from bench.bench_grpo_loss import CONTENDERS, HEADS, bare_gemms, gradient_distances, make_batch, step
+import torch
+
+from bench.bench_grpo_loss import CONTENDERS, HEADS, bare_gemms, make_batch, step
 from bench.gpu_sections.child import Record
-from bench.gpu_sections.timing import in_turn, peak_flops, peak_gib
+from bench.gpu_sections.timing import distance, in_turn, memory, require, share_of_peak
+from bench.loss_contenders import LossBatch, ours
 from bench.loss_error_table import errors
 
 SHAPES = [(head, num_tokens) for num_tokens in (8192, 1024, 4096, 32768) for head in ("7B", "3B")]
@@ -23,9 +27,27 @@ def measure(record: Record) -> None:
                 record.add(f"error, seed {seed}: {name}", **figures)
 
 
+def gradient_distances(record: Record, label: str, batch: LossBatch) -> dict[str, float]:
+    """Of each contender's gradients from ours, without those that differ (an error each) or run out of memory.
+
+    Raises ValueError where no other contender is left to vouch for ours.
+    """
+    expected_loss, *expected = step(ours, batch)
+    distances = {"ours": 0.0}
+    for name in [name for name in CONTENDERS if name != "ours"]:
+        with record.attempt(f"{label} {name}"), suppress(torch.OutOfMemoryError):
+            loss, *gradients = step(CONTENDERS[name], batch)
+            torch.testing.assert_close(loss, expected_loss, rtol=2e-2, atol=2e-3)
+            worst = max(map(distance, gradients, expected))
+            distances[name] = require(worst, 0.1, "distance of the gradients from ours")
+    if len(distances) == 1:
+        raise ValueError("no contender's loss and gradients agree with ours: not timed")
+    return distances
+
+
 def measure_shape(record: Record, head: str, num_tokens: int) -> None:
     batch = make_batch(num_tokens, *HEADS[head])
-    distances = gradient_distances(batch)  # raises where losses or gradients differ
+    distances = gradient_distances(record, f"{head} N={num_tokens}", batch)
     runs = {name: partial(step, CONTENDERS[name], batch) for name in distances}
     times = in_turn({**runs, "bare cuBLAS": partial(bare_gemms, batch)}, rounds=10 if num_tokens <= 8192 else 4)
     flops = 6.0 * batch.hidden.numel() * len(batch.weight)
@@ -34,14 +56,14 @@ def measure_shape(record: Record, head: str, num_tokens: int) -> None:
     for name, figures in times.items():
         shares = {
             "tflops_per_s": flops / figures["ms"] / 1e9,
-            "roofline_share": 1e3 * flops / figures["ms"] / peak_flops(),
+            "roofline_share": share_of_peak(flops, figures["ms"]),
         }
         label = f"{head} N={num_tokens} {name}"
         if name not in runs:
             record.add(label, **figures, **shares)
             continue
-        peak = peak_gib(runs[name])
-        shares |= {"gradient_distance": distances[name], "peak_gib": peak}
+        used = memory(runs[name])
+        shares |= {"gradient_distance": distances[name], **used}
         if name != "ours":
             record.add(label, **figures, **shares)
             continue
@@ -51,7 +73,7 @@ def measure_shape(record: Record, head: str, num_tokens: int) -> None:
             **shares,
             share_of_cublas=times["bare cuBLAS"]["ms"] / figures["ms"],
             over_best_peer=best_peer / figures["ms"],
-            gib_beyond_gradients_and_fp32_dw=peak - owed,
+            gib_beyond_gradients_and_fp32_dw=used["peak_gib"] - owed,
             left_out=sorted(CONTENDERS.keys() - distances.keys()),
             goals={
                 "share_of_cublas": ("at least", 0.8),

@@ -1,15 +1,19 @@
-"""Qwen2.5-VL at its published shapes with random weights, and prompts with a video of 3584 tokens."""
+"""Qwen2.5-VL at its published shapes with random weights, prompts with a video of 3584 tokens, and what they take."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from bench.step_contenders import EOS, IMAGE, VIDEO, VISION_END, VISION_START, make_prompt, random_group
+from tempsamp_fast.architectures import count_parameters
+from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.batch import Prompt
+from tempsamp_fast.estimate import Work, step_memory
 from tempsamp_fast.packing import PackedRow, PackingMode, pack
 
 Size = Literal["3B", "7B"]
@@ -22,13 +26,23 @@ SPECIAL_IDS = {
     "vision_start_token_id": VISION_START,
     "vision_end_token_id": VISION_END,
 }
-PROMPT_LEN, GRID = 3700, (16, 28, 32)
+RECOMPUTED = ("--gradient_checkpointing=true",)
+TOWER_RECOMPUTED = (*RECOMPUTED, "--checkpoint_every=1000")
+"""Settings of the trainer; of the decoder layers only the first is recomputed."""
 
 
 def model_config(
-    size: Size, *, depth: int | None = None, special_ids: dict[str, int] = SPECIAL_IDS
+    size: Size,
+    *,
+    depth: int | None = None,
+    special_ids: Mapping[str, int] = SPECIAL_IDS,
+    text_values: Mapping[str, Any] | None = None,
+    vision_values: Mapping[str, Any] | None = None,
 ) -> Qwen2_5_VLConfig:
-    """The configuration of the published checkpoint; `depth` cuts both stacks to that many layers."""
+    """The configuration of the published checkpoint; `depth` cuts both stacks to that many layers.
+
+    text_values, vision_values: in place of the published ones.
+    """
     hidden_size, vocab_size = HEAD_SHAPES[size]
     layers, heads, kv_heads, intermediate = {"3B": (36, 16, 2, 11008), "7B": (28, 28, 4, 18944)}[size]
     text = {
@@ -43,6 +57,7 @@ def model_config(
         "bos_token_id": None,
         "eos_token_id": EOS,
         "pad_token_id": EOS,
+        **(text_values or {}),
     }
     vision = {
         "depth": depth or 32,
@@ -52,37 +67,96 @@ def model_config(
         "out_hidden_size": hidden_size,
         "fullatt_block_indexes": [depth - 1] if depth else [7, 15, 23, 31],
         "tokens_per_second": 2,
+        **(vision_values or {}),
     }
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=size == "3B", **special_ids)
 
 
-def random_model(config: Qwen2_5_VLConfig, dtype: torch.dtype = torch.bfloat16) -> Qwen2_5_VLForConditionalGeneration:
-    """On the GPU, the same weights every time."""
+def random_model(
+    config: Qwen2_5_VLConfig, dtype: torch.dtype = torch.bfloat16, device: str = "cuda"
+) -> Qwen2_5_VLForConditionalGeneration:
+    """The same weights every time."""
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(device):
         return Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
 
 
-def video_prompt(seed: int = 0) -> Prompt:
-    """3700 tokens, 3584 of them video, on the CPU."""
-    return make_prompt(PROMPT_LEN, GRID, seed)
+@dataclass(frozen=True)
+class Scale:
+    """Where whole models run, and how large they are; as published on a GPU, or in miniature to try a section out."""
+
+    device: str = "cuda"
+    prompt_len: int = 3700
+    grid: tuple[int, int, int] = (16, 28, 32)
+    wide_grid: tuple[int, int, int] = (8, 28, 64)
+    """As many tokens of a video whose frames are wider than it is long: there transformers' positions are ours."""
+    rounds: int = 4
+    """How often what is timed takes its turn."""
+    cache_share: float = 0.5
+    """Of the free memory, for the keys and values of continuous batching: more than it needs, and room for ours."""
+    text_values: Mapping[str, Any] | None = None
+    vision_values: Mapping[str, Any] | None = None
+
+    def config(self, size: Size, *, depth: int | None = None) -> Qwen2_5_VLConfig:
+        return model_config(size, depth=depth, text_values=self.text_values, vision_values=self.vision_values)
+
+    def model(
+        self, size: Size, dtype: torch.dtype = torch.bfloat16, *, depth: int | None = None
+    ) -> Qwen2_5_VLForConditionalGeneration:
+        """With a configuration of its own, since a policy writes its attention there."""
+        return random_model(self.config(size, depth=depth), dtype, self.device)
+
+    def video_prompt(self, seed: int = 0) -> Prompt:
+        """On the CPU."""
+        return make_prompt(self.prompt_len, self.grid, seed)
+
+    def text_prompt(self, seed: int = 0) -> Prompt:
+        """As long, without a video; on the CPU."""
+        return make_prompt(self.prompt_len, (0, 0, 0), seed)
+
+    def on_device(self, prompt: Prompt) -> Prompt:
+        """For plain Hugging Face calls: ids and bf16 pixels."""
+        video = replace(prompt.video, pixel_values=prompt.video.pixel_values.to(self.device, torch.bfloat16))
+        return replace(prompt, input_ids=prompt.input_ids.to(self.device), video=video)
+
+    def rows(
+        self,
+        config: Qwen2_5_VLConfig,
+        completion_len: int,
+        num_generations: int,
+        *,
+        num_groups: int = 1,
+        max_groups_per_row: int = 10**6,
+        mode: PackingMode = "shared_prefix",
+    ) -> list[PackedRow]:
+        """Random groups as rows on the device: all in one if there is room, or with mode "none" an answer per row."""
+        groups = [random_group(self.video_prompt(seed), completion_len, num_generations) for seed in range(num_groups)]
+        per_row = (max_groups_per_row, num_generations) if mode == "shared_prefix" else (1, 1)
+        longest = per_row[0] * (self.prompt_len + per_row[1] * completion_len)
+        return [row.to(self.device) for row in pack(groups, config=config, max_tokens_per_row=longest, mode=mode)]
+
+    def update_gib(
+        self,
+        config: Qwen2_5_VLConfig,
+        completion_len: int,
+        num_generations: int,
+        *,
+        num_groups: int = 1,
+        grid: tuple[int, int, int] | None = None,
+        settings: Sequence[str] = (),
+        copies: int = 2,
+    ) -> float:
+        """Memory of a forward and backward pass over one packed row of bf16, by the trainer's own arithmetic.
+
+        grid: of the videos; None is `self.grid`.
+        settings: flags of the trainer, such as RECOMPUTED.
+        copies: tensors as large as the weights: these and their gradients, or also moments and a reference.
+        """
+        flags = ["--phases=grpo:1", f"--prompts_per_device={num_groups}", f"--max_tokens_per_row={10**9}", *settings]
+        trainer = parse_args(flags)
+        work = Work(grid or self.grid, self.prompt_len, completion_len, num_generations, num_generations)
+        memory = step_memory(work, config, count_parameters(config, trainer.model), trainer, 2, 1)
+        return (copies * memory.weights + memory.activations) / 2**30
 
 
-def on_gpu(prompt: Prompt) -> Prompt:
-    """For plain Hugging Face calls: ids and bf16 pixels on the GPU."""
-    video = replace(prompt.video, pixel_values=prompt.video.pixel_values.cuda().bfloat16())
-    return replace(prompt, input_ids=prompt.input_ids.cuda(), video=video)
-
-
-def packed_rows(
-    config: Qwen2_5_VLConfig,
-    completion_len: int,
-    num_generations: int,
-    *,
-    num_groups: int = 1,
-    mode: PackingMode = "shared_prefix",
-) -> list[PackedRow]:
-    """Random groups as rows on the GPU: all groups in one row, or with mode "none" an answer per row."""
-    groups = [random_group(video_prompt(seed), completion_len, num_generations) for seed in range(num_groups)]
-    longest = 10**9 if mode == "shared_prefix" else PROMPT_LEN + completion_len
-    return [row.to("cuda") for row in pack(groups, config=config, max_tokens_per_row=longest, mode=mode)]
+PUBLISHED = Scale()

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count
 
 import torch
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from bench.gpu_sections.child import Record
-from bench.gpu_sections.models import PROMPT_LEN, model_config, on_gpu, random_model, video_prompt
-from bench.gpu_sections.timing import in_turn, peak_gib, require
-from bench.step_contenders import EOS, NO_EOS, huggingface_generate, make_prompt
+from bench.gpu_sections.models import PUBLISHED, Scale
+from bench.gpu_sections.timing import in_turn, memory, require
+from bench.step_contenders import EOS, NO_EOS, huggingface_generate
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
 from tempsamp_fast.packing import pack
 from tempsamp_fast.policy import Policy
 from tempsamp_fast.rollout import SampledAnswer, SamplingParams, generate
 
-NUM_ANSWERS, LENGTH, ROUNDS = 8, 128, 3
-PARAMS = SamplingParams(max_completion_length=LENGTH)
+NUM_ANSWERS, LENGTH = 8, 128
+NUM_PROMPTS = (1, 8, 32)
 
 
-def measure(record: Record) -> None:
-    policy = Policy(random_model(model_config("3B"))).eval()
-    for num_prompts in (1, 8, 32):
-        with record.attempt(f"{num_prompts} prompts"):
-            measure_videos(record, policy, num_prompts)
+def measure(
+    record: Record, scale: Scale = PUBLISHED, length: int = LENGTH, num_prompts: Sequence[int] = NUM_PROMPTS
+) -> None:
+    policy = Policy(scale.model("3B")).eval()
+    for number in num_prompts:
+        with record.attempt(f"{number} prompts"):
+            measure_videos(record, scale, policy, number, length)
     with record.attempt("continuous batching"):
-        measure_text(record, policy, num_prompts=8)
+        measure_text(record, scale, policy, num_prompts[1], length)
 
 
-def ours(policy: Policy, prompts: list[Prompt], cuda_graphs: bool = False) -> list[list[SampledAnswer]]:
-    return generate(policy, prompts, NUM_ANSWERS, PARAMS, seed=(0,), cuda_graphs=cuda_graphs, **NO_EOS)
+def ours(policy: Policy, length: int, prompts: list[Prompt], cuda_graphs: bool = False) -> list[list[SampledAnswer]]:
+    params = SamplingParams(max_completion_length=length)
+    return generate(policy, prompts, NUM_ANSWERS, params, seed=(0,), cuda_graphs=cuda_graphs, **NO_EOS)
 
 
 @torch.no_grad()
@@ -38,10 +43,10 @@ def log_prob_error(policy: Policy, prompt: Prompt, answers: list[SampledAnswer])
     """Mean distance of the sampled log-probs from those of the packed training forward."""
     group = RolloutGroup(prompt, [Completion(answer.ids, text="") for answer in answers])
     (row,) = pack([group], config=policy.config, max_tokens_per_row=10**9)
-    row = row.to("cuda")
+    row = row.to(policy.base_model.device)
     logits = policy(row, lambda hidden, weight: hidden @ weight.T).float()
     expected = logits.log_softmax(-1).gather(-1, row.token_ids[:, None])[:, 0]
-    sampled = torch.cat([answer.logps for answer in answers]).cuda()
+    sampled = torch.cat([answer.logps for answer in answers]).to(row.token_ids.device)
     return (sampled - expected).abs().mean().item()
 
 
@@ -51,62 +56,86 @@ def share_of_same_tokens(left: list[list[SampledAnswer]], right: list[list[Sampl
     return sum(float((a.ids == b.ids).float().mean()) for a, b in pairs) / len(pairs)
 
 
-def rates(num_prompts: int, ms: float) -> dict[str, float]:
+def rates(num_prompts: int, length: int, ms: float) -> dict[str, float]:
     rows = num_prompts * NUM_ANSWERS
-    return {"rollouts_per_s": 1e3 * rows / ms, "tokens_per_s": 1e3 * rows * LENGTH / ms}
+    return {"rollouts_per_s": 1e3 * rows / ms, "tokens_per_s": 1e3 * rows * length / ms}
 
 
-def measure_videos(record: Record, policy: Policy, num_prompts: int) -> None:
-    prompts = [video_prompt(seed) for seed in range(num_prompts)]
-    answers = ours(policy, prompts)
-    assert all(len(answer.ids) == LENGTH for group in answers for answer in group)
+def measure_videos(record: Record, scale: Scale, policy: Policy, num_prompts: int, length: int) -> None:
+    """What fails of CUDA graphs or of `generate` leaves the others' figures."""
+    prompts = [scale.video_prompt(seed) for seed in range(num_prompts)]
+    answers = ours(policy, length, prompts)
+    assert all(len(answer.ids) == length for group in answers for answer in group)
     error = require(log_prob_error(policy, prompts[0], answers[0]), 0.02, "error of the sampled log-probs")
-    same = share_of_same_tokens(answers, ours(policy, prompts, cuda_graphs=True))
-    require(1 - same, 0.5, "share of tokens that CUDA graphs draw differently")
-    runs = {"ours": partial(ours, policy, prompts), "ours, graphs": partial(ours, policy, prompts, True)}
+    runs: dict[str, Callable[[], object]] = {"ours": partial(ours, policy, length, prompts)}
+    checks = {"ours": {"logp_error": error}}
+    with record.attempt(f"{num_prompts} prompts, CUDA graphs"):
+        same = share_of_same_tokens(answers, ours(policy, length, prompts, cuda_graphs=True))
+        require(1 - same, 0.5, "share of tokens that CUDA graphs draw differently")
+        runs["ours, graphs"] = partial(ours, policy, length, prompts, True)
+        checks["ours, graphs"] = {"same_tokens": same}
     if num_prompts <= 8:  # 32 prompts are 256 copies of 3700 tokens there
-        # Copies of one prompt, which cost what so many prompts of equal length do.
-        runs["generate"] = partial(
-            huggingface_generate, policy.base_model, on_gpu(prompts[0]), NUM_ANSWERS, LENGTH, copies=num_prompts
-        )
-    times = in_turn(runs, rounds=ROUNDS, warmup=1)
+        with record.attempt(f"{num_prompts} prompts, generate"):
+            # Copies of one prompt, which cost what so many prompts of equal length do.
+            plain = partial(
+                huggingface_generate, policy.base_model, scale.on_device(prompts[0]), NUM_ANSWERS, length,
+                copies=num_prompts,
+            )  # fmt: skip
+            plain()
+            runs["generate"] = plain
+    times = in_turn(runs, rounds=scale.rounds, warmup=1)
     for name, figures in times.items():
         record.add(
             f"{num_prompts} prompts {name}",
             **figures,
-            **rates(num_prompts, figures["ms"]),
-            peak_gib=peak_gib(runs[name]),
-            **({"logp_error": error} if name == "ours" else {}),
-            **({"same_tokens": same} if name == "ours, graphs" else {}),
+            **rates(num_prompts, length, figures["ms"]),
+            **memory(runs[name]),
+            **checks.get(name, {}),
             over_ours=times["ours"]["ms"] / figures["ms"],
             **({"over_generate": times["generate"]["ms"] / figures["ms"]} if "generate" in times else {}),
             goals={"rollouts_per_s": ("at least", 8.0)} if name.startswith("ours") and num_prompts == 8 else None,
         )
 
 
-def measure_text(record: Record, policy: Policy, num_prompts: int) -> None:
-    """Text only, which is all that continuous batching takes: a language model of the same shape."""
+def measure_text(record: Record, scale: Scale, policy: Policy, num_prompts: int, length: int) -> None:
+    """Text only, which is all that continuous batching takes: a language model of the same shape.
+
+    Its manager, with its graphs and its cache, is made before anything is timed and kept between rounds. It also keeps
+    the blocks of prompts it has seen, so that every call gets new ones.
+    """
     text = policy.config.text_config.to_dict()
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     kept = {name: text[name] for name in (*names, "num_key_value_heads", "max_position_embeddings")}
-    with torch.device("cuda"):
+    with torch.device(scale.device):
         model = Qwen2ForCausalLM._from_config(
             Qwen2Config(**kept, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=EOS),
             dtype=torch.bfloat16,
         ).eval()
-    prompts = [make_prompt(PROMPT_LEN, (0, 0, 0), seed) for seed in range(num_prompts)]
-    inputs = [prompt.input_ids.tolist() for prompt in prompts for _ in range(NUM_ANSWERS)]
-    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=LENGTH, eos_token_id=-1, pad_token_id=EOS)
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length, eos_token_id=-1, pad_token_id=EOS)
+    batching = ContinuousBatchingConfig(max_memory_percent=scale.cache_share)
+    seeds = count()
 
-    def continuous() -> int:
-        results = model.generate_batch(inputs, generation_config=config)
-        return sum(len(result.generated_tokens) for result in results.values())
+    def new_prompts() -> list[Prompt]:
+        return [scale.text_prompt(next(seeds)) for _ in range(num_prompts)]
 
-    generated = continuous()
-    assert generated == len(inputs) * LENGTH, f"continuous batching made {generated} tokens"
-    times = in_turn({"ours": partial(ours, policy, prompts), "continuous batching": continuous}, rounds=ROUNDS)
+    def continuous() -> None:
+        inputs = [prompt.input_ids.tolist() for prompt in new_prompts() for _ in range(NUM_ANSWERS)]
+        results = model.generate_batch(
+            inputs, generation_config=config, continuous_batching_config=batching, persistent_manager=True
+        )
+        generated = sum(len(result.generated_tokens) for result in results.values())
+        assert generated == len(inputs) * length, f"continuous batching made {generated} tokens"
+
+    try:
+        runs = {"ours": lambda: ours(policy, length, new_prompts()), "continuous batching": continuous}
+        times = in_turn(runs, rounds=scale.rounds, warmup=2)
+    finally:
+        model.destroy_cached_continuous_batching_manager()
     for name, figures in times.items():
         over = times["continuous batching"]["ms"] / figures["ms"]
         record.add(
-            f"text, {num_prompts} prompts {name}", **figures, **rates(num_prompts, figures["ms"]), over_continuous=over
+            f"text, {num_prompts} prompts {name}",
+            **figures,
+            **rates(num_prompts, length, figures["ms"]),
+            over_continuous=over,
         )

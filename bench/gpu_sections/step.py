@@ -6,85 +6,134 @@ import tempfile
 import time
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from bench import step_contenders as step
 from bench.gpu_sections.child import Record
-from bench.gpu_sections.models import PROMPT_LEN, model_config, on_gpu, random_model
-from bench.gpu_sections.timing import in_turn, require
+from bench.gpu_sections.models import PUBLISHED, RECOMPUTED, TOWER_RECOMPUTED, Scale
+from bench.gpu_sections.timing import in_turn, memory, require, synchronize
 from tempsamp_fast.batch import Prompt, RolloutGroup
 from tempsamp_fast.policy import Policy
 
-NUM_ANSWERS, LENGTH, ROUNDS = 8, 32, 4
-WIDE_GRID = (8, 28, 64)
-"""3584 tokens of a video whose frames are wider than it is long: there transformers' positions agree with ours."""
+LENGTH = 32
+NUM_ANSWERS = (8, 4)
+"""Fewer only where more do not fit."""
 
 
-def measure(record: Record) -> None:
-    model = random_model(model_config("3B"))
-    policy = Policy(model)
+def measure(record: Record, scale: Scale = PUBLISHED, length: int = LENGTH) -> None:
+    config = scale.config("3B")
+    model = scale.model("3B")
     # AdamW of bf16 parameters: the same small cost on every side.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    with record.attempt("TimeZero-style"):
-        measure_against_plain_step(record, policy, optimizer)
-    with record.attempt("TRL"):
-        measure_against_trl(record, policy, optimizer)
+    for num_answers in NUM_ANSWERS:
+        label = f"video, G={num_answers}"
+        if record.fits(label, needed_gib(scale, config, length, num_answers)):
+            with record.attempt(label):
+                measure_against_plain_step(record, scale, label, model, optimizer, length, num_answers)
+            break
+    label = "text, against TRL"
+    # Weights and moments on both sides, the gradients of one at a time.
+    needed = scale.update_gib(config, length, NUM_ANSWERS[0], grid=(0, 0, 0), copies=7)
+    if record.has(label, "trl", "datasets") and record.fits(label, needed):
+        with record.attempt(label):
+            measure_against_trl(record, scale, model, optimizer, length)
+
+
+def needed_gib(scale: Scale, config: Any, length: int, num_answers: int) -> float:
+    """Weights, gradients, two moments and a reference; beside them our activations, or four times the plain logits.
+
+    These are the log-softmax, its gradient by row, the rows stacked, and the first token's put back.
+    """
+    ours = scale.update_gib(config, length, num_answers, settings=TOWER_RECOMPUTED, copies=5)
+    recomputed = scale.update_gib(config, length, 1, num_groups=num_answers, settings=RECOMPUTED, copies=5)
+    logits = 2 * num_answers * (scale.prompt_len + length) * config.text_config.vocab_size / 2**30
+    return max(ours, recomputed + 4 * logits)
 
 
 @torch.no_grad()
-def log_prob_distance(policy: Policy, gpu_prompt: Prompt, group: RolloutGroup) -> float:
+def log_prob_distance(policy: Policy, on_device: Prompt, group: RolloutGroup) -> float:
     """Mean, between the packed forward pass and the plain one, whose log-softmax rounds to bf16."""
-    answers = torch.stack([completion.ids for completion in group.completions]).cuda()
-    expected = step.separate_log_probs(policy.base_model, gpu_prompt, answers)
+    answers = torch.stack([completion.ids for completion in group.completions]).to(on_device.input_ids.device)
+    expected = step.separate_log_probs(policy.base_model, on_device, answers)
     actual = step.packed_log_probs(policy, step.packed_row(policy, group))
     return (actual - expected.flatten().float()).abs().mean().item()
 
 
-def measure_against_plain_step(record: Record, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    reference = Policy(random_model(model_config("3B"))).eval().requires_grad_(False)
+def our_step(
+    model: PreTrainedModel,
+    reference: Policy | None,
+    optimizer: torch.optim.Optimizer,
+    prompt: Prompt,
+    num_answers: int,
+    length: int,
+    **recomputation: Any,
+) -> None:
+    """As the trainer runs it; which layers recompute is set anew, since the plain step ends by switching it off."""
+    policy = Policy(model, **recomputation).train()
+    step.packed_step(policy, reference, optimizer, prompt, num_answers, length)
+
+
+def measure_against_plain_step(
+    record: Record,
+    scale: Scale,
+    label: str,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    length: int,
+    num_answers: int,
+) -> None:
+    """Ours recomputes the vision tower, without which it does not fit into 80 GiB; the plain step every layer."""
+    reference = Policy(scale.model("3B")).eval().requires_grad_(False)
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.add_(0.002 * torch.randn_like(parameter))
-    model, reference_model = policy.base_model, reference.base_model
-    prompt = step.make_prompt(PROMPT_LEN, WIDE_GRID)
-    gpu_prompt = on_gpu(prompt)
-    group = step.random_group(prompt, LENGTH, NUM_ANSWERS)
-    error = require(log_prob_distance(policy, gpu_prompt, group), 0.05, "mean distance of the log-probs")
+    prompt = step.make_prompt(scale.prompt_len, scale.wide_grid)
+    on_device = scale.on_device(prompt)
+    group = step.random_group(prompt, length, num_answers)
+    error = require(log_prob_distance(Policy(model), on_device, group), 0.05, "mean distance of the log-probs")
+    num_layers = model.config.text_config.num_hidden_layers
     runs = {
-        "ours": partial(step.packed_step, policy, reference, optimizer, prompt, NUM_ANSWERS, LENGTH),
-        # With recomputation, without which eight rows of this length do not fit.
+        "ours": partial(
+            our_step, model, reference, optimizer, prompt, num_answers, length,
+            gradient_checkpointing=True, checkpoint_every=num_layers,
+        ),
         "TimeZero-style": partial(
-            step.plain_step, model, reference_model, optimizer, gpu_prompt, NUM_ANSWERS, LENGTH,
+            step.plain_step, model, reference.base_model, optimizer, on_device, num_answers, length,
             gradient_checkpointing=True,
         ),
     }  # fmt: skip
-    times = in_turn(runs, rounds=ROUNDS, warmup=1)
+    times = in_turn(runs, rounds=scale.rounds, warmup=1)
     for name, figures in times.items():
         record.add(
-            f"video, {name}",
+            f"{label}, {name}",
             **figures,
+            **memory(runs[name]),
             over_plain_step=times["TimeZero-style"]["ms"] / figures["ms"],
-            rollouts_per_s=1e3 * NUM_ANSWERS / figures["ms"],
+            rollouts_per_s=1e3 * num_answers / figures["ms"],
             logp_distance=error,
             goals={"over_plain_step": ("at least", 5.0)} if name == "ours" else None,
         )
 
 
 def synced_seconds() -> float:
-    torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter()
 
 
-def measure_against_trl(record: Record, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+def measure_against_trl(
+    record: Record, scale: Scale, model: PreTrainedModel, optimizer: torch.optim.Optimizer, length: int
+) -> None:
     """Same shape, prompt, answer length and sampling; beta 0, AdamW at 1e-6 and clipping at 1 on both sides."""
-    prompt = step.make_prompt(PROMPT_LEN, (0, 0, 0))
-    ours = partial(step.packed_step, policy, None, optimizer, prompt, NUM_ANSWERS, LENGTH)
+    prompt, num_answers = scale.text_prompt(), NUM_ANSWERS[0]
+    ours = partial(our_step, model, None, optimizer, prompt, num_answers, length)
     alternating = step.Alternating(ours, synced_seconds)
     with tempfile.TemporaryDirectory() as folder:
         step.trl_trainer(
-            random_model(model_config("3B")), prompt, NUM_ANSWERS, LENGTH, alternating, folder=folder, rounds=ROUNDS,
-            bf16=True, gradient_checkpointing=True,
+            scale.model("3B"), prompt, num_answers, length, alternating, folder=folder, rounds=scale.rounds,
+            bf16=True, gradient_checkpointing=True, use_cpu=scale.device == "cpu",
         ).train()  # fmt: skip
     seconds = alternating.seconds
     for name, values in (("ours", seconds["ours_s"]), ("TRL", seconds["trl_s"])):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
@@ -9,20 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tempsamp_fast.flops import PEAK_BF16_TFLOPS, peak_bf16_flops
+from tempsamp_fast.flops import peak_bf16_flops
 
 
-def peak_flops() -> float:
-    """Dense bf16 FLOP/s of this GPU. Raises ValueError for one that is not in the trainer's table."""
-    name = torch.cuda.get_device_name()
-    flops = peak_bf16_flops(name)
-    if flops is None:
-        raise ValueError(f"the bf16 peak of {name!r} is not known; known are {', '.join(PEAK_BF16_TFLOPS)}")
-    return flops
+def card_gib() -> float:
+    """Memory of the GPU; without one, what this process may take is not known and without bound."""
+    return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else math.inf
+
+
+def share_of_peak(flops: float, ms: float) -> float | None:
+    """Of the dense bf16 peak; None for a device that the trainer's table does not have."""
+    peak = peak_bf16_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return None if peak is None else 1e3 * flops / ms / peak
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def event_ms(run: Callable[[], object]) -> float:
-    """Milliseconds between an event before `run` and one after it."""
+    """Milliseconds between an event before `run` and one after it; by the clock where there is no GPU."""
+    if not torch.cuda.is_available():
+        started = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - started)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -45,14 +59,20 @@ def in_turn(
     return {name: {"ms": median(values), "spread_ms": [min(values), max(values)]} for name, values in times.items()}
 
 
-def peak_gib(run: Callable[[], object]) -> float:
-    """Device memory allocated at the worst moment of `run`, beyond what was allocated before it."""
+def memory(run: Callable[[], object]) -> dict[str, float]:
+    """Device memory allocated at the worst moment of `run`: all of it, and beyond what was there before; no GPU, none.
+
+    What was there includes gradients that an earlier run left, so only the first figure compares between sections.
+    """
+    if not torch.cuda.is_available():
+        return {}
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
+    most = torch.cuda.max_memory_allocated()
+    return {"peak_gib": (most - before) / 2**30, "max_allocated_gib": most / 2**30}
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:

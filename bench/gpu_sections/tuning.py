@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.gpu_sections.child import Record
 from bench.gpu_sections.models import HEAD_SHAPES
-from bench.gpu_sections.timing import distance, in_turn, peak_gib, require
+from bench.gpu_sections.timing import distance, in_turn, memory, require
 
 NUM_ROWS, LENGTH = 8, 1024
 CHUNKS = (512, 1024, 2048, 4096, 8192)
@@ -43,5 +43,5 @@ def measure(record: Record) -> None:
                 worst = max(map(distance, run(), expected))
                 require(worst, 1e-2, f"distance of the gradients at {chunk} rows")
             for name, figures in in_turn({str(chunk): run for chunk, run in runs.items()}).items():
-                record.add(f"{head} N={num_tokens} chunk={name}", peak_gib=peak_gib(runs[int(name)]), **figures)
+                record.add(f"{head} N={num_tokens} chunk={name}", **figures, **memory(runs[int(name)]))
             record.add(f"{head} default", chunk=default)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from bench.gpu_sections.child import Record
-from bench.gpu_sections.models import Size, model_config, packed_rows, random_model
-from bench.gpu_sections.timing import event_ms, in_turn, peak_flops, peak_gib, require
+from bench.gpu_sections.models import PUBLISHED, RECOMPUTED, Scale, Size
+from bench.gpu_sections.timing import event_ms, in_turn, memory, require, share_of_peak
 from tempsamp_fast.config import AlgorithmConfig
 from tempsamp_fast.flops import forward_flops
 from tempsamp_fast.liger_layers import apply_liger_layers
@@ -24,35 +25,62 @@ from tempsamp_fast.policy import Policy
 
 @dataclass(frozen=True)
 class Shape:
-    """A micro-step: `num_groups` prompts of 3700 tokens, each with answers of equal length."""
+    """A micro-step: `num_groups` prompts, each with answers of equal length."""
 
     completion_len: int
     num_generations: int
     num_groups: int = 1
+    is_recomputed: bool = False
+    """Whether layers and vision blocks keep their inputs alone, on both sides."""
 
     def __str__(self) -> str:
-        return f"C={self.completion_len} G={self.num_generations}" + f" x{self.num_groups}" * (self.num_groups > 1)
+        groups, recomputed = f" x{self.num_groups}" * (self.num_groups > 1), " recomputed" * self.is_recomputed
+        return f"C={self.completion_len} G={self.num_generations}{groups}{recomputed}"
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.completion_len, self.num_generations
 
 
 SHAPES: dict[Size, tuple[Shape, ...]] = {
-    "3B": (Shape(32, 8), Shape(256, 8), Shape(32, 4), Shape(256, 4), Shape(32, 8, num_groups=4)),
-    "7B": (Shape(32, 8), Shape(256, 8)),
+    "3B": (Shape(32, 8), Shape(256, 8), Shape(32, 4), Shape(256, 4), Shape(32, 8, num_groups=4, is_recomputed=True)),
+    "7B": (Shape(32, 8), Shape(256, 8), Shape(32, 8, is_recomputed=True)),
 }
-ROUNDS = 4
 
 
-def measure(record: Record) -> None:
-    for size, shapes in SHAPES.items():
+def measure(record: Record, scale: Scale = PUBLISHED, shapes_of: Mapping[Size, Sequence[Shape]] = SHAPES) -> None:
+    for size, shapes in shapes_of.items():
         with record.attempt(size):
-            policy = Policy(random_model(model_config(size)))
-            for shape in shapes:
-                with record.attempt(f"{size} {shape}"):
-                    measure_shape(record, f"{size} {shape}", policy, shape, is_goal=size == "3B")
-            with record.attempt(f"{size} Liger layers"):
-                measure_liger_layers(record, f"{size} {shapes[0]} Liger layers", policy, shapes[0])
-            with record.attempt(f"{size} frozen tower"):
-                measure_frozen_tower(record, f"{size} {shapes[0]} frozen tower", policy, shapes[0])
-            del policy
+            measure_size(record, scale, size, shapes)
+
+
+def measure_size(record: Record, scale: Scale, size: Size, shapes: Sequence[Shape]) -> None:
+    config = scale.config(size)
+    model = scale.model(size)
+    fitting = [shape for shape in shapes if record.fits(f"{size} {shape}", needed_gib(scale, config, shape))]
+    for shape in fitting:
+        label = f"{size} {shape}"
+        with record.attempt(label):
+            is_goal = size == "3B" and not shape.is_recomputed
+            measure_shape(record, scale, label, policy_of(model, shape), shape, is_goal)
+    if fitting and record.has(f"{size} Liger layers", "liger_kernel"):
+        with record.attempt(f"{size} Liger layers"):
+            measure_liger_layers(record, scale, f"{size} {fitting[0]} Liger layers", model, fitting[0])
+    frozen = replace(shapes[0], is_recomputed=False)
+    label = f"{size} {frozen} frozen tower"
+    if record.fits(label, scale.update_gib(config, *frozen.sizes, settings=["--freeze_vision=true"])):
+        with record.attempt(label):
+            measure_frozen_tower(record, scale, label, policy_of(model, frozen), frozen)
+
+
+def needed_gib(scale: Scale, config: Any, shape: Shape) -> float:
+    settings = RECOMPUTED if shape.is_recomputed else ()
+    return scale.update_gib(config, *shape.sizes, num_groups=shape.num_groups, settings=settings)
+
+
+def policy_of(model: PreTrainedModel, shape: Shape) -> Policy:
+    """Around the same weights for every shape."""
+    return Policy(model, gradient_checkpointing=shape.is_recomputed).train()
 
 
 def losses(policy: Policy, rows: Sequence[PackedRow]) -> list[Callable[[], Tensor]]:
@@ -88,10 +116,13 @@ def gradients(policy: Policy, passes: Sequence[Callable[[], Tensor]]) -> list[Te
 
 def gradient_distance(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float:
     """Of all parameters as one vector; both sides must lack the same ones."""
-    pairs = [(a.float(), b.float()) for a, b in zip(actual, expected, strict=True) if a is not None and b is not None]
-    assert len(pairs) == sum(a is not None for a in actual) == sum(b is not None for b in expected)
-    difference = sum(float((a - b).square().sum()) for a, b in pairs)
-    return (difference / sum(float(b.square().sum()) for _, b in pairs)) ** 0.5
+    difference = total = 0.0
+    for a, b in zip(actual, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            difference += float((a.float() - b.float()).square().sum())
+            total += float(b.float().square().sum())
+    return (difference / total) ** 0.5
 
 
 def phases(policy: Policy, rows: Sequence[PackedRow]) -> dict[str, float]:
@@ -107,15 +138,16 @@ def phases(policy: Policy, rows: Sequence[PackedRow]) -> dict[str, float]:
     return {"tower_forward_ms": tower_ms, "forward_ms": forward_ms, "backward_ms": backward_ms}
 
 
-def measure_shape(record: Record, label: str, policy: Policy, shape: Shape, is_goal: bool) -> None:
-    build = partial(
-        packed_rows, policy.config, shape.completion_len, shape.num_generations, num_groups=shape.num_groups
-    )
-    rows = {"packed": build(), "unpacked": build(mode="none")}
+def measure_shape(record: Record, scale: Scale, label: str, policy: Policy, shape: Shape, is_goal: bool) -> None:
+    """One group against a row per answer; several groups in one row against a row for each."""
+    build = partial(scale.rows, policy.config, *shape.sizes, num_groups=shape.num_groups)
+    other = "unpacked" if shape.num_groups == 1 else "row per group"
+    rows = {"packed": build(), other: build(mode="none") if shape.num_groups == 1 else build(max_groups_per_row=1)}
     passes = {name: losses(policy, some) for name, some in rows.items()}
-    error = gradient_distance(gradients(policy, passes["packed"]), gradients(policy, passes["unpacked"]))
-    require(error, 0.1, "distance of the gradients, packed from unpacked")
-    times = in_turn({name: partial(update, policy, some) for name, some in passes.items()}, rounds=ROUNDS, warmup=1)
+    error = gradient_distance(gradients(policy, passes["packed"]), gradients(policy, passes[other]))
+    require(error, 0.1, f"distance of the gradients, packed from {other}")
+    runs = {name: partial(update, policy, some) for name, some in passes.items()}
+    times = in_turn(runs, rounds=scale.rounds, warmup=1)
     for name, figures in times.items():
         is_packed = name == "packed"
         record.add(
@@ -123,18 +155,18 @@ def measure_shape(record: Record, label: str, policy: Policy, shape: Shape, is_g
             **figures,
             **mfu(policy, rows[name], figures["ms"]),
             **(phases(policy, rows[name]) if is_packed else {}),
-            peak_gib=peak_gib(partial(update, policy, passes[name])),
+            **memory(runs[name]),
             gradient_distance=error,
-            over_unpacked=times["unpacked"]["ms"] / figures["ms"],
+            **{f"over_{other.replace(' ', '_')}": times[other]["ms"] / figures["ms"]},
             goals=goals(shape) if is_packed and is_goal else None,
         )
 
 
-def mfu(policy: Policy, rows: Sequence[PackedRow], ms: float) -> dict[str, float]:
+def mfu(policy: Policy, rows: Sequence[PackedRow], ms: float) -> dict[str, float | None]:
     """Three times the forward FLOPs of the rows that ran, over the time and the peak; tokens per second."""
     flops = 3 * sum(forward_flops(row, policy.config) for row in rows)
     num_tokens = sum(row.num_tokens for row in rows)
-    return {"mfu": 1e3 * flops / ms / peak_flops(), "tflop": flops / 1e12, "tokens_per_s": 1e3 * num_tokens / ms}
+    return {"mfu": share_of_peak(flops, ms), "tflop": flops / 1e12, "tokens_per_s": 1e3 * num_tokens / ms}
 
 
 def goals(shape: Shape) -> dict[str, tuple[str, float]]:
@@ -142,34 +174,35 @@ def goals(shape: Shape) -> dict[str, tuple[str, float]]:
     return {**both, "over_unpacked": ("at least", 6.0)} if shape == Shape(32, 8) else both
 
 
-def measure_frozen_tower(record: Record, label: str, policy: Policy, shape: Shape) -> None:
+def measure_frozen_tower(record: Record, scale: Scale, label: str, policy: Policy, shape: Shape) -> None:
     """With the tower frozen and its features kept from the rollout, as the trainer runs on-policy."""
     policy.base_model.model.visual.requires_grad_(False)
-    (row,) = packed_rows(policy.config, shape.completion_len, shape.num_generations)
+    policy.zero_grad()
+    (row,) = scale.rows(policy.config, *shape.sizes)
     kept = replace(row, vision=policy.encode_videos(row.pixel_values, row.video_grid_thw))
-    runs = {"pixels": [row], "features kept": [kept]}
-    expected, actual = (gradients(policy, losses(policy, rows)) for rows in runs.values())
+    rows = {"pixels": [row], "features kept": [kept]}
+    expected, actual = (gradients(policy, losses(policy, some)) for some in rows.values())
     error = require(gradient_distance(actual, expected), 1e-2, "distance of the gradients with kept features")
-    times = in_turn({name: partial(update, policy, losses(policy, rows)) for name, rows in runs.items()}, rounds=ROUNDS)
-    for name, figures in times.items():
-        record.add(f"{label}, {name}", **figures, gradient_distance=error)
+    runs = {name: partial(update, policy, losses(policy, some)) for name, some in rows.items()}
+    for name, figures in in_turn(runs, rounds=scale.rounds).items():
+        record.add(f"{label}, {name}", **figures, **memory(runs[name]), gradient_distance=error)
 
 
-def measure_liger_layers(record: Record, label: str, policy: Policy, shape: Shape) -> None:
+def measure_liger_layers(record: Record, scale: Scale, label: str, model: PreTrainedModel, shape: Shape) -> None:
     """The trainer's default on a GPU against transformers' own layers, which every other row here runs."""
-    fused = Policy(copy.deepcopy(policy.base_model))
-    apply_liger_layers(fused.base_model, "on")
-    rows = packed_rows(policy.config, shape.completion_len, shape.num_generations)
-    policies = {"off": policy, "on": fused}
+    fused = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})  # the same weights
+    apply_liger_layers(fused, "on")
+    policies = {"off": policy_of(model, shape), "on": policy_of(fused, shape)}
+    rows = scale.rows(model.config, *shape.sizes, num_groups=shape.num_groups)
     expected, actual = (gradients(each, losses(each, rows)) for each in policies.values())
     error = require(gradient_distance(actual, expected), 0.1, "distance of the gradients with Liger's layers")
     runs = {name: partial(update, each, losses(each, rows)) for name, each in policies.items()}
-    times = in_turn(runs, rounds=ROUNDS, warmup=1)
+    times = in_turn(runs, rounds=scale.rounds, warmup=1)
     for name, figures in times.items():
         record.add(
             f"{label} {name}",
             **figures,
-            **mfu(policy, rows, figures["ms"]),
-            peak_gib=peak_gib(runs[name]),
+            **mfu(policies[name], rows, figures["ms"]),
+            **memory(runs[name]),
             gradient_distance=error,
         )
