@@ -86,7 +86,32 @@ def plan_table() -> str:
     return "\n".join([*lines, "", f"Estimates for `{PLANNED}` with answers as long as they may be, not measured."])
 
 
-TABLES = {"demo": demo_table, "step": step_table, "video": video_table, "plan": plan_table}
+def gpu_table(results: Path = RESULTS) -> str:
+    """What reached its goal or missed it on each GPU, by the files that bench/gpu.py leaves in `results`."""
+    lines = []
+    for file in sorted(results.glob("nvidia_*.json")):
+        document = json.loads(file.read_text())
+        lines += [f"| {document['gpu']} | figure | goal | commit |", "|---|---|---|---|"]
+        for name, section in document["sections"].items():
+            commit = (section["commit"] or "unknown")[:7]
+            lines += [
+                f"| {name}: {row['label']} | {figure} {_shown(row[figure])} | {kind} {_shown(bound)} | {commit} |"
+                for row in section["rows"]
+                for figure, (kind, bound) in row.get("goals", {}).items()
+            ]
+        failed = [name for name, section in document["sections"].items() if section["error"]]
+        lines += ["", f"Parts of {', '.join(failed)} failed there: the file says which.", ""] if failed else [""]
+    return "\n".join(lines[:-1]) if lines else NO_GPU
+
+
+NO_GPU = "No figure of a GPU exists yet: `bench/GPU_TODO.md` lists the commands that will make them."
+
+
+def _shown(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3g}"
+
+
+TABLES = {"demo": demo_table, "step": step_table, "video": video_table, "plan": plan_table, "gpu": gpu_table}
 
 
 def take_demo(run: Path) -> None:
