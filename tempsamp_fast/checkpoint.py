@@ -13,7 +13,18 @@ from safetensors import SafetensorError
 
 from tempsamp_fast.chat import Chat
 from tempsamp_fast.config import Config, DataConfig
-from tempsamp_fast.durable import PARTIAL, damage, partial_folder, publish, remove, require_space, seal, size_of, sync
+from tempsamp_fast.durable import (
+    PARTIAL,
+    Digests,
+    damage,
+    partial_folder,
+    publish,
+    remove,
+    require_space,
+    seal,
+    size_of,
+    sync,
+)
 from tempsamp_fast.engine import is_partitioned, save_engine, whole_parameters
 from tempsamp_fast.policy import Policy
 from tempsamp_fast.ranks import barrier, is_first_rank
@@ -76,8 +87,8 @@ def save_checkpoint(
             shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
     barrier()
-    require_space(partial, _expected_size(run, policy), f"checkpoint {final.name}")
     try:
+        require_space(partial, _expected_size(run, policy), f"checkpoint {final.name}")
         save_engine(engine, partial / ENGINE, has_all_weights=not config.model.lora_rank)
         save_model(partial / MODEL, policy, chat, config.data)
         barrier()
@@ -154,7 +165,8 @@ def _check(folder: Path) -> tuple[list[str], dict[str, Any]]:
     """What is wrong with a checkpoint, and its state."""
     try:
         state = json.loads((folder / STATE).read_text())
-        step, files = int(state["step"]), state.get("files")
+        step = int(state["step"])
+        files = _digests(state["files"]) if "files" in state else None
     except (ValueError, KeyError, TypeError) as error:
         return [f"{STATE} cannot be read: {error}"], {}
     if step != int(folder.name.removeprefix("step_")):
@@ -163,6 +175,16 @@ def _check(folder: Path) -> tuple[list[str], dict[str, Any]]:
         logger.warning("%s: made by an earlier version, without hashes: taken unchecked", folder)
         return [], state
     return damage(folder, files), state
+
+
+def _digests(files: Any) -> Digests:
+    """What a `state.json` holds under `files`; ValueError where that is not the digests of at least one file."""
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"files is {repr(files)[:60]}; expected bytes and SHA-256 by name")
+    for name, digest in files.items():
+        if not isinstance(digest, list) or [type(part) for part in digest] != [int, str]:
+            raise ValueError(f"files has {digest!r} for {name!r}; expected bytes and SHA-256")
+    return {name: (size, found) for name, (size, found) in files.items()}
 
 
 def save_reference(folder: Path, policy: Policy, chat: Chat, data: DataConfig) -> None:
@@ -185,6 +207,10 @@ def check_reference(folder: Path) -> None:
     if not folder.exists():
         raise ValueError(f"{folder}: the reference model is missing, and it cannot be made again after its first step")
     if (folder / STATE).exists():
-        wrong = damage(folder, json.loads((folder / STATE).read_text())["files"])
+        try:
+            files = _digests(json.loads((folder / STATE).read_text())["files"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder}: the reference model is broken: {STATE} cannot be read: {error}") from error
+        wrong = damage(folder, files)
         if wrong:
             raise ValueError(f"{folder}: the reference model is broken: {', '.join(wrong[:3])}")

@@ -36,11 +36,23 @@ def spoil(path: Path) -> None:
     path.write_bytes(content)
 
 
+def write_files(folder: Path, changed: Callable[[dict[str, Any]], Any]) -> None:
+    """Change what the folder's state.json holds under `files`."""
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").unlink()
+    (folder / "state.json").write_text(json.dumps(state | {"files": changed(state["files"])}))
+
+
 SPOILED: dict[str, Callable[[Path], Any]] = {
     "a flipped bit in the weights": lambda folder: spoil(folder / "model/model.safetensors"),
     "a flipped bit in the engine's state": lambda folder: spoil(next((folder / "engine/state").iterdir())),
     "a missing file": lambda folder: (folder / "model/tokenizer.json").unlink(),
     "an empty state.json": lambda folder: (folder / "state.json").write_text(""),
+    "files that are a number": lambda folder: write_files(folder, lambda files: 3),
+    "no files": lambda folder: write_files(folder, lambda files: {}),
+    "a list of no files": lambda folder: write_files(folder, lambda files: []),
+    "a file whose digest is a number": lambda folder: write_files(folder, lambda files: files | {"engine": 3}),
+    "a file whose digest lacks its hash": lambda folder: write_files(folder, lambda files: files | {"engine": [3]}),
     "a state.json of another step": lambda folder: shutil.copy(folder.parent / "step_000004/state.json", folder),
 }
 
@@ -77,6 +89,8 @@ def test_a_broken_or_missing_reference_model_is_refused(run: Path, refused) -> N
     words = ["--resume", str(run), "--phases", "sft:2,tempsamp:4"]
     spoil(run / "reference/model.safetensors")
     assert "reference model is broken: model.safetensors" in refused(words)
+    write_files(run / "reference", lambda files: 3)
+    assert "reference model is broken: state.json cannot be read: files is 3" in refused(words)
     shutil.rmtree(run / "reference")
     assert "reference model is missing" in refused(words)
 
@@ -218,4 +232,32 @@ def test_a_disk_that_is_almost_full_is_noticed_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
     line = refused(trainer.flags(tmp_path / "run", "--phases", "sft:1"))
     assert "almost full" in line and "step_000001" in line
-    assert checkpoints(tmp_path / "run") == []
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files, its folders and the run's records first; after its name the folder that holds it."""
+    synced: list[Path] = []
+    before: dict[str, list[Path]] = {}
+    fsync, rename = os.fsync, Path.rename
+
+    def recording_fsync(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def recording_rename(path: Path, target: Path) -> Path:
+        if path.suffix == ".partial":
+            before[path.name] = [*synced]
+            synced.clear()
+            whole = [path, *path.rglob("*")]
+            assert set(whole) <= set(before[path.name]), path
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(Path, "rename", recording_rename)
+    trainer.main(tmp_path / "run", "--phases", "tempsamp:1", "--beta", "0.04")
+    assert before.keys() == {"reference.partial", "step_000001.partial"}
+    assert {tmp_path / "run/metrics.jsonl", tmp_path / "run/config.json"} <= set(before["step_000001.partial"])
+    assert synced[0] == tmp_path / "run/checkpoints"
