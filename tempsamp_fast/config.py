@@ -244,6 +244,10 @@ class RolloutConfig:
             self.record_rollouts is None or self.replay_rollouts is None,
             "record_rollouts", self.record_rollouts, "unset when replay_rollouts is given",
         )  # fmt: skip
+        _require(
+            not self.cuda_graphs or self.rollout_backend == "policy",
+            "cuda_graphs", self.cuda_graphs, f"False with rollout_backend={self.rollout_backend!r}",
+        )  # fmt: skip
 
 
 @dataclass

@@ -72,6 +72,9 @@ class Run:
             raise ValueError(
                 f"output_dir={str(self.folder)!r} holds a run; continue it with --resume or choose another"
             )
+        record = config.rollout.record_rollouts
+        if record and not config.train.resume and Path(record).exists():
+            raise ValueError(f"record_rollouts={record!r} exists; only a resumed run adds to a record: choose another")
         barrier()
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -104,6 +104,7 @@ def test_a_value_out_of_range_is_refused_by_name_with_the_rule(flag: str, value:
         (["--resume", "nowhere"], "nowhere: no run"),
         (["--annotations", "mine.json"], "videos=None"),
         (["--record_rollouts", "a", "--replay_rollouts", "b"], "record_rollouts='a'"),
+        (["--cuda_graphs=true", "--rollout_backend=vllm"], "cuda_graphs=True.*False with rollout_backend='vllm'"),
     ],
 )
 def test_what_is_wrong_on_the_command_line_is_named(words: list[str], named: str) -> None:

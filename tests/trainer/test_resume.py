@@ -65,6 +65,16 @@ def test_a_finished_run_can_be_resumed_to_train_on(finished_run, without_times, 
     assert [(row["step"], row["phase"]) for row in rows[len(kept) :]] == [(5, "tempsamp/answer"), (6, "eval")]
 
 
+def test_answers_are_added_to_a_record_by_a_resumed_run_alone(trainer, refused, tmp_path: Path) -> None:
+    record = tmp_path / "answers.jsonl"
+    words = ("--record_rollouts", str(record), "--phases")
+    trainer.main(tmp_path / "run", *words, "grpo:1")
+    line = refused(trainer.flags(tmp_path / "other", *words, "grpo:1"))
+    assert f"record_rollouts='{record}' exists" in line and not (tmp_path / "other").exists()
+    trainer.main(tmp_path / "run", *words, "grpo:2", "--resume", str(tmp_path / "run"))
+    assert [json.loads(row)["step"] for row in record.read_text().splitlines()] == [0, 0, 1, 1]
+
+
 def test_no_step_is_recorded_twice(finished_run) -> None:
     steps = [(row["step"], row["phase"]) for row in finished_run.rows]
     assert len(steps) == len(set(steps))
