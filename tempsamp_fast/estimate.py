@@ -121,15 +121,25 @@ def step_flops(work: Work, model_config: Any, config: Config, method: str, num_p
 
     num_prompts: of this device.
     """
-    row, prompt = forward_flops(work.row(), model_config), forward_flops(work.row(0), model_config)
     sampling = forward_flops(work.row(work.num_sampled), model_config) if work.num_sampled else 0.0
-    is_rl = method != "sft"
-    reference = row if is_rl and config.algorithm.beta > 0 else 0.0
-    updates = config.algorithm.updates_per_batch if is_rl else 1
-    old = row if is_rl and updates > 1 else 0.0
-    passes = 4 if config.model.gradient_checkpointing else 3
-    assert row >= prompt
-    return num_prompts * (sampling + reference + old + passes * updates * row)
+    recomputed = _num_updates(config, method) * forward_flops(work.row(), model_config)
+    without = num_prompts * sampling + update_flops(work, model_config, config, method, num_prompts)
+    return without + (num_prompts * recomputed if config.model.gradient_checkpointing else 0.0)
+
+
+def update_flops(work: Work, model_config: Any, config: Config, method: str, num_prompts: int) -> float:
+    """FLOPs of one device's updates of a step with the log-probs that they need; recomputation not counted.
+
+    num_prompts: of this device.
+    """
+    updates = _num_updates(config, method)
+    has_reference = method != "sft" and config.algorithm.beta > 0
+    passes = 3 * updates + int(has_reference) + int(updates > 1)
+    return num_prompts * passes * forward_flops(work.row(), model_config)
+
+
+def _num_updates(config: Config, method: str) -> int:
+    return 1 if method == "sft" else config.algorithm.updates_per_batch
 
 
 def step_memory(

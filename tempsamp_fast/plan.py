@@ -1,7 +1,7 @@
 """What a run will take: `python -m tempsamp_fast.plan --config RECIPE --gpus 8 --nodes 2`, or `train.py --dry-run`.
 
 Everything is an estimate by arithmetic, from settings, annotations and the model's shape: no weights are read, no video
-is opened, and the data need not be there. Step times are given only as far as they were measured on one GPU.
+is opened, and the data need not be there. Step times are expected only from figures measured on one GPU (`--measured`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tempsamp_fast.config import Config, DataConfig, parse_phases
 from tempsamp_fast.engine import effective_zero
 from tempsamp_fast.estimate import Memory, largest, step_flops, step_memory, step_traffic, video_grid, work_of
 from tempsamp_fast.flops import PEAK_BF16_TFLOPS
+from tempsamp_fast.forecast import Forecast, Measured, describe, forecast, read_measured
 from tempsamp_fast.schedule import in_steps, prompts_per_step
 from tempsamp_fast.synthetic import SyntheticConfig, draw_videos
 from tempsamp_fast.video import Geometry
@@ -111,10 +112,11 @@ def with_stage(config: Config, stage: int) -> Config:
     return changed
 
 
-def describe_plan(config: Config, world_size: int, gpu: str | None = None) -> str:
+def describe_plan(config: Config, world_size: int, gpu: str | None = None, measured: Measured | None = None) -> str:
     """The plan as text, for `world_size` devices.
 
     gpu: a name of `flops.PEAK_BF16_TFLOPS`, whose peak gives the least time that the FLOPs can take.
+    measured: what step times are expected from; None expects none.
     """
     shape, found = model_config(config.model), training_data(config.data)
     parameters, b = count_parameters(shape, config.model), value_size(config)
@@ -131,6 +133,7 @@ def describe_plan(config: Config, world_size: int, gpu: str | None = None) -> st
     ]
     phases = in_steps(parse_phases(config.train.phases), config.train, found.num_samples or 0, world_size)
     longest = config.rollout.max_completion_length
+    forecasts: list[Forecast] = []
     for phase in phases:
         per_step = prompts_per_step(config.train, phase, world_size)
         per_device = prompts_per_step(config.train, phase, 1)
@@ -151,7 +154,15 @@ def describe_plan(config: Config, world_size: int, gpu: str | None = None) -> st
         if gpu:
             seconds = [each / (PEAK_BF16_TFLOPS[gpu] * 1e12) for each in flops]
             lines.append(f"         {seconds[0]:.3g} to {seconds[1]:.3g} s at the {gpu}'s peak: a floor, no forecast")
-    lines.append("time     no step has been measured on one GPU yet, so none is forecast")
+        if measured:
+            low, high = (forecast(measured, work, shape, config, phase.method, per_device) for work in (least, most))
+            forecasts += [low, high]
+            lines.append(
+                f"         {low.seconds:.3g} to {high.seconds:.3g} s expected per step, of which sampling takes "
+                f"{low.sampling_s:.3g} to {high.sampling_s:.3g}"
+            )
+    expected = describe(measured, forecasts) if measured else "none expected: no measurement was given (--measured)"
+    lines.append(f"time     {expected}")
     lines.append("memory   GiB per device at the worst moment, answers as long as they may be:")
     lines.append(f"         {'ZeRO':<36}{'weights':>9}{'reference':>11}{'gradients':>11}{'optimizer':>11}{'buffers':>9}"
                  f"{'activations':>13}{'total':>8}{'off GPU':>9}")  # fmt: skip
@@ -173,12 +184,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=1, help="per node")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpu", choices=PEAK_BF16_TFLOPS, help="also the least time, at this GPU's peak")
+    parser.add_argument(
+        "--measured", type=Path, help="results of bench/gpu.py, to expect step times from: bench/results/<gpu>.json"
+    )
     parser.epilog = "All other words are settings of train.py, such as --config charades_qwen2_5_vl_7b --zero_stage 3."
     options, words = parser.parse_known_args(arguments)
     try:
         if options.gpus < 1 or options.nodes < 1:
             raise ValueError(f"--gpus {options.gpus} --nodes {options.nodes}: must be at least 1")
-        print(describe_plan(parse_args(words), options.gpus * options.nodes, options.gpu))
+        measured = read_measured(options.measured) if options.measured else None
+        print(describe_plan(parse_args(words), options.gpus * options.nodes, options.gpu, measured))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2

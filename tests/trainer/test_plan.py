@@ -58,7 +58,7 @@ def test_steps_are_those_of_the_published_counts(capsys: pytest.CaptureFixture[s
     assert "tempsamp/answer: 1551 steps of 8 prompts" in printed
     assert "samples  12408 (charades-train is not here: published count" in printed
     assert "at most 5760 tokens of a prompt" in printed  # 384 patches in time, of 15 tokens: as few as min_pixels lets
-    assert "no step has been measured" in printed and "a floor, no forecast" in printed
+    assert "no measurement was given" in printed and "a floor, no forecast" in printed
     assert main(["--gpus", "0"]) == 2
 
 
