@@ -1,6 +1,6 @@
 """Every GPU figure of this project, by one command on any machine with a CUDA GPU.
 
-    python bench/gpu.py [--section NAME ...] [--out FILE]
+    python bench/gpu.py [--section NAME ...] [--out FILE] [--commit HASH]
 
 A section checks first and times second, in a process of its own that is stopped after eight minutes; what it measured
 until then is kept. After every section its table is printed and its result replaces the one before in
@@ -48,16 +48,19 @@ class Section:
 
 SECTIONS = {
     "environment": Section("the GPU, and two ceilings: copy bandwidth and bf16 GEMM"),
-    "kernels": Section("tests on the GPU, and memory errors on small shapes", ("pytest",)),
-    "loss": Section("fused loss from hidden states, 3B and 7B heads, against its peers", ("liger_kernel", "trl")),
+    "kernels": Section("tests on the GPU", ("pytest",)),
+    "loss": Section(
+        "fused loss from hidden states, 3B and 7B heads, against its peers", ("pytest", "liger_kernel", "trl")
+    ),
     "tuning": Section("rows per chunk of the fused loss"),
-    "logits": Section("loss from logits, against Liger and a device copy", ("liger_kernel",)),
+    "logits": Section("loss from logits, against Liger and a device copy", ("pytest", "liger_kernel")),
     "attention": Section("shared-prefix attention, and a packed model against fp32"),
-    "update": Section("update of Qwen2.5-VL 3B and 7B shapes, packed against unpacked", ("pytest",)),
-    "step": Section("whole step, 3B shape, against a TimeZero-style one and TRL's trainer", ("pytest", "trl")),
-    "rollout": Section("sampling, 3B shape, against generate and continuous batching", ("pytest",)),
-    "video": Section("hardware decoders, and patches normalised on the GPU"),
+    "update": Section("update of Qwen2.5-VL 3B and 7B shapes, packed against unpacked"),
+    "step": Section("whole step, 3B shape, against a TimeZero-style one and TRL's trainer"),
+    "rollout": Section("sampling, 3B shape, against generate and continuous batching"),
+    "video": Section("hardware decoders, and patches normalised on the GPU", ("pytest",)),
     "job": Section("deepspeed tempsamp_fast/train.py: tiny recipe and 3B shape", ("deepspeed",)),
+    "sanitizer": Section("memory errors and races on small shapes"),
 }
 
 
@@ -71,17 +74,21 @@ def missing_modules(section: Section) -> list[str]:
     return [name for name in section.needs if find_spec(name) is None]
 
 
-def run_section(name: str) -> dict[str, Any]:
-    """The result of one section: its rows, its error or None, and under which conditions they came about."""
+def run_section(name: str, commit: str | None = None) -> dict[str, Any]:
+    """The result of one section: its rows, its error or None, and under which conditions they came about.
+
+    commit: of the code, where git does not tell.
+    """
     missing = missing_modules(SECTIONS[name])
     if missing:
         outcome = {"rows": [], "error": f"needs {', '.join(missing)}, not installed: see bench/GPU_TODO.md"}
-        return {**outcome, **conditions()}
+        return {**outcome, **conditions(commit)}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, GpuWatch() as watch:
         rows = Path(folder) / "rows.json"
         outcome = run_child([sys.executable, "-m", "bench.gpu_sections.child", name, str(rows)], rows, TIME_LIMIT_S)
-    return {**outcome, "seconds": round(time.perf_counter() - started, 1), "gpu_watch": watch.summary(), **conditions()}
+    seconds = round(time.perf_counter() - started, 1)
+    return {**outcome, "seconds": seconds, "gpu_watch": watch.summary(), **conditions(commit)}
 
 
 def run_child(command: Sequence[str], rows: Path, time_limit_s: float) -> dict[str, Any]:
@@ -103,12 +110,13 @@ def run_child(command: Sequence[str], rows: Path, time_limit_s: float) -> dict[s
     return outcome
 
 
-def conditions() -> dict[str, Any]:
+def conditions(commit: str | None) -> dict[str, Any]:
     """When, with what versions, and the clocks and limits of the GPU as found."""
     machine = describe_machine()
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **{name: machine[name] for name in ("commit", "python", "versions")},
+        "commit": commit or machine["commit"],
+        **{name: machine[name] for name in ("python", "versions")},
         "cuda": torch.version.cuda,
         "gpu_settings": settings(),
     }
@@ -152,10 +160,10 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def verdict(value: float, goal: Sequence[Any]) -> str:
-    """`goal` is "at least" or "at most", and the bound."""
+def verdict(value: float | None, goal: Sequence[Any]) -> str:
+    """`goal` is "at least" or "at most", and the bound; a figure that is not known misses it."""
     kind, bound = goal
-    reached = value >= bound if kind == "at least" else value <= bound
+    reached = value is not None and (value >= bound if kind == "at least" else value <= bound)
     return f"goal: {kind} {shown(bound)}, {'reached' if reached else 'MISSED'}"
 
 
@@ -168,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--section", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME")
     parser.add_argument("--out", type=Path, help="default: bench/results/<gpu name>.json")
+    parser.add_argument("--commit", help="of the code, where there is no git repository to tell")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         sys.stderr.write(f"error: bench/gpu.py needs a CUDA GPU, and torch {torch.__version__} finds none\n")
@@ -176,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file = options.out or results_file(gpu_name)
     num_failed = 0
     for name in options.section:
-        result = run_section(name)
+        result = run_section(name, options.commit)
         merge(file, gpu_name, name, result)
         print(table(name, result), flush=True)
         num_failed += bool(result["error"])

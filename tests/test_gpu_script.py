@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,16 +14,19 @@ import torch
 
 from bench import gpu
 from bench.gpu_sections import child
-from bench.gpu_sections.kernels import counts
-from bench.gpu_sections.watch import summarise
+from bench.gpu_sections.child import Record
+from bench.gpu_sections.kernels import all_suites, counts, run_tests
+from bench.gpu_sections.watch import settings, summarise
 
 ROOT = Path(gpu.__file__).parents[1]
 SECTION_FOLDER = ROOT / "bench/gpu_sections"
+ABSENT = ["torchcodec", "decord", "tempsamp_fast._video", "liger_kernel", "trl"]
 OK = {"rows": [{"label": "a", "ms": 1.0}], "error": None}
 
 
 def modules_with_measure() -> set[str]:
-    return {path.stem for path in SECTION_FOLDER.glob("*.py") if "\ndef measure(record: Record)" in path.read_text()}
+    pattern = re.compile(r"^def measure\(\s*record: Record", re.MULTILINE)
+    return {path.stem for path in SECTION_FOLDER.glob("*.py") if pattern.search(path.read_text())}
 
 
 def test_every_section_is_a_module_and_every_module_a_section() -> None:
@@ -31,11 +36,13 @@ def test_every_section_is_a_module_and_every_module_a_section() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(gpu.SECTIONS))
 def test_sections_import_without_a_gpu(name: str) -> None:
-    """In a process of its own, as the script runs them: some import trainers that hook themselves in."""
+    """In a process of its own, as the script runs them, and without the packages that they do not say they need."""
     absent = gpu.missing_modules(gpu.SECTIONS[name])
     if absent:
         pytest.skip(f"{name} needs {', '.join(absent)}")
-    program = f"from bench.gpu_sections.{name} import measure; assert callable(measure)"
+    blocked = [module for module in (*ABSENT, "deepspeed") if module not in gpu.SECTIONS[name].needs]
+    program = f"import sys; sys.modules.update(dict.fromkeys({blocked})); "
+    program += f"from bench.gpu_sections.{name} import measure; assert callable(measure)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
@@ -60,13 +67,13 @@ def test_a_section_with_a_missing_package_is_recorded_with_its_name(monkeypatch:
 
 
 def test_a_failure_is_recorded_and_what_comes_after_still_runs(tmp_path: Path) -> None:
-    def measure(record: child.Record) -> None:
+    def measure(record: Record) -> None:
         record.add("before", ms=1.0, goals={"ms": ("at most", 2.0)})
         with record.attempt("contender"):
             raise ValueError("gradients differ\nby a lot")
         record.add("after", ms=2.0)
 
-    assert child.run(measure, tmp_path / "rows.json") == 1
+    assert child.run(lambda: measure, tmp_path / "rows.json") == 1
     kept = json.loads((tmp_path / "rows.json").read_text())
     assert [row["label"] for row in kept["rows"]] == ["before", "after"]
     assert kept["rows"][0]["goals"] == {"ms": ["at most", 2.0]}
@@ -74,8 +81,41 @@ def test_a_failure_is_recorded_and_what_comes_after_still_runs(tmp_path: Path) -
 
 
 def test_a_section_without_failures_has_no_error(tmp_path: Path) -> None:
-    assert child.run(lambda record: record.add("only", ms=1.0), tmp_path / "rows.json") == 0
+    assert child.run(lambda: lambda record: record.add("only", ms=1.0), tmp_path / "rows.json") == 0
     assert json.loads((tmp_path / "rows.json").read_text())["error"] is None
+
+
+def test_a_section_that_cannot_be_imported_is_recorded_with_the_reason(tmp_path: Path) -> None:
+    assert child.run(lambda: import_module("bench.gpu_sections.no_such_section"), tmp_path / "rows.json") == 1
+    error = json.loads((tmp_path / "rows.json").read_text())["error"]
+    assert error.startswith("section: ModuleNotFoundError") and "no_such_section" in error
+
+
+def test_what_does_not_fit_or_is_not_installed_is_a_row_with_the_reason(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(child, "card_gib", lambda: 80.0)
+    record = Record(tmp_path / "rows.json")
+    assert record.fits("small", 70.0) and not record.fits("large", 77.0)
+    assert record.has("with json", "json") and not record.has("with more", "json", "no_such_package")
+    assert record.rows == [
+        {"label": "large", "skipped": "takes about 77 GiB by arithmetic, and this GPU has 80"},
+        {"label": "with more", "skipped": "needs no_such_package, not installed"},
+    ]
+    assert not record.errors
+
+
+def test_without_git_and_an_answering_nvidia_smi_there_are_still_conditions(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = gpu.conditions(None)
+    assert found["commit"] is None and found["gpu_settings"] is None
+    assert gpu.conditions("0123abc")["commit"] == "0123abc"
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
+    smi.chmod(0o755)
+    assert settings() is None
+    smi.write_text("#!/bin/sh\necho '580.1, 1980, 3201, 700.00'\n")
+    assert settings() == {
+        "driver": "580.1", "max_sm_mhz": "1980", "max_memory_mhz": "3201", "power_limit_watts": "700.00",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -143,6 +183,20 @@ def test_watch_summarises_whole_samples_only() -> None:
 def test_counts_of_a_test_report_add_up_over_suites() -> None:
     report = '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="2"/><testsuite tests="1"/></testsuites>'
     assert counts(report) == {"tests": 4, "failures": 1, "errors": 0, "skipped": 2}
+
+
+def test_a_test_run_without_a_report_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="exit code 4"):
+        run_tests(["--no-such-option"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", all_suites())
+def test_tests_for_a_gpu_are_collected_where_little_more_than_torch_is_installed(suite: str) -> None:
+    arguments = ["-q", "--collect-only", "-p", "no:cacheprovider", *all_suites()[suite]]
+    program = f"import sys, pytest\nsys.modules.update(dict.fromkeys({ABSENT}))\nsys.exit(pytest.main({arguments}))"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout
 
 
 @pytest.mark.parametrize(("size", "billions"), [("3B", 3.755), ("7B", 8.292)])

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +21,8 @@ import torch
 from bench.gpu_sections.child import Record
 from bench.gpu_sections.models import model_config, random_model
 from bench.gpu_sections.watch import GpuWatch
+from tempsamp_fast.arguments import parse_args
+from tempsamp_fast.plan import peak_memory
 from tempsamp_fast.prompts import question
 from tempsamp_fast.tiny import train_tokenizer
 
@@ -38,21 +41,39 @@ SHAPE_3B = [
     "--gradient_checkpointing=true",
     "--learning_rate=1e-6",
     "--beta=0.04",
+    "--zero_stage=1",
 ]
 """224 tokens per second of video, as 3584 tokens for 16 seconds."""
+VARIANTS: dict[str, list[str]] = {"3B shape": [], "3B shape, frozen tower": ["--freeze_vision=true"]}
+"""The first that fits is run."""
 NUM_STEPS, NUM_WARMUP = 20, 3
+TIME_LIMIT_S = 430.0
+"""Of all recipes together: a section that is stopped from outside would leave its ranks behind."""
 PUBLISHED_ROLLOUTS_PER_S = {"Video-R1 7B": 0.15, "EasyR1 7B images, A100": 0.08, "verl 9B, H800": 0.07}
 """Per GPU, as their authors or users report them; other models and machines, so an order of magnitude only."""
 
 
 def measure(record: Record) -> None:
+    ends = time.monotonic() + TIME_LIMIT_S
+    record.has("Liger's layers", "liger_kernel")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         with record.attempt("tiny recipe"):
-            run_recipe(record, "tiny recipe, bf16", Path(folder) / "tiny", TINY, 20 + NUM_STEPS, 32, time_limit_s=180)
-        with record.attempt("3B shape"):
-            checkpoint = build_checkpoint(Path(folder) / "model")
-            flags = [*SHAPE_3B, f"--model={checkpoint}"]
-            run_recipe(record, "3B shape", Path(folder) / "3b", flags, NUM_STEPS, 32, time_limit_s=240)
+            run_recipe(record, "tiny recipe, bf16", Path(folder) / "tiny", TINY, 20 + NUM_STEPS, ends - 250)
+        for label, more in VARIANTS.items():
+            if record.fits(label, needed_gib([*SHAPE_3B, *more])):
+                with record.attempt(label):
+                    checkpoint = build_checkpoint(Path(folder) / "model")
+                    flags = [*SHAPE_3B, *more, f"--model={checkpoint}"]
+                    run_recipe(record, label, Path(folder) / "3b", flags, NUM_STEPS, ends)
+                break
+
+
+def needed_gib(flags: Sequence[str]) -> float:
+    """As planned, or while DeepSpeed steps: then gradients lie there once more in bf16 and in fp32, activations not."""
+    config = parse_args([*flags, "--model=Qwen/Qwen2.5-VL-3B-Instruct"])
+    memory = peak_memory(config, 1)
+    step = memory.gradients + 4 / 2 * memory.gradients
+    return (memory.total - memory.activations + max(memory.activations, step)) / 2**30
 
 
 def build_checkpoint(folder: Path) -> Path:
@@ -73,13 +94,12 @@ def run_recipe(
     folder: Path,
     flags: Sequence[str],
     num_steps: int,
-    rollouts_per_step: int,
-    time_limit_s: float,
+    ends: float,
 ) -> None:
-    """Train until `num_steps` are logged, then stop before anything large is saved."""
+    """Train until `num_steps` are logged or `time.monotonic()` is `ends`, then stop before anything large is saved."""
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=1", "tempsamp_fast/train.py"]
     with GpuWatch() as watch:
-        rows = train([*runner, *flags, f"--output_dir={folder}"], folder / "metrics.jsonl", num_steps, time_limit_s)
+        rows = train([*runner, *flags, f"--output_dir={folder}"], folder / "metrics.jsonl", num_steps, ends)
     timed = [row for row in rows if "tempsamp" in row["phase"]][NUM_WARMUP:]
     assert timed, f"{len(rows)} steps logged, none of them to time"
     for row in rows:
@@ -87,29 +107,32 @@ def run_recipe(
     names = [name for name in timed[0] if name.startswith(("time/", "perf/"))]
     figures: dict[str, Any] = {name: median(row[name] for row in timed) for name in names}
     steps = [row["time/step_s"] for row in timed]
-    rate = rollouts_per_step / median(steps)
+    config = parse_args(flags)
+    num_prompts = config.train.prompts_per_device * config.train.gradient_accumulation_steps
     record.add(
         label,
         **figures,
         spread_s=[min(steps), max(steps)],
         num_steps=len(timed),
-        rollouts_per_s=rate,
+        rollouts_per_s=num_prompts * (config.rollout.num_generations - 1) / median(steps),  # one is the ground truth's
         tokens_per_step=median(row["batch/num_tokens"] for row in timed),
         gpu=watch.summary(),
         published_rollouts_per_s=PUBLISHED_ROLLOUTS_PER_S,
     )
 
 
-def train(command: Sequence[str], metrics: Path, num_steps: int, time_limit_s: float) -> list[dict[str, Any]]:
-    """Rows of training steps, at least one; the command is ended when there are `num_steps`, or the time is over."""
-    ends = time.monotonic() + time_limit_s
+def train(command: Sequence[str], metrics: Path, num_steps: int, ends: float) -> list[dict[str, Any]]:
+    """Rows of training steps, at least one; the command is killed when there are `num_steps`, or the time is over.
+
+    Killed, since a trainer that is only asked to end saves first.
+    """
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
         while process.poll() is None and time.monotonic() < ends and len(logged(metrics)) < num_steps:
             time.sleep(0.5)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     rows = logged(metrics)
     if not rows:

@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
 import torch
-from torchcodec.decoders import VideoDecoder
 
 from bench.gpu_sections.child import Record
 from bench.gpu_sections.timing import in_turn
-from tempsamp_fast.video import Geometry, Sampling, VideoBatch, load_videos, normalise_rows
+from tempsamp_fast.video import Geometry, Limits, Sampling, VideoBatch, load_videos, normalise_rows
 from tempsamp_fast.video.nv12 import Pictures, write_patches
 from tempsamp_fast.video.target import find_target
 from tests.video.test_nv12 import coefficients, random_surfaces, write_patches_in_torch
@@ -47,12 +47,28 @@ def measure_decoders(record: Record, geometry: Geometry) -> None:
         return
     engines = target.decoders.num_engines
     record.add("hardware decoders", engines=engines)
-    by_codec: dict[str, list[Path]] = {}
-    for path in sorted(VIDEOS.iterdir()):
-        by_codec.setdefault(VideoDecoder(str(path)).metadata.codec or "", []).append(path)
-    for codec, paths in by_codec.items():
+    if not VIDEOS.is_dir():
+        record.add("hardware decoders", skipped=f"no folder {VIDEOS}: see bench/GPU_TODO.md")
+        return
+    record.has("against torchcodec", "torchcodec")
+    for codec, paths in paths_by_codec().items():
         with record.attempt(f"decode {codec}"):
             measure_codec(record, geometry, codec, paths, sorted({1, engines, 2 * engines}))
+
+
+def paths_by_codec() -> dict[str, list[Path]]:
+    """Needs the extension. Raises ValueError naming a file that is no video."""
+    from tempsamp_fast import _video
+
+    paths = sorted(VIDEOS.iterdir())
+    limits = {name: getattr(Limits(), name) for name in ("max_frame_pixels", "max_num_frames")}
+    found: dict[str, list[Path]] = {}
+    indexes = _video.index([str(path.absolute()) for path in paths], [60.0] * len(paths), num_threads=1, **limits)
+    for path, (index, (_, message)) in zip(paths, indexes, strict=True):
+        if index is None:
+            raise ValueError(f"{path}: {message}")
+        found.setdefault(index.codec, []).append(path)
+    return found
 
 
 def measure_codec(record: Record, geometry: Geometry, codec: str, paths: list[Path], counts: list[int]) -> None:
@@ -65,9 +81,10 @@ def measure_codec(record: Record, geometry: Geometry, codec: str, paths: list[Pa
         num_frames = COPIES * sum(result.num_frames for result in ours.results)
         for count in counts:
             runs: dict[str, Callable[[], object]] = {
-                "ours": partial(load, paths * COPIES, sampling, geometry, "cuda", count),
-                "torchcodec": partial(frames_by_torchcodec, paths * COPIES, expected, count),
+                "ours": partial(load, paths * COPIES, sampling, geometry, "cuda", count)
             }
+            if find_spec("torchcodec"):
+                runs["torchcodec"] = partial(frames_by_torchcodec, paths * COPIES, expected, count)
             rates = rates_of(runs, num_frames)
             record.add(f"decode {codec}, {name}, {count} at a time", on_gpu=on_gpu, reasons=reasons, **rates)
 
@@ -79,6 +96,7 @@ def load(paths: list[Path], sampling: Sampling, geometry: Geometry, device: str,
 
 def frames_by_torchcodec(paths: list[Path], wanted: VideoBatch, num_threads: int) -> None:
     """The same frames as RGB on the GPU, neither resized nor cut into patches: less than what ours does."""
+    from torchcodec.decoders import VideoDecoder
 
     def decode(path: Path, times_s: torch.Tensor) -> None:
         decoder = VideoDecoder(str(path), device="cuda")
@@ -112,7 +130,7 @@ def rates_of(runs: dict[str, Callable[[], object]], num_frames: int) -> dict[str
         if values:
             figures[f"{name}_frames_per_s"] = num_frames / median(values)
             figures[f"{name}_spread"] = [num_frames / max(values), num_frames / min(values)]
-    if all(seconds.values()):
+    if "torchcodec" in seconds and all(seconds.values()):
         figures["ratio"] = median(seconds["torchcodec"]) / median(seconds["ours"])
     return figures
 
