@@ -66,6 +66,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--kills", type=int, default=60, help="that land")
+    parser.add_argument("--cases", nargs="+", help="only those whose names begin so")
     parser.add_argument("--again", nargs="*", default=[], help="names of cases to repeat")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/faults")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -85,6 +86,8 @@ def main() -> int:
     bad = 0
     for part in options.only:
         for name, case in cases[part]():
+            if options.cases and not name.startswith(tuple(options.cases)):
+                continue
             if name not in results[part] or name in options.again:
                 results[part][name] = case()
                 write_json(options.results, {"machine": describe_machine(), "summary": summary(results), **results})

@@ -30,6 +30,8 @@ CONFIG: dict[str, tuple[str, ...]] = {
     "a missing recipe": ("--config=nowhere.yaml",),
     "a DeepSpeed file that is none": ("--deepspeed_config=/dev/null",),
     "recording and replaying": ("--record_rollouts=a", "--replay_rollouts=b"),
+    "recording over a file": (f"--record_rollouts={__file__}",),
+    "CUDA graphs under vLLM": ("--cuda_graphs=true", "--rollout_backend=vllm"),
 }
 ENTRY: dict[str, Any] = {"duration": 8.0, "timestamps": [[1.0, 3.0]], "sentences": ["a square appears"]}
 ANNOTATIONS: dict[str, str] = {
@@ -126,6 +128,22 @@ TOKENIZER: dict[str, Spoil] = {
     "a class that does not exist": _json("tokenizer_config.json", tokenizer_class="NoTokenizer"),
     "another id of the video token": _json("config.json", video_token_id=3),
 }
+ADAPTERS: dict[str, Spoil] = {
+    "no weights": _delete("adapter_model.safetensors"),
+    "half the weights": _cut("adapter_model.safetensors"),
+    "empty weights": _write("adapter_model.safetensors", b""),
+    "weights of no tensors": _write("adapter_model.safetensors", b"\x02\0\0\0\0\0\0\0{}"),
+    "weights in a pickle": lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
+    "half a configuration": _cut("adapter_config.json"),
+    "an empty configuration": _write("adapter_config.json", "{}"),
+    "a list for a configuration": _write("adapter_config.json", "[]"),
+    "random bytes for a configuration": _write("adapter_config.json", b"\xff\xfe\x00"),
+    "a kind that does not exist": _json("adapter_config.json", peft_type="NONESUCH"),
+    "another rank": _json("adapter_config.json", r=8),
+    "targets that do not exist": _json("adapter_config.json", target_modules=["nowhere"]),
+    "a base that is not there": _json("adapter_config.json", base_model_name_or_path="/nowhere/my_model"),
+    "a base that is a number": _json("adapter_config.json", base_model_name_or_path=3),
+}
 RESUME: dict[str, Spoil] = {
     "no configuration": _delete("config.json"),
     "half a configuration": _cut("config.json"),
@@ -141,12 +159,14 @@ RESUME: dict[str, Spoil] = {
     "the newest checkpoint's weights broken": _cut("checkpoints/step_000005/model/model.safetensors"),
     "the newest checkpoint without a tokenizer": _delete("checkpoints/step_000005/model/tokenizer.json"),
     "half a state.json": _cut("checkpoints/step_000005/state.json"),
+    "a state.json whose files are a number": _json("checkpoints/step_000005/state.json", files=3),
+    "a state.json of no files": _json("checkpoints/step_000005/state.json", files=[]),
     "a state.json of another step": _json("checkpoints/step_000005/state.json", step=4),
     "a checkpoint folder that is a file": _write("checkpoints/step_000006", b""),
 }
 SURVIVED = {"the newest checkpoint's weights broken", "the newest checkpoint without a tokenizer", "half a state.json"}
 SURVIVED |= {"a state.json of another step", "a checkpoint folder that is a file", "a half row of metrics"}
-SURVIVED |= {"a class that does not exist"}
+SURVIVED |= {"a class that does not exist", "a state.json whose files are a number", "a state.json of no files"}
 """The run goes on from what is whole; transformers needs no more than `tokenizer.json` where a class is unknown."""
 
 
@@ -162,6 +182,8 @@ def input_cases(world: World) -> Iterator[tuple[str, Case]]:
     for name, spoil in (MODEL | TOKENIZER).items():
         door = "checkpoint" if name in MODEL else "tokenizer"
         yield f"{door}: {name}", partial(_model, world, spoil, name in SURVIVED)
+    for name, spoil in ADAPTERS.items():
+        yield f"adapters: {name}", partial(_adapters, world, spoil)
     for name, spoil in RESUME.items():
         yield f"resume: {name}", partial(_resume, world, spoil, name in SURVIVED)
 
@@ -216,12 +238,27 @@ def _model(world: World, spoil: Spoil, survives: bool) -> dict[str, Any]:
     return _verdict(world, world.flags(run, model=model), "my_model", survives)
 
 
+def _adapters(world: World, spoil: Spoil) -> dict[str, Any]:
+    settings = {"lora_rank": 4, "phases": "sft:1"}
+    finished = _finished(world, "finished_adapters", **settings)
+    run, adapters = fresh(world.folder / "input"), fresh(world.folder / "my_model")
+    shutil.copytree(finished / "checkpoints/step_000001/model", adapters)
+    spoil(adapters)
+    return _verdict(world, world.flags(run, model=adapters, **settings), "my_model")
+
+
+def _finished(world: World, name: str, **settings: object) -> Path:
+    """A whole run, made by the first case that asks for it."""
+    run = world.folder / name
+    if not (run / "summary.json").exists():
+        fresh(run)
+        if start(world.flags(run, **settings), run.with_suffix(".log")).wait():
+            raise RuntimeError(f"the run to spoil failed: {run.with_suffix('.log')}")
+    return run
+
+
 def _resume(world: World, spoil: Spoil, survives: bool) -> dict[str, Any]:
-    finished, run = world.folder / "finished", fresh(world.folder / "my_run")
-    if not (finished / "summary.json").exists():
-        fresh(finished)
-        if start(world.flags(finished), finished.with_suffix(".log")).wait():
-            raise RuntimeError(f"the run to resume failed: {finished.with_suffix('.log')}")
+    finished, run = _finished(world, "finished"), fresh(world.folder / "my_run")
     shutil.copytree(finished, run)
     spoil(run)
     return _verdict(world, [f"--resume={run}", "--phases=sft:2,tempsamp:4"], "my_run", survives)
