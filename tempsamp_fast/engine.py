@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tempsamp_fast.config import Config, Phase, TrainConfig
 from tempsamp_fast.packing import PackedRow, idle_row
-from tempsamp_fast.ranks import is_first_rank, max_over_ranks
+from tempsamp_fast.ranks import is_first_rank, max_over_ranks, num_ranks
 from tempsamp_fast.stopwatch import Stopwatch
 
 STATE = "state"
@@ -240,9 +240,15 @@ def optimizer_step(
         metrics.append(row_metrics)
     watch.lap("optimizer")
     grad_norm = float(engine.get_global_grad_norm() if plain_norm is None else plain_norm)
-    if not math.isfinite(grad_norm) and max_over_ranks(int(too_large), engine.device):
-        raise RowsTooLargeError(max_over_ranks(max(row.num_tokens for row in rows), engine.device))
+    if not math.isfinite(grad_norm):
+        check_fitted(rows, not too_large, engine.device)
     return metrics, grad_norm
+
+
+def check_fitted(rows: Sequence[PackedRow], fitted: bool, device: torch.device) -> None:
+    """Raise RowsTooLargeError on every rank when this rank's rows, or those of another, did not fit the memory."""
+    if max_over_ranks(int(not fitted), device):
+        raise RowsTooLargeError(max_over_ranks(max(row.num_tokens for row in rows), device))
 
 
 class RowsTooLargeError(RuntimeError):
@@ -257,8 +263,8 @@ def _forward_backward(engine: Any, row: PackedRow, head: Head, is_last: bool) ->
     """Add a row's gradients; returns its metrics and whether it fitted the memory.
 
     One that did not is replaced by an idle row whose gradient is NaN: the collectives of the other ranks meet it, and
-    no rank updates. Where collectives run inside the pass that failed (the forward pass of ZeRO-3, the backward pass of
-    stages 1 to 3), nothing can meet them and the error is raised.
+    no rank updates. Where other ranks wait inside the pass that failed (the backward pass of ZeRO-1 and ZeRO-2) nothing
+    can meet them, and in ZeRO-3 gathering cannot begin anew: the error is raised.
     """
     stage = engine.zero_optimization_stage()
     try:
@@ -274,13 +280,29 @@ def _forward_backward(engine: Any, row: PackedRow, head: Head, is_last: bool) ->
             engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
             return metrics, True
         except torch.OutOfMemoryError:
-            if stage > 0:
+            if stage == 3 or (stage > 0 and num_ranks() > 1):
                 raise
+        if stage > 0:
+            _end_backward(engine.optimizer)
     del loss
     idle = idle_row(engine.module.config, has_features=engine.module.has_frozen_tower)
     poison, _ = engine(idle.to(engine.device), _not_a_number)
     engine.backward(poison)
     return None, False
+
+
+def _end_backward(optimizer: Any) -> None:
+    """Let ZeRO-1 or ZeRO-2 take another backward pass after one that was interrupted.
+
+    Of that one, sums of gradients in part may be left; DeepSpeed drops them with the step when NaN is added.
+    """
+    optimizer.exit_backward()
+    optimizer.zero_grad()
+    for bucket in optimizer.ipg_buckets.values():
+        bucket.clear()
+    optimizer.extra_large_param_to_reduce.clear()
+    optimizer.params_already_reduced = [False] * len(optimizer.params_already_reduced)
+    optimizer._release_ipg_buffers()
 
 
 def _not_a_number(hidden: Tensor, weight: Tensor) -> tuple[Tensor, None]:

@@ -15,6 +15,7 @@ from tempsamp_fast.device import prepare_environment, training_device
 prepare_environment()
 
 import deepspeed  # noqa: E402
+import torch  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from tempsamp_fast.advantage import assign_advantages, skewness_by_rule  # noqa: E402
@@ -26,6 +27,10 @@ from tempsamp_fast.results import Results  # noqa: E402
 from tempsamp_fast.run import Run  # noqa: E402
 from tempsamp_fast.update import mean_over_ranks  # noqa: E402
 
+OUT_OF_MEMORY = (
+    "; lower max_tokens_per_row, for rollouts prompts_per_device, num_generations or max_completion_length, for "
+    "evaluations eval_batch_size"
+)
 logger = logging.getLogger(__name__)
 
 
@@ -77,11 +82,12 @@ def main(arguments: Sequence[str]) -> None:
         training_device()
         deepspeed.init_distributed(verbose=False)
         train(Run(config))
-    except (ValueError, OSError, FloatingPointError, RankLostError) as error:
+    except (ValueError, OSError, FloatingPointError, RankLostError, torch.OutOfMemoryError) as error:
         if folder and folder.is_dir():
             with contextlib.suppress(OSError):  # the disk may be what is full
                 (folder / "error.log").write_text(traceback.format_exc())
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        advice = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else ""
+        sys.stderr.write(f"error: {' '.join(str(error).split())}{advice}\n")
         sys.exit(LOST_RANK_EXIT if isinstance(error, RankLostError) else 2)
 
 

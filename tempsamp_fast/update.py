@@ -15,7 +15,7 @@ from torch import Tensor
 from tempsamp_fast.balance import balance
 from tempsamp_fast.batch import RolloutGroup
 from tempsamp_fast.config import AlgorithmConfig, Config, Method
-from tempsamp_fast.engine import Forward, RowsTooLargeError, forward_of, in_step, optimizer_step
+from tempsamp_fast.engine import Forward, RowsTooLargeError, check_fitted, forward_of, in_step, optimizer_step
 from tempsamp_fast.flops import device_peak_flops, forward_flops
 from tempsamp_fast.loss import RowTargets, idle_loss, log_probs, policy_loss
 from tempsamp_fast.packing import PackedRow, pack
@@ -66,8 +66,8 @@ def update(
         budget = max(too_much // 2, longest)
         if budget >= too_much:
             raise ValueError(
-                f"out of memory in the update at max_tokens_per_row={too_much}, and this batch has a prompt or answer of "
-                f"{longest} tokens: try gradient_checkpointing, a higher zero_stage, or lower max_pixels and fps"
+                f"out of memory in the update at max_tokens_per_row={too_much}, and this batch has a prompt or answer "
+                f"of {longest} tokens: try gradient_checkpointing, a higher zero_stage, or lower max_pixels and fps"
             )
         logger.warning("max_tokens_per_row=%d does not fit the memory: this batch again with %d", too_much, budget)
         config = dataclasses.replace(config, train=dataclasses.replace(train, max_tokens_per_row=budget))
@@ -109,10 +109,10 @@ def _update(
     watch.lap("pack")
     old = ref = None
     if algorithm.updates_per_batch > 1 and not is_sft:
-        old = _log_probs(forward_of(engine), rows, config, engine.device)
+        old = _log_probs(engine, forward_of(engine), rows, config)
         watch.lap("old_log_probs")
     if reference is not None and algorithm.beta > 0 and not is_sft:
-        ref = _log_probs(reference, rows, config, engine.device)
+        ref = _log_probs(engine, reference, rows, config)
         watch.lap("reference")
     targets = _targets(own_rows, learning, old, ref)
     heads = [
@@ -187,8 +187,18 @@ def _targets(
 
 
 @torch.no_grad()
-def _log_probs(forward: Forward, rows: Sequence[PackedRow], config: Config, device: torch.device) -> list[Tensor]:
-    return [forward(row.to(device), log_probs(row, config.algorithm, config.rollout.temperature)) for row in rows]
+def _log_probs(engine: Any, forward: Forward, rows: Sequence[PackedRow], config: Config) -> list[Tensor]:
+    """Raises RowsTooLargeError on every rank, as `optimizer_step` does; ZeRO-3 raises what the failing rank met."""
+    found: list[Tensor] = []
+    try:
+        for row in rows:
+            head = log_probs(row, config.algorithm, config.rollout.temperature)
+            found.append(forward(row.to(engine.device), head))
+    except torch.OutOfMemoryError:
+        if engine.zero_optimization_stage() == 3:
+            raise
+    check_fitted(rows, len(found) == len(rows), engine.device)
+    return found
 
 
 def _mean_over_ranks(number: float, device: torch.device) -> float:

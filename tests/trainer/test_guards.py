@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -105,6 +106,17 @@ class OutOfMemoryBackward(torch.autograd.Function):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
 
+def fails_at(call: int) -> Callable[..., None]:
+    """A function that runs out of memory the n-th time."""
+    calls = itertools.count()
+
+    def fails(*_: Any) -> None:
+        if next(calls) == call:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    return fails
+
+
 @pytest.mark.parametrize(
     ("stage", "change"),
     [("0", out_of_memory), ("0", OutOfMemoryBackward.apply), ("1", out_of_memory), ("2", out_of_memory)],
@@ -142,6 +154,63 @@ def test_a_group_that_does_not_fit_is_run_in_stages_of_its_prompt(stepper, monke
     other = stepper(*GRPO, "--max_tokens_per_row", str(longest_prompt))
     assert other.run.update(at, groups)["loss"] == metrics["loss"]
     assert torch.equal(other.weights(), small.weights())
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        (("--zero_stage", "1"), {"reduce_bucket_size": 20_000}),
+        (("--zero_stage", "2"), {"reduce_bucket_size": 20_000, "overlap_comm": True}),
+        (("--zero_stage", "2", "--offload", "optimizer"), {}),
+        (("--zero_stage", "2", "--dtype", "bfloat16"), {}),
+    ],
+)
+@pytest.mark.parametrize("failing_row", [0, 1])
+def test_half_a_backward_pass_leaves_nothing_behind(
+    stepper, tmp_path: Path, words: tuple[str, ...], settings: dict[str, Any], failing_row: int
+) -> None:
+    """A single rank's gradients are those of a run that began with the shorter rows, in this step and the next."""
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": settings}))
+    words = (*GRPO, *words, "--deepspeed_config", str(file))
+    small = stepper(*words)
+    first, second, _ = plan(small.run.phases)
+    groups = small.groups(first)
+    in_the_middle = small.run.policy.base_model.model.language_model.layers[0].mlp.down_proj.weight
+    handle = in_the_middle.register_hook(fails_at(failing_row))
+    budget = small.run.update(first, groups)["batch/max_tokens_per_row"]
+    handle.remove()
+    other = stepper(*words, "--max_tokens_per_row", str(int(budget)))
+    other.run.update(first, groups)
+    assert torch.equal(other.weights(), small.weights())
+    other.run.config.train.max_tokens_per_row = small.run.config.train.max_tokens_per_row
+    for each in (small, other):
+        assert "batch/max_tokens_per_row" not in each.run.update(second, groups)
+    assert torch.equal(other.weights(), small.weights())
+
+
+@pytest.mark.parametrize("words", [(), ("--updates_per_batch", "2")], ids=["reference", "old log-probs"])
+def test_log_probs_that_do_not_fit_are_asked_again_in_shorter_rows(
+    stepper, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    small = stepper(*GRPO, *words)
+    at = next(plan(small.run.phases))
+    groups, log_probs, fails = small.groups(at), update.log_probs, fails_at(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(update, "log_probs", lambda *of: fails() or log_probs(*of))
+        metrics = small.run.update(at, groups)
+    other = stepper(*GRPO, *words, "--max_tokens_per_row", str(int(metrics["batch/max_tokens_per_row"])))
+    assert other.run.update(at, groups)["loss"] == metrics["loss"]
+    assert torch.equal(other.weights(), small.weights())
+
+
+def test_a_rollout_that_does_not_fit_ends_the_run(
+    trainer, refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "sample", lambda *_, **__: out_of_memory(torch.empty(0)))
+    line = refused(trainer.flags(tmp_path / "run", "--phases", "tempsamp:1"))
+    assert line.startswith("CUDA out of memory") and "max_tokens_per_row" in line and "num_generations" in line
+    assert "OutOfMemoryError" in (tmp_path / "run/error.log").read_text()
 
 
 def test_a_batch_that_fits_no_memory_ends_the_run(
