@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,6 +45,8 @@ def update(
     watch: Stopwatch,
 ) -> dict[str, float]:
     """Update the policy on all ranks' groups, `updates_per_batch` times; returns the metrics of the last update.
+
+    `optim/grad_norm` is the largest of all updates', not finite when that of any is not.
 
     Where a row does not fit the memory, this batch is packed again with half the budget, on every rank, as often as
     needed, down to the longest prompt or answer: longer groups run in stages. `batch/max_tokens_per_row` then tells it.
@@ -123,9 +126,11 @@ def _update(
     ]
     heads += [idle_loss] * (len(rows) - len(own_rows))
     num_updates = 1 if is_sft else algorithm.updates_per_batch
+    grad_norms = []
     for index in range(num_updates):
         try:
             row_metrics, grad_norm = optimizer_step(engine, rows, heads, learning_rate, watch)
+            grad_norms.append(grad_norm)
         except RowsTooLargeError as error:
             if index == 0:
                 raise
@@ -138,7 +143,7 @@ def _update(
         combined
         | {
             "optim/learning_rate": learning_rate,
-            "optim/grad_norm": grad_norm,
+            "optim/grad_norm": max(grad_norms, key=lambda norm: norm if math.isfinite(norm) else math.inf),
             "batch/num_tokens": float(sum(row.num_tokens for row in own_rows)),
             "batch/skipped_share": 1 - len(having_gradient) / len(groups),
         }

@@ -83,6 +83,18 @@ def test_a_non_finite_step_leaves_the_weights_and_the_next_step_learns(
     assert torch.isfinite(small.weights()).all()
 
 
+def test_a_step_is_skipped_when_any_of_its_updates_is(stepper, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = stepper(*GRPO, "--updates_per_batch", "2")
+    at = next(plan(small.run.phases))
+    spoil_loss(monkeypatch, lambda call: SPOILED["NaN loss"] if call == 0 else None)
+    small.run.folder.mkdir(exist_ok=True)
+    before = small.weights()
+    metrics = small.run.update(at, small.groups(at))
+    assert not torch.equal(small.weights(), before), "the second update is fine"
+    assert metrics["optim/step_skipped"] == 1 and small.run.skipped_steps.in_a_row == 1
+    assert len(list((small.run.folder / "skipped_steps").iterdir())) == 1
+
+
 def test_too_many_non_finite_steps_in_a_row_end_the_run(
     trainer, refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
