@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tempsamp_kernels.tokens import choose_impl
 
+NO_SPREAD = tl.constexpr(1e-6)
+"""Equal float32 rewards may have a standard deviation up to this: seven times 0.1 has 8e-9."""
 SHAPINGS = ("grpo", "mixed", "downscale", "anchor", "nonlinear", "orarl")
 
 
@@ -48,11 +50,12 @@ def grouped_advantages(
             stretches those below (`alpha_1`, `alpha_2`); "anchor" normalises on-policy rows among themselves and gives
             off-policy rows `lambda_off` times their largest advantage; "orarl" centres on the on-policy mean.
         format_rewards: [B], added to the shaped or downscaled task rewards.
-        group_mean, group_std: [B] statistics of each row's group where groups span processes, replacing those of the
-            rows at hand; for the rules that normalise all rows together.
+        group_mean, group_std: [B] mean and unbiased std of each row's whole group where groups span processes, of the
+            rewards that the rule normalises (shaped, format rewards added); for "grpo", "mixed" and "nonlinear".
 
     Returns:
-        [B] float32. Rows of a group whose rewards are all equal, or that stands alone, get exactly 0.
+        [B] float32. Rows of a group whose rewards are all equal, or that stands alone, get exactly 0; under a given
+        `group_std`, those where it is within rounding of 0 (below 1e-6).
 
     Normalising is `(r - mean) / (unbiased std + eps)`. Raises ValueError for an unknown `shaping`, mismatched shapes
     and statistics that the rule does not take.
@@ -70,8 +73,8 @@ def grouped_advantages(
             raise ValueError(f"{name} must be {tuple(rewards.shape)} like rewards; got {tuple(value.shape)}")
     if (group_mean is None) != (group_std is None):
         raise ValueError("group_mean and group_std come together")
-    if group_mean is not None and shaping in ("anchor", "orarl"):
-        raise ValueError(f"shaping {shaping!r} takes no group_mean and group_std")
+    if group_mean is not None and shaping in ("downscale", "anchor", "orarl"):
+        raise ValueError(f"shaping {shaping!r} needs the rewards of whole groups: it takes no group_mean and group_std")
     impl = choose_impl(impl, rewards)
     rewards = rewards.detach().float().contiguous()
     fields = (format_rewards, group_mean, group_std)
@@ -109,7 +112,7 @@ def _torch(
     if format_rewards is not None:
         rewards = rewards + format_rewards
     if group_mean is not None and group_std is not None:
-        return torch.where(group_std == 0, 0.0, (rewards - group_mean) / (group_std + eps))
+        return torch.where(group_std < NO_SPREAD.value, 0.0, (rewards - group_mean) / (group_std + eps))
     if shaping == "anchor":
         peers = group & ~off_policy[None, :]
         on_policy = _normalised(rewards, peers, eps)
@@ -255,7 +258,7 @@ def group_advantage_kernel(
     is_off_policy = tl.load(off_policy_ptr + row) != 0
     if mean_ptr is not None:
         std = tl.load(std_ptr + row)
-        advantage = tl.where(std == 0, 0.0, (own - tl.load(mean_ptr + row)) / (std + eps))
+        advantage = tl.where(std < NO_SPREAD, 0.0, (own - tl.load(mean_ptr + row)) / (std + eps))
     elif SHAPING == "anchor":
         scale = tl.where(on_high > on_low, 1 / (tl.sqrt(on_squares / tl.maximum(on_count - 1, 1.0)) + eps), 0.0)
         best = tl.where(on_high > on_low, on_high - on_mean, 0.0)

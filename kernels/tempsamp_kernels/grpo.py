@@ -13,10 +13,10 @@ from tempsamp_kernels.advantages import grouped_advantages
 from tempsamp_kernels.head import ChunkedHead, HeadGradients, check_head, check_token_ids
 from tempsamp_kernels.logprob import KERNELS, forward_sweep, gradient_sweep
 from tempsamp_kernels.metrics import LossMetrics, summarise
-from tempsamp_kernels.objectives import SELF, TokenLoss, token_loss
+from tempsamp_kernels.objectives import OBJECTIVE_OF_LOSS_TYPE, SELF, TokenLoss, token_loss
 from tempsamp_kernels.reference import token_log_ratio, token_terms
 from tempsamp_kernels.sequences import Sequences, Vespo
-from tempsamp_kernels.tokens import NUM_TERMS, TERMS, HeadOptions, Tokens, choose_impl, per_token
+from tempsamp_kernels.tokens import NUM_TERMS, TERMS, HeadOptions, Tokens, check_temperature, choose_impl, per_token
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,9 @@ def token_weights(
             raise ValueError("loss_type 'dr_grpo' needs max_completion_length")
         return weight / (num_rows * max_completion_length)
     num_items = weight.sum() if loss_type == "bnpo" or num_items_in_batch is None else num_items_in_batch
-    return weight / torch.as_tensor(num_items, device=mask.device).clamp(min=1)
+    if isinstance(num_items, Tensor):
+        return weight / num_items.to(mask.device, non_blocking=True).clamp(min=1)
+    return weight / max(num_items, 1)
 
 
 def on_host(*tensors: Tensor | None) -> bool:
@@ -126,15 +128,21 @@ def on_host(*tensors: Tensor | None) -> bool:
     return all(tensor is None or tensor.device.type == "cpu" for tensor in tensors)
 
 
-def live_tokens(mask: Tensor | None, advantage: Tensor, always: bool) -> Tensor | None:
+def live_tokens(mask: Tensor | None, advantage: Tensor, always: bool, shared_by: Tensor | None = None) -> Tensor | None:
     """[N] bool on the CPU: tokens that may have a gradient, or None where only the device could tell.
 
-    Without a KL term (`always` False) that takes a nonzero advantage.
+    Without a KL term (`always` False) that takes a nonzero advantage: the token's own, or that of any token in its row
+    where `shared_by` [N] says which tokens share a ratio.
     """
-    if not on_host(advantage, mask):
+    if not on_host(advantage, mask, shared_by):
         return None
-    live = torch.ones(len(advantage), dtype=torch.bool) if always else advantage != 0
-    return live if mask is None else live & mask
+    counts = torch.ones(len(advantage), dtype=torch.bool) if mask is None else mask.bool()
+    live = counts if always else counts & (advantage != 0)
+    if shared_by is None or not len(live):
+        return live
+    learns = torch.zeros(int(shared_by.max()) + 1, dtype=torch.bool)
+    learns[shared_by[live]] = True
+    return counts & learns[shared_by]
 
 
 def fused_linear_grpo_loss(
@@ -181,7 +189,8 @@ def fused_linear_grpo_loss(
         weight: [V, H] head.
         token_ids: [N] int64; an unmasked one outside the vocabulary raises on a CPU and gives NaN on a GPU.
         row_ids: [N] int64: the completion each token belongs to, numbered from 0.
-        advantages: [B], one per completion, or [N] (a length of N always means one per token). Not for "sft".
+        advantages: [B], one per completion, or [N]; a length of N means one per token, here and in `temperature`. Not
+            for "sft".
         rewards, group_ids, is_off_policy, format_rewards, shaping, shaping_options: in place of `advantages`, the
             arguments of `grouped_advantages` ([B] each); `shaping_options` are its remaining keywords (`tau`, ...).
         is_off_policy: [B] bool, also without `rewards`: completions that the policy did not sample.
@@ -215,6 +224,7 @@ def fused_linear_grpo_loss(
     Raises ValueError for shapes, dtypes, names and combinations that do not fit.
     """
     check_head(hidden, weight, token_ids, bias)
+    check_temperature(temperature)
     objective = token_loss(loss_type, kl_type, epsilon_low, epsilon_high, delta, dual_clip)
     for name, value, choices in (
         ("importance_sampling_level", importance_sampling_level, ("token", "sequence")),
@@ -222,6 +232,10 @@ def fused_linear_grpo_loss(
     ):
         if value not in choices:
             raise ValueError(f"{name} {value!r} is not one of {choices}")
+    clips = OBJECTIVE_OF_LOSS_TYPE[loss_type] == "clipped"
+    for name, bound in (("delta", delta), ("dual_clip", dual_clip)):
+        if bound is not None and not clips:
+            raise ValueError(f"loss_type {loss_type!r} takes no {name}; got {bound}")
     if importance_sampling_level == "sequence" and loss_type in ("cispo", "sapo", "vespo", "sft"):
         raise ValueError(f"loss_type {loss_type!r} has no importance_sampling_level 'sequence'")
     impl = choose_impl(impl, hidden)
@@ -237,8 +251,11 @@ def fused_linear_grpo_loss(
             impl=impl if rewards.is_cuda else None,
             **shaping_options,
         )
-    elif shaping_options:
-        raise TypeError(f"without rewards there is no use for {sorted(shaping_options)}")
+    else:
+        given = {"group_ids": group_ids, "format_rewards": format_rewards}
+        unused = sorted([*(name for name, value in given.items() if value is not None), *shaping_options])
+        if unused:
+            raise ValueError(f"without rewards there is no use for {', '.join(unused)}")
     if loss_type == "sft":
         if advantages is not None:
             raise ValueError("loss_type 'sft' takes neither advantages nor rewards")
@@ -247,22 +264,35 @@ def fused_linear_grpo_loss(
         raise ValueError("advantages or rewards are missing")
 
     num_tokens, device = len(hidden), hidden.device
-    if row_ids.shape != (num_tokens,):
-        raise ValueError(f"row_ids must be ({num_tokens},) like token_ids; got {tuple(row_ids.shape)}")
-    by_row = [len(field) for field in (advantages, is_off_policy) if field is not None and len(field) != num_tokens]
-    num_row_ids = max(by_row, default=max(1, num_tokens))
+    for name, field in (("row_ids", row_ids), ("mask", mask)):
+        if field is not None and field.shape != (num_tokens,):
+            raise ValueError(f"{name} must be ({num_tokens},) like token_ids; got {tuple(field.shape)}")
+    by_row = [] if is_off_policy is None else [("is_off_policy", is_off_policy)]
+    if rewards is not None or (loss_type != "sft" and len(advantages) != num_tokens):
+        by_row.append(("advantages", advantages))
+    lengths_by_row = {name: len(field) for name, field in by_row}
+    if len(set(lengths_by_row.values())) > 1:
+        raise ValueError(f"these must hold one value per completion, as many as each other: {lengths_by_row}")
+    num_row_ids = max(1, *lengths_by_row.values()) if by_row else max(1, num_tokens)
     if on_host(row_ids) and num_tokens and int(row_ids.max()) >= num_row_ids:
         raise ValueError(f"row_ids must be below {num_row_ids}; got {int(row_ids.max())}")
     has_kl = beta != 0 and ref_logps is not None
+    shares_ratio = importance_sampling_level == "sequence"
+    if "advantages" in lengths_by_row:
+        advantages = advantages.to(device if not on_host(row_ids) else advantages.device, non_blocking=True)
+        advantages = advantages[row_ids.to(advantages.device, non_blocking=True)]
     if live_rows is None and on_host(row_ids):
-        by_token = advantages if len(advantages) == num_tokens else advantages[row_ids.to(advantages.device)]
-        live_rows = live_tokens(mask, by_token, always=has_kl or loss_type == "sft")
+        always = has_kl or loss_type == "sft"
+        live_rows = live_tokens(mask, advantages, always, shared_by=row_ids if shares_ratio else None)
     elif live_rows is not None and (not on_host(live_rows) or live_rows.shape != (num_tokens,)):
         raise ValueError(f"live_rows must be ({num_tokens},) bool on the CPU; got {tuple(live_rows.shape)}")
 
-    row_ids = row_ids.to(device)
-    mask = torch.ones(num_tokens, dtype=torch.bool, device=device) if mask is None else mask.to(device, torch.bool)
-    off_policy = torch.zeros_like(mask) if is_off_policy is None else is_off_policy.to(device, torch.bool)[row_ids]
+    row_ids = row_ids.to(device, non_blocking=True)
+    mask = torch.ones(num_tokens, device=device) if mask is None else mask
+    mask = mask.to(device, torch.bool, non_blocking=True)
+    off_policy = torch.zeros_like(mask)
+    if is_off_policy is not None:
+        off_policy = is_off_policy.to(device, torch.bool, non_blocking=True)[row_ids]
     lengths = row_lengths(mask, row_ids, num_row_ids)
     if num_rows is None:
         num_rows = torch.zeros(num_row_ids, device=device).index_fill_(0, row_ids, 1.0).sum().clamp(min=1)
@@ -273,14 +303,14 @@ def fused_linear_grpo_loss(
     tokens = Tokens(
         token_ids=token_ids,
         temperature=per_token(temperature, row_ids, num_tokens, "temperature", device),
-        advantage=per_token(advantages, row_ids, num_tokens, "advantages", device).masked_fill(~mask, 0),
+        advantage=per_token(advantages, None, num_tokens, "advantages", device).masked_fill(~mask, 0),
         policy_weight=counts_for,
         kl_weight=beta * pays_kl if has_kl else torch.zeros_like(counts_for),
         old_logps=known_logps(old_logps, mask & ~off_policy if off_policy_ratio == "detach" else mask, "old_logps"),
         ref_logps=known_logps(ref_logps if has_kl else None, mask, "ref_logps"),
     )
     sequences = None
-    if importance_sampling_level == "sequence":
+    if shares_ratio:
         sequences = Sequences(row_ids, num_row_ids, mask, lengths, impl)
     elif loss_type == "vespo" and old_logps is not None:
         sequences = Sequences(row_ids, num_row_ids, mask, lengths, impl, Vespo())
@@ -297,7 +327,7 @@ def run(
     wants_grad = torch.is_grad_enabled()
     if live is None or bool(live.all()):
         return FusedLinearLoss.apply(hidden, weight, bias, plan, wants_grad)
-    order = torch.argsort(~live, stable=True).to(hidden.device)
+    order = torch.argsort(~live, stable=True).to(hidden.device, non_blocking=True)
     place = torch.argsort(order)
     moved = replace(
         plan,
@@ -316,4 +346,4 @@ def known_logps(logps: Tensor | None, known: Tensor, name: str) -> Tensor:
         return torch.full(known.shape, SELF, device=known.device)
     if logps.shape != known.shape:
         raise ValueError(f"{name} must be {tuple(known.shape)}; got {tuple(logps.shape)}")
-    return logps.detach().to(known.device, torch.float32).masked_fill(~known, SELF)
+    return logps.detach().to(known.device, torch.float32, non_blocking=True).masked_fill(~known, SELF)

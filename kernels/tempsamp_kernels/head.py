@@ -120,8 +120,9 @@ class ChunkedHead:
         def zeros(wanted: bool, *shape: int) -> Tensor | None:
             return torch.zeros(shape, dtype=torch.float32, device=self.weight.device) if wanted else None
 
-        grad_hidden = torch.zeros_like(self.hidden, memory_format=torch.contiguous_format) if hidden else None
-        return HeadGradients(grad_hidden, zeros(weight, vocab_size, hidden_size), zeros(bias, vocab_size))
+        return HeadGradients(
+            zeros(hidden, *self.hidden.shape), zeros(weight, vocab_size, hidden_size), zeros(bias, vocab_size)
+        )
 
     def sweep(self, consume: Callable[[Tensor, slice], Tensor | None], gradients: HeadGradients | None = None) -> None:
         """Give each chunk's raw logits [rows, V] fp32 to `consume`, which may overwrite them.

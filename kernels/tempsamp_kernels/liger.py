@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tempsamp_kernels.grpo import LossPlan, known_logps, live_tokens, run, token_weights
-from tempsamp_kernels.head import check_head
+from tempsamp_kernels.head import check_head, check_token_ids
 from tempsamp_kernels.logits_loss import items_per_process
 from tempsamp_kernels.logprob import linear_logprob
 from tempsamp_kernels.metrics import summarise
@@ -140,6 +140,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
             old_logps=known_logps(_flat(old_per_token_logps), read, "old_per_token_logps"),
             ref_logps=known_logps(_flat(references), read, "ref_per_token_logps"),
         )
+        check_token_ids(tokens.token_ids, len(lin_weight))
         impl = choose_impl(self.impl, _input)
         sequences = None
         if self.shares_ratio:
@@ -148,7 +149,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
             sequences = Sequences(row_ids, batch, counted, lengths, impl, self._weighted_vespo(vllm_is_ratio))
         options = HeadOptions(None if bias is None else bias.detach().float(), impl=impl)
         plan = LossPlan(tokens, read, options, self.loss, None, batch * length, sequences)
-        live = live_tokens(read, advantage, always=references is not None)
+        live = live_tokens(read, advantage, references is not None, shared_by=row_ids if self.shares_ratio else None)
         loss, terms = run(plan, _input.reshape(batch * length, -1), lin_weight, bias, live)
         metrics = summarise(terms, counted, torch.zeros_like(counted))
         clip_ratio = metrics["clip_low"] + metrics["clip_high"]

@@ -15,7 +15,7 @@ from tempsamp_kernels import reference
 from tempsamp_kernels import rows as triton_rows
 from tempsamp_kernels.head import ChunkedHead, HeadGradients, check_head, check_token_ids
 from tempsamp_kernels.tiles import tile_statistics, tiles_beat_gemm
-from tempsamp_kernels.tokens import HeadOptions, RowStatistics, Tokens, choose_impl, per_token
+from tempsamp_kernels.tokens import HeadOptions, RowStatistics, Tokens, check_temperature, choose_impl, per_token
 
 Gather = Callable[[Tensor, Tensor | None], AbstractContextManager[object]]
 KERNELS = {"torch": reference, "triton": triton_rows}
@@ -141,6 +141,7 @@ def linear_logprob(
     """
     check_head(hidden, weight, token_ids, bias)
     check_token_ids(token_ids, len(weight))
+    check_temperature(temperature)
     impl = choose_impl(impl, hidden)
     flat = hidden.reshape(-1, hidden.shape[-1])
     num_tokens = len(flat)

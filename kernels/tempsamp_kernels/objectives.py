@@ -213,4 +213,5 @@ def token_loss(
         "sapo": (-UNBOUNDED, UNBOUNDED, sapo_temperature_pos, sapo_temperature_neg),
         "likelihood": (-UNBOUNDED, UNBOUNDED, UNBOUNDED, UNBOUNDED),
     }[objective]
-    return TokenLoss(OBJECTIVES[objective], KL_ESTIMATORS[kl_type], bounds)
+    lower, upper, first, second = map(float, bounds)  # an int would compile a kernel of its own
+    return TokenLoss(OBJECTIVES[objective], KL_ESTIMATORS[kl_type], (lower, upper, first, second))

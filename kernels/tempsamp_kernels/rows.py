@@ -66,7 +66,7 @@ def absorbed(peak, total, weighted, z):
     """Running statistics of each lane with one more block of its logits, `z` [lanes, columns]; see `merged`."""
     new_peak = tl.maximum(peak, tl.max(z, axis=1))
     fall = peak - new_peak
-    shifted = tl.maximum(z - new_peak[:, None], -1e4)
+    shifted = tl.maximum(z - new_peak[:, None], -1e4, propagate_nan=tl.PropagateNan.ALL)
     weights = tl.exp(shifted)
     weighted = tl.exp(fall) * (weighted + total * fall) + tl.sum(weights * shifted, axis=1)
     return new_peak, tl.exp(fall) * total + tl.sum(weights, axis=1), weighted
@@ -291,7 +291,7 @@ def _common(logits: Tensor, head: HeadOptions) -> dict[str, object]:
         "bias_ptr": head.bias,
         "vocab_size": logits.shape[1],
         "logit_scale": float(head.logit_scale),
-        "softcap": head.softcap,
+        "softcap": None if head.softcap is None else float(head.softcap),
         **row_blocks(logits.shape[1]),
     }
 

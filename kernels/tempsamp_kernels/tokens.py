@@ -87,13 +87,23 @@ def choose_impl(impl: str | None, tensor: Tensor) -> str:
     return impl
 
 
+def check_temperature(temperature: float | Tensor) -> None:
+    """Raise ValueError for one that is not positive, where it can be seen without waiting for a device."""
+    if isinstance(temperature, Tensor):
+        least = float(temperature.min()) if temperature.device.type == "cpu" and temperature.numel() else 1.0
+    else:
+        least = temperature
+    if not least > 0:
+        raise ValueError(f"temperature must be positive, got {least}")
+
+
 def per_token(
     value: float | Tensor, row_ids: Tensor | None, num_tokens: int, name: str, device: torch.device
 ) -> Tensor:
     """Spread a number, one value per row [B], or one per token [N], over the tokens: [N] fp32."""
     if not isinstance(value, Tensor):
         return torch.full((num_tokens,), float(value), device=device)
-    value = value.to(device, torch.float32)
+    value = value.to(device, torch.float32, non_blocking=True)
     if value.ndim == 0:
         return value.expand(num_tokens).contiguous()
     if value.ndim != 1:

@@ -90,15 +90,21 @@ def test_format_rewards_are_added_after_shaping_and_downscaling(impl):
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("shaping", ["grpo", "mixed", "nonlinear", "downscale"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_equal_rewards_have_no_advantage_under_given_statistics_either(impl):
+    rewards = torch.full((7,), 0.1)
+    mean, std = rewards.mean().expand(7), torch.tensor(8e-9).expand(7)
+    found = advantages(rewards.tolist(), [False] * 7, shaping="mixed", group_mean=mean, group_std=std, impl=impl)
+    assert not found.any()
+
+
+@pytest.mark.parametrize("shaping", ["grpo", "mixed", "nonlinear"])
 def test_given_group_statistics_stand_for_rows_of_other_processes(shaping):
     rewards, off_policy = [*ON_POLICY, 1.0], [False, False, False, True]
     whole = advantages(rewards, off_policy, shaping=shaping)
     shaped = torch.tensor(rewards)
     if shaping == "nonlinear":
         shaped = shape_rewards(shaped, 0.8, 0.01, 1.0)
-    if shaping == "downscale":
-        shaped[-1] = 0.8
     mean, std = shaped.mean().expand(2), shaped.std().expand(2)
     second_half = advantages(rewards[2:], off_policy[2:], shaping=shaping, group_mean=mean, group_std=std)
     torch.testing.assert_close(second_half, whole[2:])
@@ -134,5 +140,6 @@ def test_arguments_that_do_not_fit_are_refused_by_name():
         grouped_advantages(rewards, ids[:2], off_policy)
     with pytest.raises(ValueError, match="come together"):
         grouped_advantages(rewards, ids, off_policy, group_mean=rewards)
-    with pytest.raises(ValueError, match="takes no group_mean"):
-        grouped_advantages(rewards, ids, off_policy, shaping="anchor", group_mean=rewards, group_std=rewards)
+    for shaping in ("downscale", "anchor", "orarl"):
+        with pytest.raises(ValueError, match=f"'{shaping}' needs .* takes no group_mean"):
+            grouped_advantages(rewards, ids, off_policy, shaping=shaping, group_mean=rewards, group_std=rewards)

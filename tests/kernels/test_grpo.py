@@ -72,6 +72,45 @@ def test_a_corrected_kl_under_a_shared_ratio_spreads_its_gradient_over_the_row(p
     assert_equals_naive(packed(LENGTHS, seed=3), naive, "torch", **options)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_tokens_without_an_advantage_of_their_own_learn_what_their_row_shares(packed, level):
+    batch = packed(LENGTHS, seed=4)
+    advantages = torch.randn(sum(LENGTHS)).to(batch.hidden.device)
+    advantages[::2] = 0
+    options = {"advantages": advantages, "beta": 0.0, "off_policy_ratio": "old", "importance_sampling_level": level}
+    found, expected = batch.learned(), batch.learned()
+    fused(found, **options)
+    fused(expected, **options, live_rows=torch.ones(sum(LENGTHS), dtype=torch.bool))
+    for actual, gradient in zip(found.gradients(), expected.gradients(), strict=True):
+        torch.testing.assert_close(actual, gradient)
+
+
+def test_rewards_belong_to_completions_where_there_are_as_many_as_tokens(packed):
+    batch = packed([2, 2, 1, 1])
+    rewards, no_tokens = torch.tensor([0.1, 0.7, 0.4, 0.9, 0.0, 1.0]), torch.zeros(6, dtype=torch.bool)
+    grouped = {"group_ids": torch.zeros(6, dtype=torch.int64), "is_off_policy": no_tokens}
+    advantages = grouped_advantages(rewards, **grouped, shaping="mixed")
+    found, expected = batch.learned(), batch.learned()
+    fused(found, advantages=None, rewards=rewards, **grouped, shaping="mixed")
+    fused(expected, advantages=advantages[batch.row_ids.cpu()], is_off_policy=no_tokens)
+    torch.testing.assert_close(found.hidden.grad, expected.hidden.grad)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_scaled_loss_rounds_the_gradient_of_half_precision_hidden_states_once(packed, impl):
+    """As under a GradScaler: what float16 cannot hold is scaled before it is rounded."""
+    batch, scale = packed([8] * 8, masked=0.0), 2.0**16
+    narrow = replace(batch, hidden=batch.hidden.half(), weight=batch.weight.half().float())
+    wide = replace(narrow, hidden=narrow.hidden.float())
+    found, expected = narrow.learned(), wide.learned()
+    for each in (found, expected):
+        loss, _ = fused_linear_grpo_loss(
+            *each.inputs(), **each.policies(), advantages=1e-6 * each.advantages, beta=0.0, impl=impl
+        )
+        (scale * loss).backward()
+    torch.testing.assert_close(found.hidden.grad, expected.hidden.grad.half(), rtol=2e-3, atol=1e-7)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
     ("bound", "positives", "negatives"),
@@ -80,7 +119,7 @@ def test_a_corrected_kl_under_a_shared_ratio_spreads_its_gradient_over_the_row(p
 )
 def test_every_branch_of_the_bounds_is_taken_and_right(packed, naive, bound, positives, negatives, impl):
     """Branches: 1 the clipped surrogate, 2 the ratio capped by `delta`, 4 the loss bounded by `dual_clip`."""
-    batch = packed([12, 12], spread=0.5, masked=0.0)
+    batch = packed([12, 12], spread=0.5, masked=0.0, peak=20.0)
     batch = replace(batch, advantages=batch.advantages.new_tensor([1.0, -1.0]))
     options = {**bound, "off_policy_ratio": "old", "epsilon_high": 0.1}
     metrics, details = assert_equals_naive(batch, naive, impl, chunk_size=12, **options)
@@ -326,6 +365,13 @@ def test_nothing_waits_for_the_device():
         ({"old_logps": torch.zeros(3)}, "old_logps"),
         ({"live_rows": torch.ones(3, dtype=torch.bool)}, "live_rows"),
         ({"dual_clip": 0.0}, "dual_clip"),
+        ({"loss_type": "cispo", "delta": 2.0}, "'cispo' takes no delta"),
+        ({"loss_type": "sapo", "dual_clip": 2.0}, "'sapo' takes no dual_clip"),
+        ({"group_ids": torch.zeros(4, dtype=torch.int64), "tau": 0.5}, "no use for group_ids, tau"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": torch.tensor([1.0, 1.0, -1.0, 1.0])}, "temperature must be positive"),
+        ({"mask": torch.ones(3, dtype=torch.bool)}, "mask must be"),
+        ({"is_off_policy": torch.zeros(3, dtype=torch.bool)}, "'is_off_policy': 3, 'advantages': 4"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_by_name(packed, options, message):

@@ -115,6 +115,38 @@ def test_every_option_acts_as_in_liger(loss_type, level, dropped, given, options
     assert_same_option(loss_type, level, dropped, given, options)
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo"])
+def test_an_advantage_per_token_acts_as_in_liger(loss_type):
+    """Without a KL term, where tokens of no advantage leave the backward pass; Liger's other losses take [B] only."""
+    advantages = torch.randn(BATCH, LENGTH, generator=torch.Generator().manual_seed(1))
+    advantages[:, ::2] = 0
+    options = {"use_ref_model": False, "beta": 0.0}
+    assert_same_option(loss_type, "token", ("ref_per_token_logps",), {"advantages": advantages}, options)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "options"),
+    [
+        ("sapo", {"sapo_temperature_pos": 0.7, "sapo_temperature_neg": 1.6}),
+        ("vespo", {"vespo_k_pos": 1.5, "vespo_lambda_pos": 2.0, "vespo_k_neg": 2.5, "vespo_lambda_neg": 1.0}),
+        ("cispo", {"delta": 1.1}),
+        ("dapo", {"chunk_size": 2}),
+    ],
+)
+def test_parameters_of_one_loss_and_weights_of_a_column_act_as_in_liger(loss_type, options):
+    given = {"vllm_is_ratio": batch(1)["importance"][:, :1], "num_items_in_batch": torch.tensor(31)}
+    assert_same_option(loss_type, "token", (), given, options)
+
+
+def test_ids_outside_the_vocabulary_are_refused_where_liger_reads_padding():
+    inputs = {name: value for name, value in batch(1).items() if name != "importance"}
+    padding = inputs["attention_mask"] == 0
+    inputs["selected_token_ids"] = inputs["selected_token_ids"].masked_fill(padding, -100)
+    FusedLinearGRPOLoss()(**inputs)
+    with pytest.raises(ValueError, match=r"token_ids must be in \[0, 37\); got -100"):
+        FusedLinearGRPOLoss(loss_type="luspo")(**inputs)
+
+
 def test_reference_head_stands_in_for_reference_log_probs():
     inputs = batch(2)
     del inputs["importance"], inputs["ref_per_token_logps"]
