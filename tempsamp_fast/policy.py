@@ -175,6 +175,8 @@ def check_architecture(model: nn.Module) -> None:
     if not isinstance(model, SUPPORTED):
         names = ", ".join(supported.__name__ for supported in SUPPORTED)
         raise ValueError(f"model class {type(model).__name__} is not supported; choose one of {names}")
+    if not isinstance(model.lm_head, nn.Linear):  # only its own weight reaches the loss
+        raise ValueError(f"lm_head is a {type(model.lm_head).__name__}: adapters on the head are not supported")
     text: Any = model.config.text_config
     if getattr(text, "use_sliding_window", False):
         raise ValueError(f"use_sliding_window=True (sliding_window={text.sliding_window}) is not supported")

@@ -42,3 +42,11 @@ def test_a_model_wrapped_by_peft_is_supported(tiny) -> None:
 def test_saved_configurations_do_not_name_the_attention(tiny, tmp_path) -> None:
     Policy(tiny.model()).base_model.save_pretrained(tmp_path)
     assert "tempsamp" not in (tmp_path / "config.json").read_text()
+
+
+def test_adapters_on_the_head_are_refused(tiny) -> None:
+    """The loss would read the weight below them."""
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="adapters on the head are not supported"):
+        Policy(peft.get_peft_model(tiny.model(), adapter))
