@@ -20,6 +20,8 @@ from tempsamp_fast.stopwatch import Stopwatch
 
 STATE = "state"
 """DeepSpeed's tag of the only checkpoint in an engine folder."""
+SETTINGS = ("betas", "weight_decay")
+"""Of an optimizer's parameter groups: what a run may be resumed with another value of; each step has its own rate."""
 Forward = Callable[..., Any]
 """`(row, head) -> head(hidden, weight)`, as of `Policy`."""
 Head = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
@@ -125,12 +127,17 @@ def save_engine(engine: Any, folder: Path, has_all_weights: bool) -> None:
 def load_engine(engine: Any, folder: Path, allow_pickle: bool, has_all_weights: bool) -> None:
     """Load the engine's state as a checkpoint holds it, refusing pickles that would run code unless `allow_pickle`.
 
+    Weight decay and betas stay those of the engine's own configuration.
+
     has_all_weights: whether it was saved with the frozen weights too.
     Raises ValueError naming the file that holds more than tensors, plain values and DeepSpeed's own records.
     """
     if not allow_pickle:
         engine.checkpoint_engine.load = load_without_code
+    configured = [{name: group[name] for name in SETTINGS if name in group} for group in engine.optimizer.param_groups]
     engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=has_all_weights)
+    for group, settings in zip(engine.optimizer.param_groups, configured, strict=True):
+        group.update(settings)
 
 
 def load_without_code(path: str, map_location: Any = None) -> Any:

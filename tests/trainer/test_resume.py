@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.checkpoint import checkpoints, latest_checkpoint
 from tempsamp_fast.run import Run
 from tempsamp_fast.runlog import read_metrics
@@ -73,6 +74,15 @@ def test_answers_are_added_to_a_record_by_a_resumed_run_alone(trainer, refused, 
     assert f"record_rollouts='{record}' exists" in line and not (tmp_path / "other").exists()
     trainer.main(tmp_path / "run", *words, "grpo:2", "--resume", str(tmp_path / "run"))
     assert [json.loads(row)["step"] for row in record.read_text().splitlines()] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("stage", ["0", "2"])
+def test_weight_decay_and_beta_of_a_resumed_run_are_what_is_asked_for(trainer, tmp_path: Path, stage: str) -> None:
+    folder = tmp_path / "run"
+    trainer.main(folder, "--phases", "sft:1", "--zero_stage", stage)
+    run = Run(parse_args(["--resume", str(folder), "--weight_decay", "0.25", "--adam_beta2", "0.5"]))
+    settings = [(group["weight_decay"], group["betas"][1]) for group in run.engine.optimizer.param_groups]
+    assert settings and set(settings) == {(0.25, 0.5)}
 
 
 def test_no_step_is_recorded_twice(finished_run) -> None:
