@@ -112,7 +112,11 @@ class DataConfig:
     max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate the first N queries only"})
     on_bad_video: Literal["raise", "skip"] = "raise"
     max_bad_videos: int | None = field(
-        default=None, metadata={"help": "training samples that may be replaced for a bad video, per epoch and process"}
+        default=None,
+        metadata={
+            "help": "training samples that each process may replace for a bad video, per epoch and anew when resumed; "
+            "data/bad_videos in metrics.jsonl has those of each step, of all ranks"
+        },
     )
     video_backend: Literal["auto", "native", "torchcodec"] = "auto"
     video_device: Literal["cpu", "cuda", "auto"] = field(

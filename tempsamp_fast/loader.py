@@ -91,7 +91,7 @@ class PromptLoader:
         self.sampling = Sampling(config.sampling, config.fps, config.min_frames, config.max_frames)
         self.skipped: dict[Path, str] = {}
         self.replaced: Counter[int] = Counter()
-        """Training samples replaced for a bad video, by epoch."""
+        """Training samples that this process replaced for a bad video, by epoch."""
         self._videos: OrderedDict[Path, VideoPatches] = OrderedDict()
         self._cached_bytes = 0
         folder = Path(config.patch_cache) if config.patch_cache else None
@@ -140,7 +140,8 @@ class PromptLoader:
             prompts = []
             for index, position, mode in zip(chosen, positions, modes, strict=True):
                 sample = self._good(samples, index)
-                if sample is not samples[index]:
+                is_replacement = sample is not samples[index]
+                if is_replacement:
                     self._count_bad(position // len(samples), samples[index])
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
                 if torch.rand((), generator=generator) < self.config.random_crop:
@@ -148,7 +149,8 @@ class PromptLoader:
                     video = self._normalised(stretch)
                 else:
                     video = self._whole(sample.video, made)
-                prompts.append(self.chat.prompt(sample, mode, self.config.task, video))
+                prompt = self.chat.prompt(sample, mode, self.config.task, video)
+                prompts.append(dataclasses.replace(prompt, is_replacement=is_replacement))
             self._evict()
         return prompts
 

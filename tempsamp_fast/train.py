@@ -23,6 +23,7 @@ from tempsamp_fast.arguments import parse_args  # noqa: E402
 from tempsamp_fast.groups import reward_metrics  # noqa: E402
 from tempsamp_fast.heartbeat import LOST_RANK_EXIT, RankLostError  # noqa: E402
 from tempsamp_fast.plan import describe_plan  # noqa: E402
+from tempsamp_fast.ranks import of_all_ranks  # noqa: E402
 from tempsamp_fast.results import Results  # noqa: E402
 from tempsamp_fast.run import Run  # noqa: E402
 from tempsamp_fast.update import mean_over_ranks  # noqa: E402
@@ -52,7 +53,8 @@ def train(run: Run) -> None:
                 metrics |= {
                     f"advantage/skew/{rule}": skew for rule, skew in skewness_by_rule(groups, algorithm).items()
                 }
-            log.log(at.step, str(at.phase), mean_over_ranks(metrics))
+            num_bad_videos = sum(of_all_ranks(sum(prompt.is_replacement for prompt in prompts)))
+            log.log(at.step, str(at.phase), mean_over_ranks(metrics) | {"data/bad_videos": num_bad_videos})
             log.log_groups(at.step, str(at.phase), groups)
 
             if at.is_last_of_phase:

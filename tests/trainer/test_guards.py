@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -241,6 +242,20 @@ def test_too_many_bad_videos_in_an_epoch_end_the_run(trainer, clips: Path, refus
     words = ("--phases", "sft:40", "--videos", str(videos), "--on_bad_video", "skip", "--max_bad_videos", "1")
     line = refused(trainer.flags(tmp_path / "run", *words))
     assert "epoch 0 has 2 bad videos (max_bad_videos=1)" in line and ".mp4" in line
+
+
+def test_the_record_has_the_bad_videos_of_each_step(trainer, clips: Path, tmp_path: Path) -> None:
+    """Each of the 6 samples once an epoch, 2 a step."""
+    videos = shutil.copytree(clips / "videos", tmp_path / "videos")
+    annotations = json.loads((clips / "annotations/train.json").read_text())
+    bad = next(iter(annotations))
+    (videos / f"{bad}.mp4").write_bytes(b"no video")
+    num_samples = sum(len(each["sentences"]) for each in annotations.values())
+    words = ("--phases", "sft:2epochs", "--videos", str(videos), "--on_bad_video", "skip")
+    rows = trainer.main(tmp_path / "run", *words)
+    epochs = [rows[: num_samples // 2], rows[num_samples // 2 :]]
+    assert [sum(row["data/bad_videos"] for row in rows) for rows in epochs] == [len(annotations[bad]["sentences"])] * 2
+    assert 0 in [row["data/bad_videos"] for row in rows]
 
 
 def test_sigterm_saves_after_the_step_and_the_run_goes_on_as_if_nothing_was(
