@@ -77,9 +77,9 @@ class Completion:
     text: str
     is_off_policy: bool = False
     sampled_logps: Tensor | None = None
-    """[completion_len] float32 of the policy at the sampling temperature, before bans and truncation.
+    """[completion_len] float32 at the sampling temperature; of which distribution, the rollout backend says.
 
-    None for off-policy answers.
+    None for answers that were not sampled just now: off-policy and replayed ones.
     """
     rewards: dict[str, float] = field(default_factory=dict)
     """Raw reward by name; filled by scoring."""

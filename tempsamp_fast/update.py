@@ -131,6 +131,8 @@ def _update(
         try:
             row_metrics, grad_norm = optimizer_step(engine, rows, heads, learning_rate, watch)
             grad_norms.append(grad_norm)
+            if index == 0:
+                gap = _logp_gap([metrics.token_logps for metrics in row_metrics[: len(own_rows)]], learning, config)
         except RowsTooLargeError as error:
             if index == 0:
                 raise
@@ -147,6 +149,7 @@ def _update(
             "batch/num_tokens": float(sum(row.num_tokens for row in own_rows)),
             "batch/skipped_share": 1 - len(having_gradient) / len(groups),
         }
+        | gap
         | _utilisation(own_rows, num_updates, engine, watch)
     )
 
@@ -155,6 +158,28 @@ def _has_gradient(group: RolloutGroup, is_sft: bool, algorithm: AlgorithmConfig)
     """False only where leaving the group out changes nothing."""
     assert group.advantages is not None
     return is_sft or algorithm.beta > 0 or bool(group.advantages.any())
+
+
+def _logp_gap(logps: Sequence[Tensor], groups: Sequence[RolloutGroup], config: Config) -> dict[str, float]:
+    """Mean absolute difference between the sampler's log-probs and the policy's, over the sampled tokens of the update.
+
+    Nothing where there are none, and where the sampler's are of what top_k and top_p leave, as vLLM's are.
+
+    logps: [M] of each row, before the first update.
+    """
+    rollout = config.rollout
+    if rollout.rollout_backend != "policy" and (rollout.top_k or rollout.top_p < 1):
+        return {}
+    answers = [completion for group in groups for completion in group.completions]
+    if all(answer.sampled_logps is None for answer in answers):
+        return {}
+    by_answer = torch.cat(list(logps)).cpu().split([len(answer.ids) for answer in answers])
+    gaps = [
+        (own - answer.sampled_logps).abs()
+        for own, answer in zip(by_answer, answers, strict=True)
+        if answer.sampled_logps is not None
+    ]
+    return {"rollout/logp_gap": float(torch.cat(gaps).mean())}
 
 
 def _utilisation(rows: Sequence[PackedRow], num_updates: int, engine: Any, watch: Stopwatch) -> dict[str, float]:
