@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import pytest
@@ -20,7 +19,9 @@ from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearS
 from torch import Tensor
 from torch.nn import functional
 
+from bench.gpu_sections.timing import distance, memory
 from bench.loss_contenders import Contender, LossBatch, liger, ours, torch_loss, trl, trl_logps
+from bench.memory import peak_resident_gib
 from tempsamp_fast.flops import peak_bf16_flops
 
 CUDA = torch.cuda.is_available()
@@ -92,24 +93,7 @@ def bare_gemms(batch: LossBatch) -> None:
 
 def peak_gib(run: Callable[[], object]) -> float:
     """Memory in use at the worst moment of `run`, less what was in use before it."""
-    if CUDA:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**30
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's way to reset VmHWM, the peak resident size
-    resident = resident_gib("VmRSS")
-    run()
-    return resident_gib("VmHWM") - resident
-
-
-def resident_gib(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
-
-
-def relative_distance(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
+    return memory(run)["peak_gib"] if CUDA else peak_resident_gib(run)
 
 
 def gradient_distances(batch: LossBatch) -> dict[str, float]:
@@ -120,7 +104,7 @@ def gradient_distances(batch: LossBatch) -> dict[str, float]:
         with suppress(ImportError, torch.OutOfMemoryError):
             loss, *gradients = step(contender, batch)
             torch.testing.assert_close(loss, expected_loss, rtol=2e-2, atol=2e-3)
-            distances[name] = max(map(relative_distance, gradients, expected))
+            distances[name] = max(map(distance, gradients, expected))
             assert distances[name] < (0.1 if CUDA else 1e-4), name
     return distances
 

@@ -6,12 +6,12 @@ Also unpacked, only answer positions reach the head.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from bench.memory import resident_gib
 from bench.step_contenders import UNLIMITED, make_prompt, random_group
 from tempsamp_fast.packing import PackingMode, pack
 from tempsamp_fast.policy import Policy
@@ -30,11 +30,6 @@ def peak_of_update(model_config: str, mode: PackingMode) -> float:
     before = resident_gib("VmRSS")
     policy(row, loss).backward()
     return resident_gib("VmHWM") - before
-
-
-def resident_gib(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
 
 
 if __name__ == "__main__":
