@@ -34,9 +34,12 @@ class Ranks:
         record = {"place": heartbeat._place(), "pid": os.getpid(), "beat": 1, "count": 1, "action": "evaluation"}
         (self.run / f"heartbeat/rank_{rank:04d}.json").write_text(json.dumps(record | changed))
 
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
     def after(self, seconds: float) -> str | None:
         """The verdict so much later."""
-        self.now += seconds
+        self.sleep(seconds)
         return self.heart.lost()
 
 
@@ -44,6 +47,7 @@ class Ranks:
 def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ranks:
     ranks = Ranks(tmp_path)
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: ranks.now)
+    monkeypatch.setattr(heartbeat.time, "sleep", ranks.sleep)
     for rank in range(3):
         ranks.write(rank)
     assert ranks.after(0) is None
