@@ -5,8 +5,8 @@
     python bench/paper_in_small.py --list                                         # the planned runs
 
 Each run is `tempsamp_fast/train.py` in a process of its own on one thread. The results file is replaced after every
-run and holds the commit that made it: runs of another commit, or with other settings, are refused. `--summary` writes
-the figures and a page of tables beside it.
+run. A campaign goes on where it stopped, on another machine and commit too, if its settings are the same and the models
+that its runs begin from come out the same once more. `--summary` writes the figures and a page of tables beside it.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from typing import Any
 from bench.paper import plan
 from bench.paper.plan import PlannedRun
 from bench.paper.record import record_of
-from bench.paper.results import check_same, read_results
+from bench.paper.results import check_same_settings, check_same_start, read_results
 from tempsamp_fast.annotations import load_annotations
 from tempsamp_fast.checkpoint import MODEL, latest_checkpoint
 from tempsamp_fast.runlog import describe_machine, write_json
@@ -33,7 +33,8 @@ ROOT = Path(__file__).parents[2]
 class Campaign:
     """Runs made in the folder `work`, their records kept in the file `results`.
 
-    Raises ValueError when the file holds runs of another commit or with other settings.
+    Raises ValueError when the file holds runs with other settings. Each record has the commit that made it; a cold
+    start that is not in `work` any more is made again, and has to come out as it did for the runs that began from it.
     """
 
     def __init__(self, work: Path, results: Path):
@@ -42,13 +43,13 @@ class Campaign:
         self._lock = threading.Lock()
         self._base_lock = threading.Lock()
         self._cold_locks = {seed: threading.Lock() for seed in (*plan.SEEDS, plan.PILOT_SEED)}
-        machine = describe_machine()
-        made_of = {"commit": machine.pop("commit"), "settings": _settings()}
+        machine, settings = describe_machine(), _settings()
+        self.commit = machine.pop("commit")
         if results.exists():
             self.results = read_results(results)
-            check_same(results, self.results, made_of)
+            check_same_settings(results, self.results["settings"], settings)
         else:
-            self.results = {**made_of, "machine": machine, "cold_starts": {}, "runs": {}}
+            self.results = {"settings": settings, "machine": machine, "cold_starts": {}, "runs": {}}
 
     def make(self, num_workers: int) -> None:
         """Make all runs that have no record yet, `num_workers` at a time: the pilots, then the rest at their best rate.
@@ -89,7 +90,7 @@ class Campaign:
         cost = self._train(folder, self.data["hard"], flags)
         shown = {name: value for name, value in dataclasses.asdict(run).items() if name != "flags"}
         with self._lock:
-            self.results["runs"][run.name] = {**shown, **record_of(folder), **cost}
+            self.results["runs"][run.name] = {**shown, **record_of(folder), **cost, "commit": self.commit}
             self._write()
         shutil.rmtree(folder / "checkpoints")
         done = self.results["done"]
@@ -100,7 +101,7 @@ class Campaign:
         """The checkpoint that all runs of a seed start from; made by whichever comes first."""
         folder = self.work / f"cold_start/seed{seed}"
         with self._cold_locks[seed]:
-            if str(seed) not in self.results["cold_starts"]:
+            if str(seed) not in self.results["cold_starts"] or not folder.exists():
                 flags = {**plan.COLD_START, "model": self._base(), "seed": seed + plan.COLD_START_SEED}
                 self._keep_start(str(seed), folder, self._train(folder, self.data["hard"], flags))
             return latest_checkpoint(folder)[0] / MODEL
@@ -109,13 +110,14 @@ class Campaign:
         """The checkpoint that all cold starts come from."""
         folder = self.work / "base"
         with self._base_lock:
-            if "base" not in self.results["cold_starts"]:
+            if "base" not in self.results["cold_starts"] or not folder.exists():
                 self._keep_start("base", folder, self._train(folder, self.data["easy"], plan.BASE))
             return latest_checkpoint(folder)[0] / MODEL
 
     def _keep_start(self, name: str, folder: Path, cost: dict[str, float]) -> None:
         with self._lock:
             scores = record_of(folder)["evaluations"]["answer"][-1]
+            check_same_start(name, self.results["cold_starts"].get(name), scores)
             self.results["cold_starts"][name] = {**scores, **cost}
             self._write()
         print(f"{name}: mIoU {scores['miou']:.3f}, {cost['cpu_s']:.0f} CPU s", flush=True)

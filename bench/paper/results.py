@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 Results = dict[str, Any]
-"""`planned` and `done` runs, `commit`, `settings`, `machine`, `num_queries`, `constant_span`, `cold_starts` by seed,
-and `runs` by name: what was planned of the run, and its `record.record_of`."""
+"""`planned` and `done` runs, `settings`, `machine`, `num_queries`, `constant_span`, `cold_starts` by seed,
+and `runs` by name: what was planned of the run, its `record.record_of`, its cost and `commit`."""
 
 
 def read_results(path: Path) -> Results:
@@ -18,11 +18,20 @@ def read_results(path: Path) -> Results:
     return json.loads(path.read_text())
 
 
-def check_same(path: Path, kept: Results, made_of: Results) -> None:
-    """Raise ValueError, naming what differs, if the results were made by other code or with other settings."""
-    for name, value in made_of.items():
+def check_same_settings(path: Path, kept: Results, settings: Results) -> None:
+    """Raise ValueError, naming what differs, if the file's runs were made with other settings."""
+    for name, value in settings.items():
         if kept[name] != value:
             raise ValueError(
                 f"{path}: its runs have {name} {kept[name]!r}, this checkout has {value!r}; "
                 "check that out, or write to another file with --results"
             )
+
+
+def check_same_start(name: str, kept: Results | None, scores: Results) -> None:
+    """Raise ValueError if a start was scored otherwise when the runs so far began from it."""
+    if kept is not None and any(kept[metric] != score for metric, score in scores.items()):
+        raise ValueError(
+            f"start {name!r} came out with {scores}, and earlier runs began from one with {kept}: this code or machine "
+            "computes otherwise; write to another file with --results"
+        )

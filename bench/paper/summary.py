@@ -111,10 +111,11 @@ def _header(results: Results) -> str:
     cold = [scores for name, scores in results["cold_starts"].items() if name != "base"]
     start, end = constant["span"]
     grpo = records(results, "core", "grpo").values()
+    commits = ", ".join(sorted({record["commit"][:8] for record in results["runs"].values()}))
     lines = [
         "# The paper's claims in the small",
         f"{'**Partial: ' if done < planned else ''}{done} of {planned} planned runs are in"
-        f"{'.**' if done < planned else '.'} Made by `python bench/paper_in_small.py` at commit {results['commit']}.",
+        f"{'.**' if done < planned else '.'} Made by `python bench/paper_in_small.py` at {commits}.",
         f"{results['num_queries']} held-out queries. Always answering {start:.1f} to {end:.1f} s, the best constant "
         f"span, has an mIoU of {100 * constant['miou']:.1f} and an R1@0.7 of {100 * constant['r1@0.7']:.1f}.",
     ]

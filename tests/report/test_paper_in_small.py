@@ -8,7 +8,7 @@ from bench.paper import plan
 from bench.paper.campaign import best_rate
 from bench.paper.plots import draw
 from bench.paper.record import record_of
-from bench.paper.results import check_same, read_results
+from bench.paper.results import check_same_settings, check_same_start, read_results
 from bench.paper.summary import of_group_size, paired, records, steps_to_reach, summarise, verdict
 from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.report.runs import Interval
@@ -21,7 +21,15 @@ def run_record(family, method, seed, miou, **fields):
     points = [0.1 + (miou - 0.1) * step / STEPS[-1] for step in STEPS]
     scores = [{"step": s, "miou": m, **dict.fromkeys(("r1@0.3", "r1@0.5", "r1@0.7"), m), "parse_rate": 1.0}
               for s, m in zip(STEPS, points, strict=True)]  # fmt: skip
-    record = {"family": family, "method": method, "seed": seed, "num_generations": 4, "num_videos": None, **fields}
+    record = {
+        "family": family,
+        "method": method,
+        "seed": seed,
+        "num_generations": 4,
+        "num_videos": None,
+        "commit": "c0ffee0123",
+        **fields,
+    }
     record["evaluations"] = {"answer": scores}
     if method != "sft":
         part = [0.2] * 10
@@ -53,7 +61,7 @@ def results():
             fields = {"num_generations": run.num_generations, "num_videos": run.num_videos}
             runs[run.name] = run_record(run.family, run.method, run.seed, miou, **fields)
     return {
-        "commit": "c0ffee", "planned": 100, "done": len(runs), "num_queries": 1000, "cold_starts": {},
+        "planned": 100, "done": len(runs), "num_queries": 1000, "cold_starts": {},
         "constant_span": {"span": [1.0, 2.0], "miou": 0.1, "r1@0.7": 0.0}, "runs": runs,
     }  # fmt: skip
 
@@ -135,9 +143,13 @@ def test_results_of_other_code_are_refused(tmp_path):
     path = tmp_path / "results.json"
     with pytest.raises(ValueError, match="no results yet"):
         read_results(path)
-    path.write_text(json.dumps({"commit": "a"}))
-    with pytest.raises(ValueError, match="its runs have commit 'a', this checkout has 'b'"):
-        check_same(path, read_results(path), {"commit": "b"})
+    path.write_text(json.dumps({"settings": {"stages": "a"}}))
+    with pytest.raises(ValueError, match="its runs have stages 'a', this checkout has 'b'"):
+        check_same_settings(path, read_results(path)["settings"], {"stages": "b"})
+    check_same_start("base", None, {"miou": 0.1})
+    check_same_start("base", {"miou": 0.1, "cpu_s": 3}, {"miou": 0.1})
+    with pytest.raises(ValueError, match=r"start 'base' came out with \{'miou': 0.2\}"):
+        check_same_start("base", {"miou": 0.1, "cpu_s": 3}, {"miou": 0.2})
 
 
 def test_record_of_a_run(tmp_path):
