@@ -11,10 +11,16 @@ import re
 import sys
 from pathlib import Path
 
-from tempsamp_fast.arguments import parse_args
-from tempsamp_fast.plan import peak_memory, with_stage
-
 ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # a checkout runs without being installed
+
+from bench.paper.plan import METHODS  # noqa: E402
+from bench.paper.results import read_results  # noqa: E402
+from bench.paper.summary import final, paired, percent, points, records  # noqa: E402
+from tempsamp_fast.arguments import parse_args  # noqa: E402
+from tempsamp_fast.plan import peak_memory, with_stage  # noqa: E402
+from tempsamp_fast.report.runs import interval  # noqa: E402
+
 README = ROOT / "README.md"
 RESULTS = Path(__file__).parent / "results"
 PLANNED = "charades_qwen2_5_vl_7b"
@@ -76,6 +82,22 @@ def video_table() -> str:
     return _ratio_table("video_cpu.json", "file to patches, one core", VIDEO_ROWS) + f"\n\n{count}"
 
 
+def paper_table() -> str:
+    """Every method's scores on the embedded data, and what each differs from GRPO, paired by seed."""
+    results = read_results(RESULTS / "paper_in_small.json")
+    grpo = records(results, "core", "grpo")
+    lines = ["| method | seeds | mIoU | R1@0.7 | mIoU over GRPO, points |", "|---|---|---|---|---|"]
+    for method in METHODS:
+        found = records(results, "core", method)
+        scores = [percent(interval([final(run, metric) for run in found.values()])) for metric in ("miou", "r1@0.7")]
+        over = "-" if method == "grpo" else points(paired(found, grpo, lambda run: final(run, "miou")))
+        lines.append(f"| {method} | {len(found)} | {' | '.join(scores)} | {over} |")
+    count = (
+        f"{results['num_queries']} held-out queries, 95 % intervals over seeds; {results['done']} of the campaign's "
+    )
+    return "\n".join([*lines, "", f"{count}{results['planned']} runs are in (`bench/results/paper_in_small.md`)."])
+
+
 def plan_table() -> str:
     """Estimated memory of the main recipe, by number of GPUs and ZeRO stage."""
     config = parse_args(["--config", PLANNED])
@@ -111,7 +133,14 @@ def _shown(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3g}"
 
 
-TABLES = {"demo": demo_table, "step": step_table, "video": video_table, "plan": plan_table, "gpu": gpu_table}
+TABLES = {
+    "demo": demo_table,
+    "paper": paper_table,
+    "step": step_table,
+    "video": video_table,
+    "plan": plan_table,
+    "gpu": gpu_table,
+}
 
 
 def take_demo(run: Path) -> None:

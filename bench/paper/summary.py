@@ -90,11 +90,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def percent(value: Interval | None) -> str:
-    """In per cent, e.g. `+3.1 ± 0.8` for differences in points."""
+    """In per cent, e.g. `39.6 ± 1.1`."""
     return "-" if value is None else f"{100 * value.mean:.1f} ± {100 * value.half_width:.1f}"
 
 
-def _points(value: Interval | None) -> str:
+def points(value: Interval | None) -> str:
+    """A difference in points, e.g. `+3.1 ± 0.8`."""
     return "-" if value is None else f"{100 * value.mean:+.1f} ± {100 * value.half_width:.1f}"
 
 
@@ -175,7 +176,7 @@ def _comparison(label: str, first: dict[int, Record], second: dict[int, Record])
     """A row: the difference in every compared metric and the verdict by the first of them."""
     differences = [paired(first, second, lambda record, m=metric: final(record, m)) for metric in COMPARED]
     seeds = str(len(first.keys() & second.keys()))
-    return [label, seeds, *map(_points, differences), verdict(differences[0])]
+    return [label, seeds, *map(points, differences), verdict(differences[0])]
 
 
 def _orderings(results: Results) -> str:

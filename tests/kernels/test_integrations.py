@@ -2,10 +2,12 @@
 
 import sys
 from contextlib import contextmanager, nullcontext
-from types import ModuleType
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from tempsamp_kernels import fused_selective_log_softmax, triton_grpo_loss
 from tempsamp_kernels.integrations import patch_trl, patch_verl
 from tempsamp_kernels.integrations.trl import _FusedLogProb
 
@@ -192,3 +194,24 @@ def test_grpo_trainer_follows_the_unpatched_run(tmp_path, monkeypatch):
     assert not calls and expected.shape == (8, 5) and expected[:, -1].any()
     torch.testing.assert_close(grpo_run(tmp_path, with_patch=True), expected, rtol=1e-3, atol=1e-5)
     assert calls
+
+
+def test_the_recipe_for_trainers_that_hold_logits_gives_their_loss():
+    """The lines of kernels/README.md, as they stand there."""
+    readme = (Path(__file__).parents[2] / "kernels/README.md").read_text()
+    code = readme.split("## Trainers that hold the logits")[1].split("```python\n")[1].split("```")[0]
+    logits, ref_logits = torch.randn(2, 3, 6, 11)  # [B, L + 1, V] each
+    logits.requires_grad_()
+    ids, mask = torch.randint(11, (3, 5)), torch.tensor([[1] * 5, [1, 1, 0, 0, 0], [1] * 4 + [0]])
+    advantages = torch.randn(3)
+    names = {"model": lambda **_: SimpleNamespace(logits=1.0 * logits), "inputs": {}, "ref_logits": ref_logits}
+    names |= {"completion_ids": ids, "completion_mask": mask, "advantages": advantages}
+    names |= {"fused_selective_log_softmax": fused_selective_log_softmax, "triton_grpo_loss": triton_grpo_loss}
+    exec(code, names)
+    logps, ref_logps = (of[:, :-1].log_softmax(-1).gather(-1, ids[..., None])[..., 0] for of in (logits, ref_logits))
+    delta = ref_logps - logps
+    per_token = -(logps - logps.detach()).exp() * advantages[:, None] + 0.04 * (delta.exp() - delta - 1)
+    expected = ((per_token * mask).sum(1) / mask.sum(1)).mean()
+    torch.testing.assert_close(names["loss"], expected)
+    ours, theirs = (torch.autograd.grad(loss, logits)[0] for loss in (names["loss"], expected))
+    torch.testing.assert_close(ours, theirs)
