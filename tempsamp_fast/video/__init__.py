@@ -8,7 +8,6 @@ model(pixel_values_videos=batch.pixel_values, video_grid_thw=batch.video_grid_th
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import math
 import os
@@ -19,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from tempsamp_fast.video.backend import Backend
+from tempsamp_fast.video.backend import Backend, why_no_extension
 from tempsamp_fast.video.geometry import Geometry
 from tempsamp_fast.video.patches import PATCH_DTYPES, normalise_rows
 from tempsamp_fast.video.result import Limits, VideoBatch, VideoError, VideoResult
@@ -64,7 +63,7 @@ def load_videos(
     Args:
         requests: (path, sampling) pairs; a file may occur more than once.
         geometry: frame sizes and patch layout of the model.
-        backend: `auto` is `native` where the extension is built, else `torchcodec`.
+        backend: `auto` is `native` where the extension is built and loads, else `torchcodec`.
         device: where the patches are wanted: `cpu`, `cuda` (the current one), `cuda:<number>`, or `auto`: `cuda` where
             there is one, else `cpu`. For a CUDA device `native` decodes with the GPU's hardware decoders, ordered by
             the current stream; what they cannot decode the CPU does, and the result's `backend` says why.
@@ -79,7 +78,7 @@ def load_videos(
 
     Raises:
         VideoError: a file failed and `on_error` is `raise`; it names the file and has a `code`.
-        ValueError: an argument is not one of its choices, or `device` is not there.
+        ValueError: an argument is not one of its choices, or `device` or the backend is not there.
         RuntimeError: hardware decoders are used in a process forked from the one that opened them.
     """
     if on_error not in get_args(OnError):
@@ -130,14 +129,18 @@ def load_on(target: Target, backend: BackendName) -> Backend:
 
 @cache
 def load_function(backend: BackendName) -> Backend:
-    """The backend behind a name; `auto` logs once what it took and why. Raises ValueError for an unknown name."""
+    """The backend behind a name; `auto` logs once what it took and why.
+
+    Raises ValueError for an unknown name, and for `native` where the extension is not there.
+    """
     if backend not in get_args(BackendName):
         raise ValueError(f"backend must be one of {get_args(BackendName)}, got {backend!r}")
+    trouble = why_no_extension()
+    if backend == "native" and trouble:
+        raise ValueError(f"backend='native': {trouble}; the choices are 'auto' and 'torchcodec'")
     if backend == "auto":
-        built = importlib.util.find_spec("tempsamp_fast._video") is not None
-        backend = "native" if built else "torchcodec"
-        reason = "the extension is built" if built else "the extension tempsamp_fast._video is not built"
-        log.info("video backend: %s (%s)", backend, reason)
+        backend = "torchcodec" if trouble else "native"
+        log.info("video backend: %s (%s)", backend, trouble or "the extension is built")
     module = "native" if backend == "native" else "torchcodec_backend"
     return importlib.import_module(f"tempsamp_fast.video.{module}").load
 

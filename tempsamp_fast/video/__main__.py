@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
 import sys
@@ -16,6 +15,7 @@ from typing import get_args
 import torch
 
 from tempsamp_fast.video import Geometry, Sampling, load_videos
+from tempsamp_fast.video.backend import why_no_extension
 from tempsamp_fast.video.geometry import Family
 from tempsamp_fast.video.probe import probe
 from tempsamp_fast.video.sampling import Mode
@@ -50,8 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def bench(folder: Path, sampling: Sampling, geometry: Geometry, num_threads: int, rounds: int) -> int:
     """Print the median frames per second of each backend on each video of a folder; 1 when none could be read."""
-    built = importlib.util.find_spec("tempsamp_fast._video") is not None
-    backends = ["native", "torchcodec"] if built else ["torchcodec"]
+    backends = ["torchcodec"] if why_no_extension() else ["native", "torchcodec"]
     print("  ".join([f"{'file':40}", f"{'frames':>6}"] + [f"{name + ' frames/s':>20}" for name in backends]))
     num_read = 0
     for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES):

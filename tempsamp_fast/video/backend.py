@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +23,18 @@ Request = tuple[Path, Sampling]
 def usable_cores() -> int:
     """Processors that this process may run on: the threads that `num_threads` None stands for on the CPU."""
     return len(os.sched_getaffinity(0))
+
+
+@cache
+def why_no_extension() -> str:
+    """Why the C++ extension cannot be used, empty where it can: its file may be there and still not load."""
+    try:
+        importlib.import_module("tempsamp_fast._video")
+    except ModuleNotFoundError:
+        return "the extension tempsamp_fast._video is not built"
+    except ImportError as error:
+        return f"the extension tempsamp_fast._video does not load ({error})"
+    return ""
 
 
 class Backend(Protocol):

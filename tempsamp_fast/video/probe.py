@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from tempsamp_fast.video import Geometry, Limits, Sampling, VideoError, load_videos
+from tempsamp_fast.video.backend import why_no_extension
 from tempsamp_fast.video.result import Code
 from tempsamp_fast.video.torchcodec_backend import open_decoder, shown_span
 
@@ -40,7 +40,7 @@ class FileFacts:
 def probe(path: Path, sampling: Sampling, geometry: Geometry) -> dict[str, Any]:
     """Facts, index, the sampling as it was really taken, and warnings, ready to be written as JSON."""
     try:
-        facts = indexed_facts(path) if importlib.util.find_spec("tempsamp_fast._video") else header_facts(path)
+        facts = header_facts(path) if why_no_extension() else indexed_facts(path)
     except VideoError as error:
         return {"file": str(path), "status": "failed", "code": error.code, "message": str(error)}
     (result,) = load_videos([(path, sampling)], geometry, dtype=torch.uint8, on_error="partial").results

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
+
+from tempsamp_fast.video.backend import why_no_extension
 
 if TYPE_CHECKING:
     from tempsamp_fast._video import Nvdec
@@ -62,8 +63,8 @@ def _with_cuda(device: torch.device) -> Target:
 
 
 def _open(device: torch.device) -> Target:
-    if importlib.util.find_spec("tempsamp_fast._video") is None:
-        return Target(device, reason="the extension tempsamp_fast._video is not built")
+    if trouble := why_no_extension():
+        return Target(device, reason=trouble)
     from tempsamp_fast import _video
 
     try:

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
 import torch
 from torchcodec.decoders import VideoDecoder
 
+import tempsamp_fast
 from tempsamp_fast import video
-from tempsamp_fast.video import Geometry, Limits, Sampling, VideoError, load_videos, normalise_rows, torchcodec_backend
+from tempsamp_fast.video import (
+    Geometry,
+    Limits,
+    Sampling,
+    VideoError,
+    load_videos,
+    normalise_rows,
+    target,
+    torchcodec_backend,
+)
+from tempsamp_fast.video.backend import why_no_extension
 from tempsamp_fast.video.patches import patchify, resize_frames
+from tempsamp_fast.video.probe import probe
 from tests.video.corpus import read
 from tests.video.verdict import GEOMETRY, numbers_shown
 
@@ -146,6 +161,32 @@ def test_the_deadline_holds_while_torchcodec_is_busy(corpus: Path, monkeypatch: 
 def test_arguments_out_of_their_choices_are_named(argument: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(argument))):
         load_videos([], GEOMETRY, **argument)
+
+
+@pytest.fixture
+def unloadable_extension(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """An extension whose file is there, as after an upgrade of FFmpeg or Python, and is no library."""
+    (tmp_path / f"_video{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    monkeypatch.setattr(tempsamp_fast, "__path__", [str(tmp_path), *tempsamp_fast.__path__])
+    for name in ("tempsamp_fast._video", "tempsamp_fast.video.native"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for cached in (why_no_extension, video.load_function):
+        cached.cache_clear()
+    yield
+    for cached in (why_no_extension, video.load_function):
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("unloadable_extension")
+def test_an_extension_that_does_not_load_is_as_good_as_none(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
+    request = [(corpus / "h264.mp4", Sampling())]
+    with caplog.at_level(logging.INFO, "tempsamp_fast.video"):
+        assert [load_videos(request, GEOMETRY).results[0].backend for _ in range(2)] == ["torchcodec"] * 2
+    assert caplog.text.count("_video does not load") == 1
+    with pytest.raises(ValueError, match=r"native.*does not load.*'torchcodec'"):
+        load_videos(request, GEOMETRY, backend="native")
+    assert probe(corpus / "h264.mp4", Sampling(), GEOMETRY)["backend"] == "torchcodec"
+    assert "does not load" in target._open(torch.device("cuda", 0)).reason
 
 
 def test_no_requests_give_an_empty_batch() -> None:
