@@ -148,7 +148,8 @@ def load_function(backend: BackendName) -> Backend:
 def frames(path: str | os.PathLike[str], times_s: Sequence[float], height: int) -> torch.Tensor:
     """RGB thumbnails of the frames on screen at `times_s` (seconds since the first frame, clamped to the video).
 
-    Returns [n, 3, height, width] uint8, the width following the aspect of the video. Raises VideoError.
+    Returns [n, 3, height, width] uint8, the width following the aspect of the video. Taken by `native` where the
+    extension is built and loads, else by torchcodec. Raises VideoError, also for a frame that is damaged or missing.
     """
     from tempsamp_fast.video import thumbnails
 

@@ -82,6 +82,20 @@ def make_plans(
     return [_plan(*request, indexes[request[0]], geometry, dtype, limits) for request in requests]
 
 
+def read_index(path: Path, deadline_s: float, limits: Limits) -> _video.Index:
+    """The packet index of one file. Raises VideoError."""
+    ((index, (code, message)),) = _video.index(
+        [str(path.absolute())],
+        [deadline_s],
+        max_frame_pixels=limits.max_frame_pixels,
+        max_num_frames=limits.max_num_frames,
+        num_threads=1,
+    )
+    if index is None:
+        raise VideoError(path, cast(Code, code), message)
+    return index
+
+
 def decode_plans(
     paths: Sequence[Path],
     plans: Sequence[Plan | VideoError],

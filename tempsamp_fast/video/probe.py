@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
 from tempsamp_fast.video import Geometry, Limits, Sampling, VideoError, load_videos
 from tempsamp_fast.video.backend import why_no_extension
-from tempsamp_fast.video.result import Code
 from tempsamp_fast.video.torchcodec_backend import open_decoder, shown_span
 
 
@@ -67,19 +66,9 @@ def probe(path: Path, sampling: Sampling, geometry: Geometry) -> dict[str, Any]:
 
 def indexed_facts(path: Path) -> FileFacts:
     """From the packet index of the extension. Raises VideoError."""
-    from tempsamp_fast import _video
-    from tempsamp_fast.video.native import frame_times
+    from tempsamp_fast.video.native import frame_times, read_index
 
-    limits = Limits()
-    ((index, (code, message)),) = _video.index(
-        [str(path.absolute())],
-        [60.0],
-        max_frame_pixels=limits.max_frame_pixels,
-        max_num_frames=limits.max_num_frames,
-        num_threads=1,
-    )
-    if index is None:
-        raise VideoError(path, cast(Code, code), message)
+    index = read_index(path, 60.0, Limits())
     times, duration_s, begin_s = frame_times(index)
     packets = index.packets
     steps = np.diff(times, append=duration_s)

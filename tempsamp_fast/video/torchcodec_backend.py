@@ -153,7 +153,7 @@ def _load_one(
     wanted = _wanted(path, decoder, sampling)
     num_wanted = len(wanted.positions)
     frame_size = _frame_size(path, decoder.metadata, num_wanted, geometry, dtype, limits)
-    _check_first_frame(path, decoder)
+    check_first_frame(path, decoder)
 
     chunks, times = [], []
     errors: dict[int, str] = {}
@@ -216,7 +216,7 @@ def _frame_size(
     return frame_size
 
 
-def _check_first_frame(path: Path, decoder: VideoDecoder) -> None:
+def check_first_frame(path: Path, decoder: VideoDecoder) -> None:
     """Refuse files whose first frame torchcodec cannot find (MPEG-TS, AVI with B-frames, cuts inside a GOP)."""
     begin, _ = shown_span(decoder.metadata)
     try:

@@ -25,6 +25,7 @@ from tempsamp_fast.video import (
     load_videos,
     normalise_rows,
     target,
+    thumbnails,
     torchcodec_backend,
 )
 from tempsamp_fast.video.backend import why_no_extension
@@ -194,10 +195,33 @@ def test_no_requests_give_an_empty_batch() -> None:
     assert batch.pixel_values.shape == (0, GEOMETRY.row_width) and batch.split() == []
 
 
-def test_thumbnails_show_the_frames_on_screen(corpus: Path) -> None:
-    pictures = video.frames(corpus / "h264.mp4", [0.0, 2.01, 99.0], height=28)
-    assert pictures.shape == (3, 3, 28, 140)
-    assert read(pictures.float().mean(dim=1).numpy()) == [0, 50, 149]
+@pytest.mark.parametrize("name", ["h264.mp4", "h264.ts", "h264.avi", "mpeg2.mpg"])
+def test_thumbnails_show_the_frames_on_screen(corpus: Path, name: str) -> None:
+    pytest.importorskip("tempsamp_fast._video", reason="the extension tempsamp_fast._video is not built")
+    pictures = video.frames(corpus / name, [0.0, 4.0, 2.01, 99.0], height=28)
+    assert pictures.shape == (4, 3, 28, 140)
+    assert read(pictures.float().mean(dim=1).numpy()) == [0, 100, 50, 149]
+
+
+def test_thumbnails_are_the_same_with_and_without_the_extension(corpus: Path) -> None:
+    pytest.importorskip("tempsamp_fast._video", reason="the extension tempsamp_fast._video is not built")
+    wanted = (corpus / "rotated_90.mp4", [0.5, 3.3], 31)
+    assert torch.equal(thumbnails.from_native(*wanted), thumbnails.from_torchcodec(*wanted))
+
+
+@pytest.mark.parametrize("name", ["h264.ts", "h264.avi"])
+@pytest.mark.usefixtures("unloadable_extension")
+def test_thumbnails_that_torchcodec_would_get_wrong_are_refused(corpus: Path, name: str) -> None:
+    with pytest.raises(VideoError, match=name) as caught:
+        video.frames(corpus / name, [2.0], height=28)
+    assert caught.value.code == "UNSUPPORTED"
+
+
+def test_thumbnails_of_what_is_missing_are_refused(corpus: Path) -> None:
+    assert read(video.frames(corpus / "truncated.mp4", [1.0], height=28).float().mean(dim=1).numpy()) == [25]
+    with pytest.raises(VideoError, match=r"truncated\.mp4") as caught:
+        video.frames(corpus / "truncated.mp4", [1.0, 5.9], height=28)
+    assert caught.value.code == "DECODE_FAILED"
 
 
 @pytest.mark.shared
