@@ -134,7 +134,11 @@ class File:
         return torch.uint16 if self.bit_depth > 8 else torch.uint8
 
     def note(self, status: tuple[str, str], seconds: float) -> None:
-        """What became of it, or of a part of it, in so much time; all but a deadline is left to the CPU."""
+        """What became of it, or of a part of it; all but a deadline is left to the CPU.
+
+        seconds: its equal share of a call for many files, whose own times are not known: the neighbours of a file
+            cannot use up its deadline, and one that is slower than they are gets more time over several calls.
+        """
         self.deadline_s = max(self.deadline_s - seconds, 0.0)
         if status[0] == "DEADLINE":
             self.status = status
@@ -204,7 +208,7 @@ class Gpu:
         seconds = time.monotonic() - started
         for file, (status, bit_depth, coefficients) in zip(files, answers, strict=True):
             index = file.plan.index
-            file.note(status, seconds)
+            file.note(status, seconds / len(files))
             file.bit_depth = bit_depth
             file.pictures = Pictures(*index.coded_size, coefficients, index.orientation)
 
@@ -240,7 +244,7 @@ class Gpu:
             seconds = time.monotonic() - started
             for piece, (_, places), surface, (states, status, _) in zip(wave, chosen, surfaces, answers, strict=True):
                 file = piece.file
-                file.note(status, seconds)
+                file.note(status, seconds / len(wave))
                 file.states[piece.first : piece.last] = states[places]
                 if status[0] == "OK" and (states != native.GOOD).any():
                     file.reason = f"{(states != native.GOOD).sum()} frames did not come out whole"

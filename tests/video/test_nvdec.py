@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -270,6 +272,16 @@ def test_a_busy_decoder_is_waited_for_until_the_deadline(driver: FakeDriver, cor
     driver["busy_polls"] = 10**9
     (result,) = load(corpus / "h264.mp4", deadline_s=0.5, on_error="skip").results
     assert (result.status, result.code, result.backend) == ("failed", "DEADLINE", "nvdec")
+
+
+def test_a_large_batch_does_not_use_up_the_deadline_of_each_file(
+    driver: FakeDriver, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that makes 10 s of every call for all files."""
+    clock = itertools.count(step=10.0)
+    monkeypatch.setattr(nvdec, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    results = load(*[corpus / "h264.mp4"] * 8, deadline_s=9.0).results
+    assert [(result.status, result.backend) for result in results] == [("ok", "nvdec")] * 8
 
 
 def test_files_that_nothing_decodes_fail_as_on_the_cpu(driver: FakeDriver, corpus: Path) -> None:
