@@ -133,7 +133,9 @@ class DataConfig:
         default=0.0, metadata={"help": "share of training videos cut to a random stretch around their true spans"}
     )
     prefetch_steps: int = field(default=2, metadata={"help": "steps whose videos are decoded ahead"})
-    patch_cache: str | None = field(default=None, metadata={"help": "folder that keeps decoded videos between runs"})
+    patch_cache: str | None = field(
+        default=None, metadata={"help": "folder that keeps decoded videos and packet indexes between runs"}
+    )
     video_cache_gib: float = field(default=2.0, metadata={"help": "memory for decoded videos, per process"})
     cache_features: bool = field(
         default=False,

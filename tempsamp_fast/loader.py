@@ -97,6 +97,9 @@ class PromptLoader:
         folder = Path(config.patch_cache) if config.patch_cache else None
         self._disk = PatchCache(folder, geometry) if folder else None
         self._features_disk = PatchCache(folder, geometry, tower) if folder and tower else None
+        self._index_folder = folder / "indexes" if folder else None
+        if self._index_folder:
+            self._index_folder.mkdir(exist_ok=True)
         self._keeps_features = bool(tower)
         self._encoded: deque[tuple[Path, VideoPatches]] = deque()
         # Training prompts are made in a prefetch thread while the main thread may be evaluating.
@@ -208,6 +211,7 @@ class PromptLoader:
                 device=self._device,
                 dtype=torch.uint8,
                 on_error=self.config.on_bad_video,
+                index_folder=self._index_folder,
             )
             for path, video, result in zip(missing, batch.split(), batch.results, strict=True):
                 if video is None:

@@ -49,6 +49,16 @@ def test_the_disk_cache_gives_the_same_prompts_without_decoding(
     assert torch.equal(stored.video.timestamps_s, fresh.video.timestamps_s)
 
 
+def test_indexes_are_kept_beside_the_patches(stepper: Callable, decoded: list[Path], tmp_path: Path) -> None:
+    """Another sampling of the same files needs other patches, and reads no file through again."""
+    pytest.importorskip("tempsamp_fast._video", reason="the extension tempsamp_fast._video is not built")
+    for fps in ("2", "1"):
+        run = stepper(*SHORT, "--video_backend", "native", "--patch_cache", str(tmp_path / "kept"), "--fps", fps).run
+        training_prompts(run, run.loader, 1)
+    assert len(decoded) == 2 and len(list((tmp_path / "kept").glob("*.pt"))) == 2
+    assert len(list((tmp_path / "kept" / "indexes").iterdir())) == 1
+
+
 def test_videos_are_decoded_on_the_device_of_the_setting(stepper: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes from a GPU is kept in host memory; here the decoder only notes what it was asked for."""
     asked: list[str] = []
