@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from torchcodec.decoders import VideoDecoder
 
 import tempsamp_fast
@@ -193,6 +194,27 @@ def test_an_extension_that_does_not_load_is_as_good_as_none(corpus: Path, caplog
 def test_no_requests_give_an_empty_batch() -> None:
     batch = load_videos([], GEOMETRY, backend="torchcodec")
     assert batch.pixel_values.shape == (0, GEOMETRY.row_width) and batch.split() == []
+
+
+@pytest.mark.parametrize("backend", ["auto", "torchcodec"])
+def test_forked_workers_of_a_data_loader_give_the_same_bits(corpus: Path, backend: video.BackendName) -> None:
+    """Also when the process that they are forked from has decoded before, with threads of its own."""
+    paths = [corpus / name for name in ("h264.mp4", "hevc.mp4", "vp9_odd.webm", "rotated_90.mp4")]
+
+    def rows(path: Path, num_threads: int = 1) -> torch.Tensor:
+        request = [(path, Sampling())]
+        return load_videos(request, GEOMETRY, backend=backend, num_threads=num_threads).pixel_values
+
+    expected = [rows(path, num_threads=2) for path in paths]
+    workers = DataLoader(
+        paths,  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=2,
+        collate_fn=rows,
+        multiprocessing_context="fork",
+        timeout=60,
+    )
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(workers, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "h264.ts", "h264.avi", "mpeg2.mpg"])
