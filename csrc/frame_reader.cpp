@@ -1,6 +1,7 @@
 #include "frame_reader.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace video {
 namespace {
@@ -71,30 +72,63 @@ std::vector<FrameReader::Run> FrameReader::plan() const {
     return runs;
 }
 
-// Without time stamps of their own, frames are what they are by the order in which they come out.
+// Without time stamps of their own, frames are what they are by the order in which they come out. A lost one moves those
+// that follow, up to the next key, whose place the packets before it tell.
 Status FrameReader::count_frames(const std::vector<int32_t>& frames) {
-    Status status;
-    size_t next = 0;
-    int32_t count = 0;
-    bool is_broken = false;
-    const auto take = [&](const AVFrame& frame) -> Status {
-        if (next < frames.size() && count++ == frames[next]) {
-            (*states_)[next] = is_broken || is_flagged(frame) ? FrameState::kDamaged : FrameState::kGood;
-            return (*take_)(frame, next++);
+    enum class Outcome : uint8_t { kNone, kWhole, kBroken };
+    const size_t num_packets = index_.packets.size();
+    std::vector<Outcome> outcomes(num_packets, Outcome::kNone);
+    std::vector<int32_t> place_at(num_packets, 0);  // of the next frame to come out when the packet went in
+    size_t sent = 0;
+    size_t settled = 0;  // packets
+    int32_t num_settled = 0;  // frames of those
+    int32_t place = 0;
+
+    // What came out before a packet went in is shown before it, so a loss leaves that in place.
+    const auto settle = [&](size_t end) {
+        int32_t first_moved = std::numeric_limits<int32_t>::max();
+        for (; settled < end; ++settled) {
+            if (!index_.packets[settled].is_shown) continue;
+            ++num_settled;
+            if (outcomes[settled] != Outcome::kWhole) first_moved = std::min(first_moved, place_at[settled]);
         }
-        return {};
+        for (size_t i = 0; i < frames.size(); ++i) {
+            FrameState& state = (*states_)[i];
+            if (frames[i] >= first_moved && state == FrameState::kGood) state = FrameState::kDamaged;
+        }
     };
-    while (status.ok() && next < frames.size()) {
-        if (const int error = demuxer_->read(packet_.get()); error < 0) {
-            if (watch_.expired()) return watch_.status();
-            decoder_->decode(nullptr, take, &status);
-            break;
-        }
+    const auto name = [&](const AVFrame& frame) {
+        const auto packet = static_cast<size_t>(frame.pts);
+        if (frame.pts < 0 || packet >= sent) return;
+        const bool is_first = outcomes[packet] == Outcome::kNone;
+        outcomes[packet] = is_first && !is_flagged(frame) ? Outcome::kWhole : Outcome::kBroken;
+        if (!index_.packets[packet].is_key || packet <= settled) return;
+        settle(packet);
+        const auto is_out = [](Outcome outcome) { return outcome != Outcome::kNone; };
+        const auto leading = std::count_if(outcomes.begin() + packet + 1, outcomes.begin() + sent, is_out);
+        place = num_settled + static_cast<int32_t>(leading);
+    };
+    const Decoder::Take take = [&](const AVFrame& frame) -> Status {
+        name(frame);
+        const auto wanted = std::lower_bound(frames.begin(), frames.end(), place);
+        if (wanted == frames.end() || *wanted != place++) return {};
+        const size_t i = wanted - frames.begin();
+        (*states_)[i] = FrameState::kGood;
+        return (*take_)(frame, i);
+    };
+    Status status;
+    while (status.ok() && sent < num_packets && !frames.empty() && place <= frames.back()) {
+        if (demuxer_->read(packet_.get()) < 0) break;
         if (packet_->size == 0) continue;
         ++counts_.decoded;
-        if (packet_->flags & AV_PKT_FLAG_KEY) is_broken = false;
-        if (!decoder_->decode(packet_.get(), take, &status)) is_broken = true;
+        packet_->pts = packet_->dts = static_cast<int64_t>(sent);
+        place_at[sent] = place;
+        ++sent;
+        if (!decoder_->decode(packet_.get(), take, &status)) outcomes[sent - 1] = Outcome::kBroken;
     }
+    if (watch_.expired()) return watch_.status();
+    if (status.ok()) decoder_->decode(nullptr, take, &status);
+    settle(sent);
     return status;
 }
 
