@@ -19,7 +19,13 @@ LIBRARIES = ["libavformat", "libavcodec", "libavutil", "libswscale", "ffnvcodec"
 DEBIAN_PACKAGES = "libavformat-dev libavcodec-dev libavutil-dev libswscale-dev libffmpeg-nvenc-dev pkg-config"
 # GCC 12 warns about its own AVX-512 headers.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
+SANITIZERS = [
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+    "-g",
+    "-O1",
+]
 
 
 def video_extension() -> list[Pybind11Extension]:
