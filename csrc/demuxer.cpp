@@ -7,7 +7,8 @@ namespace {
 
 // Formats that hold their own data; playlists and image sequences would open other files.
 constexpr const char* kFormats =
-    "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,av1,flv,ogg,asf,mxf,nut,gif,rm,wtv,dv,y4m";
+    "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,av1,flv,ogg,asf,mxf,nut,gif,rm,wtv,dv,"
+    "yuv4mpegpipe";
 
 // Everything a decoder needs to start; without it the stream has to be probed, which takes a lock of the whole process.
 bool is_complete(const AVFormatContext* format, const AVStream* stream) {
