@@ -38,8 +38,7 @@ Status open_software_decoder(const AVStream* stream, const Limits& limits, std::
     int error = avcodec_parameters_to_context(context.get(), stream->codecpar);
     context->pkt_timebase = stream->time_base;
     context->thread_count = 1;
-    // A frame that grows in mid-stream; FFmpeg counts rows with their padding.
-    context->max_pixels = limits.max_frame_pixels + limits.max_frame_pixels / 2;
+    context->max_pixels = limits.padded_pixels();  // for a frame that grows in mid-stream
     if (error >= 0) error = avcodec_open2(context.get(), codec, nullptr);
     if (error < 0) return {Code::kDecodeFailed, std::string(codec_name) + " decoder: " + error_text(error)};
     *decoder = std::make_unique<SoftwareDecoder>(std::move(context), std::move(frame));

@@ -2,6 +2,8 @@
 
 #include <sys/stat.h>
 
+#include <vector>
+
 namespace video {
 namespace {
 
@@ -20,7 +22,31 @@ bool is_complete(const AVFormatContext* format, const AVStream* stream) {
     return codec->codec_id != AV_CODEC_ID_NONE && codec->width > 0 && codec->height > 0 && in_header;
 }
 
+// As the ffmpeg command line picks: the default one first, then the largest; never a cover picture.
+AVStream* best_stream(const AVFormatContext* format) {
+    AVStream* best = nullptr;
+    int64_t best_score = -1;
+    for (unsigned i = 0; i < format->nb_streams; ++i) {
+        AVStream* stream = format->streams[i];
+        const AVCodecParameters* codec = stream->codecpar;
+        if (codec->codec_type != AVMEDIA_TYPE_VIDEO || (stream->disposition & AV_DISPOSITION_ATTACHED_PIC)) continue;
+        const int64_t is_default = (stream->disposition & AV_DISPOSITION_DEFAULT) ? 1 : 0;
+        const int64_t score = int64_t{codec->width} * codec->height + 5'000'000 * is_default;
+        if (score > best_score) {
+            best = stream;
+            best_score = score;
+        }
+    }
+    return best;
+}
+
 }  // namespace
+
+Status check_pixels(int width, int height, const Limits& limits) {
+    if (int64_t{width} * height <= limits.max_frame_pixels) return {};
+    return {Code::kLimitExceeded, std::to_string(width) + " x " + std::to_string(height) +
+                                      " is over max_frame_pixels = " + std::to_string(limits.max_frame_pixels)};
+}
 
 Status Demuxer::open(const std::string& path, bool keep_others) {
     struct stat file = {};
@@ -29,6 +55,21 @@ Status Demuxer::open(const std::string& path, bool keep_others) {
     if (!S_ISREG(file.st_mode)) return {Code::kOpenFailed, "not a regular file"};
     if (file.st_size == 0) return {Code::kOpenFailed, "the file is empty"};
 
+    if (Status opened = open_format(path, &format_); !opened.ok()) return opened;
+    stream_ = best_stream(format_.get());
+    if (!stream_ || !is_complete(format_.get(), stream_)) {
+        if (Status checked = check_size(path); !checked.ok()) return checked;
+        if (Status probed = probe(); !probed.ok()) return probed;
+        stream_ = best_stream(format_.get());
+    }
+    if (!stream_) return {Code::kNoVideoStream, "has no video stream"};
+    for (unsigned i = 0; !keep_others && i < format_->nb_streams; ++i) {
+        if (format_->streams[i] != stream_) format_->streams[i]->discard = AVDISCARD_ALL;
+    }
+    return {};
+}
+
+Status Demuxer::open_format(const std::string& path, FormatPtr* format) const {
     AVFormatContext* context = avformat_alloc_context();
     if (!context) return out_of_memory();
     context->interrupt_callback = {Watch::interrupt, const_cast<Watch*>(&watch_)};
@@ -41,37 +82,30 @@ Status Demuxer::open(const std::string& path, bool keep_others) {
         if (watch_.expired()) return watch_.status();
         return {Code::kOpenFailed, "cannot be opened as a video (" + error_text(error) + ")"};
     }
-    format_.reset(context);
-    stream_ = best_stream();
-    if (!stream_ || !is_complete(format_.get(), stream_)) {
-        const int probe_error = avformat_find_stream_info(format_.get(), nullptr);
-        if (watch_.expired()) return watch_.status();
-        if (probe_error < 0) return {Code::kOpenFailed, "cannot be probed (" + error_text(probe_error) + ")"};
-        stream_ = best_stream();
-    }
-    if (!stream_) return {Code::kNoVideoStream, "has no video stream"};
-    for (unsigned i = 0; !keep_others && i < format_->nb_streams; ++i) {
-        if (format_->streams[i] != stream_) format_->streams[i]->discard = AVDISCARD_ALL;
-    }
+    format->reset(context);
     return {};
 }
 
-// As the ffmpeg command line picks: the default one first, then the largest; never a cover picture.
-AVStream* Demuxer::best_stream() const {
-    AVStream* best = nullptr;
-    int64_t best_score = -1;
-    for (unsigned i = 0; i < format_->nb_streams; ++i) {
-        AVStream* stream = format_->streams[i];
-        const AVCodecParameters* codec = stream->codecpar;
-        if (codec->codec_type != AVMEDIA_TYPE_VIDEO || (stream->disposition & AV_DISPOSITION_ATTACHED_PIC)) continue;
-        const int64_t is_default = (stream->disposition & AV_DISPOSITION_DEFAULT) ? 1 : 0;
-        const int64_t score = int64_t{codec->width} * codec->height + 5'000'000 * is_default;
-        if (score > best_score) {
-            best = stream;
-            best_score = score;
-        }
-    }
-    return best;
+// Probing decodes, and no deadline ends the decoding of a frame: first learn the size from what parsers tell.
+Status Demuxer::check_size(const std::string& path) const {
+    FormatPtr format;
+    if (Status opened = open_format(path, &format); !opened.ok()) return opened;
+    av_opt_set(format.get(), "codec_whitelist", "none", 0);
+    avformat_find_stream_info(format.get(), nullptr);
+    if (watch_.expired()) return watch_.status();
+    const AVStream* stream = best_stream(format.get());
+    return stream ? check_pixels(stream->codecpar->width, stream->codecpar->height, limits_) : Status();
+}
+
+Status Demuxer::probe() {
+    // Other streams are decoded too, and this one may grow.
+    std::vector<AVDictionary*> options(format_->nb_streams, nullptr);
+    for (AVDictionary*& option : options) av_dict_set_int(&option, "max_pixels", limits_.padded_pixels(), 0);
+    const int error = avformat_find_stream_info(format_.get(), options.data());
+    for (AVDictionary*& option : options) av_dict_free(&option);
+    if (watch_.expired()) return watch_.status();
+    if (error < 0) return {Code::kOpenFailed, "cannot be probed (" + error_text(error) + ")"};
+    return {};
 }
 
 int Demuxer::read(AVPacket* packet) {

@@ -8,10 +8,13 @@
 
 namespace video {
 
+// Not ok for frames that may not be decoded.
+Status check_pixels(int width, int height, const Limits& limits);
+
 class Demuxer {
 public:
     // `watch` must outlive the demuxer.
-    explicit Demuxer(const Watch& watch) : watch_(watch) {}
+    Demuxer(const Limits& limits, const Watch& watch) : limits_(limits), watch_(watch) {}
 
     // Packets of other streams are skipped unless `keep_others`.
     Status open(const std::string& path, bool keep_others = false);
@@ -34,8 +37,11 @@ public:
     bool is_format(const char* name) const;
 
 private:
-    AVStream* best_stream() const;
+    Status open_format(const std::string& path, FormatPtr* format) const;
+    Status check_size(const std::string& path) const;
+    Status probe();
 
+    const Limits limits_;
     const Watch& watch_;
     FormatPtr format_;
     AVStream* stream_ = nullptr;

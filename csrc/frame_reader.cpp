@@ -46,7 +46,7 @@ Status FrameReader::read(const std::vector<int32_t>& frames, const Take& take, s
 }
 
 Status FrameReader::open() {
-    demuxer_ = std::make_unique<Demuxer>(watch_);
+    demuxer_ = std::make_unique<Demuxer>(limits_, watch_);
     if (Status opened = demuxer_->open(index_.path); !opened.ok()) return opened;
     if (!decoder_) {
         if (Status opened = open_decoder_(demuxer_->stream(), limits_, &decoder_); !opened.ok()) return opened;

@@ -134,10 +134,7 @@ void describe(const Demuxer& demuxer, Index* index) {
 int64_t nanoseconds(const timespec& time) { return int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec; }
 
 Status check(const Index& index, const Limits& limits) {
-    if (int64_t{index.width} * index.height > limits.max_frame_pixels) {
-        return {Code::kLimitExceeded, std::to_string(index.width) + " x " + std::to_string(index.height) +
-                                          " is over max_frame_pixels = " + std::to_string(limits.max_frame_pixels)};
-    }
+    if (Status checked = check_pixels(index.width, index.height, limits); !checked.ok()) return checked;
     if (static_cast<int64_t>(index.packets.size()) > limits.max_num_frames) {
         return {Code::kLimitExceeded,
                 "has more than max_num_frames = " + std::to_string(limits.max_num_frames) + " frames"};
@@ -201,7 +198,7 @@ bool Index::is_spoiled(int32_t packet) const {
 
 IndexResult read_index(const std::string& path, const Limits& limits, const Watch& watch) {
     const auto started = Watch::Clock::now();
-    Demuxer demuxer(watch);
+    Demuxer demuxer(limits, watch);
     if (Status opened = demuxer.open(path, true); !opened.ok()) return {std::move(opened), nullptr};
     auto index = std::make_shared<Index>();
     index->path = path;

@@ -13,6 +13,9 @@ namespace video {
 struct Limits {
     int64_t max_frame_pixels = int64_t{1} << 25;
     int64_t max_num_frames = 2'000'000;
+
+    // What a decoder is told, for FFmpeg counts rows with their padding.
+    int64_t padded_pixels() const { return max_frame_pixels + max_frame_pixels / 2; }
 };
 
 class Watch {
