@@ -72,8 +72,8 @@ std::vector<FrameReader::Run> FrameReader::plan() const {
     return runs;
 }
 
-// Without time stamps of their own, frames are what they are by the order in which they come out. A lost one moves those
-// that follow, up to the next key, whose place the packets before it tell.
+// Without time stamps of their own, frames are what they are by the order in which they come out. A lost one moves what
+// follows, up to the next key, whose place the packets before it tell.
 Status FrameReader::count_frames(const std::vector<int32_t>& frames) {
     enum class Outcome : uint8_t { kNone, kWhole, kBroken };
     const size_t num_packets = index_.packets.size();

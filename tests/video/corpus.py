@@ -51,6 +51,8 @@ class Case:
     """The whole file that a `damaged` one was made of."""
     size: tuple[int, int] = (WIDTH, HEIGHT)
     """(width, height) as shown."""
+    is_counted: bool = False
+    """A `damaged` file without presentation times: the number of a frame tells its place, and its time."""
 
 
 def draw(numbers: np.ndarray, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
@@ -102,11 +104,11 @@ def command_line_frames(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT)) -> 
     return times[: len(frames)], read(frames) if len(frames) else []
 
 
-def key_times(path: Path) -> np.ndarray:
-    """Presentation times of the key frames, in seconds."""
-    what = ["-select_streams", "v:0", "-skip_frame", "nokey", "-show_entries", "frame=pts_time", "-of", "csv=p=0"]
+def key_flags(path: Path) -> list[bool]:
+    """Whether each frame is a key frame, in order of presentation."""
+    what = ["-select_streams", "v:0", "-show_entries", "frame=key_frame", "-of", "csv=p=0"]
     listed = subprocess.run(["ffprobe", "-v", "error", *what, path], capture_output=True, check=True, text=True).stdout
-    return np.array([float(time) for time in listed.replace(",", " ").split()])
+    return [flag == "1" for flag in listed.replace(",", " ").split()]
 
 
 def encoded(*arguments: str, size: tuple[int, int] = (WIDTH, HEIGHT), num_frames: int = NUM_FRAMES, vf: str = ""):
@@ -167,6 +169,11 @@ def scribbled(share: float, length: int, value: int | None = None) -> Callable[[
         return data
 
     return operation
+
+
+def overwritten(at: int) -> Callable[[bytearray], bytearray]:
+    """Two bytes of 255, which cost a picture its header and leave the packets as they are."""
+    return lambda data: data[:at] + b"\xff\xff" + data[at + 2 :]
 
 
 def without_packets(data: bytearray) -> bytes:
@@ -278,6 +285,10 @@ CASES = [
     Case("garbage.webm", cut("vp9.webm", scribbled(0.5, 1500)), "damaged", pristine="vp9.webm"),
     Case("zeroed.mkv", cut("h264.mkv", scribbled(0.5, 3000, 0)), "damaged", pristine="h264.mkv"),
     Case("garbage_hevc.mkv", cut("hevc_open_gop.mkv", scribbled(0.5, 1500)), "damaged", pristine="hevc_open_gop.mkv"),
+    Case("lost_frame.h264", cut("h264.h264", overwritten(5703)), "damaged", pristine="h264.h264", is_counted=True),
+    Case("lost_frame.avi", cut("h264.avi", overwritten(11091)), "damaged", pristine="h264.avi", is_counted=True),
+    Case("lost_frame_mpeg4.avi", cut("mpeg4_b_frames.avi", overwritten(11736)), "damaged",
+         pristine="mpeg4_b_frames.avi", is_counted=True),
     Case("lost_packets.ts", cut("h264.ts", without_packets), "damaged", pristine="h264.ts"),
     Case("no_moov.mp4", cut("h264.mp4", first_part(0.6)), "refused", ("OPEN_FAILED",)),
     Case("empty.mp4", text(""), "refused", ("OPEN_FAILED",)),

@@ -28,6 +28,9 @@ TORCHCODEC_REFUSES = {
     "hevc.hevc": "as above",
     "half.h264": "as above",
     "size_change.h264": "as above",
+    "lost_frame.h264": "as above",
+    "lost_frame.avi": "takes decoding for presentation times in AVI",
+    "lost_frame_mpeg4.avi": "as above",
 }
 """Good files that the torchcodec backend turns away, and why."""
 
