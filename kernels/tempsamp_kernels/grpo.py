@@ -267,18 +267,17 @@ def fused_linear_grpo_loss(
     for name, field in (("row_ids", row_ids), ("mask", mask)):
         if field is not None and field.shape != (num_tokens,):
             raise ValueError(f"{name} must be ({num_tokens},) like token_ids; got {tuple(field.shape)}")
-    by_row = [] if is_off_policy is None else [("is_off_policy", is_off_policy)]
+    by_row = {} if is_off_policy is None else {"is_off_policy": len(is_off_policy)}
     if rewards is not None or (loss_type != "sft" and len(advantages) != num_tokens):
-        by_row.append(("advantages", advantages))
-    lengths_by_row = {name: len(field) for name, field in by_row}
-    if len(set(lengths_by_row.values())) > 1:
-        raise ValueError(f"these must hold one value per completion, as many as each other: {lengths_by_row}")
-    num_row_ids = max(1, *lengths_by_row.values()) if by_row else max(1, num_tokens)
+        by_row["advantages"] = len(advantages)
+    if len(set(by_row.values())) > 1:
+        raise ValueError(f"these must hold one value per completion, as many as each other: {by_row}")
+    num_row_ids = max(1, *(by_row.values() or [num_tokens]))
     if on_host(row_ids) and num_tokens and int(row_ids.max()) >= num_row_ids:
         raise ValueError(f"row_ids must be below {num_row_ids}; got {int(row_ids.max())}")
     has_kl = beta != 0 and ref_logps is not None
     shares_ratio = importance_sampling_level == "sequence"
-    if "advantages" in lengths_by_row:
+    if "advantages" in by_row:
         advantages = advantages.to(device if not on_host(row_ids) else advantages.device, non_blocking=True)
         advantages = advantages[row_ids.to(advantages.device, non_blocking=True)]
     if live_rows is None and on_host(row_ids):
@@ -314,7 +313,7 @@ def fused_linear_grpo_loss(
         sequences = Sequences(row_ids, num_row_ids, mask, lengths, impl)
     elif loss_type == "vespo" and old_logps is not None:
         sequences = Sequences(row_ids, num_row_ids, mask, lengths, impl, Vespo())
-    options = HeadOptions(None if bias is None else bias.detach().float(), softcap, logit_scale, impl)
+    options = HeadOptions(bias, softcap, logit_scale, impl)
     plan = LossPlan(tokens, mask, options, objective, chunk_size, num_tokens, sequences)
     loss, terms = run(plan, hidden, weight, bias, live_rows)
     return loss, summarise(terms, mask, off_policy)

@@ -147,7 +147,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
             sequences = Sequences(row_ids, batch, counted, lengths, impl)
         elif self.loss_type == "vespo" and not (old_per_token_logps is None and vllm_is_ratio is None):
             sequences = Sequences(row_ids, batch, counted, lengths, impl, self._weighted_vespo(vllm_is_ratio))
-        options = HeadOptions(None if bias is None else bias.detach().float(), impl=impl)
+        options = HeadOptions(bias, impl=impl)
         plan = LossPlan(tokens, read, options, self.loss, None, batch * length, sequences)
         live = live_tokens(read, advantage, references is not None, shared_by=row_ids if self.shares_ratio else None)
         loss, terms = run(plan, _input.reshape(batch * length, -1), lin_weight, bias, live)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from tempsamp_kernels.logits_kernels import logits_gradient_kernel, logits_logprob_kernel
-from tempsamp_kernels.tokens import choose_impl
+from tempsamp_kernels.tokens import check_temperature, choose_impl
 
 ROWS_PER_CHUNK = 256
 
@@ -91,8 +91,7 @@ def completion_logps(logits, completion_ids, completion_mask, temperature, inpla
     impl = choose_impl(impl, logits)
     if completion_ids.shape != (logits.shape[0], logits.shape[1] - 1):
         raise ValueError(f"logits {tuple(logits.shape)} must be [B, L + 1, V] for ids {tuple(completion_ids.shape)}")
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    check_temperature(temperature)
     token_ids = completion_ids if completion_mask is None else completion_ids.where(completion_mask.bool(), -1)
     token_ids = F.pad(token_ids, (0, 1), value=-1)
     if logits.stride(-1) != 1:

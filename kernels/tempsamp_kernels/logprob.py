@@ -157,7 +157,7 @@ def linear_logprob(
         old_logps=zeros,
         ref_logps=zeros,
     )
-    options = HeadOptions(None if bias is None else bias.detach().float(), softcap, logit_scale, impl)
+    options = HeadOptions(bias, softcap, logit_scale, impl)
     logp, entropy = _LinearLogprob.apply(
         flat, weight, bias, tokens, options, chunk_size, gather, torch.is_grad_enabled()
     )

@@ -290,8 +290,8 @@ def _common(logits: Tensor, head: HeadOptions) -> dict[str, object]:
     return {
         "bias_ptr": head.bias,
         "vocab_size": logits.shape[1],
-        "logit_scale": float(head.logit_scale),
-        "softcap": None if head.softcap is None else float(head.softcap),
+        "logit_scale": head.logit_scale,
+        "softcap": head.softcap,
         **row_blocks(logits.shape[1]),
     }
 

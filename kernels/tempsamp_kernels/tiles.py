@@ -118,8 +118,7 @@ def tile_statistics(hidden: Tensor, weight: Tensor, tokens: Tokens, head: HeadOp
     if num_tokens:
         tile_statistics_kernel[triton.cdiv(num_tokens, ROWS), num_spans](
             hidden, hidden.stride(0), weight, weight.stride(0), head.bias, tokens.token_ids, tokens.temperature, parts,
-            num_tokens, vocab_size, hidden_size, float(head.logit_scale),
-            None if head.softcap is None else float(head.softcap),
+            num_tokens, vocab_size, hidden_size, head.logit_scale, head.softcap,
             ROWS, COLUMNS, DEPTH, SPAN, num_warps=8, num_stages=3,
         )  # fmt: skip
         merge_spans_kernel[(num_tokens,)](

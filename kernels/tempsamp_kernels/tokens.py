@@ -64,13 +64,21 @@ class RowStatistics:
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """How raw logits become scores: `(x @ W.T + bias) * logit_scale`, softcap, then the token's temperature."""
+    """How raw logits become scores: `(x @ W.T + bias) * logit_scale`, softcap, then the token's temperature.
+
+    Made from what the user gave; the numbers become floats, since an int would compile kernels of its own.
+    """
 
     bias: Tensor | None = None
     """[V] fp32."""
     softcap: float | None = None
     logit_scale: float = 1.0
     impl: str = "torch"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bias", None if self.bias is None else self.bias.detach().float())
+        object.__setattr__(self, "softcap", None if self.softcap is None else float(self.softcap))
+        object.__setattr__(self, "logit_scale", float(self.logit_scale))
 
 
 def choose_impl(impl: str | None, tensor: Tensor) -> str:
