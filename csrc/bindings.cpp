@@ -122,13 +122,16 @@ py::dict packets_of(const Index& index) {
     const auto size = static_cast<py::ssize_t>(index.packets.size());
     py::array_t<int64_t> pts(size), bytes(size);
     py::array_t<bool> key(size), shown(size), droppable(size), cut(size);
+    py::array_t<uint8_t> reads(size), writes(size);
     for (py::ssize_t i = 0; i < size; ++i) {
         const IndexedPacket& packet = index.packets[i];
         pts.mutable_at(i) = packet.pts;
         bytes.mutable_at(i) = packet.size;
         key.mutable_at(i) = packet.is_key;
         shown.mutable_at(i) = packet.is_shown;
-        droppable.mutable_at(i) = packet.is_droppable;
+        droppable.mutable_at(i) = packet.is_droppable();
+        reads.mutable_at(i) = packet.use.reads;
+        writes.mutable_at(i) = packet.use.writes;
         cut.mutable_at(i) = packet.is_cut;
     }
     py::dict columns;
@@ -137,6 +140,8 @@ py::dict packets_of(const Index& index) {
     columns["key"] = key;
     columns["shown"] = shown;
     columns["droppable"] = droppable;
+    columns["reads"] = reads;
+    columns["writes"] = writes;
     columns["cut"] = cut;
     return columns;
 }

@@ -2,51 +2,10 @@
 
 #include <algorithm>
 
+#include "bit_reader.h"
+
 namespace video {
 namespace {
-
-// Bits of a NAL unit; past the end every bit is 0. Emulation prevention is skipped.
-class BitReader {
-public:
-    BitReader(const uint8_t* data, int size) : data_(data), size_(size) {}
-
-    unsigned bits(int count) {
-        unsigned value = 0;
-        while (count-- > 0) value = value << 1 | bit();
-        return value;
-    }
-
-    unsigned exp_golomb() {
-        int zeros = 0;
-        while (zeros < 32 && position_ < size_ && !bit()) ++zeros;
-        return zeros < 32 ? (1u << zeros) - 1 + bits(zeros) : 0;
-    }
-
-    int signed_exp_golomb() {
-        const unsigned value = exp_golomb();
-        return value & 1 ? static_cast<int>(value / 2 + 1) : -static_cast<int>(value / 2);
-    }
-
-private:
-    unsigned bit() {
-        if (position_ >= size_) return 0;
-        if (shift_ == 8) {
-            if (position_ >= 2 && data_[position_] == 3 && !data_[position_ - 1] && !data_[position_ - 2]) ++position_;
-            if (position_ >= size_) return 0;
-        }
-        const unsigned value = data_[position_] >> --shift_ & 1;
-        if (shift_ == 0) {
-            shift_ = 8;
-            ++position_;
-        }
-        return value;
-    }
-
-    const uint8_t* data_;
-    int size_;
-    int position_ = 0;
-    int shift_ = 8;
-};
 
 bool has_chroma_fields(unsigned profile) {
     constexpr unsigned kProfiles[] = {100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135};
@@ -128,24 +87,27 @@ bool has_recovery_point(const uint8_t* data, int size) {
 }
 
 void merge(PacketTraits* traits, bool is_reference, int temporal_id) {
-    if (traits->reference != Reference::kNeeded) {
-        traits->reference = is_reference ? Reference::kNeeded : Reference::kUnused;
-    }
+    const bool was_reference = traits->has_slices && traits->use.writes != 0;
+    traits->use.writes = is_reference || was_reference;
+    traits->has_slices = true;
     traits->temporal_id = static_cast<uint8_t>(temporal_id);
 }
 
 }  // namespace
 
 BitstreamReader::BitstreamReader(const AVCodecParameters* codec) : codec_id_(codec->codec_id) {
-    can_drop_ = codec_id_ == AV_CODEC_ID_H264 || codec_id_ == AV_CODEC_ID_HEVC;
+    can_drop_ = knows_entries() || codec_id_ == AV_CODEC_ID_AV1;
     const uint8_t* extra = codec->extradata;
     const int size = codec->extradata_size;
+    constexpr int kAv1ConfigurationBytes = 4;  // before the sequence header (AV1CodecConfigurationRecord)
     if (codec_id_ == AV_CODEC_ID_H264 && size >= 7 && extra[0] == 1) {
         length_size_ = (extra[4] & 3) + 1;
         read_avcc(extra, size);
     } else if (codec_id_ == AV_CODEC_ID_HEVC && size >= 23 && (extra[0] || extra[1] || extra[2] > 1)) {
         length_size_ = (extra[21] & 3) + 1;
-    } else if (can_drop_) {
+    } else if (codec_id_ == AV_CODEC_ID_AV1 && size > kAv1ConfigurationBytes) {
+        av1_.read(extra + kAv1ConfigurationBytes, size - kAv1ConfigurationBytes);
+    } else if (knows_entries()) {
         read(extra, size);
     }
 }
@@ -170,6 +132,7 @@ PacketTraits BitstreamReader::read(const uint8_t* data, int size) {
         traits.hidden = size > 0 && !(data[0] >> 4 & 1);
         return traits;
     }
+    if (codec_id_ == AV_CODEC_ID_AV1) traits.use = av1_.read(data, size);
     if (!knows_entries()) return traits;
     traits.is_entry = false;
     if (length_size_ > 0) {

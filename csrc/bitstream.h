@@ -4,18 +4,15 @@
 #include <array>
 #include <cstdint>
 
+#include "av1.h"
 #include "ffmpeg.h"
 
 namespace video {
 
-enum class Reference : uint8_t {
-    kUnknown,  // treat as needed
-    kNeeded,
-    kUnused,  // no other picture of its temporal layer refers to it
-};
-
 struct PacketTraits {
-    Reference reference = Reference::kUnknown;
+    // Where references are not told apart, one place stands for all of them.
+    ReferenceUse use = {1, 1};
+    bool has_slices = false;
     uint8_t temporal_id = 0;
     bool hidden = false;  // decodes to no picture of its own
     bool is_entry = true;  // decoding may start here, as far as the bits tell
@@ -60,6 +57,7 @@ private:
     std::array<SequenceTraits, 32> sequences_;          // by seq_parameter_set_id
     std::array<uint8_t, 256> sequence_of_picture_ = {};  // seq_parameter_set_id by pic_parameter_set_id
     OpenField open_field_;
+    Av1Reader av1_;
     int length_size_ = 0;  // 0: start codes
     bool can_drop_ = false;
 };

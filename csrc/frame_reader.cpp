@@ -143,8 +143,10 @@ Status FrameReader::retry(const Run& run) {
 }
 
 Status FrameReader::read_run(const Run& run, int key) {
+    const int32_t first = index_.keys[key];
     const int32_t last = index_.last_packet_of(wanted_[run.end - 1].packet);
-    if (Status moved = move_to(index_.keys[key]); !moved.ok()) return moved;
+    const std::vector<bool> needed = find_needed(first, last);
+    if (Status moved = move_to(first); !moved.ok()) return moved;
     broken_.clear();
     Status status;
     const Decoder::Take take = [&](const AVFrame& frame) -> Status {
@@ -155,14 +157,13 @@ Status FrameReader::read_run(const Run& run, int key) {
         return (*take_)(frame, wanted->place);
     };
     while (status.ok() && !at_end_ && current_ <= last) {
-        const bool is_known = current_ >= 0;
-        if (is_known && index_.packets[current_].is_droppable && !find_wanted(current_)) {
+        if (current_ >= first && !needed[current_ - first]) {
             ++counts_.dropped;
         } else {
             ++counts_.decoded;
             packet_->pts = packet_->dts = current_;
             packet_->flags &= ~AV_PKT_FLAG_CORRUPT;  // the index knows what that spoils
-            if (!decoder_->decode(packet_.get(), take, &status) && is_known) {
+            if (!decoder_->decode(packet_.get(), take, &status) && current_ >= 0) {
                 broken_.push_back(static_cast<int32_t>(current_) - (index_.packets[current_].is_second_field ? 1 : 0));
             }
         }
@@ -175,6 +176,19 @@ Status FrameReader::read_run(const Run& run, int key) {
     return status;
 }
 
+std::vector<bool> FrameReader::find_needed(int32_t first, int32_t last) const {
+    std::vector<bool> needed(last - first + 1, false);
+    uint8_t read_later = 0;
+    for (int32_t packet = last; packet >= first; --packet) {
+        const ReferenceUse use = index_.packets[packet].use;
+        const bool is_wanted = find_wanted(packet) || index_.packets[packet].is_second_field;  // in part
+        needed[packet - first] = is_wanted || (use.writes & read_later);
+        if (needed[packet - first]) read_later = (read_later & ~use.writes) | use.reads;
+    }
+    needed[0] = true;  // tells the decoder what the stream is
+    return needed;
+}
+
 // A broken picture spoils what is decoded after it, up to the next key; nothing more if no other refers to it.
 void FrameReader::mark_damage(const Run& run) {
     std::sort(broken_.begin(), broken_.end());
@@ -185,7 +199,7 @@ void FrameReader::mark_damage(const Run& run) {
         const int32_t key = index_.keys[index_.key_before(packet)];
         for (auto broken = std::lower_bound(broken_.begin(), broken_.end(), key);
              broken != broken_.end() && *broken <= packet; ++broken) {
-            if (*broken == packet || !index_.packets[*broken].is_droppable) state = FrameState::kDamaged;
+            if (*broken == packet || !index_.packets[*broken].is_droppable()) state = FrameState::kDamaged;
         }
     }
 }

@@ -52,6 +52,8 @@ private:
     Status retry(const Run& run);
     bool is_whole(const Run& run) const;
     const Wanted* find_wanted(int64_t packet) const;
+    // Of the packets [first, last], those that a wanted frame among them needs.
+    std::vector<bool> find_needed(int32_t first, int32_t last) const;
     void mark_damage(const Run& run);
 
     // Makes `target` the next packet that is read.

@@ -4,8 +4,6 @@
 
 #include <algorithm>
 
-#include "bitstream.h"
-
 namespace video {
 namespace {
 
@@ -64,8 +62,8 @@ Status read_packets(Demuxer& demuxer, const Limits& limits, const Watch& watch, 
         const bool is_key = has_flag(AV_PKT_FLAG_KEY) && is_entry && !traits.is_second_field;
         const bool is_shown = !has_flag(AV_PKT_FLAG_DISCARD) && !traits.hidden && !traits.is_second_field;
         const bool is_cut = marks_early ? is_next_cut : has_flag(AV_PKT_FLAG_CORRUPT);
-        index->packets.push_back({packet->pts, packet->dts, packet->duration, packet->pos, packet->size, is_key,
-                                  is_shown, false, is_cut, traits.is_second_field});
+        index->packets.push_back({packet->pts, packet->dts, packet->duration, packet->pos, packet->size, traits.use,
+                                  is_key, is_shown, is_cut, traits.is_second_field});
         is_next_cut = has_flag(AV_PKT_FLAG_CORRUPT);
         if (Status checked = check(*index, limits); !checked.ok()) return checked;
         reading->traits.push_back(traits);
@@ -98,13 +96,11 @@ void find_early_end(const Demuxer& demuxer, const Reading& reading, Index* index
 }
 
 // A picture that others of its layer do not refer to may still serve higher layers: only the highest can go.
-void mark_droppable(const Reading& reading, Index* index) {
-    if (!reading.can_drop) return;
+void keep_lower_layers(const Reading& reading, Index* index) {
     uint8_t highest = 0;
     for (const PacketTraits& traits : reading.traits) highest = std::max(highest, traits.temporal_id);
     for (size_t i = 0; i < reading.traits.size(); ++i) {
-        const PacketTraits& traits = reading.traits[i];
-        index->packets[i].is_droppable = traits.reference == Reference::kUnused && traits.temporal_id == highest;
+        if (!reading.can_drop || reading.traits[i].temporal_id < highest) index->packets[i].use = {1, 1};
     }
 }
 
@@ -213,7 +209,7 @@ IndexResult read_index(const std::string& path, const Limits& limits, const Watc
     if (Status read = read_packets(demuxer, limits, watch, index.get(), &reading); !read.ok()) {
         return {std::move(read), nullptr};
     }
-    mark_droppable(reading, index.get());
+    keep_lower_layers(reading, index.get());
     join_fields(reading, index.get());
     find_early_end(demuxer, reading, index.get());
     index->arrange();

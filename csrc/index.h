@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "bitstream.h"
 #include "demuxer.h"
 
 namespace video {
@@ -16,13 +17,15 @@ struct IndexedPacket {
     int64_t duration;
     int64_t byte_position;
     int32_t size;
+    ReferenceUse use;  // of packets that come after one another
     bool is_key;
     bool is_shown;      // decodes to a frame of the presentation: not cut by an edit list, not hidden
-    bool is_droppable;  // no other frame needs it
     bool is_cut;        // data is missing in it or right after it
     bool is_second_field;  // completes the frame of the packet before
 
     static constexpr int64_t kNone = AV_NOPTS_VALUE;
+
+    bool is_droppable() const { return use.writes == 0; }  // no other frame needs it
 };
 
 // How a coded picture is turned for display: transposed first, then mirrored.

@@ -170,15 +170,6 @@ def test_every_instruction_set_gives_the_same_bits(name: str, simd: str, clips: 
             assert torch.equal(*made)
 
 
-def test_frames_that_no_wanted_frame_needs_are_not_decoded(clips: dict[str, Path]) -> None:
-    index, _ = _video.index([str(clips["hevc"])], [10.0], max_frame_pixels=2**25, max_num_frames=1000, num_threads=1)[0]
-    assert index is not None
-    plan = native.Plan(index, np.array([0, 9]), np.zeros(2), 0.0, 0.5, (56, 56))
-    out = torch.empty(plan.num_patches(Geometry()), Geometry().row_width)
-    ((_, _, counts),) = _video.decode([plan.request(out, Geometry(), 10.0)], max_frame_pixels=2**25, num_threads=1)
-    assert counts["dropped"] >= 4 and counts["decoded"] + counts["dropped"] <= len(index.packets["pts"])
-
-
 def test_a_lost_frame_leaves_its_place_to_the_next_also_where_padding_makes_as_many_patches(corpus: Path) -> None:
     """An odd number of good frames of an even number wanted: the same patches in number, others in content."""
     geometry = Geometry(min_pixels=28 * 28, total_pixels=None)
