@@ -85,10 +85,10 @@ def test_a_key_frame_that_is_shown_later_starts_anew(tmp_path: Path) -> None:
         "000" "0000" "0" "0" "0" "0"  # no order hint, no screen content tools
         "000" "00000" "0" "00000000000".ljust(24, "0")
     )  # fmt: skip
-    shown_key = frame("0" "00" "1" "0" "0")
-    hidden_key = frame("0" "00" "0" "1" "0" "0" "0" "00000100")  # into place 2
-    inter = frame("0" "01" "1" "0" "0" "0" "000" "00001000" + "000" * 6 + "010")  # from 0 and 2 into 3
-    units = [sequence + shown_key, inter, hidden_key + inter, frame("1" "011"), frame("1" "010")]
+    shown_key = frame("000100")
+    hidden_key = frame("0000100000000100")  # into place 2
+    inter = frame("001100000000001000" + "000" * 6 + "010")  # from 0 and 2 into 3
+    units = [sequence + shown_key, inter, hidden_key + inter, frame("1011"), frame("1010")]
     data = b"DKIF" + struct.pack("<HH4sHHIIIxxxx", 0, 32, b"AV01", 160, 96, 24, 1, len(units))
     for i, unit in enumerate(units):
         data += struct.pack("<IQ", len(unit) + 2, i) + b"\x12\x00" + unit
