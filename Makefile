@@ -6,7 +6,7 @@ APT_PACKAGES := ffmpeg libavcodec-dev libavformat-dev libavutil-dev libswscale-d
 	pkg-config g++ python3-dev python3-venv
 
 .DEFAULT_GOAL := $(VENV)
-.PHONY: demo test test-all test-browser lint bench gpu clean system-packages $(VENV)
+.PHONY: demo test test-all test-browser test-ffmpeg7 lint bench gpu clean system-packages $(VENV)
 
 # Installs the packages $(1) where this user may, else prints the command and fails.
 define apt_install
@@ -51,6 +51,10 @@ test-browser: $(VENV)
 		command -v google-chrome; then exit 0; fi >/dev/null; \
 	$(call apt_install,chromium-headless-shell)
 	TEMPSAMP_REQUIRE_BROWSER=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/report/test_page.py -k browser
+
+# The video tests with FFmpeg 7.1 in place of the system's.
+test-ffmpeg7: $(VENV)
+	OMP_NUM_THREADS=1 tests/video/with_ffmpeg7.sh $(BIN) -n 2 --dist loadfile
 
 lint: $(VENV)
 	$(BIN)/ruff check .
