@@ -31,6 +31,8 @@ public:
     const AVStream* stream_of(const AVPacket* packet) const { return format_->streams[packet->stream_index]; }
     // Seconds from 0 to the end of the last packet, as the header of the file says; 0 where it does not.
     double promised_end_s() const;
+    // A chunk of the stream by the container's own list of them, below avformat_index_get_entries_count(stream()).
+    const AVIndexEntry* listed_chunk(int number) const { return avformat_index_get_entry(stream_, number); }
     // Bytes of the packets that an MPEG transport stream is made of; 0 for other formats.
     int64_t transport_packet_bytes() const;
     const char* format_name() const { return format_->iformat->name; }

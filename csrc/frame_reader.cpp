@@ -83,6 +83,7 @@ Status FrameReader::count_frames(const std::vector<int32_t>& frames) {
     size_t settled = 0;  // packets
     int32_t num_settled = 0;  // frames of those
     int32_t place = 0;
+    bool is_count_lost = false;  // after a cut, nobody knows how many frames are missing
 
     // What came out before a packet went in is shown before it, so a loss leaves that in place.
     const auto settle = [&](size_t end) {
@@ -113,7 +114,7 @@ Status FrameReader::count_frames(const std::vector<int32_t>& frames) {
         const auto wanted = std::lower_bound(frames.begin(), frames.end(), place);
         if (wanted == frames.end() || *wanted != place++) return {};
         const size_t i = wanted - frames.begin();
-        (*states_)[i] = FrameState::kGood;
+        (*states_)[i] = is_count_lost ? FrameState::kDamaged : FrameState::kGood;
         return (*take_)(frame, i);
     };
     Status status;
@@ -123,6 +124,7 @@ Status FrameReader::count_frames(const std::vector<int32_t>& frames) {
         ++counts_.decoded;
         packet_->pts = packet_->dts = static_cast<int64_t>(sent);
         place_at[sent] = place;
+        is_count_lost = is_count_lost || index_.packets[sent].is_cut;
         ++sent;
         if (!decoder_->decode(packet_.get(), take, &status)) outcomes[sent - 1] = Outcome::kBroken;
     }

@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <numeric>
 
 namespace video {
 namespace {
@@ -92,6 +93,35 @@ void find_early_end(const Demuxer& demuxer, const Reading& reading, Index* index
     const int64_t unread = index->file_size - reading.end_byte;
     if (ends_early && unread > reading.largest + kLargestGap && !index->packets.empty()) {
         index->packets.back().is_cut = true;
+    }
+}
+
+// An AVI lists its chunks: one that no packet holds is lost, and the packets do not tell.
+void find_lost_chunks(const Demuxer& demuxer, Index* index) {
+    constexpr int64_t kChunkHeader = 8;
+    if (!demuxer.is_format("avi")) return;
+    std::vector<int32_t> by_position(index->packets.size());
+    std::iota(by_position.begin(), by_position.end(), 0);
+    const auto position = [index](int32_t packet) { return index->packets[packet].byte_position; };
+    std::stable_sort(by_position.begin(), by_position.end(),
+                     [&](int32_t a, int32_t b) { return position(a) < position(b); });
+    bool is_list_of_packets = false;
+    int64_t spare = 0;  // bytes of the last packet found that go beyond its chunk: a parser may join chunks
+    for (int i = 0; i < avformat_index_get_entries_count(demuxer.stream()); ++i) {
+        const AVIndexEntry& chunk = *demuxer.listed_chunk(i);
+        if (chunk.size == 0) continue;  // a frame that was dropped on purpose
+        const int64_t begin = chunk.pos + kChunkHeader;
+        const auto next = std::lower_bound(by_position.begin(), by_position.end(), begin,
+                                           [&](int32_t packet, int64_t value) { return position(packet) < value; });
+        const bool is_at_end = next == by_position.end();
+        if (!is_at_end && position(*next) == begin) {
+            is_list_of_packets = true;
+            spare = index->packets[*next].size - chunk.size;
+        } else if (spare >= chunk.size) {
+            spare -= chunk.size;
+        } else if (is_list_of_packets) {
+            (is_at_end ? index->is_truncated : index->packets[*next].is_cut) = true;
+        }
     }
 }
 
@@ -212,6 +242,7 @@ IndexResult read_index(const std::string& path, const Limits& limits, const Watc
     keep_lower_layers(reading, index.get());
     join_fields(reading, index.get());
     find_early_end(demuxer, reading, index.get());
+    find_lost_chunks(demuxer, index.get());
     index->arrange();
     index->read_s = std::chrono::duration<double>(Watch::Clock::now() - started).count();
     return {{}, std::move(index)};

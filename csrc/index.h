@@ -20,7 +20,7 @@ struct IndexedPacket {
     ReferenceUse use;  // of packets that come after one another
     bool is_key;
     bool is_shown;      // decodes to a frame of the presentation: not cut by an edit list, not hidden
-    bool is_cut;        // data is missing in it or right after it
+    bool is_cut;        // data is missing in it, right before it or right after it
     bool is_second_field;  // completes the frame of the packet before
 
     static constexpr int64_t kNone = AV_NOPTS_VALUE;

@@ -14,7 +14,7 @@ namespace video {
 namespace {
 
 // Raised with every change of what is stored or of how a packet is judged.
-constexpr uint32_t kVersion = 3;
+constexpr uint32_t kVersion = 4;
 
 uint64_t fnv1a(const std::string& text) {
     uint64_t hash = 14695981039346656037u;

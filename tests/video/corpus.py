@@ -53,6 +53,8 @@ class Case:
     """(width, height) as shown."""
     is_counted: bool = False
     """A `damaged` file without presentation times: the number of a frame tells its place, and its time."""
+    loses_count: bool = False
+    """A counted file where a picture is gone for good, so that no place after it is known."""
 
 
 def draw(numbers: np.ndarray, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
@@ -176,6 +178,16 @@ def overwritten(at: int) -> Callable[[bytearray], bytearray]:
     return lambda data: data[:at] + b"\xff\xff" + data[at + 2 :]
 
 
+def without_chunk(number: int) -> Callable[[bytearray], bytes]:
+    """An AVI where the header of a video chunk is destroyed: a picture is gone before any decoder sees it."""
+
+    def operation(data: bytearray) -> bytes:
+        at = [found.start() for found in re.finditer(rb"00dc", data)][number]
+        return bytes(data[:at] + b"\xff\xff\xff\xff" + data[at + 4 :])
+
+    return operation
+
+
 def without_packets(data: bytearray) -> bytes:
     """A transport stream that lost 3 video packets in a row, three times."""
     packets = [bytes(data[at : at + 188]) for at in range(0, len(data) - 187, 188)]
@@ -289,6 +301,10 @@ CASES = [
     Case("lost_frame.avi", cut("h264.avi", overwritten(11091)), "damaged", pristine="h264.avi", is_counted=True),
     Case("lost_frame_mpeg4.avi", cut("mpeg4_b_frames.avi", overwritten(11736)), "damaged",
          pristine="mpeg4_b_frames.avi", is_counted=True),
+    Case("lost_chunk.avi", cut("h264.avi", without_chunk(75)), "damaged", pristine="h264.avi", is_counted=True,
+         loses_count=True),
+    Case("lost_chunk_mpeg4.avi", cut("mpeg4_b_frames.avi", without_chunk(75)), "damaged",
+         pristine="mpeg4_b_frames.avi", is_counted=True, loses_count=True),
     Case("lost_packets.ts", cut("h264.ts", without_packets), "damaged", pristine="h264.ts"),
     Case("no_moov.mp4", cut("h264.mp4", first_part(0.6)), "refused", ("OPEN_FAILED",)),
     Case("empty.mp4", text(""), "refused", ("OPEN_FAILED",)),

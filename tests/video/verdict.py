@@ -136,6 +136,6 @@ def recoverable(case: Case, folder: Path) -> int:
     count, intact = 0, True
     for is_key, time, number in zip(keys, *truth(folder / case.pristine, case.size), strict=True):
         is_seen = number in shown if case.is_counted else seen.get(time) == number
-        intact = (intact or is_key) and is_seen
+        intact = (intact or (is_key and not case.loses_count)) and is_seen
         count += intact
     return count - HELD_BACK if case.is_counted else count
