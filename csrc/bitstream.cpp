@@ -43,7 +43,7 @@ SequenceTraits read_sequence(const uint8_t* data, int size) {
     sequence.frame_number_bits = static_cast<int>(std::min(reader.exp_golomb(), 12u)) + 4;
     const unsigned order_type = reader.exp_golomb();
     if (order_type == 0) {
-        reader.exp_golomb();
+        sequence.order_count_bits = static_cast<int>(std::min(reader.exp_golomb(), 12u)) + 4;
     } else if (order_type == 1) {
         reader.bits(1);
         reader.exp_golomb();
@@ -52,7 +52,7 @@ SequenceTraits read_sequence(const uint8_t* data, int size) {
         for (unsigned i = 0; i < cycle; ++i) reader.exp_golomb();
     }
     reader.exp_golomb();
-    reader.bits(1);
+    sequence.allows_gaps = reader.bits(1);
     reader.exp_golomb();
     reader.exp_golomb();
     sequence.is_frames_only = reader.bits(1);
@@ -170,7 +170,7 @@ void BitstreamReader::read_h264_nal(const uint8_t* data, int size, PacketTraits*
     const bool is_slice = type >= 1 && type <= 5;
     if (is_slice) {
         merge(traits, data[0] >> 5 & 3, 0);
-        read_h264_slice(data + 1, size - 1, traits);
+        read_h264_slice(data, size, traits);
     }
     if (type == kIdr || (type == kSei && has_recovery_point(data + 1, size - 1))) traits->is_entry = true;
     const bool has_layers = type == kPrefix || type == kSubsetSps || type == kSliceExtension || type == kDepthExtension;
@@ -190,17 +190,29 @@ void BitstreamReader::read_h264_nal(const uint8_t* data, int size, PacketTraits*
     }
 }
 
-// Pairs the fields of a frame, which may come in packets of their own (H.264 7.3.3, 7.4.1.2.4).
+// H.264 7.3.3: the number of a frame, or which fields make one, that may come in packets of their own (7.4.1.2.4).
 void BitstreamReader::read_h264_slice(const uint8_t* data, int size, PacketTraits* traits) {
-    BitReader reader(data, size);
+    BitReader reader(data + 1, size - 1);
     if (reader.exp_golomb() != 0) return;  // not the first slice of its picture
     reader.exp_golomb();
     const unsigned picture_id = reader.exp_golomb();
     if (picture_id >= sequence_of_picture_.size()) return;
     const SequenceTraits& sequence = sequences_[sequence_of_picture_[picture_id]];
-    if (sequence.is_frames_only) return;
     if (sequence.has_colour_planes) reader.bits(2);
     const unsigned frame_number = reader.bits(sequence.frame_number_bits);
+    if (sequence.is_frames_only) {
+        PictureOrder& order = traits->order;
+        order.is_known = true;
+        order.is_idr = (data[0] & 31) == 5;
+        order.is_reference = data[0] >> 5 & 3;
+        order.allows_gaps = sequence.allows_gaps;
+        order.frame_number = static_cast<int>(frame_number);
+        order.frame_number_range = 1 << sequence.frame_number_bits;
+        if (order.is_idr) reader.exp_golomb();
+        if (sequence.order_count_bits > 0) order.count = static_cast<int>(reader.bits(sequence.order_count_bits));
+        order.count_range = 1 << sequence.order_count_bits;
+        return;
+    }
     const bool is_field = reader.bits(1);
     const bool is_bottom = is_field && reader.bits(1);
     const bool completes = is_field && open_field_.is_open && open_field_.is_bottom != is_bottom &&

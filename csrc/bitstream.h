@@ -6,6 +6,7 @@
 
 #include "av1.h"
 #include "ffmpeg.h"
+#include "picture_order.h"
 
 namespace video {
 
@@ -19,6 +20,7 @@ struct PacketTraits {
     bool is_second_field = false;  // completes the frame of the packet before
     bool lacks_field = false;      // the second field of its frame has to follow
     bool has_picture = false;      // a picture starts in it
+    PictureOrder order;
 };
 
 // What reading the header of an H.264 slice takes of its sequence parameter set.
@@ -26,7 +28,9 @@ struct SequenceTraits {
     unsigned id = 0;
     bool is_frames_only = true;
     bool has_colour_planes = false;
+    bool allows_gaps = false;
     int frame_number_bits = 4;
+    int order_count_bits = 0;  // 0: not sent
 };
 
 class BitstreamReader {
@@ -41,6 +45,7 @@ private:
     void read_avcc(const uint8_t* data, int size);
     void read_nal(const uint8_t* data, int size, PacketTraits* traits);
     void read_h264_nal(const uint8_t* data, int size, PacketTraits* traits);
+    // `data` with the NAL header.
     void read_h264_slice(const uint8_t* data, int size, PacketTraits* traits);
     void read_hevc_nal(const uint8_t* data, int size, PacketTraits* traits);
 

@@ -125,6 +125,13 @@ void find_lost_chunks(const Demuxer& demuxer, Index* index) {
     }
 }
 
+// Where frames are known by counting, one that is gone moves all that follow.
+void find_lost_pictures(const Reading& reading, Index* index) {
+    std::vector<PictureOrder> pictures;
+    for (const PacketTraits& traits : reading.traits) pictures.push_back(traits.order);
+    for (const size_t packet : find_losses(pictures)) index->packets[packet].is_cut = true;
+}
+
 // A picture that others of its layer do not refer to may still serve higher layers: only the highest can go.
 void keep_lower_layers(const Reading& reading, Index* index) {
     uint8_t highest = 0;
@@ -244,6 +251,7 @@ IndexResult read_index(const std::string& path, const Limits& limits, const Watc
     find_early_end(demuxer, reading, index.get());
     find_lost_chunks(demuxer, index.get());
     index->arrange();
+    if (!index->has_times) find_lost_pictures(reading, index.get());
     index->read_s = std::chrono::duration<double>(Watch::Clock::now() - started).count();
     return {{}, std::move(index)};
 }

@@ -188,6 +188,17 @@ def without_chunk(number: int) -> Callable[[bytearray], bytes]:
     return operation
 
 
+def without_start_code(number: int, is_reference: bool) -> Callable[[bytearray], bytes]:
+    """A raw H.264 stream where the start code of a P- or B-picture is destroyed: it ends up inside the one before."""
+
+    def operation(data: bytearray) -> bytes:
+        slices = [found.end() for found in re.finditer(rb"\x00\x00\x01(?=[\x01\x21\x41\x61])", data)]
+        at = [at for at in slices if (data[at] > 1) == is_reference][number]
+        return bytes(data[: at - 1] + b"\xff" + data[at:])
+
+    return operation
+
+
 def without_packets(data: bytearray) -> bytes:
     """A transport stream that lost 3 video packets in a row, three times."""
     packets = [bytes(data[at : at + 188]) for at in range(0, len(data) - 187, 188)]
@@ -303,6 +314,10 @@ CASES = [
          pristine="mpeg4_b_frames.avi", is_counted=True),
     Case("lost_chunk.avi", cut("h264.avi", without_chunk(75)), "damaged", pristine="h264.avi", is_counted=True,
          loses_count=True),
+    Case("lost_picture.h264", cut("h264.h264", without_start_code(30, is_reference=False)), "damaged",
+         pristine="h264.h264", is_counted=True, loses_count=True),
+    Case("lost_reference.h264", cut("h264.h264", without_start_code(20, is_reference=True)), "damaged",
+         pristine="h264.h264", is_counted=True, loses_count=True),
     Case("lost_chunk_mpeg4.avi", cut("mpeg4_b_frames.avi", without_chunk(75)), "damaged",
          pristine="mpeg4_b_frames.avi", is_counted=True, loses_count=True),
     Case("lost_packets.ts", cut("h264.ts", without_packets), "damaged", pristine="h264.ts"),

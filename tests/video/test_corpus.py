@@ -29,6 +29,8 @@ TORCHCODEC_REFUSES = {
     "half.h264": "as above",
     "size_change.h264": "as above",
     "lost_frame.h264": "as above",
+    "lost_picture.h264": "as above",
+    "lost_reference.h264": "as above",
     "lost_frame.avi": "takes decoding for presentation times in AVI",
     "lost_frame_mpeg4.avi": "as above",
     "lost_chunk.avi": "as above",

@@ -181,3 +181,10 @@ def test_a_lost_frame_leaves_its_place_to_the_next_also_where_padding_makes_as_m
     frames = unpatchify(batch.pixel_values, result.grid_thw, geometry)
     assert result.status == "partial" and result.num_frames % 2 == 1
     assert torch.equal(frames[result.num_frames], frames[result.num_frames - 1])
+
+
+def test_raw_pictures_in_y4m_have_the_bits_of_torchcodec(tmp_path: Path) -> None:
+    path = tmp_path / "clip.y4m"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=168x112:r=12:d=1", "-pix_fmt", "yuv420p", path)
+    batch = load_videos([(path, Sampling("hf_qwen3", fps=4.0))], Geometry(), backend="native")
+    assert torch.equal(batch.pixel_values, expected_rows(frames_at(path, torch.tensor([0, 4, 7, 11])), Geometry()))
