@@ -9,7 +9,7 @@ import pytest
 from tests.video.corpus import ffmpeg
 
 pytest.importorskip("tempsamp_fast.video.native", reason="the extension tempsamp_fast._video is not built")
-from tempsamp_fast import _video  # noqa: E402
+from tempsamp_fast import _video
 
 X264 = {
     "no_b_frames": "bframes=0",
