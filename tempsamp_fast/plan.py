@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
-from tempsamp_fast.architectures import count_parameters, model_config
 from tempsamp_fast.arguments import parse_args
-from tempsamp_fast.catalogue import DATASETS, find_annotations, load_training_data
 from tempsamp_fast.config import Config, DataConfig, parse_phases
-from tempsamp_fast.engine import effective_zero
-from tempsamp_fast.estimate import Memory, largest, step_flops, step_memory, step_traffic, video_grid, work_of
-from tempsamp_fast.flops import PEAK_BF16_TFLOPS
-from tempsamp_fast.forecast import Forecast, Measured, describe, forecast, read_measured
-from tempsamp_fast.schedule import in_steps, prompts_per_step
-from tempsamp_fast.synthetic import SyntheticConfig, draw_videos
+from tempsamp_fast.data.catalogue import DATASETS, find_annotations, load_training_data
+from tempsamp_fast.embedded.videos import SyntheticConfig, draw_videos
+from tempsamp_fast.learning.engine import effective_zero
+from tempsamp_fast.model.architectures import count_parameters, model_config
+from tempsamp_fast.model.flops import PEAK_BF16_TFLOPS
+from tempsamp_fast.planning.estimate import Memory, largest, step_flops, step_memory, step_traffic, video_grid, work_of
+from tempsamp_fast.planning.forecast import Forecast, Measured, describe, forecast, read_measured
+from tempsamp_fast.run.schedule import in_steps, prompts_per_step
 from tempsamp_fast.video import Geometry
 
 FRAME_SIZE = (720, 1280)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tempsamp_fast.data.subsets import few_shot, shared_videos, within
 from tempsamp_fast.sample import Sample
-from tempsamp_fast.subsets import few_shot, shared_videos, within
 
 
 def sample(video, query=0, duration_s=30.0, window=(0.0, 5.0), difficulty=None):

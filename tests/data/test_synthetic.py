@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tempsamp_fast import synthetic
-from tempsamp_fast.synthetic import SyntheticConfig, Video, draw_videos, generate
-from tempsamp_fast.synthetic_render import COLOURS, Clip, frame_times, render
+from tempsamp_fast.embedded import videos as synthetic
+from tempsamp_fast.embedded.render import COLOURS, Clip, frame_times, render
+from tempsamp_fast.embedded.videos import SyntheticConfig, Video, draw_videos, generate
 
 # Ten training videos hold every kind of encoding once; one event and no distractors make colours tell the span.
 CONFIG = SyntheticConfig(

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tempsamp_fast.batch import RolloutGroup
-from tempsamp_fast.mrope import mrope_positions
-from tempsamp_fast.packing import PackedRow
-from tempsamp_fast.policy import Policy
+from tempsamp_fast.model.mrope import mrope_positions
+from tempsamp_fast.model.packing import PackedRow
+from tempsamp_fast.model.policy import Policy
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from tempsamp_fast.policy import Policy
+from tempsamp_fast.model.policy import Policy
 
 
 def test_another_model_class_is_refused_by_name() -> None:

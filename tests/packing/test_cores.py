@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tempsamp_fast.attention import packed_attention, vision_attention
-from tempsamp_fast.packing import GroupLayout, pack
-from tempsamp_fast.policy import Policy
-from tempsamp_fast.varlen_attention import VarlenKernel, adapt_flash_attn, adapt_torch_varlen, varlen_kernel
+from tempsamp_fast.model.attention import packed_attention, vision_attention
+from tempsamp_fast.model.packing import GroupLayout, pack
+from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.model.varlen_attention import VarlenKernel, adapt_flash_attn, adapt_torch_varlen, varlen_kernel
 
 LAYOUT = (GroupLayout(5, (2, 1, 4)), GroupLayout(3, (6,)), GroupLayout(4, ()))
 
@@ -74,7 +74,7 @@ KERNELS: dict[str, Callable[[], VarlenKernel]] = {
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_one_varlen_call_equals_plain(oracle, tiny, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits and every gradient, whatever the keywords of the kernel."""
-    monkeypatch.setattr("tempsamp_fast.attention.varlen_kernel", KERNELS[kernel])
+    monkeypatch.setattr("tempsamp_fast.model.attention.varlen_kernel", KERNELS[kernel])
     groups = tiny.groups()
     rows = pack(groups, config=tiny.model().config, max_tokens_per_row=10_000)
     policy = Policy(tiny.model(), attention_core="varlen")
@@ -124,8 +124,8 @@ def test_windows_of_several_sizes_equal_one_by_one() -> None:
 
 
 def test_windows_in_one_varlen_call_equal_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempsamp_fast.attention._runs_flash", lambda device, dtype: True)
-    monkeypatch.setattr("tempsamp_fast.attention.varlen_kernel", KERNELS["torch_with_gqa"])
+    monkeypatch.setattr("tempsamp_fast.model.attention._runs_flash", lambda device, dtype: True)
+    monkeypatch.setattr("tempsamp_fast.model.attention.varlen_kernel", KERNELS["torch_with_gqa"])
     torch.testing.assert_close(vision_attention(None, **windows())[0], windows_one_by_one(**windows()))
 
 
@@ -135,7 +135,7 @@ def test_an_unknown_core_is_refused_with_the_choices() -> None:
 
 
 def test_varlen_without_a_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempsamp_fast.attention.varlen_kernel", lambda: None)
+    monkeypatch.setattr("tempsamp_fast.model.attention.varlen_kernel", lambda: None)
     with pytest.raises(ValueError, match="needs flash-attn or torch"):
         packed_attention(LAYOUT, dtype=torch.bfloat16, device=torch.device("cuda"), core="varlen")
 

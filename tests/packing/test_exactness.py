@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tempsamp_fast.packing import pack
-from tempsamp_fast.policy import Policy
-from tempsamp_fast.vision_features import with_vision_features
+from tempsamp_fast.learning.vision_features import with_vision_features
+from tempsamp_fast.model.packing import pack
+from tempsamp_fast.model.policy import Policy
 
 
 @pytest.mark.parametrize("mode", ["shared_prefix", "none"])
@@ -36,7 +36,7 @@ def test_branches_in_several_blocks_equal_one(oracle, tiny, monkeypatch: pytest.
     """How many branches share an attention call changes nothing."""
     groups = tiny.groups()
     rows = pack(groups, config=tiny.model().config, max_tokens_per_row=10_000)
-    monkeypatch.setattr("tempsamp_fast.split_attention.BRANCH_BLOCK", 5)
+    monkeypatch.setattr("tempsamp_fast.model.split_attention.BRANCH_BLOCK", 5)
     oracle.assert_same(oracle.packed_pass(Policy(tiny.model()), rows), oracle.plain_pass(tiny, groups))
 
 

@@ -7,10 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tempsamp_fast.flops import forward_flops, peak_bf16_flops
-from tempsamp_fast.packing import pack
-from tempsamp_fast.policy import Policy
-from tempsamp_fast.vision_features import with_vision_features
+from tempsamp_fast.learning.vision_features import with_vision_features
+from tempsamp_fast.model.flops import forward_flops, peak_bf16_flops
+from tempsamp_fast.model.packing import pack
+from tempsamp_fast.model.policy import Policy
 
 
 def counted(policy: Policy, row) -> float:

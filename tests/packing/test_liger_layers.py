@@ -13,10 +13,10 @@ from torch import nn
 from triton.runtime import interpreter
 
 from tempsamp_fast.batch import RolloutGroup
-from tempsamp_fast.liger_layers import apply_liger_layers
-from tempsamp_fast.packing import pack
-from tempsamp_fast.policy import Policy
-from tempsamp_fast.rollout import SamplingParams, generate
+from tempsamp_fast.model.liger_layers import apply_liger_layers
+from tempsamp_fast.model.packing import pack
+from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.rollout.generate import SamplingParams, generate
 
 PARAMS = SamplingParams(max_completion_length=6)
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tempsamp_fast.mrope import mrope_positions
+from tempsamp_fast.model.mrope import mrope_positions
 
 PAD = 9
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from transformers import AttentionMaskInterface
 
-from tempsamp_fast.attention import TEXT_ATTENTION
 from tempsamp_fast.config import AlgorithmConfig
-from tempsamp_fast.loss import RowTargets, log_probs, policy_loss
-from tempsamp_fast.mrope import mrope_positions
-from tempsamp_fast.packing import PackedRow, PackingMode, pack
-from tempsamp_fast.policy import Policy
-from tempsamp_fast.split_attention import attend_windows
+from tempsamp_fast.learning.loss import RowTargets, log_probs, policy_loss
+from tempsamp_fast.model.attention import TEXT_ATTENTION
+from tempsamp_fast.model.mrope import mrope_positions
+from tempsamp_fast.model.packing import PackedRow, PackingMode, pack
+from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.model.split_attention import attend_windows
 
 VISIBLE = 1e-3
 """Far above the 2e-5 that exactness tests allow."""
@@ -48,7 +48,7 @@ def test_text_after_a_video_by_its_height_and_width(oracle, tiny, monkeypatch: p
         )
         return positions[:, 0], int(positions[:, 0, -1].max()) + 1
 
-    monkeypatch.setattr("tempsamp_fast.packing.mrope_positions", transformers_positions)
+    monkeypatch.setattr("tempsamp_fast.model.packing.mrope_positions", transformers_positions)
     assert packed_error(oracle, tiny) > VISIBLE
 
 
@@ -58,7 +58,7 @@ def test_wrong_clock(oracle, tiny, seconds: float, monkeypatch: pytest.MonkeyPat
     def wrong_clock(input_ids, grids, seconds_per_grid, config):
         return mrope_positions(input_ids, grids, [seconds] * len(grids), config)
 
-    monkeypatch.setattr("tempsamp_fast.packing.mrope_positions", wrong_clock)
+    monkeypatch.setattr("tempsamp_fast.model.packing.mrope_positions", wrong_clock)
     assert packed_error(oracle, tiny) > VISIBLE
 
 
@@ -81,7 +81,7 @@ def test_four_axis_positions(oracle, tiny) -> None:
 
 def test_stock_attention_lets_branches_see_each_other(oracle, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     stock = lambda model: model.set_attn_implementation("sdpa")
-    monkeypatch.setattr("tempsamp_fast.policy.use_packed_attention", stock)
+    monkeypatch.setattr("tempsamp_fast.model.policy.use_packed_attention", stock)
     assert packed_error(oracle, tiny) > VISIBLE
 
 
@@ -93,7 +93,7 @@ def test_branches_aligned_to_the_upper_left(oracle, tiny, monkeypatch: pytest.Mo
         visible = torch.ones(num_branch, prompt_len + num_branch, dtype=torch.bool).tril()
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
 
-    monkeypatch.setattr("tempsamp_fast.split_attention._branch_mask", upper_left)
+    monkeypatch.setattr("tempsamp_fast.model.split_attention._branch_mask", upper_left)
     assert packed_error(oracle, tiny) > VISIBLE
 
 
@@ -133,7 +133,7 @@ def test_the_vision_tower_attends_once_per_block_and_window_size(tiny, monkeypat
     """Under a name without "flash", transformers would call once per window, in a Python loop."""
     calls = []
     spy = lambda *arguments: calls.append(1) or attend_windows(*arguments)
-    monkeypatch.setattr("tempsamp_fast.attention.attend_windows", spy)
+    monkeypatch.setattr("tempsamp_fast.model.attention.attend_windows", spy)
     (row,) = pack(tiny.groups(), config=tiny.model().config, max_tokens_per_row=10_000)
     policy = Policy(tiny.model())
     policy.encode_videos(row.pixel_values, row.video_grid_thw)

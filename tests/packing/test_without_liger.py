@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from tempsamp_fast import liger_layers
-from tempsamp_fast.liger_layers import apply_liger_layers
+from tempsamp_fast.model import liger_layers
+from tempsamp_fast.model.liger_layers import apply_liger_layers
 
 
 @pytest.fixture
@@ -34,5 +34,5 @@ def test_on_is_refused(tiny, without_liger: None) -> None:
 
 
 def test_the_loader_of_models_imports_without_it() -> None:
-    program = "import sys; sys.modules['liger_kernel'] = None; import tempsamp_fast.model"
+    program = "import sys; sys.modules['liger_kernel'] = None; import tempsamp_fast.model.loading"
     subprocess.run([sys.executable, "-c", program], check=True)

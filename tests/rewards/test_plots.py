@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from tempsamp_fast.plots import (
+from tempsamp_fast.report.plots import (
     COLOURS,
     eval_files,
     phase_ranges,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tempsamp_fast.prompts import normalise_query, off_policy_text, question
+from tempsamp_fast.data.prompts import normalise_query, off_policy_text, question
 from tempsamp_fast.rewards import format_reward, parse_spans
 from tempsamp_fast.sample import Sample
 

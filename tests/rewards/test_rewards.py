@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tempsamp_fast.prompts import off_policy_text
+from tempsamp_fast.data.prompts import off_policy_text
 from tempsamp_fast.rewards import (
     REWARDS,
     TASK_REWARDS,

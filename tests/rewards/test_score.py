@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tempsamp_fast.prompts import off_policy_text
-from tempsamp_fast.sample import Sample
-from tempsamp_fast.score import (
+from tempsamp_fast.data.prompts import off_policy_text
+from tempsamp_fast.evaluation.scoring import (
     best_constant_span,
     grounding_scores,
     highlight_scores,
-    main,
     moment_retrieval_scores,
     oracle_ious,
     ranking_average_precision,
     score_spans,
     window_average_precision,
 )
+from tempsamp_fast.sample import Sample
+from tempsamp_fast.score import main
 
 
 def sample(*windows, duration_s=20.0, clip_scores=None, name="s"):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tempsamp_fast.prefetch import Prefetch
+from tempsamp_fast.data.prefetch import Prefetch
 
 
 def test_items_come_in_order_and_end() -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tempsamp_fast.token_sampling import SampleNoise, SamplingParams, choose_tokens
+from tempsamp_fast.rollout.token_sampling import SampleNoise, SamplingParams, choose_tokens
 
 PROBS = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
 EVENLY = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000

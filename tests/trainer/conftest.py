@@ -17,18 +17,18 @@ import deepspeed
 import pytest
 import torch
 
-from tempsamp_fast import loader
-from tempsamp_fast.advantage import assign_advantages
-from tempsamp_fast.annotations import load_annotations
 from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.batch import RolloutGroup
-from tempsamp_fast.device import free_port
-from tempsamp_fast.prompts import off_policy_text, question
-from tempsamp_fast.run import Run
-from tempsamp_fast.runlog import read_metrics
-from tempsamp_fast.schedule import PhaseStep, plan
-from tempsamp_fast.synthetic import SyntheticConfig, generate
-from tempsamp_fast.tiny import build_tiny_checkpoint
+from tempsamp_fast.data import loader
+from tempsamp_fast.data.annotations import load_annotations
+from tempsamp_fast.data.prompts import off_policy_text, question
+from tempsamp_fast.embedded.model import build_tiny_checkpoint
+from tempsamp_fast.embedded.videos import SyntheticConfig, generate
+from tempsamp_fast.learning.advantage import assign_advantages
+from tempsamp_fast.run.log import read_metrics
+from tempsamp_fast.run.run import Run
+from tempsamp_fast.run.schedule import PhaseStep, plan
+from tempsamp_fast.system.device import free_port
 from tempsamp_fast.train import main
 
 REPOSITORY = Path(__file__).parents[2]

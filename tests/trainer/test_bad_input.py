@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, GPT2Config
 
-from tempsamp_fast.checkpoint import checkpoints, latest_checkpoint
 from tempsamp_fast.config import DataConfig
-from tempsamp_fast.evaluation import evaluate
+from tempsamp_fast.evaluation.asking import evaluate
 from tempsamp_fast.infer import main as infer_main
-from tempsamp_fast.run import Run
-from tempsamp_fast.schedule import plan
+from tempsamp_fast.run.checkpoint import checkpoints, latest_checkpoint
+from tempsamp_fast.run.run import Run
+from tempsamp_fast.run.schedule import plan
 
 GOOD = {"duration": 8.0, "timestamps": [[1.0, 3.0]], "sentences": ["a square appears"]}
 SHORT = ("--phases", "sft:1")

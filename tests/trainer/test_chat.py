@@ -18,12 +18,12 @@ from transformers import (
 )
 
 from tempsamp_fast.batch import VideoPatches
-from tempsamp_fast.chat import Chat
-from tempsamp_fast.mrope import mrope_positions
-from tempsamp_fast.prompts import off_policy_text, question
+from tempsamp_fast.data.chat import Chat
+from tempsamp_fast.data.prompts import off_policy_text, question
+from tempsamp_fast.embedded.model import Family, tiny_model, train_tokenizer
+from tempsamp_fast.model.mrope import mrope_positions
 from tempsamp_fast.rewards import parse_span
 from tempsamp_fast.sample import Sample
-from tempsamp_fast.tiny import Family, tiny_model, train_tokenizer
 
 FAMILIES: tuple[Family, ...] = ("qwen2_5_vl", "qwen3_vl")
 SAMPLE = Sample("clip/0", Path("clip.mp4"), "A red square appears.", 30.0, ((12.54, 17.83),))

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from tempsamp_fast import durable
 from tempsamp_fast.arguments import parse_args
-from tempsamp_fast.checkpoint import checkpoints, sound_checkpoint
-from tempsamp_fast.resume import check_same_run, samples_digest
-from tempsamp_fast.runlog import drop_rows_from, read_metrics
+from tempsamp_fast.run.checkpoint import checkpoints, sound_checkpoint
+from tempsamp_fast.run.log import drop_rows_from, read_metrics
+from tempsamp_fast.run.resume import check_same_run, samples_digest
+from tempsamp_fast.system import durable
 from tempsamp_fast.train import main
 
 

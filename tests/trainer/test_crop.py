@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tempsamp_fast.batch import VideoPatches
-from tempsamp_fast.loader import crop
+from tempsamp_fast.data.loader import crop
 from tempsamp_fast.sample import Sample
 
 SECOND = 2.0

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from tempsamp_fast.annotations import load_annotations
-from tempsamp_fast.answerer import Answerer
+from tempsamp_fast.data.annotations import load_annotations
 from tempsamp_fast.eval import main, require_same_settings
+from tempsamp_fast.evaluation.answerer import Answerer
+from tempsamp_fast.evaluation.scoring import score_rows
 from tempsamp_fast.infer import infer
-from tempsamp_fast.score import score_rows
 
 LENGTH = ("--max_completion_length", "12", "--video_backend", "torchcodec", "--fps", "1")
 Words = Callable[..., list[str]]

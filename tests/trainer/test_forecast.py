@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from tempsamp_fast.architectures import model_config
 from tempsamp_fast.arguments import parse_args
-from tempsamp_fast.estimate import update_flops, work_of
-from tempsamp_fast.forecast import forecast, read_measured
+from tempsamp_fast.model.architectures import model_config
 from tempsamp_fast.plan import main
+from tempsamp_fast.planning.estimate import update_flops, work_of
+from tempsamp_fast.planning.forecast import forecast, read_measured
 
 RECIPE = ["--config", "charades_qwen2_5_vl_7b", "--beta", "0.04", "--gradient_checkpointing", "false"]
 UPDATE = [

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from tempsamp_fast import update
-from tempsamp_fast.checkpoint import latest_checkpoint
-from tempsamp_fast.run import Run
-from tempsamp_fast.runlog import read_metrics
-from tempsamp_fast.schedule import plan
+from tempsamp_fast.learning import update
+from tempsamp_fast.run.checkpoint import latest_checkpoint
+from tempsamp_fast.run.log import read_metrics
+from tempsamp_fast.run.run import Run
+from tempsamp_fast.run.schedule import plan
 from tempsamp_fast.train import main
 
 GRPO = ("--phases", "tempsamp:3", "--beta", "0.04")

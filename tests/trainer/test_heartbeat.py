@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tempsamp_fast import heartbeat
-from tempsamp_fast.heartbeat import LOST_RANK_EXIT, Heartbeat, RankLostError
+from tempsamp_fast.system import heartbeat
+from tempsamp_fast.system.heartbeat import LOST_RANK_EXIT, Heartbeat, RankLostError
 
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_S = 100.0
@@ -150,7 +150,7 @@ def ended(program: str, *words: str) -> tuple[int, str, float]:
 
 HANGS_IN_A_STEP = """
 import os, signal, time
-from tempsamp_fast.heartbeat import GracefulStop
+from tempsamp_fast.system.heartbeat import GracefulStop
 with GracefulStop(grace_s=1):
     print("ready", flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -159,7 +159,7 @@ with GracefulStop(grace_s=1):
 WAITS_FOR_A_RANK = """
 import sys, time
 from pathlib import Path
-from tempsamp_fast.heartbeat import Heartbeat
+from tempsamp_fast.system.heartbeat import Heartbeat
 with Heartbeat(Path(sys.argv[1]), 0, 3, timeout_s=100):
     print("ready", flush=True)
     time.sleep(50)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tempsamp_fast import loader
 from tempsamp_fast.batch import Prompt
-from tempsamp_fast.loader import PromptLoader
-from tempsamp_fast.run import Run
+from tempsamp_fast.data import loader
+from tempsamp_fast.data.loader import PromptLoader
+from tempsamp_fast.run.run import Run
 
 SHORT = ("--phases", "sft:1")
 

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from tempsamp_fast.checkpoint import latest_checkpoint
 from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.export import export
-from tempsamp_fast.lora import REFERENCE, as_reference
-from tempsamp_fast.model import load_model
-from tempsamp_fast.runlog import read_metrics
+from tempsamp_fast.model.loading import load_model
+from tempsamp_fast.model.lora import REFERENCE, as_reference
+from tempsamp_fast.run.checkpoint import latest_checkpoint
+from tempsamp_fast.run.log import read_metrics
 
 LORA = ("--lora_rank", "4", "--learning_rate", "1e-3", "--beta", "0.04")
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tempsamp_fast.config import AlgorithmConfig
-from tempsamp_fast.loss import RowTargets, log_probs, policy_loss
-from tempsamp_fast.packing import PackedRow, pack
-from tempsamp_fast.policy import Policy
+from tempsamp_fast.learning.loss import RowTargets, log_probs, policy_loss
+from tempsamp_fast.model.packing import PackedRow, pack
+from tempsamp_fast.model.policy import Policy
 
 NUM_ANSWERS = 8
 ADVANTAGES = torch.linspace(-1, 2, NUM_ANSWERS)

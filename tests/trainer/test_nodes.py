@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tempsamp_fast.device import free_port
-from tempsamp_fast.runlog import read_metrics
+from tempsamp_fast.run.log import read_metrics
+from tempsamp_fast.system.device import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = ("--phases", "sft:3,grpo:1", "--zero_stage", "2")

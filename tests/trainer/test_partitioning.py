@@ -12,11 +12,11 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from tempsamp_kernels.head import chunk_rows
 from torch.utils.flop_counter import FlopCounterMode
 
-from tempsamp_fast import loss
 from tempsamp_fast.arguments import RECIPES, parse_args
 from tempsamp_fast.config import ModelConfig
-from tempsamp_fast.engine import deepspeed_config, partitioned_loading, whole_parameters
-from tempsamp_fast.model import load_model
+from tempsamp_fast.learning import loss
+from tempsamp_fast.learning.engine import deepspeed_config, partitioned_loading, whole_parameters
+from tempsamp_fast.model.loading import load_model
 
 PACKAGED = sorted(path.stem for path in RECIPES.glob("*.json"))
 

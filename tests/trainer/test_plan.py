@@ -13,14 +13,14 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from tempsamp_fast.architectures import count_parameters, model_config
 from tempsamp_fast.arguments import RECIPES, parse_args
 from tempsamp_fast.config import ModelConfig
-from tempsamp_fast.estimate import KEPT_PER_PATCH, KEPT_PER_TOKEN, step_traffic, work_of
-from tempsamp_fast.packing import pack
+from tempsamp_fast.embedded.model import tiny_model, train_tokenizer
+from tempsamp_fast.model.architectures import count_parameters, model_config
+from tempsamp_fast.model.packing import pack
+from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.plan import describe_plan, main, peak_memory, with_stage
-from tempsamp_fast.policy import Policy
-from tempsamp_fast.tiny import tiny_model, train_tokenizer
+from tempsamp_fast.planning.estimate import KEPT_PER_PATCH, KEPT_PER_TOKEN, step_traffic, work_of
 from tempsamp_fast.train import main as train_main
 from tests.conftest import TEXT, Tiny
 
@@ -122,7 +122,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from tempsamp_fast.train import main
-import tempsamp_fast.plots, torch.utils.tensorboard, transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
+import tempsamp_fast.report.plots, torch.utils.tensorboard, transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
 def resident(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from tempsamp_fast.checkpoint import latest_checkpoint
+from tempsamp_fast.run.checkpoint import latest_checkpoint
 
 TWENTY_STEPS = ("--phases", "sft:5,tempsamp:15", "--shaping", "anchor", "--beta", "0.04", "--learning_rate", "1e-4")
 COMPARED = ("loss", "policy/entropy", "policy/kl", "optim/grad_norm", "reward/on_policy_mean")

@@ -7,9 +7,9 @@ import re
 import pytest
 
 from tempsamp_fast.arguments import RECIPES, parse_args
-from tempsamp_fast.catalogue import DATASETS
 from tempsamp_fast.config import parse_phases
-from tempsamp_fast.published import METRICS, Published, comparison, published_results
+from tempsamp_fast.data.catalogue import DATASETS
+from tempsamp_fast.evaluation.published import METRICS, Published, comparison, published_results
 
 OURS = {"TempSamp-R1": "tempsamp", "SFT": "sft", "GRPO": "grpo"} | dict.fromkeys(
     ("mixed", "downscale", "anchor", "nonlinear"), "tempsamp"

@@ -11,15 +11,15 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tempsamp_fast.annotations import load_annotations
-from tempsamp_fast.checkpoint import latest_checkpoint
-from tempsamp_fast.evaluation import answer_row
-from tempsamp_fast.groups import RecordedRollouts
+from tempsamp_fast.data.annotations import load_annotations
+from tempsamp_fast.evaluation.asking import answer_row
+from tempsamp_fast.evaluation.scoring import read_predictions
 from tempsamp_fast.infer import main as infer_main
-from tempsamp_fast.results import table
+from tempsamp_fast.learning.groups import RecordedRollouts
+from tempsamp_fast.run.checkpoint import latest_checkpoint
+from tempsamp_fast.run.results import table
+from tempsamp_fast.run.schedule import plan
 from tempsamp_fast.sample import Sample
-from tempsamp_fast.schedule import plan
-from tempsamp_fast.score import read_predictions
 
 PNG = b"\x89PNG"
 

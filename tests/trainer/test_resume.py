@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from tempsamp_fast.arguments import parse_args
-from tempsamp_fast.checkpoint import checkpoints, latest_checkpoint
-from tempsamp_fast.run import Run
-from tempsamp_fast.runlog import read_metrics
+from tempsamp_fast.run.checkpoint import checkpoints, latest_checkpoint
+from tempsamp_fast.run.log import read_metrics
+from tempsamp_fast.run.run import Run
 from tempsamp_fast.train import main
 
 

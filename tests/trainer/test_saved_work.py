@@ -14,19 +14,19 @@ import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tempsamp_fast import update as update_module
-from tempsamp_fast.balance import MIN_GAIN, assign_groups, balance, new_owners
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup, VisionFeatures
-from tempsamp_fast.checkpoint import latest_checkpoint
-from tempsamp_fast.device import free_port
-from tempsamp_fast.flops import forward_flops
-from tempsamp_fast.groups import RecordedRollouts
-from tempsamp_fast.loss import idle_loss
-from tempsamp_fast.packing import idle_row, pack
-from tempsamp_fast.policy import Policy
-from tempsamp_fast.prompts import off_policy_text
-from tempsamp_fast.run import Run
-from tempsamp_fast.schedule import plan
+from tempsamp_fast.data.prompts import off_policy_text
+from tempsamp_fast.learning import update as update_module
+from tempsamp_fast.learning.balance import MIN_GAIN, assign_groups, balance, new_owners
+from tempsamp_fast.learning.groups import RecordedRollouts
+from tempsamp_fast.learning.loss import idle_loss
+from tempsamp_fast.model.flops import forward_flops
+from tempsamp_fast.model.packing import idle_row, pack
+from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.run.checkpoint import latest_checkpoint
+from tempsamp_fast.run.run import Run
+from tempsamp_fast.run.schedule import plan
+from tempsamp_fast.system.device import free_port
 
 MIXED, SAME, ENDED = ("truth", "wrong", "long"), ("wrong", "wrong", "wrong"), ("end", "end", "end")
 ANSWERS = (

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from tempsamp_fast.batch import Prompt
-from tempsamp_fast.loader import PromptLoader, crop
-from tempsamp_fast.packing import pack
-from tempsamp_fast.policy import Policy
-from tempsamp_fast.run import Run
-from tempsamp_fast.schedule import plan
-from tempsamp_fast.vision_features import tower_fingerprint, with_vision_features
+from tempsamp_fast.data.loader import PromptLoader, crop
+from tempsamp_fast.learning.vision_features import tower_fingerprint, with_vision_features
+from tempsamp_fast.model.packing import pack
+from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.run.run import Run
+from tempsamp_fast.run.schedule import plan
 
 FROZEN = ("--phases", "sft:1,tempsamp:2", "--gradient_accumulation_steps", "6", "--freeze_vision", "--beta", "0.04")
 
