@@ -18,7 +18,7 @@ class ModelConfig:
     model: str = field(
         default="tiny", metadata={"help": "checkpoint folder, hub name, or 'tiny' for the embedded model"}
     )
-    tiny_family: Literal["qwen2_5_vl", "qwen3_vl"] = "qwen2_5_vl"
+    tiny_family: str = field(default="qwen2_5_vl", metadata={"help": "of the embedded model: qwen2_5_vl or qwen3_vl"})
     dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto", metadata={"help": "auto: bfloat16 on a GPU, float32 on a CPU"}
     )

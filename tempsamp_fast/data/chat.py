@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tempsamp_fast.batch import Completion, Prompt, VideoPatches
 from tempsamp_fast.data.prompts import question
+from tempsamp_fast.model.families import family_of
 from tempsamp_fast.sample import Mode, Sample, Task
 
 VIDEO_MARKER = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -40,7 +41,7 @@ class Chat:
             )
         self.tokenizer: Any = tokenizer
         self.preprocessor_files = preprocessor_files
-        self.timestamps_in_text = model_config.model_type == "qwen3_vl"
+        self.timestamps_in_text = family_of(model_config).has_timestamps
         self.merged_patch = model_config.vision_config.spatial_merge_size**2
         self.eos_token_id: int = tokenizer.eos_token_id
         added = tokenizer.added_tokens_decoder

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer, set_seed
 
-Family = Literal["qwen2_5_vl", "qwen3_vl"]
+from tempsamp_fast.model.families import family_named
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = [
@@ -56,18 +47,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
     return tokenizer
 
 
-def tiny_model(tokenizer: PreTrainedTokenizerBase, family: Family, seed: int) -> PreTrainedModel:
+def tiny_model(tokenizer: PreTrainedTokenizerBase, family: str, seed: int) -> PreTrainedModel:
     """A randomly initialised model of the given family whose vocabulary is the tokenizer's.
 
     Raises ValueError for an unknown family.
     """
     set_seed(seed)
     config = tiny_config(len(tokenizer), tokenizer.convert_tokens_to_ids, family)
-    build: Any = Qwen2_5_VLForConditionalGeneration if family == "qwen2_5_vl" else Qwen3VLForConditionalGeneration
+    build: Any = family_named(family).model_class
     return build(config)
 
 
-def tiny_config(vocab_size: int, token_id: Callable[[str], Any], family: Family) -> Any:
+def tiny_config(vocab_size: int, token_id: Callable[[str], Any], family: str) -> Any:
     """Its shape. Raises ValueError for an unknown family."""
     text: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -89,45 +80,21 @@ def tiny_config(vocab_size: int, token_id: Callable[[str], Any], family: Family)
         "vision_end_token_id": token_id("<|vision_end|>"),
         "tie_word_embeddings": True,
     }
-    if family == "qwen2_5_vl":
-        vision = {
-            "depth": 2,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_heads": 2,
-            "out_hidden_size": 128,
-            "window_size": 112,
-            "fullatt_block_indexes": [1],
-            "tokens_per_second": 2,
-            "initializer_range": 0.05,
-        }
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
-        return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
-    if family == "qwen3_vl":
-        vision = {
-            "depth": 2,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_heads": 2,
-            "out_hidden_size": 128,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0],
-            "initializer_range": 0.05,
-        }
-        text |= {
-            "head_dim": 32,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [8, 4, 4],
-                "mrope_interleaved": True,
-            },
-        }
-        return Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
-    raise ValueError(f"family={family!r} is unknown; choose qwen2_5_vl or qwen3_vl")
+    vision: dict[str, Any] = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 2,
+        "out_hidden_size": 128,
+        "initializer_range": 0.05,
+    }
+    record = family_named(family)
+    return record.config_class(
+        text_config=text | record.tiny["text_config"], vision_config=vision | record.tiny["vision_config"], **ids
+    )
 
 
-def build_tiny_checkpoint(folder: Path, texts: Iterable[str], family: Family = "qwen2_5_vl", seed: int = 0) -> Path:
+def build_tiny_checkpoint(folder: Path, texts: Iterable[str], family: str = "qwen2_5_vl", seed: int = 0) -> Path:
     """Write a tiny checkpoint (model and tokenizer) as an ordinary Hugging Face folder and return the folder."""
     tokenizer = train_tokenizer(texts)
     model = tiny_model(tokenizer, family, seed).float()

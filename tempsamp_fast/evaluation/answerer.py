@@ -8,7 +8,8 @@ from tempsamp_fast.batch import Completion, Prompt
 from tempsamp_fast.config import DataConfig, ModelConfig
 from tempsamp_fast.data.loader import PromptLoader
 from tempsamp_fast.data.prefetch import Prefetch
-from tempsamp_fast.model.loading import geometry_of, load_model, resolve_dtype
+from tempsamp_fast.model.families import geometry_of
+from tempsamp_fast.model.loading import load_model, resolve_dtype
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.rollout.generate import SamplingParams, generate
 from tempsamp_fast.sample import Mode, Sample
@@ -30,7 +31,7 @@ class Answerer:
     ) -> None:
         device = training_device()
         model, self._chat = load_model(checkpoint, ModelConfig(), resolve_dtype("auto", device))
-        geometry = geometry_of(model, data.min_pixels, data.max_pixels, data.total_pixels)
+        geometry = geometry_of(model.config, data.min_pixels, data.max_pixels, data.total_pixels)
         self.loader = PromptLoader(self._chat, geometry, data)
         self._policy = Policy(model).eval().to(device)
         self._params, self._seed, self._max_tokens_per_row = params, seed, max_tokens_per_row

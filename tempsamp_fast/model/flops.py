@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tempsamp_fast.model.families import family_of
 from tempsamp_fast.model.packing import PackedRow
 
 PEAK_BF16_TFLOPS = {
@@ -52,8 +53,9 @@ def _num_attended(row: PackedRow) -> int:
     """Pairs of a token and a token it sees, over the row."""
     pairs = 0
     for group in row.layout:
-        pairs += group.prompt_len * (group.prompt_len + 1) // 2
-        pairs += sum(length * group.prompt_len + length * (length + 1) // 2 for length in group.branch_lens)
+        for node in group.nodes:
+            before = sum(group.nodes[each].length for each in node.path)
+            pairs += node.length * before + node.length * (node.length + 1) // 2
     return pairs
 
 
@@ -62,13 +64,12 @@ def _vision_products(grid_thw: tuple[int, int, int], config: Any) -> int:
     vision = config.vision_config
     t, h, w = grid_thw
     num_patches, size = t * h * w, vision.hidden_size
-    is_qwen3 = config.model_type == "qwen3_vl"
-    mlp = (2 if is_qwen3 else 3) * size * vision.intermediate_size
+    mlp = family_of(config).vision_mlp_products * size * vision.intermediate_size
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     merged = vision.spatial_merge_size**2 * size
-    mergers = 1 + (len(vision.deepstack_visual_indexes) if is_qwen3 else 0)
+    mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
     merger = num_patches // vision.spatial_merge_size**2 * (merged * merged + merged * vision.out_hidden_size)
-    num_full = vision.depth if is_qwen3 else len(vision.fullatt_block_indexes)
+    num_full = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
     attended = num_full * t * (h * w) ** 2
     if num_full < vision.depth:
         side = vision.window_size // vision.patch_size

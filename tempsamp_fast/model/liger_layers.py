@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from types import FunctionType, MethodType
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tempsamp_fast.config import LigerLayers
+from tempsamp_fast.model.families import family_of
 
 HAS_LIGER = find_spec("liger_kernel") is not None
 if HAS_LIGER:
@@ -48,9 +50,10 @@ def apply_liger_layers(model: PreTrainedModel, choice: LigerLayers) -> None:
         return
     if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
         raise ValueError("liger_layers='on' needs a CUDA GPU, and there is none; choose auto or off")
+    rms_norm = partial(_rms_norm, offset=family_of(model.config).norm_offset)
     for name, module in model.named_modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = MethodType(_rms_norm, module)
+            module.forward = MethodType(rms_norm, module)
         elif isinstance(getattr(module, "gate_proj", None), nn.Module):
             if type(module.act_fn).__name__ not in SILU:
                 raise ValueError(
@@ -62,9 +65,9 @@ def apply_liger_layers(model: PreTrainedModel, choice: LigerLayers) -> None:
         layer.self_attn.forward = MethodType(_with_fused_rotation(type(layer.self_attn).forward), layer.self_attn)
 
 
-def _rms_norm(module: Any, hidden: Tensor) -> Tensor:
+def _rms_norm(module: Any, hidden: Tensor, offset: float) -> Tensor:
     """[..., hidden_size], scaled in the input's dtype after a float32 root mean square, as transformers' own."""
-    return LigerRMSNormFunction.apply(hidden, module.weight, module.variance_epsilon, 0.0, "llama", False, None)
+    return LigerRMSNormFunction.apply(hidden, module.weight, module.variance_epsilon, offset, "llama", False, None)
 
 
 def _swiglu(module: Any, hidden: Tensor) -> Tensor:

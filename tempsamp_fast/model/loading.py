@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import cached_file
 
 from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.data.chat import Chat
+from tempsamp_fast.model.families import family_of
 from tempsamp_fast.model.liger_layers import apply_liger_layers
 from tempsamp_fast.model.lora import base_checkpoint, load_adapters
-from tempsamp_fast.video import Geometry
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 PREPROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -78,16 +77,10 @@ def check_architecture(checkpoint: str, trust_remote_code: bool = False) -> None
     if looks_local and not (folder / "config.json").is_file():
         raise ValueError(f"model={checkpoint!r}: no config.json in this folder")
     try:
-        model_type = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code).model_type
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"model={checkpoint!r}: cannot be read as a checkpoint: {error}") from error
-    if model_type not in FAMILIES:
-        raise ValueError(f"model={checkpoint!r} is a {model_type} model; supported: {', '.join(FAMILIES)}")
-
-
-def geometry_of(
-    model: PreTrainedModel, min_pixels: int | None, max_pixels: int | None, total_pixels: int | None
-) -> Geometry:
-    """How this model wants its frames resized and cut; None takes the family's default."""
-    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels, "total_pixels": total_pixels}
-    return Geometry.from_config(model.config, **{name: value for name, value in limits.items() if value is not None})
+    try:
+        family_of(config)
+    except ValueError as error:
+        raise ValueError(f"model={checkpoint!r}: {error}") from None

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tempsamp_fast.model.families import family_of
+
 GridTHW = tuple[int, int, int]
 
 
@@ -54,9 +56,9 @@ def mrope_positions(
 def _vision_blocks(grids: Sequence[GridTHW], seconds_per_grid: Sequence[float], config: Any) -> list[Tensor]:
     """Positions [3, block_len] of each contiguous run of placeholders, relative to the run's start."""
     merge = config.vision_config.spatial_merge_size
-    blocks = []
+    has_timestamps, blocks = family_of(config).has_timestamps, []
     for (t, h, w), seconds in zip(grids, seconds_per_grid, strict=True):
-        if config.model_type == "qwen3_vl":
+        if has_timestamps:
             blocks += [_grid_positions(torch.zeros(1), h // merge, w // merge)] * t
         else:
             # float32 and this order of operations, as the checkpoints were trained.

@@ -10,16 +10,15 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
+from transformers import PreTrainedModel
 
 from tempsamp_fast.batch import VideoPatches, VisionFeatures
 from tempsamp_fast.config import AttentionCore
 from tempsamp_fast.model.attention import PackedAttention, packed_attention, use_packed_attention
+from tempsamp_fast.model.families import FAMILIES
 from tempsamp_fast.model.packing import GroupLayout, PackedRow
 from tempsamp_fast.model.split_attention import BranchAttention
 from tempsamp_fast.rollout.kv_cache import PrefillAttention
-
-SUPPORTED = (Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration)
 
 Head = Callable[[Tensor, Tensor], Any]
 """(hidden [M, hidden_size], lm_head weight [vocab_size, hidden_size]) -> whatever the caller wants of them."""
@@ -42,7 +41,7 @@ class PolicyInput(Protocol):
 
 
 class Policy(nn.Module):
-    """A Qwen2.5-VL or Qwen3-VL model over packed rows.
+    """A model of a supported family over packed rows.
 
     Everything that touches a parameter happens inside `forward`, so that an engine which gathers parameters around
     the outermost forward (ZeRO-3) sees every use of them, tied weights included.
@@ -170,19 +169,22 @@ class Policy(nn.Module):
         return packed_attention(layout, dtype=embeds.dtype, device=embeds.device, core=self.attention_core)
 
 
-def check_architecture(model: nn.Module) -> None:
+def check_architecture(model: Any) -> None:
     """Raise ValueError naming what of `model` packed rows do not support."""
-    if not isinstance(model, SUPPORTED):
-        names = ", ".join(supported.__name__ for supported in SUPPORTED)
+    family = next((each for each in FAMILIES.values() if isinstance(model, each.model_class)), None)
+    if family is None:
+        names = ", ".join(each.model_class.__name__ for each in FAMILIES.values())
         raise ValueError(f"model class {type(model).__name__} is not supported; choose one of {names}")
     if not isinstance(model.lm_head, nn.Linear):  # only its own weight reaches the loss
         raise ValueError(f"lm_head is a {type(model.lm_head).__name__}: adapters on the head are not supported")
     text: Any = model.config.text_config
     if getattr(text, "use_sliding_window", False):
         raise ValueError(f"use_sliding_window=True (sliding_window={text.sliding_window}) is not supported")
-    other_layers = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    other_layers = set(getattr(text, "layer_types", None) or ()) - family.layer_types
     if other_layers:
-        raise ValueError(f"layer_types {sorted(other_layers)} are not supported; only full_attention is")
+        raise ValueError(
+            f"layer_types {sorted(other_layers)} are not supported; only {', '.join(sorted(family.layer_types))} is"
+        )
     if text.attention_dropout:
         raise ValueError(f"attention_dropout={text.attention_dropout} is not supported; set it to 0")
 

@@ -16,6 +16,7 @@ from tempsamp_kernels.head import chunk_rows
 from tempsamp_fast.config import Config, parse_phases
 from tempsamp_fast.learning.engine import effective_zero
 from tempsamp_fast.model.architectures import Parameters
+from tempsamp_fast.model.families import family_of
 from tempsamp_fast.model.flops import forward_flops
 from tempsamp_fast.model.packing import GroupLayout, PackedRow
 from tempsamp_fast.run.schedule import prompts_per_row
@@ -23,22 +24,6 @@ from tempsamp_fast.video import Geometry
 
 TEXT_TOKENS = 116
 """Of a prompt besides its video: chat format, query, instructions."""
-TEXT_TOKENS_PER_FRAME = {"qwen2_5_vl": 0, "qwen3_vl": 10}
-"""Qwen3-VL writes a timestamp and two markers before every temporal patch."""
-# Elements that autograd keeps per token and layer: of the hidden size, query size, key size, intermediate size.
-KEPT_PER_TOKEN = {
-    ("qwen2_5_vl", 4): (6, 3, 4, 4),
-    ("qwen2_5_vl", 2): (8, 3, 4, 4),
-    ("qwen3_vl", 4): (6, 5, 6, 4),
-    ("qwen3_vl", 2): (8, 6, 7, 4),
-}
-# The same per patch and vision block: of its hidden size, intermediate size.
-KEPT_PER_PATCH = {
-    ("qwen2_5_vl", 4): (11, 4),
-    ("qwen2_5_vl", 2): (13, 4),
-    ("qwen3_vl", 4): (10, 2),
-    ("qwen3_vl", 2): (10, 2),
-}
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 """Elements; DeepSpeed's defaults of reduce_bucket_size and stage3_max_live_parameters."""
 
@@ -110,7 +95,7 @@ def work_of(
 ) -> Work:
     """One prompt of a phase of `method`."""
     t, h, w = grid_thw
-    text = TEXT_TOKENS + t * TEXT_TOKENS_PER_FRAME[model_config.model_type]
+    text = TEXT_TOKENS + t * family_of(model_config).text_tokens_per_frame
     num_answers = 1 if method == "sft" else num_generations
     num_sampled = {"sft": 0, "grpo": num_generations, "tempsamp": num_generations - 1}[method]
     return Work(grid_thw, text + t * h * w // 4, answer_len, num_answers, num_sampled)
@@ -185,17 +170,17 @@ def _text_sizes(model_config: Any) -> tuple[int, int, int, int]:
 
 def _kept_activations(work: Work, model_config: Any, config: Config, b: int) -> float:
     """With one layer's working set more, for the gradients that pass through it."""
-    family, model = model_config.model_type, config.model
+    kept, model = family_of(model_config).kept[b], config.model
     sizes, vision = _text_sizes(model_config), model_config.vision_config
     prompts = max(prompts_per_row(config.train, phase) for phase in parse_phases(config.train.phases))
     rows = min(prompts, max(1, config.train.max_tokens_per_row // work.num_tokens))
     num_tokens, num_patches = rows * work.num_tokens, rows * work.num_patches
-    layer = b * num_tokens * sum(c * size for c, size in zip(KEPT_PER_TOKEN[family, b], sizes, strict=True))
+    layer = b * num_tokens * sum(c * size for c, size in zip(kept.per_token, sizes, strict=True))
     num_layers = model_config.text_config.num_hidden_layers
     num_recomputed = -(-num_layers // model.checkpoint_every) if model.gradient_checkpointing else 0
     text = (num_layers - num_recomputed + 1) * layer + num_recomputed * b * num_tokens * sizes[0]
     patch_sizes = vision.hidden_size, vision.intermediate_size
-    block = b * num_patches * sum(c * size for c, size in zip(KEPT_PER_PATCH[family, b], patch_sizes, strict=True))
+    block = b * num_patches * sum(c * size for c, size in zip(kept.per_patch, patch_sizes, strict=True))
     if model.freeze_vision or model.lora_rank:
         tower = 0.0
     elif model.gradient_checkpointing and model.checkpoint_vision:

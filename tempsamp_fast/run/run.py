@@ -35,7 +35,8 @@ from tempsamp_fast.learning.universal import loadable_state
 from tempsamp_fast.learning.update import update
 from tempsamp_fast.learning.vision_features import tower_fingerprint, with_vision_features
 from tempsamp_fast.model.attention import check_attention_core
-from tempsamp_fast.model.loading import geometry_of, load_model, resolve_dtype
+from tempsamp_fast.model.families import geometry_of
+from tempsamp_fast.model.loading import load_model, resolve_dtype
 from tempsamp_fast.model.lora import (
     REFERENCE,
     TRAINED,
@@ -124,7 +125,7 @@ class Run:
             raise ValueError("cache_features=True: partitioned ranks encode videos in step; choose zero_stage 2")
         self.loader = PromptLoader(
             self.chat,
-            geometry_of(model, data.min_pixels, data.max_pixels, data.total_pixels),
+            geometry_of(model.config, data.min_pixels, data.max_pixels, data.total_pixels),
             data,
             tower=tower_fingerprint(self.policy.base_model) if data.cache_features else "",
         )

@@ -17,10 +17,11 @@ from tempsamp_fast.arguments import RECIPES, parse_args
 from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.embedded.model import tiny_model, train_tokenizer
 from tempsamp_fast.model.architectures import count_parameters, model_config
+from tempsamp_fast.model.families import FAMILIES
 from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.plan import describe_plan, main, peak_memory, with_stage
-from tempsamp_fast.planning.estimate import KEPT_PER_PATCH, KEPT_PER_TOKEN, step_traffic, work_of
+from tempsamp_fast.planning.estimate import step_traffic, work_of
 from tempsamp_fast.train import main as train_main
 from tests.conftest import TEXT, Tiny
 
@@ -113,9 +114,9 @@ def kept_bytes(model: torch.nn.Module, tiny: Tiny) -> tuple[int, int, int]:
 def test_a_layer_keeps_as_much_as_estimated(tiny: Tiny, dtype: torch.dtype) -> None:
     (few, num_tokens, _), (many, _, _) = (kept_bytes(tiny.model(num_hidden_layers=n).to(dtype), tiny) for n in (2, 4))
     sizes = TEXT["hidden_size"], 32, 16, TEXT["intermediate_size"]
-    elements = sum(c * size for c, size in zip(KEPT_PER_TOKEN[tiny.family, dtype.itemsize], sizes, strict=True))
+    kept = FAMILIES[tiny.family].kept[dtype.itemsize]
+    elements = sum(c * size for c, size in zip(kept.per_token, sizes, strict=True))
     assert (many - few) / 2 / num_tokens / dtype.itemsize == pytest.approx(elements, rel=0.1)
-    assert KEPT_PER_PATCH.keys() == KEPT_PER_TOKEN.keys()
 
 
 MEASURE = """
