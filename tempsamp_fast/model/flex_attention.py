@@ -40,15 +40,17 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
 
 def _block_mask(layout: Sequence[GroupLayout], padding: int, device: torch.device) -> BlockMask:
-    """Within a group: the prompt, and one's own branch, up to oneself. Padding is a group of its own."""
-    lengths = torch.tensor([n for group in layout for n in (group.prompt_len, *group.branch_lens)] + [padding])
-    groups = torch.tensor([g for g, group in enumerate(layout) for _ in range(1 + len(group.branch_lens))] + [-1])
-    branches = torch.tensor([b for group in layout for b in range(1 + len(group.branch_lens))] + [0])
-    group = groups.repeat_interleave(lengths).to(device)
-    branch = branches.repeat_interleave(lengths).to(device)
+    """A token sees the nodes on its path and its own up to itself. Padding is a node of its own."""
+    lengths = torch.tensor([node.length for group in layout for node in group.nodes] + [padding])
+    is_on_path, first = torch.eye(len(lengths), dtype=torch.bool), 0
+    for group in layout:
+        for index, node in enumerate(group.nodes):
+            is_on_path[first + index, [first + each for each in node.path]] = True
+        first += len(group.nodes)
+    is_on_path = is_on_path.to(device)
+    node_of = torch.repeat_interleave(lengths).to(device)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        own = (branch[key] == 0) | (branch[key] == branch[query])
-        return (group[query] == group[key]) & own & (query >= key)
+        return is_on_path[node_of[query], node_of[key]] & (query >= key)
 
-    return create_block_mask(sees, None, None, len(group), len(group), device=device, BLOCK_SIZE=BLOCK)
+    return create_block_mask(sees, None, None, len(node_of), len(node_of), device=device, BLOCK_SIZE=BLOCK)

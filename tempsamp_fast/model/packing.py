@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,16 +19,54 @@ PackingMode = Literal["shared_prefix", "none"]
 
 
 @dataclass(frozen=True)
+class Node:
+    """A span of tokens that continues its parent: it attends to the spans on its path, and to itself causally."""
+
+    start: int
+    """Of its first token, counted from the first of its group."""
+    length: int
+    path: tuple[int, ...]
+    """Its ancestors among the nodes of the group, the root first."""
+    is_leaf: bool
+
+
+@dataclass(frozen=True)
 class GroupLayout:
-    """Where one group lies in a row: its prompt, then its branches one after the other."""
+    """What of one group attends to what: a tree of token spans, laid one after the other from the root on.
+
+    All that concerns attention, states, FLOPs and memory reads `nodes`.
+    """
 
     prompt_len: int
     branch_lens: tuple[int, ...]
-    """Length of each answer; empty for a prompt that is only prefilled."""
+    """Length of each further node, in order; empty for a prompt that is only prefilled."""
+    parents: tuple[int, ...] = ()
+    """The node that each of them continues (0 is the prompt), every one before its children; empty: all the prompt."""
 
     @property
     def num_tokens(self) -> int:
         return self.prompt_len + sum(self.branch_lens)
+
+    @property
+    def num_leaves(self) -> int:
+        """Answers: nodes that nothing continues, the prompt not among them."""
+        return sum(node.is_leaf for node in self.nodes[1:])
+
+    @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """The prompt, then the further nodes in order. Raises ValueError for a parent that does not come before."""
+        lengths = self.prompt_len, *self.branch_lens
+        parents = self.parents or (0,) * len(self.branch_lens)
+        if len(parents) != len(self.branch_lens) or any(not 0 <= each <= i for i, each in enumerate(parents)):
+            raise ValueError(f"parents={parents}: must name a node before each of the {len(self.branch_lens)} branches")
+        paths: list[tuple[int, ...]] = [()]
+        for parent in parents:
+            paths.append((*paths[parent], parent))
+        starts = accumulate(lengths, initial=0)
+        return tuple(
+            Node(start, length, path, index not in parents)
+            for index, (start, length, path) in enumerate(zip(starts, lengths, paths, strict=False))
+        )
 
 
 @dataclass(frozen=True)
@@ -59,7 +99,7 @@ class PackedRow:
 
     @property
     def num_completions(self) -> int:
-        return sum(len(group.branch_lens) for group in self.layout)
+        return sum(group.num_leaves for group in self.layout)
 
     def to(self, device: torch.device | str) -> PackedRow:
         """The same row with every tensor on `device`."""
@@ -220,15 +260,18 @@ def _features(videos: Sequence[VideoPatches]) -> VisionFeatures | None:
 
 
 def _logit_indices(layout: Sequence[GroupLayout]) -> Tensor:
-    """A branch of length n is predicted by the prompt's last token and the branch's first n - 1."""
+    """A leaf of length n is predicted by its parent's last token and its own first n - 1; a lone prompt by nothing: of
+    it the last token predicts what is to come.
+    """
     pieces, start = [], 0
     for group in layout:
-        last = start + group.prompt_len - 1
-        branch = last + 1
-        for length in group.branch_lens:
-            pieces += [torch.tensor([last]), torch.arange(branch, branch + length - 1)]
-            branch += length
+        ends = [start + node.start + node.length for node in group.nodes]
+        for node, end in zip(group.nodes, ends, strict=True):
+            if not node.path:
+                last = end - 1
+            elif node.is_leaf:
+                pieces += [torch.tensor([ends[node.path[-1]] - 1]), torch.arange(end - node.length, end - 1)]
         if not group.branch_lens:
             pieces.append(torch.tensor([last]))
-        start = branch
+        start += group.num_tokens
     return torch.cat(pieces)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -18,35 +19,50 @@ BRANCH_BLOCK = 256
 
 @dataclass(frozen=True)
 class _BranchBlock:
-    """Neighbouring branches of one group, attended in one call."""
+    """Neighbouring branches of one parent, attended in one call."""
 
     tokens: slice
     mask: Tensor
-    """[block_len, prompt_len + block_len] additive: everything in the prompt, own branch causally."""
+    """[block_len, prefix_len + block_len] additive: everything in the prefix, own branch causally."""
 
 
 class SplitAttention:
-    """A `PackedAttention`: causal over each prompt, then its branches against `[prompt | own]`."""
+    """A `PackedAttention`: causal over each prompt, then branches of one parent at a time against `[path | own]`."""
 
     def __init__(self, layout: Sequence[GroupLayout], *, dtype: torch.dtype, device: torch.device) -> None:
-        self._groups: list[tuple[slice, list[_BranchBlock]]] = []
+        self._parts: list[tuple[list[slice], list[_BranchBlock]]] = []
+        """By tokens: those that the blocks continue, in one causal call by themselves where there are no blocks."""
         start = 0
         for group in layout:
-            # A single branch simply continues its prompt.
-            prefix = group.prompt_len if len(group.branch_lens) > 1 else group.num_tokens
-            branch_lens = group.branch_lens if prefix < group.num_tokens else ()
-            blocks = _branch_blocks(start + prefix, prefix, branch_lens, dtype, device)
-            self._groups.append((slice(start, start + prefix), blocks))
+            spans = [slice(start + node.start, start + node.start + node.length) for node in group.nodes]
             start += group.num_tokens
+            if len(spans) == 2:  # a single branch simply continues its prompt
+                self._parts.append(([slice(spans[0].start, spans[1].stop)], []))
+                continue
+            self._parts.append((spans[:1], []))
+            for path, siblings in groupby(zip(group.nodes[1:], spans[1:], strict=True), lambda each: each[0].path):
+                branches, prefix = list(siblings), [spans[each] for each in path]
+                prefix_len = sum(group.nodes[each].length for each in path)
+                lengths = [node.length for node, _ in branches]
+                blocks = _branch_blocks(branches[0][1].start, prefix_len, lengths, dtype, device)
+                self._parts.append((prefix, blocks))
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         attend = _sdpa(query, key, scaling)
         outputs = []
-        for prefix, blocks in self._groups:
-            prefix_key, prefix_value = key[:, :, prefix], value[:, :, prefix]
-            outputs.append(attend(query[:, :, prefix], prefix_key, prefix_value, is_causal=True))
-            outputs += _attend_blocks(attend, query, key, value, prefix_key, prefix_value, blocks)
+        for spans, blocks in self._parts:
+            prefix_key, prefix_value = _gathered(key, spans), _gathered(value, spans)
+            if blocks:
+                outputs += _attend_blocks(attend, query, key, value, prefix_key, prefix_value, blocks)
+            else:
+                outputs.append(attend(_gathered(query, spans), prefix_key, prefix_value, is_causal=True))
         return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _gathered(tensor: Tensor, spans: Sequence[slice]) -> Tensor:
+    """The tokens of [1, heads, N, dim] in these spans, one after the other; of one span a view."""
+    pieces = [tensor[:, :, span] for span in spans]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
 class BranchAttention:

@@ -79,7 +79,7 @@ def adapt_torch_varlen(varlen_attn: Callable[..., Any]) -> VarlenKernel:
 
 
 class VarlenAttention:
-    """A `PackedAttention`: every prompt and every branch a sequence, a branch's keys its prompt's and its own."""
+    """A `PackedAttention`: every node a sequence whose keys are those on its path and its own."""
 
     def __init__(self, layout: Sequence[GroupLayout], *, device: torch.device, kernel: VarlenKernel) -> None:
         self._kernel = kernel
@@ -109,15 +109,12 @@ def _sequences(layout: Sequence[GroupLayout]) -> tuple[list[int], list[list[tupl
     """Query length of each sequence, and the token ranges that its keys come from."""
     query_lens, key_ranges, start = [], [], 0
     for group in layout:
-        branch = start + group.prompt_len
-        prompt_range = (start, branch)
-        query_lens.append(group.prompt_len)
-        key_ranges.append([prompt_range])
-        for length in group.branch_lens:
-            query_lens.append(length)
-            key_ranges.append([prompt_range, (branch, branch + length)])
-            branch += length
-        start = branch
+        spans = [(start + node.start, start + node.start + node.length) for node in group.nodes]
+        query_lens += [node.length for node in group.nodes]
+        key_ranges += [
+            [*(spans[each] for each in node.path), span] for node, span in zip(group.nodes, spans, strict=True)
+        ]
+        start += group.num_tokens
     return query_lens, key_ranges
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tempsamp_fast.model.attention import packed_attention, vision_attention
-from tempsamp_fast.model.packing import GroupLayout, pack
+from tempsamp_fast.model.flops import _num_attended
+from tempsamp_fast.model.packing import GroupLayout, _logit_indices, pack
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.model.varlen_attention import VarlenKernel, adapt_flash_attn, adapt_torch_varlen, varlen_kernel
 
@@ -102,6 +104,60 @@ def test_flex_attention_equals_split() -> None:
     ]
     flex, split = (core(0, query, key, value, 0.3) for core in cores)
     torch.testing.assert_close(flex, split)
+
+
+TREES = (
+    GroupLayout(4, (3, 2, 1, 3, 2, 5), parents=(0, 1, 1, 0, 4, 0)),  # children right after their parent
+    GroupLayout(2, (3, 1, 2, 2, 4), parents=(0, 0, 1, 2, 2)),  # level by level
+    GroupLayout(3, (2, 2, 3), parents=(0, 1, 2)),
+    *LAYOUT,
+)
+
+
+def seen_one_by_one(layout: Sequence[GroupLayout]) -> Tensor:
+    """[N, N] bool, written down from what a tree means: walk up from a token's node, and take its own up to itself."""
+    ancestors, own, num_nodes = [], [], 0
+    for group in layout:
+        parents = [None, *(group.parents or [0] * len(group.branch_lens))]
+        for index, length in enumerate((group.prompt_len, *group.branch_lens)):
+            above, node = set(), parents[index]
+            while node is not None:
+                above.add(num_nodes + node)
+                node = parents[node]
+            ancestors += [above] * length
+            own += [num_nodes + index] * length
+        num_nodes += len(parents)
+    return torch.tensor(
+        [[own[k] in ancestors[q] or (own[k] == own[q] and k <= q) for k in range(len(own))] for q in range(len(own))]
+    )
+
+
+@pytest.mark.parametrize("core", ["split", "varlen", "flex"])
+def test_a_token_of_a_tree_sees_its_path_and_itself(core: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any depth, children after their parent or level by level; the oracle is one dense masked call."""
+    monkeypatch.setattr("tempsamp_fast.model.attention.varlen_kernel", KERNELS["torch_with_gqa"])
+    num_tokens = sum(group.num_tokens for group in TREES)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, num_tokens, 16, generator=generator) for heads in (4, 2, 2))
+    attention = packed_attention(TREES, dtype=torch.float32, device=torch.device("cpu"), core=core)
+    mask = seen_one_by_one(TREES)
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(attention(0, query, key, value, 0.3), expected.transpose(1, 2))
+
+
+def test_a_tree_is_counted_by_what_its_tokens_see() -> None:
+    """Attended pairs, the tokens that predict, and the answers."""
+    row = SimpleNamespace(layout=TREES)
+    assert _num_attended(row) == int(seen_one_by_one(TREES).sum())  # type: ignore[arg-type]
+    assert [group.num_leaves for group in TREES] == [4, 3, 1, 3, 1, 0]
+    # video of 4 tokens; question of 3 with answers of 2 and 1; question of 3 with an answer of 2; an answer of 5
+    assert _logit_indices(TREES[:1]).tolist() == [6, 7, 6, 12, 13, 3, 15, 16, 17, 18]
+
+
+@pytest.mark.parametrize("parents", [(1, 0), (0, 2), (0, -1), (0,)])
+def test_a_parent_that_does_not_come_before_is_refused(parents: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="must name a node before"):
+        _ = GroupLayout(2, (1, 1), parents).nodes
 
 
 def windows(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict:
