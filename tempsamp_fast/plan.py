@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tempsamp_fast.arguments import parse_args
-from tempsamp_fast.config import Config, DataConfig, parse_phases
+from tempsamp_fast.config import Config, DataConfig, parse_phases, prompts_per_step
 from tempsamp_fast.data.catalogue import DATASETS, find_annotations, load_training_data
 from tempsamp_fast.embedded.videos import SyntheticConfig, draw_videos
 from tempsamp_fast.learning.engine import effective_zero
@@ -27,7 +27,7 @@ from tempsamp_fast.model.families import geometry_of
 from tempsamp_fast.model.flops import PEAK_BF16_TFLOPS
 from tempsamp_fast.planning.estimate import Memory, largest, step_flops, step_memory, step_traffic, video_grid, work_of
 from tempsamp_fast.planning.forecast import Forecast, Measured, describe, forecast, read_measured
-from tempsamp_fast.run.schedule import in_steps, prompts_per_step
+from tempsamp_fast.run.schedule import in_steps
 
 FRAME_SIZE = (720, 1280)
 """(height, width) in pixels that videos are taken to have: the pixel budgets bind long before."""
@@ -165,7 +165,7 @@ def describe_plan(config: Config, world_size: int, gpu: str | None = None, measu
     lines.append("memory   GiB per device at the worst moment, answers as long as they may be:")
     lines.append(f"         {'ZeRO':<36}{'weights':>9}{'reference':>11}{'gradients':>11}{'optimizer':>11}{'buffers':>9}"
                  f"{'activations':>13}{'total':>8}{'off GPU':>9}")  # fmt: skip
-    stage, offloaded = effective_zero(config)
+    stage, offloaded = effective_zero(config.train)
     chosen = f"{stage}, offload {'+'.join(sorted(offloaded)) or 'none'} (chosen)"
     rows = [(chosen, config), *((str(stage), with_stage(config, stage)) for stage in range(4))]
     for name, settings in rows:

@@ -15,7 +15,7 @@ from tempsamp_fast.config.model import AttentionCore, LigerLayers, ModelConfig
 from tempsamp_fast.config.phases import METHODS, MODES, Method, Phase, parse_phases
 from tempsamp_fast.config.ranges import parse_range
 from tempsamp_fast.config.rollout import RolloutConfig
-from tempsamp_fast.config.train import TrainConfig
+from tempsamp_fast.config.train import TrainConfig, prompts_per_row, prompts_per_step
 
 __all__ = [
     "METHODS",
@@ -33,6 +33,8 @@ __all__ = [
     "TrainConfig",
     "parse_phases",
     "parse_range",
+    "prompts_per_row",
+    "prompts_per_step",
 ]
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tempsamp_fast.config.phases import MODES, parse_phases
+from tempsamp_fast.config.phases import MODES, Phase, parse_phases
 from tempsamp_fast.config.ranges import require
 
 
@@ -85,3 +85,13 @@ class TrainConfig:
             require(getattr(self, name) > 0, name, getattr(self, name), "positive")
         for mode in self.eval_modes.split("+"):
             require(mode in MODES, "eval_modes", self.eval_modes, f"modes of {', '.join(MODES)} joined by +")
+
+
+def prompts_per_row(train: TrainConfig, phase: Phase) -> int:
+    """Prompts per device and micro-step."""
+    return (train.sft_prompts_per_device if phase.method == "sft" else None) or train.prompts_per_device
+
+
+def prompts_per_step(train: TrainConfig, phase: Phase, world_size: int) -> int:
+    """Prompts per optimizer step, of all devices."""
+    return prompts_per_row(train, phase) * train.gradient_accumulation_steps * world_size

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempsamp_fast.config import Config, Phase, TrainConfig
+from tempsamp_fast.config import Phase, TrainConfig
 from tempsamp_fast.model.packing import PackedRow, idle_row
 from tempsamp_fast.system.ranks import is_first_rank, max_over_ranks, num_ranks
 from tempsamp_fast.system.stopwatch import Stopwatch
@@ -28,14 +28,13 @@ Head = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
 """`(hidden [M, H], lm_head weight [V, H]) -> (loss, metrics)`."""
 
 
-def deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
+def deepspeed_config(train: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's own configuration, with `deepspeed_config` merged over it, key by key.
 
     That is a JSON file, or the name of one in configs/.
     Accumulation is driven row by row by `optimizer_step`, so DeepSpeed is told of single steps.
     Raises ValueError naming a file that cannot be read, or that asks for its own accumulation.
     """
-    train = config.train
     generated: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -69,12 +68,12 @@ def deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     return merged
 
 
-def effective_zero(config: Config) -> tuple[int, set[str]]:
+def effective_zero(train: TrainConfig) -> tuple[int, set[str]]:
     """The ZeRO stage, and which of "optimizer" and "param" are offloaded, once `deepspeed_config` has had its say.
 
     Raises ValueError as `deepspeed_config` does.
     """
-    zero = deepspeed_config(config, torch.float32)["zero_optimization"]
+    zero = deepspeed_config(train, torch.float32)["zero_optimization"]
     devices = {part: (zero.get(f"offload_{part}") or {}).get("device", "none") for part in ("optimizer", "param")}
     return zero["stage"], {part for part, device in devices.items() if device != "none"}
 
@@ -103,7 +102,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return {**base, **over, **both}
 
 
-def build_engine(policy: nn.Module, config: Config, dtype: torch.dtype, *, load_universal: bool = False) -> Any:
+def build_engine(policy: nn.Module, train: TrainConfig, dtype: torch.dtype, *, load_universal: bool = False) -> Any:
     """A DeepSpeed engine over the trainable parameters of `policy`.
 
     load_universal: its state will be loaded from a universal checkpoint.
@@ -111,7 +110,7 @@ def build_engine(policy: nn.Module, config: Config, dtype: torch.dtype, *, load_
     import deepspeed
 
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    settings = _merged(deepspeed_config(config, dtype), {"checkpoint": {"load_universal": load_universal}})
+    settings = _merged(deepspeed_config(train, dtype), {"checkpoint": {"load_universal": load_universal}})
     engine, _, _, _ = deepspeed.initialize(model=policy, model_parameters=trainable, config=settings)
     return engine
 
@@ -155,9 +154,9 @@ def load_without_code(path: str, map_location: Any = None) -> Any:
 
 
 @contextmanager
-def partitioned_loading(config: Config, dtype: torch.dtype) -> Iterator[None]:
+def partitioned_loading(train: TrainConfig, dtype: torch.dtype) -> Iterator[None]:
     """Under ZeRO stage 3 `from_pretrained` inside partitions each parameter as it is made: no rank holds all."""
-    settings = deepspeed_config(config, dtype)
+    settings = deepspeed_config(train, dtype)
     if settings["zero_optimization"]["stage"] != 3:
         yield
         return

@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 
-from tempsamp_fast.config import Config
+from tempsamp_fast.config import TrainConfig
 from tempsamp_fast.learning.engine import Forward, deepspeed_config, forward_of, is_partitioned
 from tempsamp_fast.model.lora import as_reference
 from tempsamp_fast.model.policy import Policy
 
 
-def frozen_reference(policy: Policy, config: Config, dtype: torch.dtype, device: torch.device) -> Forward:
+def frozen_reference(policy: Policy, train: TrainConfig, dtype: torch.dtype, device: torch.device) -> Forward:
     """`policy` made ready to be asked only; partitioned over the ranks like the one that learns."""
     policy.requires_grad_(False).eval()
     if not is_partitioned(policy):
         return policy.to(device)
     import deepspeed
 
-    settings = {name: value for name, value in deepspeed_config(config, dtype).items() if name != "optimizer"}
+    settings = {name: value for name, value in deepspeed_config(train, dtype).items() if name != "optimizer"}
     settings["zero_optimization"] = {
         name: value for name, value in settings["zero_optimization"].items() if name != "offload_optimizer"
     }

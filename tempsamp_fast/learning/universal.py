@@ -8,9 +8,26 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from tempsamp_fast.learning.engine import STATE, load_without_code
+import torch
+
+from tempsamp_fast.config import ModelConfig, TrainConfig
+from tempsamp_fast.learning.engine import STATE, build_engine, load_engine, load_without_code
+from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.system.ranks import barrier, is_first_rank, made_by_first_rank, num_ranks
+
+
+def restored_engine(policy: Policy, train: TrainConfig, model: ModelConfig, dtype: torch.dtype, saved: Path) -> Any:
+    """`build_engine` with the state in the engine folder `saved`, whatever number of ranks wrote it.
+
+    What is converted lies beside the run's checkpoints meanwhile. Raises as `loadable_state` and `load_engine` do.
+    """
+    scratch = saved.parents[2] / "universal"
+    with loadable_state(saved, scratch, model.allow_pickle) as (folder, is_universal):
+        engine = build_engine(policy, train, dtype, load_universal=is_universal)
+        load_engine(engine, folder, model.allow_pickle, has_all_weights=not model.lora_rank)
+    return engine
 
 
 @contextmanager

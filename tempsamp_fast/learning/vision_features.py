@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from tempsamp_fast.batch import Prompt, VideoPatches
-from tempsamp_fast.learning.engine import forward_of
+from tempsamp_fast.learning.engine import forward_of, is_partitioned
 from tempsamp_fast.model.packing import idle_video
+from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.system.ranks import max_over_ranks
 
 
@@ -41,6 +42,20 @@ def with_vision_features(policy: Any, prompts: Sequence[Prompt]) -> list[Prompt]
     for _ in range(num_passes - len(missing)):
         encoded(idle_video(module.config))
     return [replace(prompt, video=made.get(id(prompt.video), prompt.video)) for prompt in prompts]
+
+
+def features_key(policy: Policy, is_cached: bool) -> str:
+    """The fingerprint under which features are kept (`cache_features`), empty where they are not.
+
+    Raises ValueError for a tower that is trained or partitioned.
+    """
+    if not is_cached:
+        return ""
+    if not policy.has_frozen_tower:
+        raise ValueError("cache_features=True: the vision tower is trained, so its features change; freeze_vision")
+    if is_partitioned(policy):
+        raise ValueError("cache_features=True: partitioned ranks encode videos in step; choose zero_stage 2")
+    return tower_fingerprint(policy.base_model)
 
 
 def tower_fingerprint(model: PreTrainedModel) -> str:

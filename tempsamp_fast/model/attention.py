@@ -34,6 +34,28 @@ class PackedAttention(Protocol):
         """query [B, heads, N, dim], key and value [B, kv_heads, N, dim] -> [B, N, heads, dim]."""
 
 
+class PrefillAttention:
+    """The attention of a row of prompts, keeping the keys and values of every layer."""
+
+    def __init__(self, layout: Sequence[GroupLayout], attention: PackedAttention) -> None:
+        self.prompt_lens = [group.prompt_len for group in layout]
+        self._attention = attention
+        self.keys: list[Tensor] = []
+        """By layer: [1, kv_heads, N, dim]."""
+        self.values: list[Tensor] = []
+
+    def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        # A checkpointed layer comes by a second time, in the backward pass.
+        if layer_index == len(self.keys):
+            self.keys.append(key)
+            self.values.append(value)
+        return self._attention(layer_index, query, key, value, scaling)
+
+    def by_prompt(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Split [1, kv_heads, N, dim] into [prompt_len, kv_heads, dim] of each prompt."""
+        return tensor[0].transpose(0, 1).split(self.prompt_lens)
+
+
 def packed_attention(
     layout: Sequence[GroupLayout], *, dtype: torch.dtype, device: torch.device, core: AttentionCore = "auto"
 ) -> PackedAttention:

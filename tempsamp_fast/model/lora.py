@@ -44,6 +44,18 @@ def add_adapters(model: nn.Module, config: ModelConfig, seed: int) -> Any:
         return get_peft_model(model, settings, adapter_name=TRAINED, autocast_adapter_dtype=False)
 
 
+def with_adapters(model: Any, checkpoint: str, config: ModelConfig, seed: int) -> tuple[Any, bool]:
+    """The model with what `config.lora_rank` asks for, and whether its adapters were found in `checkpoint`.
+
+    Raises ValueError where those have another rank.
+    """
+    rank, found = config.lora_rank, base_checkpoint(checkpoint) is not None
+    has = model.peft_config[TRAINED].r if found else rank
+    if has != rank:
+        raise ValueError(f"lora_rank={rank}: the adapters in {checkpoint} have rank {has}; ask for that")
+    return (add_adapters(model, config, seed) if rank and not found else model), found
+
+
 def add_reference(model: Any) -> None:
     """Give the `PeftModel` a frozen adapter for `remember_reference`."""
     model.add_adapter(REFERENCE, model.peft_config[TRAINED], autocast_adapter_dtype=False)

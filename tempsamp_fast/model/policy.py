@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 
 from tempsamp_fast.batch import VideoPatches, VisionFeatures
 from tempsamp_fast.config import AttentionCore
-from tempsamp_fast.model.attention import PackedAttention, packed_attention, use_packed_attention
+from tempsamp_fast.model.attention import PackedAttention, PrefillAttention, packed_attention, use_packed_attention
 from tempsamp_fast.model.families import FAMILIES
 from tempsamp_fast.model.packing import GroupLayout, PackedRow
 from tempsamp_fast.model.split_attention import BranchAttention
-from tempsamp_fast.rollout.kv_cache import PrefillAttention
 
 Head = Callable[[Tensor, Tensor], Any]
 """(hidden [M, hidden_size], lm_head weight [vocab_size, hidden_size]) -> whatever the caller wants of them."""

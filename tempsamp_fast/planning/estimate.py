@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from tempsamp_kernels.head import chunk_rows
 
-from tempsamp_fast.config import Config, parse_phases
+from tempsamp_fast.config import Config, parse_phases, prompts_per_row
 from tempsamp_fast.learning.engine import effective_zero
 from tempsamp_fast.model.architectures import Parameters
 from tempsamp_fast.model.families import family_of
 from tempsamp_fast.model.flops import forward_flops
 from tempsamp_fast.model.packing import GroupLayout, PackedRow
-from tempsamp_fast.run.schedule import prompts_per_row
 from tempsamp_fast.video import Geometry
 
 TEXT_TOKENS = 116
@@ -131,7 +130,7 @@ def step_memory(
     work: Work, model_config: Any, parameters: Parameters, config: Config, bytes_per_value: int, world_size: int
 ) -> Memory:
     """Of one device under the configured ZeRO stage and offload, on `world_size` devices."""
-    b, (stage, offloaded) = bytes_per_value, effective_zero(config)
+    b, (stage, offloaded) = bytes_per_value, effective_zero(config.train)
     trained = parameters.trained(config.model)
     partition = world_size if stage == 3 else 1
     phases = parse_phases(config.train.phases)
@@ -215,7 +214,7 @@ def step_traffic(work: Work, parameters: Parameters, config: Config, b: int, wor
     """
     share = (world_size - 1) / world_size
     trained = b * parameters.trained(config.model)
-    if effective_zero(config)[0] < 3:
+    if effective_zero(config.train)[0] < 3:
         return 2 * trained * share
     sampling = 1 + work.answer_len if work.num_sampled else 0
     reference = num_rows if config.algorithm.beta > 0 and work.num_sampled else 0

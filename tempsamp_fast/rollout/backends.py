@@ -8,12 +8,15 @@ from typing import Any, Protocol
 import torch
 
 from tempsamp_fast.batch import Prompt
+from tempsamp_fast.config import RolloutConfig, TrainConfig
+from tempsamp_fast.data.chat import Chat
 from tempsamp_fast.learning.engine import forward_of
 from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams, generate
+from tempsamp_fast.sample import Task
 
 
 class RolloutBackend(Protocol):
-    """One rank's sampler. To add one, write these two methods and a line in `Run`."""
+    """One rank's sampler. To add one, write these two methods and a line in `build_backend`."""
 
     def sync_weights(self) -> None:
         """Sample from the policy as it is now; called before every batch, cheap when nothing has changed."""
@@ -26,6 +29,22 @@ class RolloutBackend(Protocol):
         seed: Sequence[int],
     ) -> list[list[SampledAnswer]]:
         """Answers by prompt; arguments and result as of `rollout.generate`."""
+
+
+def build_backend(
+    engine: Any, chat: Chat, checkpoint: str, rollout: RolloutConfig, train: TrainConfig, task: Task
+) -> RolloutBackend:
+    """What `rollout.rollout_backend` names; `checkpoint` is what another engine than the policy starts from."""
+    if rollout.rollout_backend == "vllm":
+        from tempsamp_fast.rollout.vllm import VllmBackend, colocated_llm
+
+        room = engine.module.config.text_config.max_position_embeddings
+        max_tokens = min(room, train.max_tokens_per_row + rollout.max_completion_length)
+        dtype = engine.module.base_model.dtype
+        llm = colocated_llm(checkpoint, dtype, max_tokens, rollout.vllm_memory, train.seed)
+        return VllmBackend(engine, chat, task, llm)
+    eos_token_ids = [chat.eos_token_id]
+    return PolicyBackend(engine, eos_token_ids, chat.banned_token_ids, train.max_tokens_per_row, rollout.cuda_graphs)
 
 
 class PolicyBackend:

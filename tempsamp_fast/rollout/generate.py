@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from tempsamp_fast.batch import Prompt
-from tempsamp_fast.model.attention import packed_attention
+from tempsamp_fast.model.attention import PrefillAttention, packed_attention
 from tempsamp_fast.model.packing import PackedRow, pack_prompts
 from tempsamp_fast.rollout.decoding import Decoder, GraphDecoder, next_token_logits
-from tempsamp_fast.rollout.kv_cache import PrefillAttention, SharedPrefixCache
+from tempsamp_fast.rollout.kv_cache import SharedPrefixCache
 from tempsamp_fast.rollout.token_sampling import SampleNoise, SamplingParams, choose_tokens
 from tempsamp_fast.system.ranks import max_over_ranks
 

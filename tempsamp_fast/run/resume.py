@@ -92,7 +92,7 @@ def _changed_work(
 
 def _changed_stage(state: dict[str, Any], config: Config) -> list[str]:
     """The stage decides how the engine's state lies on the disk."""
-    stage, given = effective_zero(config)[0], config.train.deepspeed_config
+    stage, given = effective_zero(config.train)[0], config.train.deepspeed_config
     if state.get("zero_stage", stage) == stage:
         return []
     return [f"zero_stage was {state['zero_stage']}, is {stage}" + (f" by deepspeed_config={given!r}" if given else "")]

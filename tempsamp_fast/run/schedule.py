@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tempsamp_fast.config import Phase, TrainConfig
+from tempsamp_fast.config import Phase, TrainConfig, prompts_per_step
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,6 @@ class PhaseStep:
     @property
     def is_last_of_phase(self) -> bool:
         return self.step_in_phase == self.phase.num_steps - 1
-
-
-def prompts_per_row(train: TrainConfig, phase: Phase) -> int:
-    """Prompts per device and micro-step."""
-    return (train.sft_prompts_per_device if phase.method == "sft" else None) or train.prompts_per_device
-
-
-def prompts_per_step(train: TrainConfig, phase: Phase, world_size: int) -> int:
-    """Prompts per optimizer step, of all devices."""
-    return prompts_per_row(train, phase) * train.gradient_accumulation_steps * world_size
 
 
 def in_steps(phases: Sequence[Phase], train: TrainConfig, num_samples: int, world_size: int) -> list[Phase]:
@@ -55,3 +45,8 @@ def plan(phases: Sequence[Phase], first_step: int = 0) -> Iterator[PhaseStep]:
             if step >= first_step:
                 yield PhaseStep(step, phase, phase_index, step_in_phase)
             step += 1
+
+
+def first_reinforcement_step(phases: Sequence[Phase]) -> int | None:
+    """The first step whose method is not `sft`; None without one."""
+    return next((at.step for at in plan(phases) if at.phase.method != "sft"), None)
