@@ -13,8 +13,8 @@ from tempsamp_fast.config.algorithm import AlgorithmConfig, Shaping
 from tempsamp_fast.config.data import DataConfig
 from tempsamp_fast.config.model import AttentionCore, LigerLayers, ModelConfig
 from tempsamp_fast.config.phases import METHODS, MODES, Method, Phase, parse_phases
-from tempsamp_fast.config.ranges import parse_range
 from tempsamp_fast.config.rollout import RolloutConfig
+from tempsamp_fast.config.setting import parse_range
 from tempsamp_fast.config.train import TrainConfig, prompts_per_row, prompts_per_step
 
 __all__ = [

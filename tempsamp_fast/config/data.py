@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from tempsamp_fast.config.ranges import parse_range, require
+from tempsamp_fast.config.setting import parse_range, require, setting
 from tempsamp_fast.sample import Task
 
 
@@ -14,55 +14,52 @@ from tempsamp_fast.sample import Task
 class DataConfig:
     """What is asked: annotations, videos and how frames are taken."""
 
-    annotations: str = field(
-        default="synthetic",
-        metadata={"help": "training file, data set name (charades-train, ...), or 'synthetic': the embedded data set"},
+    annotations: str = setting(
+        "synthetic", "training file, data set name (charades-train, ...), or 'synthetic': the embedded data set"
     )
-    eval_annotations: str | None = field(default=None, metadata={"help": "held-out file or data set name"})
-    videos: str | None = field(default=None, metadata={"help": "folder of <video id>.{mp4,mkv,webm,avi}"})
-    eval_videos: str | None = field(
-        default=None, metadata={"help": "folder of the held-out videos where it is another (out of domain)"}
+    eval_annotations: str | None = setting(None, "held-out file or data set name")
+    videos: str | None = setting(None, "folder of <video id>.{mp4,mkv,webm,avi}")
+    eval_videos: str | None = setting(None, "folder of the held-out videos where it is another (out of domain)")
+    few_shot_videos: int | None = setting(None, "train on this many videos, drawn at random")
+    few_shot_seed: int = setting(0, "which ones; smaller subsets lie within larger ones")
+    few_shot_queries: Literal["all", "one"] = setting("all", "of each drawn video")
+    duration_range: str | None = setting(None, "train on videos of low:high seconds only")
+    window_range: str | None = setting(None, "train on true spans of low:high seconds only")
+    difficulty_range: str | None = setting(None, "train on difficulties in low:high only")
+    synthetic_dir: str = setting("data/synthetic", "where the embedded data set is kept")
+    synthetic_videos: str = setting("700,20,220", "embedded videos: train,val,test")
+    task: Task = setting("grounding", "what is asked of a video: the span of a query, or its highlights with scores")
+    max_eval_samples: int | None = setting(None, "evaluate the first N queries only")
+    on_bad_video: Literal["raise", "skip"] = setting(
+        "raise", "a video that cannot be read ends the run, or is replaced by the next sample and counted"
     )
-    few_shot_videos: int | None = field(default=None, metadata={"help": "train on this many videos, drawn at random"})
-    few_shot_seed: int = field(default=0, metadata={"help": "which ones; smaller subsets lie within larger ones"})
-    few_shot_queries: Literal["all", "one"] = field(default="all", metadata={"help": "of each drawn video"})
-    duration_range: str | None = field(default=None, metadata={"help": "train on videos of low:high seconds only"})
-    window_range: str | None = field(default=None, metadata={"help": "train on true spans of low:high seconds only"})
-    difficulty_range: str | None = field(default=None, metadata={"help": "train on difficulties in low:high only"})
-    synthetic_dir: str = field(default="data/synthetic", metadata={"help": "where the embedded data set is kept"})
-    synthetic_videos: str = field(default="700,20,220", metadata={"help": "embedded videos: train,val,test"})
-    task: Task = "grounding"
-    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate the first N queries only"})
-    on_bad_video: Literal["raise", "skip"] = "raise"
-    max_bad_videos: int | None = field(
-        default=None,
-        metadata={
-            "help": "training samples that each process may replace for a bad video, per epoch and anew when resumed; "
-            "data/bad_videos in metrics.jsonl has those of each step, of all ranks"
-        },
+    max_bad_videos: int | None = setting(
+        None,
+        "training samples that each process may replace for a bad video, per epoch and anew when resumed; "
+        "data/bad_videos in metrics.jsonl has those of each step, of all ranks",
     )
-    video_backend: Literal["auto", "native", "torchcodec"] = "auto"
-    video_device: Literal["cpu", "cuda", "auto"] = field(
-        default="cpu", metadata={"help": "what decodes: cuda is the hardware decoders of each rank's GPU"}
+    video_backend: Literal["auto", "native", "torchcodec"] = setting(
+        "auto", "what reads videos: the C++ extension (native) or torchcodec; auto: native where it is built"
     )
-    sampling: Literal["pts", "qwen_utils", "hf_qwen2", "hf_qwen3"] = "pts"
-    fps: float = field(default=2.0, metadata={"help": "frames per second shown to the model"})
-    min_frames: int = 4
-    max_frames: int = 768
-    min_pixels: int | None = field(default=None, metadata={"help": "per frame; None: the model family's default"})
-    max_pixels: int | None = field(default=None, metadata={"help": "per frame; None: the model family's default"})
-    total_pixels: int | None = field(default=None, metadata={"help": "per video; None: the model family's default"})
-    random_crop: float = field(
-        default=0.0, metadata={"help": "share of training videos cut to a random stretch around their true spans"}
+    video_device: Literal["cpu", "cuda", "auto"] = setting(
+        "cpu", "what decodes: cuda is the hardware decoders of each rank's GPU"
     )
-    prefetch_steps: int = field(default=2, metadata={"help": "steps whose videos are decoded ahead"})
-    patch_cache: str | None = field(
-        default=None, metadata={"help": "folder that keeps decoded videos and packet indexes between runs"}
+    sampling: Literal["pts", "qwen_utils", "hf_qwen2", "hf_qwen3"] = setting(
+        "pts",
+        "which frames are taken: pts by their time stamps; the others as qwen-vl-utils or transformers choose them",
     )
-    video_cache_gib: float = field(default=2.0, metadata={"help": "memory for decoded videos, per process"})
-    cache_features: bool = field(
-        default=False,
-        metadata={"help": "keep what a frozen vision tower made of a video there and in patch_cache, not its pixels"},
+    fps: float = setting(2.0, "frames per second shown to the model")
+    min_frames: int = setting(4, "least frames of a video")
+    max_frames: int = setting(768, "most frames of a video")
+    min_pixels: int | None = setting(None, "per frame; None: the model family's default")
+    max_pixels: int | None = setting(None, "per frame; None: the model family's default")
+    total_pixels: int | None = setting(None, "per video; None: the model family's default")
+    random_crop: float = setting(0.0, "share of training videos cut to a random stretch around their true spans")
+    prefetch_steps: int = setting(2, "steps whose videos are decoded ahead")
+    patch_cache: str | None = setting(None, "folder that keeps decoded videos and packet indexes between runs")
+    video_cache_gib: float = setting(2.0, "memory for decoded videos, per process")
+    cache_features: bool = setting(
+        False, "keep what a frozen vision tower made of a video there and in patch_cache, not its pixels"
     )
 
     def __post_init__(self) -> None:

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from tempsamp_fast.config.ranges import require
+from tempsamp_fast.config.setting import require, setting
 
 
 @dataclass
 class RolloutConfig:
     """How answers are sampled."""
 
-    num_generations: int = field(default=4, metadata={"help": "answers per prompt, the off-policy one included"})
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = field(default=0, metadata={"help": "0: off"})
-    max_completion_length: int = 256
-    rollout_backend: Literal["policy", "vllm"] = field(
-        default="policy", metadata={"help": "what samples: the training weights themselves, or vLLM on the same GPU"}
+    num_generations: int = setting(4, "answers per prompt, the off-policy one included")
+    temperature: float = setting(1.0, "divides the logits, in sampling and in the loss (paper: 1)")
+    top_p: float = setting(1.0, "draw from the smallest set of tokens of this probability; 1: off")
+    top_k: int = setting(0, "0: off")
+    max_completion_length: int = setting(256, "most tokens of an answer")
+    rollout_backend: Literal["policy", "vllm"] = setting(
+        "policy", "what samples: the training weights themselves, or vLLM on the same GPU"
     )
-    vllm_memory: float = field(default=0.3, metadata={"help": "share of the GPU's memory that vLLM takes"})
-    cuda_graphs: bool = field(default=False, metadata={"help": "replay decoding passes as CUDA graphs"})
-    record_rollouts: str | None = field(
-        default=None, metadata={"help": "write every sampled answer to this JSONL file"}
-    )
-    replay_rollouts: str | None = field(default=None, metadata={"help": "take the answers from a recorded file"})
+    vllm_memory: float = setting(0.3, "share of the GPU's memory that vLLM takes")
+    cuda_graphs: bool = setting(False, "replay decoding passes as CUDA graphs")
+    record_rollouts: str | None = setting(None, "write every sampled answer to this JSONL file")
+    replay_rollouts: str | None = setting(None, "take the answers from a recorded file")
 
     def __post_init__(self) -> None:
         require(self.num_generations >= 2, "num_generations", self.num_generations, "at least 2")

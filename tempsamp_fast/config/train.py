@@ -3,67 +3,56 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from tempsamp_fast.config.phases import MODES, Phase, parse_phases
-from tempsamp_fast.config.ranges import require
+from tempsamp_fast.config.setting import require, setting
 
 
 @dataclass
 class TrainConfig:
     """The run: phases, optimizer, distribution, records."""
 
-    phases: str = field(
-        default="sft:300,tempsamp/answer:150,tempsamp/think:150",
-        metadata={
-            "help": "method[/mode[+mode]]:steps[@rate], ...; steps may be epochs (sft:2epochs); methods sft, grpo, "
-            "tempsamp; modes answer, think"
-        },
+    phases: str = setting(
+        "sft:300,tempsamp/answer:150,tempsamp/think:150",
+        "method[/mode[+mode]]:steps[@rate], ...; steps may be epochs (sft:2epochs); methods sft, grpo, "
+        "tempsamp; modes answer, think",
     )
-    output_dir: str = field(default="runs/tiny", metadata={"help": "run folder"})
-    resume: str | None = field(default=None, metadata={"help": "continue the run in this folder"})
-    dry_run: bool = field(default=False, metadata={"help": "print the plan (samples, steps, memory, FLOPs) and stop"})
-    seed: int = 0
-    prompts_per_device: int = field(default=1, metadata={"help": "prompts per device and micro-step"})
-    sft_prompts_per_device: int | None = field(default=None, metadata={"help": "the same in sft phases; None: equal"})
-    gradient_accumulation_steps: int = 2
-    max_tokens_per_row: int = field(default=32768, metadata={"help": "token budget of one packed row"})
-    packing: Literal["shared_prefix", "none"] = "shared_prefix"
-    learning_rate: float = 1e-6
-    lr_schedule: Literal["constant", "cosine", "linear"] = field(
-        default="constant", metadata={"help": "within each phase"}
+    output_dir: str = setting("runs/tiny", "run folder")
+    resume: str | None = setting(None, "continue the run in this folder")
+    dry_run: bool = setting(False, "print the plan (samples, steps, memory, FLOPs) and stop")
+    seed: int = setting(0, "of data order, crops, sampling and fresh weights")
+    prompts_per_device: int = setting(1, "prompts per device and micro-step")
+    sft_prompts_per_device: int | None = setting(None, "the same in sft phases; None: equal")
+    gradient_accumulation_steps: int = setting(2, "micro-steps per optimizer step")
+    max_tokens_per_row: int = setting(32768, "token budget of one packed row")
+    packing: Literal["shared_prefix", "none"] = setting(
+        "shared_prefix", "a prompt once for all of its answers, or a row for each answer with the prompt again"
     )
-    warmup_ratio: float = field(default=0.05, metadata={"help": "of each phase's steps"})
-    weight_decay: float = 0.0
-    adam_beta2: float = 0.999
-    max_grad_norm: float = 1.0
-    zero_stage: Literal["0", "1", "2", "3"] = "0"
-    offload: Literal["none", "optimizer", "all"] = field(
-        default="none",
-        metadata={
-            "help": "to CPU memory: the optimizer's state (zero_stage 1 and up), or parameters too (zero_stage 3)"
-        },
+    learning_rate: float = setting(1e-6, "peak of the schedule (paper: 1e-6)")
+    lr_schedule: Literal["constant", "cosine", "linear"] = setting("constant", "within each phase")
+    warmup_ratio: float = setting(0.05, "of each phase's steps")
+    weight_decay: float = setting(0.0, "of AdamW")
+    adam_beta2: float = setting(0.999, "second-moment decay of AdamW")
+    max_grad_norm: float = setting(1.0, "clips the norm of the whole gradient; 0: off")
+    zero_stage: Literal["0", "1", "2", "3"] = setting(
+        "0", "what DeepSpeed partitions over ranks: nothing, optimizer, gradients too, weights too"
     )
-    deepspeed_config: str | None = field(
-        default=None, metadata={"help": "JSON merged over the generated config: a file, or zero2, zero3_offload, ..."}
+    offload: Literal["none", "optimizer", "all"] = setting(
+        "none", "to CPU memory: the optimizer's state (zero_stage 1 and up), or parameters too (zero_stage 3)"
     )
-    eval_modes: str = field(
-        default="answer", metadata={"help": "modes evaluated after each phase, such as answer+think"}
+    deepspeed_config: str | None = setting(
+        None, "JSON merged over the generated config: a file, or zero2, zero3_offload, ..."
     )
-    eval_batch_size: int = 64
-    save_steps: int = field(default=0, metadata={"help": "0: at the end of each phase only"})
-    keep_checkpoints: int = 2
-    max_skipped_steps: int = field(
-        default=5, metadata={"help": "steps in a row whose loss or gradient may be non-finite; they are skipped"}
-    )
-    stall_timeout_s: float = field(
-        default=1800.0, metadata={"help": "seconds after which a silent rank, or no progress of any, ends the run"}
-    )
-    stop_grace_s: float = field(
-        default=30.0, metadata={"help": "seconds from SIGTERM until the process ends even without its checkpoint"}
-    )
-    local_rank: int = field(default=0, metadata={"help": "set by the deepspeed launcher"})
+    eval_modes: str = setting("answer", "modes evaluated after each phase, such as answer+think")
+    eval_batch_size: int = setting(64, "queries asked together in an evaluation, per rank")
+    save_steps: int = setting(0, "0: at the end of each phase only")
+    keep_checkpoints: int = setting(2, "newest checkpoints that are kept")
+    max_skipped_steps: int = setting(5, "steps in a row whose loss or gradient may be non-finite; they are skipped")
+    stall_timeout_s: float = setting(1800.0, "seconds after which a silent rank, or no progress of any, ends the run")
+    stop_grace_s: float = setting(30.0, "seconds from SIGTERM until the process ends even without its checkpoint")
+    local_rank: int = setting(0, "set by the deepspeed launcher")
 
     def __post_init__(self) -> None:
         parse_phases(self.phases)

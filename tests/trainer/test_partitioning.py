@@ -28,7 +28,7 @@ def test_a_checkpoint_in_shards_is_partitioned_as_it_is_loaded(trainer, tmp_path
     plain.save_pretrained(folder, max_shard_size="1MB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     config = parse_args(trainer.flags(tmp_path / "run", "--zero_stage", "3"))
-    with partitioned_loading(config, torch.float32):
+    with partitioned_loading(config.train, torch.float32):
         model, _ = load_model(str(folder), ModelConfig(), torch.float32)
     assert all(parameter.numel() == 0 and parameter.ds_numel > 0 for parameter in model.parameters())
     whole = whole_parameters(model)
@@ -39,7 +39,7 @@ def test_a_checkpoint_in_shards_is_partitioned_as_it_is_loaded(trainer, tmp_path
 @pytest.mark.parametrize("name", PACKAGED)
 def test_packaged_settings_are_found_by_name_and_known_to_deepspeed(trainer, tmp_path: Path, name: str) -> None:
     config = parse_args(trainer.flags(tmp_path / "run", "--deepspeed_config", name))
-    settings = deepspeed_config(config, torch.float32)
+    settings = deepspeed_config(config.train, torch.float32)
     zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
     assert f"zero{int(zero.stage)}" == name.partition("_")[0]
     assert (zero.offload_optimizer is not None) == name.endswith(("offload", "nvme"))

@@ -1,8 +1,15 @@
-"""What a setting must be: ranges, and the error that names the setting, its value and the rule."""
+"""What a setting is made of: a default, a meaning, and a range whose error names the setting, value and rule."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import field
+from typing import Any
+
+
+def setting(default: Any, meaning: str) -> Any:
+    """A field with what `--help` and docs/settings.md say of it."""
+    return field(default=default, metadata={"help": meaning})
 
 
 def parse_range(name: str, text: str | None) -> tuple[float, float]:
