@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tempsamp_fast.arguments import parse_args
+from tempsamp_fast.arguments import parse_args, settings_table
 from tempsamp_fast.config import Phase, TrainConfig, parse_phases
 
 
@@ -183,3 +183,9 @@ def test_resuming_starts_from_the_settings_of_the_run(tmp_path: Path) -> None:
     expected = started.as_dict()
     expected["train"] |= {"resume": str(tmp_path), "phases": "sft:5"}
     assert resumed.as_dict() == expected
+
+
+def test_the_table_of_settings_is_the_one_in_the_docs() -> None:
+    """`python -m tempsamp_fast.arguments > docs/settings.md` writes it; every setting has its meaning there."""
+    assert (Path(__file__).parents[2] / "docs/settings.md").read_text() == settings_table()
+    assert "|  |" not in settings_table()
