@@ -79,9 +79,11 @@ def test_groups_without_advantage_are_left_out_and_nothing_changes(
 
 
 def test_groups_stay_where_they_pay_the_kl_term(stepper, replay) -> None:
-    one = stepper(*replay, "--gradient_accumulation_steps", "4", "--beta=0.04")
-    at = next(plan(one.run.phases))
-    assert one.run.update(at, one.groups(at))["batch/skipped_share"] == 0
+    """Where no group has an advantage, it is all that is left: of equal answers, beta times their mean divergence."""
+    steps = stepper(*replay, "--gradient_accumulation_steps", "4", "--beta=0.04").steps()
+    assert [metrics["batch/skipped_share"] for metrics in steps] == [0, 0, 0, 0]
+    assert steps[2]["policy/kl"] > 0 and steps[2]["optim/grad_norm"] > 0
+    assert steps[2]["loss"] == pytest.approx(0.04 * steps[2]["policy/kl"])
 
 
 @pytest.mark.parametrize(
