@@ -99,7 +99,7 @@ def test_two_ranks_share_what_is_left_and_train_as_one(trainer, replay, tmp_path
     """Groups travel with their videos; ranks without work or with answers of one token hold no other up."""
     frozen = [word for word in words if word == "--freeze_vision"]
     expected = trainer.main(tmp_path / "one", *replay, *frozen, "--gradient_accumulation_steps", "4")
-    rows = trainer.launch(tmp_path / "two", 2, *replay, *words, "--gradient_accumulation_steps", "2")
+    rows = trainer.ranks(tmp_path / "two", 2, *replay, *words, "--gradient_accumulation_steps", "2")
     for ours, theirs in zip(rows, expected, strict=True):
         for name in ("loss", "optim/grad_norm", "policy/entropy", "batch/skipped_share", "reward/on_policy_mean"):
             if name in theirs:
