@@ -27,17 +27,26 @@ EVERY_KERNEL_ONCE = (
 )
 
 
-@pytest.fixture(scope="module", params=[90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))])
-def arch(request) -> int:
-    return request.param
-
-
 @pytest.fixture(
-    scope="module", params=[EVERY_KERNEL_ONCE, pytest.param((), marks=pytest.mark.slow)], ids=["few", "all"]
+    scope="module",
+    params=[
+        pytest.param((90, EVERY_KERNEL_ONCE), id="sm_90-few"),
+        *(pytest.param((arch, ()), id=f"sm_{arch}", marks=pytest.mark.slow) for arch in SHARED_MEMORY_LIMIT),
+    ],
 )
-def cases(request) -> tuple[str, ...]:
-    """Names of cases of bench/aot.py; none for all of them."""
+def arch_and_cases(request) -> tuple[int, tuple[str, ...]]:
+    """A chip and names of cases of bench/aot.py; none for all of them."""
     return request.param
+
+
+@pytest.fixture(scope="module")
+def arch(arch_and_cases) -> int:
+    return arch_and_cases[0]
+
+
+@pytest.fixture(scope="module")
+def cases(arch_and_cases) -> tuple[str, ...]:
+    return arch_and_cases[1]
 
 
 @pytest.fixture(scope="module")
