@@ -198,15 +198,12 @@ def test_no_file_is_longer_than_400_lines() -> None:
     assert {str(path): lines for path in files if (lines := len(path.read_text().splitlines())) > 400} == {}
 
 
-def test_rewards_are_imported_in_under_a_second_without_torch() -> None:
-    code = (
-        "import sys, time; start = time.process_time(); import tempsamp_fast.rewards; "
-        "print(time.process_time() - start, 'torch' in sys.modules)"
-    )
+def test_rewards_are_imported_at_once() -> None:
+    """Which is so while they load nothing but the standard library."""
+    code = "import sys; before = {*sys.modules}; import tempsamp_fast.rewards; print(*{*sys.modules} - before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
-    seconds, has_torch = done.stdout.split()
-    assert float(seconds) < 1
-    assert has_torch == "False"
+    loaded = frozenset(done.stdout.split())
+    assert "tempsamp_fast.rewards" in loaded and top_level(loaded) == {"tempsamp_fast"}
 
 
 def test_a_wheel_in_an_empty_folder_finds_its_files(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_given_group_statistics_stand_for_rows_of_other_processes(shaping):
 
 
 @pytest.mark.parametrize("shaping", SHAPINGS)
-@settings(max_examples=8, deadline=None)
+@settings(settings.get_profile("kernels"), max_examples=8)
 @given(data=st.data())
 def test_order_of_rows_and_other_groups_do_not_matter(shaping, data):
     sizes = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))

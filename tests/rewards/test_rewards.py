@@ -1,6 +1,7 @@
 """Rewards: their values on worked examples and their laws."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import assume, given
@@ -18,7 +19,9 @@ from tempsamp_fast.rewards import (
     temporal_iou,
     tiou_reward,
 )
-from tempsamp_fast.sample import Sample
+from tempsamp_fast.sample import Sample, Task
+
+TASK_VALUES = {"grounding": [1, 1, 0], "multi_grounding": [0.5, 1, 0], "highlight": [0, 0, 1]}
 
 
 def sample(*windows, duration_s=30.0, clip_scores=None):
@@ -140,5 +143,14 @@ def test_every_reward_gives_one_float_in_0_1_per_completion(name):
     assert len(rewards) == 3 and all(isinstance(value, float) and 0 <= value <= 1 for value in rewards)
 
 
-def test_every_task_has_a_registered_reward():
-    assert set(TASK_REWARDS.values()) <= set(REWARDS)
+@pytest.mark.parametrize("task, expected", TASK_VALUES.items())
+def test_every_task_is_paid_by_its_own_reward(task, expected):
+    """One of two true spans is enough for grounding alone, and highlights are read by their own form."""
+    truth = sample((5.0, 10.0), (20.0, 25.0), duration_s=150.0, clip_scores={41: (1, 1, 1), 42: (2, 2, 2)})
+    highlights = "The highlight timestamps are in the 82, 84 seconds. Their saliency scores are 2.0, 3.0."
+    texts = [f"<answer>{answer}</answer>" for answer in ("5 to 10", "5 to 10, 20 to 25", highlights)]
+    assert REWARDS[TASK_REWARDS[task]](texts, samples=[truth] * 3) == expected
+
+
+def test_every_task_has_a_reward():
+    assert set(TASK_REWARDS) == set(TASK_VALUES) == set(get_args(Task))

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from tempsamp_fast.evaluation.asking import evaluate
-from tempsamp_fast.rollout import backends
 from tempsamp_fast.rollout.backends import PolicyBackend
-from tempsamp_fast.rollout.generate import SamplingParams
+from tempsamp_fast.rollout.generate import SamplingParams, backends
 
 
 @pytest.mark.parametrize("is_partitioned", [False, True])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
+from tempsamp_fast.data import prefetch
 from tempsamp_fast.data.prefetch import Prefetch
 
 
@@ -30,14 +31,17 @@ def test_an_error_comes_where_its_item_would_have() -> None:
 
 
 def test_no_more_than_depth_items_wait() -> None:
-    made = []
-    with Prefetch((made.append(index) or index for index in range(100)), depth=2) as items:
+    made = threading.Semaphore(0)
+
+    def counted() -> Iterator[int]:
+        for index in range(100):
+            made.release()
+            yield index
+
+    with Prefetch(counted(), depth=2) as items:
         next(items)
-        deadline = time.monotonic() + 5
-        while len(made) < 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.05)
-        assert len(made) == 3
+        assert all(made.acquire(timeout=60) for _ in range(3))
+        assert not made.acquire(timeout=0.05)
 
 
 def test_leaving_early_stops_the_thread() -> None:
@@ -46,14 +50,25 @@ def test_leaving_early_stops_the_thread() -> None:
     assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
 
 
-def test_waiting_is_measured() -> None:
+def test_waiting_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by 2.5 s once the consumer has looked at it and waits."""
+    now_s, was_read = 100.0, threading.Event()
+
+    def clock() -> float:
+        seen_s = now_s
+        was_read.set()
+        return seen_s
+
     def slow() -> Iterator[int]:
-        time.sleep(0.2)
+        nonlocal now_s
+        assert was_read.wait(60)
+        now_s += 2.5
         yield 1
 
+    monkeypatch.setattr(prefetch, "time", SimpleNamespace(perf_counter=clock))
     with Prefetch(slow(), depth=1) as items:
         next(items)
-        assert 0.1 < items.blocked_s < 5
+        assert items.blocked_s == 2.5
 
 
 def test_a_depth_below_one_is_refused() -> None:

@@ -123,7 +123,8 @@ def test_a_beat_that_cannot_be_written_is_not_the_last(
     def last_beat() -> int:
         return json.loads((tmp_path / "heartbeat/rank_0000.json").read_text())["beat"]
 
-    with Heartbeat(tmp_path, 0, 1, timeout_s=0.08):
+    monkeypatch.setattr(heartbeat, "INTERVAL_S", 0.01)
+    with Heartbeat(tmp_path, 0, 1, TIMEOUT_S):
         monkeypatch.setattr(os, "pwrite", failing_once)
         wait_for(lambda: "was not written: input/output error" in caplog.text)
         beat = last_beat()
@@ -131,52 +132,44 @@ def test_a_beat_that_cannot_be_written_is_not_the_last(
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def ended(program: str, *words: str) -> tuple[int, str, float]:
-    """Exit code, stderr, and seconds from the program's "ready" to its end."""
+def ended(program: str, *words: str) -> tuple[int, str]:
+    """Exit code and stderr of a program that would hang for ten minutes; it is waited for for one."""
     command = [sys.executable, "-c", program, *words]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    started_s = time.monotonic()
-    _, stderr = process.communicate(timeout=60)
-    return process.returncode, stderr, time.monotonic() - started_s
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
+    return done.returncode, done.stderr
 
 
 HANGS_IN_A_STEP = """
 import os, signal, time
 from tempsamp_fast.system.heartbeat import GracefulStop
 with GracefulStop(grace_s=1):
-    print("ready", flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(50)
+    time.sleep(600)
 """
 WAITS_FOR_A_RANK = """
 import sys, time
 from pathlib import Path
 from tempsamp_fast.system.heartbeat import Heartbeat
 with Heartbeat(Path(sys.argv[1]), 0, 3, timeout_s=100):
-    print("ready", flush=True)
-    time.sleep(50)
+    time.sleep(600)
 """
 
 
 def test_a_step_that_does_not_end_after_sigterm_ends_with_the_grace() -> None:
-    code, stderr, took_s = ended(HANGS_IN_A_STEP)
+    code, stderr = ended(HANGS_IN_A_STEP)
     assert code == 128 + signal.SIGTERM and "did not end within 1 s" in stderr
-    assert took_s < 10
 
 
 def test_a_process_that_waits_for_a_lost_rank_ends_by_its_name(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path)
     ranks.write(1)
     ranks.write(2, action="failed: no room")
-    code, stderr, took_s = ended(WAITS_FOR_A_RANK, str(tmp_path))
+    code, stderr = ended(WAITS_FOR_A_RANK, str(tmp_path))
     assert code == LOST_RANK_EXIT and "error: rank 2 " in stderr and "failed: no room" in stderr
     assert "rank 2 " in (tmp_path / "error.log").read_text()
-    assert took_s < 30

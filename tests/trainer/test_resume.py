@@ -85,11 +85,6 @@ def test_weight_decay_and_beta_of_a_resumed_run_are_what_is_asked_for(trainer, t
     assert settings and set(settings) == {(0.25, 0.5)}
 
 
-def test_no_step_is_recorded_twice(finished_run) -> None:
-    steps = [(row["step"], row["phase"]) for row in finished_run.rows]
-    assert len(steps) == len(set(steps))
-
-
 def test_the_newest_checkpoints_are_kept(finished_run) -> None:
     assert [path.name for path in checkpoints(finished_run.folder)] == ["step_000004", "step_000005"]
     assert sorted(path.name for path in (finished_run.folder / "checkpoints").iterdir()) == [

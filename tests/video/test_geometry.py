@@ -24,14 +24,14 @@ def outcome(function, *args):
         return "refused"
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(SIDE, SIDE, st.integers(1, 20), st.integers(20, 2000))
 def test_frame_size_is_that_of_transformers_qwen2_5(height: int, width: int, least: int, most: int) -> None:
     bounds = (28, least * 784, most * 784)
     assert outcome(smart_resize, height, width, *bounds) == outcome(transformers_qwen2, height, width, *bounds)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.integers(1, 800), SIDE, SIDE, st.integers(1, 200), st.integers(200, 24576))
 def test_video_size_is_that_of_transformers_qwen3(frames: int, height: int, width: int, least: int, most: int) -> None:
     bounds = (least * 1024, most * 1024)
