@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from tempsamp_fast.advantage import assign_advantages
-from tempsamp_fast.batch import Prompt, RolloutGroup
+from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
+from tempsamp_fast.chat import Chat
 from tempsamp_fast.policy import Policy
 from tempsamp_fast.prompts import question
 from tempsamp_fast.run import Run
@@ -66,17 +68,20 @@ OFF_DEFAULT: dict[str, Any] = {
 }  # fmt: skip
 EPS = 1e-3
 """Of AdamW: large, so that the first step is not the sign of each gradient, whatever its size."""
+THREE_ROWS = {"prompts_per_device": 1, "gradient_accumulation_steps": 3}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nonlinear": ("tempsamp/think", {}),
     "anchor": (
         "tempsamp/answer",
         {"shaping": "anchor", "loss_type": "dapo", "off_policy_ratio": "old", "off_policy_kl": False}
-        | {"packing": "none", "tiny_family": "qwen3_vl", "delta": None},
+        | {"packing": "none", "tiny_family": "qwen3_vl", "delta": None}
+        | THREE_ROWS,
     ),
     "downscale": (
         "tempsamp/think",
         {"shaping": "downscale", "loss_type": "dr_grpo", "importance_sampling_level": "sequence"}
-        | {"off_policy_kl": False, "cot_off_policy": "answer_only", "tiny_family": "qwen3_vl"},
+        | {"off_policy_kl": False, "cot_off_policy": "answer_only", "tiny_family": "qwen3_vl"}
+        | THREE_ROWS,
     ),
     "mixed": (
         "tempsamp/answer",
@@ -91,7 +96,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tempsamp without off-policy answers": ("tempsamp/think", {"shaping": "grpo", "require_tags": False}),
     "without KL": (
         "tempsamp/answer",
-        {"shaping": "anchor", "beta": 0.0, "loss_type": "dapo", "importance_sampling_level": "sequence"},
+        {"shaping": "anchor", "beta": 0.0, "loss_type": "dapo", "importance_sampling_level": "sequence"} | THREE_ROWS,
     ),
     "sft": ("sft/think", {"cot_off_policy": "answer_only", "importance_sampling_level": "sequence"}),
 }
@@ -118,6 +123,21 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], 
         return path if path.exists() else build_tiny_checkpoint(path, texts, family)
 
     return checkpoint
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Sampled answers to replay, in the order of the prompts."""
+
+    prompts: list[Prompt]
+    answers: list[list[KnownAnswer]]
+    chat: Chat
+
+    def read(self, step: int, asked: list[Prompt], num_completions: list[int]) -> list[list[Completion]]:
+        assert list(asked) == self.prompts
+        sampled = [[each.ids for each in known if not each.is_off_policy] for known in self.answers]
+        assert list(map(len, sampled)) == num_completions
+        return [[self.chat.completion(ids) for ids in of_prompt] for of_prompt in sampled]
 
 
 @dataclass(frozen=True)
@@ -150,21 +170,13 @@ class Both:
                 text = GIVEN["template" if thinks and style == "template" else "answer"]
                 known.append(KnownAnswer(encode(text), 1.0, float(thinks and style == "template"), True))
             answers.append(known)
-        self.write_replay(at.step, prompts, answers)
+        self.run.replay = Recorded(prompts, answers, chat)
         groups = self.run.answer(at, prompts)
         if method != "sft":  # a group of another size than the others
             groups[1].completions.pop(1)
             answers[1].pop(1)
         assign_advantages(groups, method, self.run.config.algorithm)
         return groups, [known_group(prompt, each) for prompt, each in zip(prompts, answers, strict=True)]
-
-    def write_replay(self, step: int, prompts: list[Prompt], answers: list[list[KnownAnswer]]) -> None:
-        path = Path(str(self.run.config.rollout.replay_rollouts))
-        with path.open("a") as file:
-            for prompt, known in zip(prompts, answers, strict=True):
-                ids = [answer.ids.tolist() for answer in known if not answer.is_off_policy]
-                row = {"step": step, "sample_id": prompt.sample.sample_id, "mode": prompt.mode, "ids": ids}
-                file.write(json.dumps(row) + "\n")
 
 
 def known_group(prompt: Prompt, answers: list[KnownAnswer]) -> KnownGroup:
@@ -183,7 +195,7 @@ def both(stepper, annotations: Path, checkpoints, tmp_path: Path) -> Callable[..
         checkpoint = checkpoints(settings["tiny_family"])
         run = stepper(
             *("--model", str(checkpoint), "--annotations", str(annotations), "--phases", phases),
-            *("--replay_rollouts", str(tmp_path / "rollouts.jsonl"), "--deepspeed_config", str(file)),
+            *("--deepspeed_config", str(file)),
             *(word for name, value in given.items() for word in (f"--{name}", str(value))),
             *words,
         ).run
@@ -245,3 +257,15 @@ def test_a_step_is_the_one_of_the_paper(both: Callable[..., Both], name: str) ->
     expected = paper_step(pair.model, reference, known, at.phase.method, pair.settings, pair.optimizer)
     metrics = pair.run.update(at, groups)
     assert_equal(pair, groups, metrics, expected)
+
+
+def test_phases_share_the_optimizer_and_the_reference_is_the_policy_before_reinforcement(both) -> None:
+    """Supervised, then two kinds of reinforcement, each step in rows of one prompt."""
+    pair = both("sft/answer:1,grpo/think:1,tempsamp/answer:1", OFF_DEFAULT | THREE_ROWS)
+    reference = None
+    for at in plan(pair.run.phases):
+        groups, known = pair.groups(at)
+        if at.phase.method != "sft" and reference is None:
+            reference = deepcopy(pair.model)
+        expected = paper_step(pair.model, reference, known, at.phase.method, pair.settings, pair.optimizer)
+        assert_equal(pair, groups, pair.run.update(at, groups), expected)
