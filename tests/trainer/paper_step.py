@@ -253,18 +253,19 @@ def paper_step(
     num_updates = 1 if method == "sft" else settings["updates_per_batch"]
     has_kl = method != "sft" and settings["beta"] > 0
     with torch.no_grad():
-        old = [log_probs(model, group, temperature) for group in groups]
         ref = [log_probs(reference, group, temperature) if has_kl else None for group in groups]
+    old: list[list[Tensor]] = []
     for _ in range(num_updates):
         rows, learning = [], []
         for index, group in enumerate(groups):
-            for place, logps in enumerate(log_probs(model, group, temperature)):
-                is_off_policy = group.answers[place].is_off_policy
-                detached = num_updates == 1 or (is_off_policy and settings["off_policy_ratio"] == "detach")
-                before = logps.detach() if detached else old[index][place]
-                known = ref[index]
+            logps = log_probs(model, group, temperature)
+            old += [[each.detach() for each in logps]] if len(old) == index else []
+            known = ref[index] or [None] * len(logps)
+            for place, answer in enumerate(group.answers):
+                detached = answer.is_off_policy and settings["off_policy_ratio"] == "detach"
+                before = logps[place].detach() if detached else old[index][place]
                 advantage = step.advantages[index][place]
-                rows.append(Row(logps, before, None if known is None else known[place], advantage, is_off_policy))
+                rows.append(Row(logps[place], before, known[place], advantage, answer.is_off_policy))
                 if has_kl or any(step.advantages[index]):
                     learning.append(rows[-1])
         loss = whole_loss(rows, method, settings)
