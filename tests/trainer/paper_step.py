@@ -256,23 +256,35 @@ def paper_step(
         ref = [log_probs(reference, group, temperature) if has_kl else None for group in groups]
     old: list[list[Tensor]] = []
     for _ in range(num_updates):
-        rows, learning = [], []
+        rows: list[Row] = []
+        learning: list[Row] = []
+        num_skipped = num_tokens = 0
         for index, group in enumerate(groups):
             logps = log_probs(model, group, temperature)
             old += [[each.detach() for each in logps]] if len(old) == index else []
             known = ref[index] or [None] * len(logps)
+            is_learning = method == "sft" or has_kl or any(step.advantages[index])
+            if is_learning:
+                num_prompts = 1 if settings["packing"] == "shared_prefix" else len(group.answers)
+                num_tokens += num_prompts * len(group.prompt_ids) + sum(map(len, logps))
+            num_skipped += not is_learning
             for place, answer in enumerate(group.answers):
                 detached = answer.is_off_policy and settings["off_policy_ratio"] == "detach"
                 before = logps[place].detach() if detached else old[index][place]
                 advantage = step.advantages[index][place]
                 rows.append(Row(logps[place], before, known[place], advantage, answer.is_off_policy))
-                if has_kl or any(step.advantages[index]):
-                    learning.append(rows[-1])
+            learning += rows[-len(logps) :] if is_learning else []
         loss = whole_loss(rows, method, settings)
         model.zero_grad()
         loss.backward()
         step.gradients.append({name: parameter.grad.clone() for name, parameter in optimizer.parameters.items()})
         step.grad_norms.append(float(torch.stack([each.norm() for each in step.gradients[-1].values()]).norm()))
         optimizer.step(step.gradients[-1], settings["learning_rate"])
-        step.metrics = described(learning, settings) | {"loss": float(loss.detach())}
+        step.metrics = described(learning, settings) | {
+            "loss": float(loss.detach()),
+            "batch/num_tokens": num_tokens,
+            "batch/skipped_share": num_skipped / len(groups),
+            "optim/learning_rate": settings["learning_rate"],
+            "optim/grad_norm": max(step.grad_norms),
+        }
     return step

@@ -230,7 +230,6 @@ def assert_equal(both: Both, groups: list[RolloutGroup], metrics: dict[str, floa
         largest = max(float(gradient.abs().max()) for gradient in theirs.values())
         for name, gradient in theirs.items():
             torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-4 * largest, msg=name)
-    assert metrics["optim/grad_norm"] == pytest.approx(max(expected.grad_norms), rel=1e-3)
     assert {name: metrics[name] for name in expected.metrics} == pytest.approx(expected.metrics, rel=1e-3, abs=1e-5)
     for name, parameter in both.run.policy.base_model.named_parameters():
         torch.testing.assert_close(parameter, both.optimizer.parameters[name], rtol=1e-3, atol=1e-5, msg=name)
