@@ -41,6 +41,11 @@ class KnownGroup:
     second_per_grid: float
     answers: list[KnownAnswer]
 
+    def num_tokens(self, packing: str) -> int:
+        """That the trainer should run: the prompt once, or with each answer."""
+        num_prompts = 1 if packing == "shared_prefix" else len(self.answers)
+        return num_prompts * len(self.prompt_ids) + sum(len(answer.ids) for answer in self.answers)
+
 
 @dataclass
 class Step:
@@ -254,26 +259,22 @@ def paper_step(
     has_kl = method != "sft" and settings["beta"] > 0
     with torch.no_grad():
         ref = [log_probs(reference, group, temperature) if has_kl else None for group in groups]
+    teaches = [method == "sft" or has_kl or any(values) for values in step.advantages]
+    teaching = [group for group, does in zip(groups, teaches, strict=True) if does]
     old: list[list[Tensor]] = []
     for _ in range(num_updates):
         rows: list[Row] = []
         learning: list[Row] = []
-        num_skipped = num_tokens = 0
         for index, group in enumerate(groups):
             logps = log_probs(model, group, temperature)
             old += [[each.detach() for each in logps]] if len(old) == index else []
             known = ref[index] or [None] * len(logps)
-            is_learning = method == "sft" or has_kl or any(step.advantages[index])
-            if is_learning:
-                num_prompts = 1 if settings["packing"] == "shared_prefix" else len(group.answers)
-                num_tokens += num_prompts * len(group.prompt_ids) + sum(map(len, logps))
-            num_skipped += not is_learning
             for place, answer in enumerate(group.answers):
                 detached = answer.is_off_policy and settings["off_policy_ratio"] == "detach"
                 before = logps[place].detach() if detached else old[index][place]
                 advantage = step.advantages[index][place]
                 rows.append(Row(logps[place], before, known[place], advantage, answer.is_off_policy))
-            learning += rows[-len(logps) :] if is_learning else []
+            learning += rows[-len(logps) :] if teaches[index] else []
         loss = whole_loss(rows, method, settings)
         model.zero_grad()
         loss.backward()
@@ -282,8 +283,8 @@ def paper_step(
         optimizer.step(step.gradients[-1], settings["learning_rate"])
         step.metrics = described(learning, settings) | {
             "loss": float(loss.detach()),
-            "batch/num_tokens": num_tokens,
-            "batch/skipped_share": num_skipped / len(groups),
+            "batch/num_tokens": sum(group.num_tokens(settings["packing"]) for group in teaching),
+            "batch/skipped_share": 1 - len(teaching) / len(groups),
             "optim/learning_rate": settings["learning_rate"],
             "optim/grad_norm": max(step.grad_norms),
         }
