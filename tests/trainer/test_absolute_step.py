@@ -95,8 +95,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo": ("grpo/think", {"loss_type": "dapo", "tiny_family": "qwen3_vl", "packing": "none"}),
     "tempsamp without off-policy answers": ("tempsamp/think", {"shaping": "grpo", "require_tags": False}),
     "without KL": (
-        "tempsamp/answer",
-        {"shaping": "anchor", "beta": 0.0, "loss_type": "dapo", "importance_sampling_level": "sequence"} | THREE_ROWS,
+        "grpo/answer",
+        {"beta": 0.0, "loss_type": "dapo", "importance_sampling_level": "sequence"} | THREE_ROWS,
     ),
     "sft": ("sft/think", {"cot_off_policy": "answer_only", "importance_sampling_level": "sequence"}),
 }
