@@ -171,6 +171,19 @@ def test_loss_and_log_probs_are_made_by_the_implementation_asked_for(
     assert asked == [None if impl == "auto" else impl] * 2
 
 
+def test_what_the_loss_compares_is_made_in_chunks_of_one_size(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where answers leave the backward: on a GPU another size would give other bits."""
+    asked: list[Any] = []
+    for name in ("fused_linear_grpo_loss", "linear_logprob"):
+        monkeypatch.setattr(loss_module, name, lambda *_, chunk_size, **__: asked.append(chunk_size) or (None, None))
+    row, algorithm = one_row(tiny, tied(tiny)), AlgorithmConfig(beta=0.0)
+    hidden, weight = torch.zeros(len(row.token_ids), 8), torch.zeros(64, 8)
+    targets = RowTargets(ADVANTAGES, torch.zeros(NUM_ANSWERS, dtype=torch.bool), old_logps=torch.zeros(len(hidden)))
+    policy_loss(row, targets, "grpo", algorithm, 1.0, NUM_ANSWERS, len(hidden), 16)(hidden, weight)
+    log_probs(row, algorithm, 1.0)(hidden, weight)
+    assert asked[0] == asked[1] is not None
+
+
 def test_an_idle_row_adds_nothing_to_any_gradient(tiny) -> None:
     """Not even where its hidden states are large; yet every parameter has a gradient, so that ranks keep in step."""
     policy = tied(tiny)
