@@ -11,6 +11,8 @@ from tempsamp_kernels.tokens import choose_impl
 
 NO_SPREAD = tl.constexpr(1e-6)
 """Equal float32 rewards may have a standard deviation up to this: seven times 0.1 has 8e-9."""
+ORARL_EPS = tl.constexpr(1e-6)
+"""In the denominators of OraRL (arXiv 2608.20492)."""
 SHAPINGS = ("grpo", "mixed", "downscale", "anchor", "nonlinear", "orarl")
 
 
@@ -139,9 +141,13 @@ def _moments(values: Tensor, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return count, mean, torch.where(members, values - mean[:, None], 0.0).square().sum(1)
 
 
+def _unbiased_std(squares: Tensor, count: Tensor) -> Tensor:
+    return (squares / (count - 1).clamp(min=1)).sqrt()
+
+
 def _normalised(values: Tensor, members: Tensor, eps: float) -> Tensor:
     count, mean, squares = _moments(values, members)
-    std = (squares / (count - 1).clamp(min=1)).sqrt()
+    std = _unbiased_std(squares, count)
     spread = _extreme(values, members, largest=True) > _extreme(values, members, largest=False)
     return torch.where(spread, (values - mean) / (std + eps), 0.0)
 
@@ -152,13 +158,13 @@ def _orarl(values: Tensor, group: Tensor, off_policy: Tensor) -> Tensor:
     count, mean, squares = _moments(values, on_policy)
     varies = _extreme(values, on_policy, largest=True) > _extreme(values, on_policy, largest=False)
     all_count, _, all_squares = _moments(values, group)
-    variance_ratio = (all_squares / all_count.clamp(min=1)) / (squares / count.clamp(min=1)).clamp(min=1e-30)
-    gain = torch.where(varies, variance_ratio.pow(0.125).clamp(1, 4), 1.0)
+    std_ratio = _unbiased_std(all_squares, all_count) / (_unbiased_std(squares, count) + ORARL_EPS.value)
+    gain = torch.where(varies, std_ratio.pow(0.25).clamp(1, 4), 1.0)
     centred = torch.where(varies, values - mean, 0.0)
     centred = torch.where(centred > 0, centred * gain, centred)
     centred = centred - _moments(centred, on_policy)[1]
     largest = torch.where(count > 0, _extreme(centred, on_policy, largest=True), 0.0)
-    surplus = ((values - mean) / values.clamp(min=1e-6)).clamp(0, 1)
+    surplus = ((values - mean) / (values + ORARL_EPS.value)).clamp(0, 1)
     bonus = torch.minimum(2 * surplus.square(), (1.2 * largest).clamp(0.05, 1))
     has_contrast = (count > 0) & (_extreme(values, group, largest=True) > _extreme(values, group, largest=False))
     return torch.where(has_contrast, torch.where(off_policy, bonus, centred), 0.0)
@@ -265,8 +271,9 @@ def group_advantage_kernel(
         advantage = tl.where(is_off_policy, lambda_off * best, own - on_mean) * scale
     elif SHAPING == "orarl":
         varies = on_high > on_low
-        variance_ratio = (squares / count) / tl.maximum(on_squares / tl.maximum(on_count, 1.0), 1e-30)
-        gain = tl.where(varies, tl.minimum(tl.exp(0.125 * tl.log(tl.maximum(variance_ratio, 1.0))), 4.0), 1.0)
+        all_std = tl.sqrt(squares / tl.maximum(count - 1, 1.0))
+        std_ratio = all_std / (tl.sqrt(on_squares / tl.maximum(on_count - 1, 1.0)) + ORARL_EPS)
+        gain = tl.where(varies, tl.minimum(tl.exp(0.25 * tl.log(tl.maximum(std_ratio, 1.0))), 4.0), 1.0)
         surplus_total = 0.0
         for start in range(0, num_rows, BLOCK):
             value, _, on_policy = _members(
@@ -280,7 +287,7 @@ def group_advantage_kernel(
         centred = own - on_mean
         centred = tl.where(varies, tl.where(centred > 0, centred * gain, centred) - offset, 0.0)
         largest = tl.where(varies, (on_high - on_mean) * gain - offset, 0.0)
-        surplus = tl.minimum(tl.maximum((own - on_mean) / tl.maximum(own, 1e-6), 0.0), 1.0)
+        surplus = tl.minimum(tl.maximum((own - on_mean) / (own + ORARL_EPS), 0.0), 1.0)
         bonus = tl.minimum(2 * surplus * surplus, tl.minimum(tl.maximum(1.2 * largest, 0.05), 1.0))
         advantage = tl.where(is_off_policy, bonus, centred)
         advantage = tl.where(high > low, tl.where(on_count > 0, advantage, 0.0), 0.0)

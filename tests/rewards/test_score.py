@@ -17,6 +17,7 @@ from tempsamp_fast.evaluation.scoring import (
     moment_retrieval_scores,
     oracle_ious,
     ranking_average_precision,
+    score_rows,
     score_spans,
     window_average_precision,
 )
@@ -111,6 +112,13 @@ def test_hit_at_1_needs_one_annotator_and_the_first_clip_wins_a_tie():
     truth = sample(duration_s=8.0, clip_scores={0: (4, 1, 1), 1: (1, 1, 1)})
     assert highlight_scores([truth], [{0.0: 2.0, 2.0: 2.0}])["hit@1"] == 1
     assert highlight_scores([truth], [{2.0: 2.1, 0.0: 2.0}])["hit@1"] == 0
+
+
+@pytest.mark.parametrize("duration_s", [6.0, 7.0, 7.9])
+def test_a_last_clip_that_is_not_whole_does_not_count(duration_s):
+    """And one that is not predicted scores 0, whatever is predicted of the others."""
+    truth = sample(duration_s=duration_s, clip_scores={0: (4,), 3: (4,)})
+    assert highlight_scores([truth], [{0.0: 0.5}]) == {"hl_map": 1.0, "hit@1": 1.0}
 
 
 def test_no_highlight_prediction_counts_0():
@@ -219,6 +227,21 @@ def highlights(tmp_path):
         return ["--annotations", str(tmp_path / "a.jsonl"), "--predictions", str(path), "--task", task, "--json"]
 
     return prediction
+
+
+@pytest.mark.parametrize("task, place", [("grounding", 1), ("multi_grounding", 0)])
+def test_of_several_spans_in_a_text_the_task_says_which_is_the_answer(task, place):
+    text, spans = "<answer> 0 to 10, 2 to 4 </answer>", [(0.0, 10.0), (2.0, 4.0)]
+    assert score_rows([sample(spans[place])], [{"text": text}], task)["miou"] == 1
+    assert score_rows([sample(spans[1 - place])], [{"text": text}], task)["miou"] < 1
+
+
+@pytest.mark.parametrize("require_tags, parse_rate", [(True, 0), (False, 1)])
+@pytest.mark.parametrize("task", ["grounding", "multi_grounding", "highlight"])
+def test_untagged_texts_are_read_where_they_may_be(task, require_tags, parse_rate):
+    truth = sample((0, 2), duration_s=8.0, clip_scores={0: (4, 4, 4)})
+    text = off_policy_text(truth, "answer", task=task).removeprefix("<answer>").removesuffix("</answer>")
+    assert score_rows([truth], [{"text": text}], task, require_tags)["parse_rate"] == parse_rate
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tempsamp_fast.config import AlgorithmConfig
-from tempsamp_fast.learning.loss import RowTargets, log_probs, policy_loss
-from tempsamp_fast.model.packing import PackedRow, pack
+from tempsamp_fast.learning import loss as loss_module
+from tempsamp_fast.learning.loss import RowTargets, idle_loss, log_probs, policy_loss
+from tempsamp_fast.model.packing import PackedRow, idle_row, pack
 from tempsamp_fast.model.policy import Policy
 
 NUM_ANSWERS = 8
@@ -41,7 +42,7 @@ def lora(tiny: Any) -> Policy:
     return Policy(peft.get_peft_model(tiny.model(), adapter))
 
 
-def fused(row: PackedRow, impl: Literal["torch", "triton"] = "torch") -> Any:
+def fused(row: PackedRow, impl: Literal["auto", "torch", "triton"] = "torch") -> Any:
     targets = RowTargets(ADVANTAGES, torch.zeros(NUM_ANSWERS, dtype=torch.bool))
     return policy_loss(row, targets, "grpo", AlgorithmConfig(loss_impl=impl), 1.0, NUM_ANSWERS, len(row.token_ids), 16)
 
@@ -154,6 +155,41 @@ def test_log_probs_of_one_policy_are_the_same_to_the_bit_before_and_in_the_loss(
     _, metrics = policy(row, policy_loss(row, targets, "grpo", algorithm, 0.7, 4, 96, 40))
     assert metrics.as_dict()["ratio_min"] == metrics.as_dict()["ratio_max"] == 1
     assert metrics.as_dict()["kl"] == 0
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "triton"])
+def test_loss_and_log_probs_are_made_by_the_implementation_asked_for(
+    tiny, monkeypatch: pytest.MonkeyPatch, impl: Literal["auto", "torch", "triton"]
+) -> None:
+    asked: list[Any] = []
+    for name in ("fused_linear_grpo_loss", "linear_logprob"):
+        monkeypatch.setattr(loss_module, name, lambda *_, impl, **__: asked.append(impl) or (None, None))
+    row = one_row(tiny, tied(tiny))
+    hidden, weight = torch.zeros(len(row.token_ids), 8), torch.zeros(64, 8)
+    fused(row, impl)(hidden, weight)
+    log_probs(row, AlgorithmConfig(loss_impl=impl), 1.0)(hidden, weight)
+    assert asked == [None if impl == "auto" else impl] * 2
+
+
+def test_what_the_loss_compares_is_made_in_chunks_of_one_size(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where answers leave the backward: on a GPU another size would give other bits."""
+    asked: list[Any] = []
+    for name in ("fused_linear_grpo_loss", "linear_logprob"):
+        monkeypatch.setattr(loss_module, name, lambda *_, chunk_size, **__: asked.append(chunk_size) or (None, None))
+    row, algorithm = one_row(tiny, tied(tiny)), AlgorithmConfig(beta=0.0)
+    hidden, weight = torch.zeros(len(row.token_ids), 8), torch.zeros(64, 8)
+    targets = RowTargets(ADVANTAGES, torch.zeros(NUM_ANSWERS, dtype=torch.bool), old_logps=torch.zeros(len(hidden)))
+    policy_loss(row, targets, "grpo", algorithm, 1.0, NUM_ANSWERS, len(hidden), 16)(hidden, weight)
+    log_probs(row, algorithm, 1.0)(hidden, weight)
+    assert asked[0] == asked[1] is not None
+
+
+def test_an_idle_row_adds_nothing_to_any_gradient(tiny) -> None:
+    """Not even where its hidden states are large; yet every parameter has a gradient, so that ranks keep in step."""
+    policy = tied(tiny)
+    found, gradient = gradients(policy, idle_row(policy.config, has_features=False), idle_loss)
+    assert found == 0 and gradient.keys() == dict(policy.named_parameters()).keys()
+    assert not any(bool(each.any()) for each in gradient.values())
 
 
 @pytest.mark.gpu
