@@ -108,11 +108,10 @@ def test_answers_without_tags_are_worth_something_only_where_allowed(
         assert [each.rewards["tiou"] for each in group.completions] == [float(not required)] * 4
         run = stepper("--phases", "sft:1", "--require_tags", str(required)).run
         run.eval_samples = [group.prompt.sample]
-        asked = []
-        evaluate = lambda samples, *_, **__: asked.append(_[-1]) or [{"text": "2 to 4", "span": None}]
-        monkeypatch.setattr(results_module, "evaluate", evaluate)
-        score_rows = lambda *arguments: asked.append(arguments[-1]) or {}
-        monkeypatch.setattr(results_module, "score_rows", score_rows)
+        asked: list[bool] = []
+        for name, answered in (("evaluate", [{"text": "2 to 4", "span": None}]), ("score_rows", {})):
+            note = lambda *of, asked=asked, answered=answered: asked.append(of[-1]) or answered
+            monkeypatch.setattr(results_module, name, note)
         with run.log() as log:
             Results(run).evaluate("start", 0, log)
         assert asked == [required, required]
@@ -121,8 +120,8 @@ def test_answers_without_tags_are_worth_something_only_where_allowed(
 LOSSES: list[dict[str, Any]] = [
     {},
     {"beta": 0.3},
-    {"epsilon_low": 0.05},
-    {"epsilon_high": 0.05},
+    {"epsilon_low": 0.9},
+    {"epsilon_high": 0.9},
     {"delta": 1.3},
     {"loss_type": "dr_grpo"},
     {"loss_type": "dapo"},

@@ -136,9 +136,7 @@ def test_remote_code_is_trusted_only_when_asked_for(stepper: Callable, monkeypat
         assert {(name, expected) for name in asked} == set(trusted)
 
 
-def test_pickles_are_loaded_only_when_asked_for(
-    stepper: Callable, trainer, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_pickles_are_loaded_only_when_asked_for(stepper: Callable, trainer, checkpoint: Path, tmp_path: Path) -> None:
     """Weights, and the engine's state of a resumed run: it holds an object that a plain load would have to import."""
     pickled = shutil.copytree(checkpoint, tmp_path / "pickled")
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")

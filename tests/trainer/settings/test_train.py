@@ -112,9 +112,9 @@ def test_rows_and_prefill_passes_keep_the_budget_asked_for(stepper: Callable, mo
 def test_every_step_has_the_rate_of_its_schedule(stepper: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Warm-up over half of a phase, then down to a tenth; a phase's own peak wins."""
     rates: list[float] = []
-    update = lambda engine, reference, groups, method, config, per_row, rate, watch: rates.append(rate) or {
-        "optim/grad_norm": 0.0
-    }
+    update = lambda engine, reference, groups, method, config, per_row, rate, watch: (
+        rates.append(rate) or {"optim/grad_norm": 0.0}
+    )
     monkeypatch.setattr(run_module, "update", update)
     words = ("--learning_rate", "8e-3", "--warmup_ratio", "0.5", "--lr_schedule", "linear")
     run = stepper("--phases", "sft:4,sft:4@4e-3", *words).run
