@@ -178,7 +178,7 @@ PLAN: dict[type, dict[str, tuple[str, str]]] = {
 
 
 @cache
-def tests_in(file: Path) -> list[str]:
+def names_in(file: Path) -> list[str]:
     return [node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
 
 
@@ -191,5 +191,5 @@ def test_every_setting_has_a_row_and_every_row_a_setting_and_a_test(section: typ
     assert sorted(PLAN[section]) == sorted(field.name for field in fields(section))
     for name, (_, where) in PLAN[section].items():
         path, _, test = where.partition("::")
-        found = [each for each in tests_in(TESTS / path) if each.startswith(test)]
+        found = [each for each in names_in(TESTS / path) if each.startswith(test)]
         assert len(found) == 1 and test.startswith("test_"), f"{name}: {where} is {found or 'not there'}"

@@ -138,8 +138,8 @@ def test_every_number_of_the_loss_is_the_one_asked_for(tiny) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(size, generator=generator) for size in ((len(row.token_ids), 8), (64, 8)))
     logps = linear_logprob(hidden, weight, row.token_ids, temperature=0.7)[0]
-    old, ref = (logps + 0.6 * torch.randn(len(logps), generator=generator) for _ in range(2))
-    advantages = torch.randn(row.num_completions, generator=generator)
+    old, ref = (logps + torch.randn(len(logps), generator=generator) for _ in range(2))
+    advantages = torch.tensor([1.0, -1.0]).repeat(row.num_completions // 2)
     targets = RowTargets(advantages, torch.arange(row.num_completions) % 3 == 0, old, ref)
     found = []
     for changed in LOSSES:
