@@ -78,9 +78,9 @@ def test_the_last_frame_of_an_odd_number_is_repeated() -> None:
 
 
 def test_bounds_on_pixels_are_included() -> None:
-    """A frame, and a video, of exactly the least or the most pixels stays as it is."""
-    assert smart_resize(56, 84, 28, min_pixels=56 * 84, max_pixels=56 * 84) == (56, 84)
-    assert smart_resize_video(4, 64, 96, 32, min_pixels=4 * 64 * 96, max_pixels=4 * 64 * 96) == (64, 96)
+    """Rounded to exactly the least and the most pixels, a frame, or a video, is not resized once more."""
+    assert smart_resize(60, 50, 28, min_pixels=56 * 56, max_pixels=56 * 56) == (56, 56)
+    assert smart_resize_video(4, 68, 60, 32, min_pixels=4 * 64 * 64, max_pixels=4 * 64 * 64) == (64, 64)
     assert smart_resize(28, 28 * 200, 28, 1, 10**9) == (28, 28 * 200)
     assert smart_resize_video(2, 32, 32, 32, 1, 10**9) == (32, 32)
     with pytest.raises(ValueError, match="num_frames must be at least 2"):
