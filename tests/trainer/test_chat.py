@@ -142,3 +142,11 @@ def test_a_template_without_a_place_for_the_video_is_named(chat: Chat, monkeypat
     monkeypatch.setattr(chat.tokenizer, "chat_template", "{{ messages[0].content[1].text }}")
     with pytest.raises(ValueError, match="chat template"):
         chat.prompt(SAMPLE, "answer", "grounding", VIDEO)
+
+
+def test_ids_that_no_token_has_are_banned(family: Family) -> None:
+    """Checkpoints round the vocabulary up."""
+    config, size = deepcopy(model(family).config), len(tokenizer())
+    config.text_config.vocab_size = size + 3
+    assert {size, size + 1, size + 2} <= set(Chat(tokenizer(), config).banned_token_ids)
+    assert max(Chat(tokenizer(), config).banned_token_ids) == size + 2

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,14 @@ OTHERWISE: dict[str, Any] = {
 """The settings that are fixed, each with another value."""
 
 
+@cache
+def started() -> Config:
+    return parse_args(["--phases", "sft:4,grpo:4", "--gradient_accumulation_steps", "2"])
+
+
 def settings(**changed: Any) -> Config:
     """Those of a new run, with some of another value, whatever their section."""
-    config = parse_args(["--phases", "sft:4,grpo:4", "--gradient_accumulation_steps", "2"])
+    config = deepcopy(started())
     for section in dataclasses.fields(config):
         for name, value in changed.items():
             if hasattr(getattr(config, section.name), name):

@@ -92,3 +92,10 @@ def test_geometry_takes_bounds_that_meet_and_the_least_sizes() -> None:
     assert Geometry(patch_size=1, temporal_patch_size=1, merge_size=1, min_pixels=1).factor == 1
     for bounds in ({"min_frames": 2, "max_frames": 2}, {"min_frames": 4, "max_frames": 4}):
         assert Sampling(**bounds).max_frames == bounds["max_frames"]
+
+
+def test_a_frames_share_of_the_budget_is_a_twentieth_over_the_least_at_least() -> None:
+    """Of 20 merged patches as the least, 21 are within it: so qwen-vl-utils shares out."""
+    least = 20 * 784
+    geometry = Geometry(min_pixels=least, max_pixels=10 * least, total_pixels=least)
+    assert geometry.frame_size(100, 84, 196) == (84, 196)

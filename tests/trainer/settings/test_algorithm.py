@@ -187,12 +187,12 @@ def test_a_batch_is_used_for_as_many_updates_as_asked_for(stepper: Callable, mon
 
     monkeypatch.setattr(update_module, "policy_loss", noted)
     words = ("--gradient_accumulation_steps", "1", "--max_completion_length", "3", "--temperature", "0.7")
-    one = stepper("--phases", "sft:1,grpo:1", "--updates_per_batch", "3", *words)
+    one = stepper("--phases", "sft:1,grpo:1", "--updates_per_batch", "2", *words)
     sft, grpo = plan(one.run.phases)
     one.run.update(sft, one.groups(sft))
     assert one.run.engine.global_steps == 1
     groups = one.groups(grpo)
     one.run.update(grpo, [replace(group, advantages=torch.tensor([1.0, 0.0, -1.0])) for group in groups])
-    assert one.run.engine.global_steps == 4
+    assert one.run.engine.global_steps == 3
     assert calls[1][2:5] == ("grpo", one.run.config.algorithm, 0.7) and calls[1][-1] == 3
     assert calls[1][5:7] == (3, sum(group.num_answer_tokens for group in groups))

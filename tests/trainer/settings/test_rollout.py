@@ -58,7 +58,7 @@ def test_policy_sampler_and_reference_read_one_temperature(stepper: Callable) ->
     metrics = one.run.update(first, groups)
     assert metrics["rollout/logp_gap"] < 1e-5 and abs(metrics["policy/kl"]) < 1e-8
     assert metrics["policy/ratio_min"] == pytest.approx(1, abs=1e-5) == metrics["policy/ratio_max"]
-    one.run.config.rollout.temperature = 1.0
+    one.run.config.rollout.temperature, one.run.config.algorithm.updates_per_batch = 1.0, 1
     assert one.run.update(second, groups)["rollout/logp_gap"] > 1e-2
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tempsamp_fast import results as results_module
 from tempsamp_fast import run as run_module
@@ -131,14 +132,13 @@ def test_the_optimizer_is_made_as_asked_for(stepper: Callable) -> None:
 
 
 def test_weights_decay_by_the_rate_and_the_decay_asked_for(stepper: Callable) -> None:
-    """AdamW moves a weight w by -rate * decay * w besides the gradient's part, which is the same without decay."""
-    moved = []
-    for decay in ("0", "10"):
-        one = stepper(*SHORT, "--gradient_accumulation_steps", "1", "--weight_decay", decay, "--learning_rate", "1e-3")
-        start = one.weights()
-        one.steps()
-        moved.append(one.weights() - start)
-    assert (moved[1] - moved[0]).allclose(-1e-2 * start, atol=1e-6)
+    """AdamW moves a weight w without gradient by -rate * decay * w."""
+    one = stepper(*SHORT, "--weight_decay", "10", "--learning_rate", "1e-3")
+    start = one.weights()
+    for parameter in one.run.policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    one.run.engine.optimizer.step()
+    torch.testing.assert_close(one.weights(), 0.99 * start)
 
 
 @pytest.mark.parametrize(
@@ -177,15 +177,12 @@ def test_evaluations_are_in_the_modes_and_batches_asked_for(
 
 
 def test_as_many_checkpoints_stay_as_asked_for_saved_as_often_as_asked_for(stepper: Callable) -> None:
-    kept = {}
-    for keep in ("1", "3"):
-        run = stepper("--phases", "sft:9", "--save_steps", "3", "--keep_checkpoints", keep).run
-        saves = [at.step + 1 for at in plan(run.phases) if run.is_save_step(at)]
-        assert saves == [3, 6, 9]
-        for num_steps in saves:
-            run.save(num_steps)
-        kept[keep] = [path.name for path in checkpoints(run.folder)]
-    assert kept == {"1": ["step_000009"], "3": ["step_000003", "step_000006", "step_000009"]}
+    run = stepper("--phases", "sft:7", "--save_steps", "3", "--keep_checkpoints", "1").run
+    saves = [at.step + 1 for at in plan(run.phases) if run.is_save_step(at)]
+    assert saves == [3, 6]
+    for num_steps in saves:
+        run.save(num_steps)
+        assert [path.name for path in checkpoints(run.folder)] == [f"step_{num_steps:06d}"]
     assert not any(stepper(*SHORT).run.is_save_step(at) for at in plan(run.phases))
 
 
