@@ -64,7 +64,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.fps < math.inf, "fps", self.fps, "positive")
-        require(1 <= self.min_frames <= self.max_frames, "min_frames", self.min_frames, "between 1 and max_frames")
+        require(2 <= self.min_frames <= self.max_frames, "min_frames", self.min_frames, "between 2 and max_frames")
         require(0 <= self.random_crop <= 1, "random_crop", self.random_crop, "in [0, 1]")
         bad = self.max_bad_videos
         require(bad is None or bad >= 0, "max_bad_videos", bad, "zero or more")

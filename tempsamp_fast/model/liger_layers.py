@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 from types import FunctionType, MethodType
 from typing import Any
@@ -50,7 +49,7 @@ def apply_liger_layers(model: PreTrainedModel, choice: LigerLayers) -> None:
         return
     if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
         raise ValueError("liger_layers='on' needs a CUDA GPU, and there is none; choose auto or off")
-    rms_norm = partial(_rms_norm, offset=family_of(model.config).norm_offset)
+    rms_norm = _fused_norm(family_of(model.config).norm_offset)
     for name, module in model.named_modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = MethodType(rms_norm, module)
@@ -65,9 +64,14 @@ def apply_liger_layers(model: PreTrainedModel, choice: LigerLayers) -> None:
         layer.self_attn.forward = MethodType(_with_fused_rotation(type(layer.self_attn).forward), layer.self_attn)
 
 
-def _rms_norm(module: Any, hidden: Tensor, offset: float) -> Tensor:
-    """[..., hidden_size], scaled in the input's dtype after a float32 root mean square, as transformers' own."""
-    return LigerRMSNormFunction.apply(hidden, module.weight, module.variance_epsilon, offset, "llama", False, None)
+def _fused_norm(offset: float) -> Callable[[Any, Tensor], Tensor]:
+    """RMSNorm whose weights are `offset` larger than the module's."""
+
+    def _rms_norm(module: Any, hidden: Tensor) -> Tensor:
+        """[..., hidden_size], scaled in the input's dtype after a float32 root mean square, as transformers' own."""
+        return LigerRMSNormFunction.apply(hidden, module.weight, module.variance_epsilon, offset, "llama", False, None)
+
+    return _rms_norm
 
 
 def _swiglu(module: Any, hidden: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ class Policy(nn.Module):
             _set_checkpointing(layer, gradient_checkpointing and index % checkpoint_every == 0)
         for block in self.base_model.model.visual.blocks:
             _set_checkpointing(block, gradient_checkpointing and checkpoint_vision)
+        self.train()  # `from_pretrained` leaves a model in evaluation mode, in which nothing is recomputed
 
     @property
     def base_model(self) -> PreTrainedModel:

@@ -42,7 +42,12 @@ def facts_of(config: Config, samples: Sequence[Sample], world_size: int) -> dict
 
 def samples_digest(samples: Sequence[Sample]) -> str:
     """The number of training samples and a hash of what is asked and true of each, in order; not of where files lie."""
-    text = json.dumps([[each.sample_id, each.query, each.duration_s, each.windows] for each in samples])
+    asked = [
+        [each.sample_id, each.query, each.duration_s, each.windows]
+        + ([sorted(each.clip_scores.items())] if each.clip_scores else [])
+        for each in samples
+    ]
+    text = json.dumps(asked)
     return f"{len(samples)} samples, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 

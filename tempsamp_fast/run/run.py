@@ -199,10 +199,7 @@ class Run:
         """One optimizer step on scored groups with advantages."""
         config = self.config
         if at.phase.method != "sft" and config.algorithm.beta > 0 and self.reference is None:
-            is_first = at.step == first_reinforcement_step(self.phases)
-            self.reference = reference_of(
-                self.folder, self.engine, self.chat, config.model, config.data, config.train, is_first
-            )
+            self.reference = self._build_reference(is_first=at.step == first_reinforcement_step(self.phases))
             self.watch.lap("reference")
         self.heartbeat.at(f"update of step {at.step}")
         metrics = update(
@@ -218,6 +215,10 @@ class Run:
         self.skipped_steps.note(at, groups, metrics)
         self.heartbeat.at(f"records of step {at.step} and data of the next")
         return metrics
+
+    def _build_reference(self, is_first: bool) -> Forward:
+        config = self.config
+        return reference_of(self.folder, self.engine, self.chat, config.model, config.data, config.train, is_first)
 
     def is_save_step(self, at: PhaseStep) -> bool:
         """Whether `save_steps` asks for a checkpoint after this step."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tempsamp_fast.data.prompts import off_policy_text
 from tempsamp_fast.rewards import (
     REWARDS,
+    TASK_REWARDS,
     format_reward,
     highlight_reward,
     highlight_targets,

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
 from tempsamp_fast.data.chat import Chat
 from tempsamp_fast.data.prompts import question
-from tempsamp_fast.embedded.model import Family, build_tiny_checkpoint
+from tempsamp_fast.embedded.model import build_tiny_checkpoint
 from tempsamp_fast.learning.advantage import assign_advantages
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.run.run import Run
@@ -118,7 +118,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], 
     texts = [text for answers in SAMPLED for text, *_ in answers] + [*GIVEN.values(), question(QUERY, "think")]
     folder = tmp_path_factory.mktemp("families")
 
-    def checkpoint(family: Family) -> Path:
+    def checkpoint(family: str) -> Path:
         path = folder / family
         return path if path.exists() else build_tiny_checkpoint(path, texts, family)
 

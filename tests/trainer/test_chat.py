@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from tempsamp_fast.batch import VideoPatches
-from tempsamp_fast.data.chat import Chat
+from tempsamp_fast.data.chat import VIDEO_MARKER, Chat
 from tempsamp_fast.data.prompts import off_policy_text, question
 from tempsamp_fast.embedded.model import tiny_model, train_tokenizer
 from tempsamp_fast.model.families import FAMILIES
@@ -142,3 +143,17 @@ def test_a_template_without_a_place_for_the_video_is_named(chat: Chat, monkeypat
     monkeypatch.setattr(chat.tokenizer, "chat_template", "{{ messages[0].content[1].text }}")
     with pytest.raises(ValueError, match="chat template"):
         chat.prompt(SAMPLE, "answer", "grounding", VIDEO)
+
+
+def test_ids_that_no_token_has_are_banned(family: str) -> None:
+    """Checkpoints round the vocabulary up."""
+    config, size = deepcopy(model(family).config), len(tokenizer())
+    config.text_config.vocab_size = size + 3
+    assert {size, size + 1, size + 2} <= set(Chat(tokenizer(), config).banned_token_ids)
+    assert max(Chat(tokenizer(), config).banned_token_ids) == size + 2
+
+
+def test_a_query_that_holds_the_marker_of_a_video_is_refused(chat: Chat) -> None:
+    """Its placeholders would have no video."""
+    with pytest.raises(ValueError, match="expected one"):
+        chat.prompt(replace(SAMPLE, query=f"what {VIDEO_MARKER} shows"), "answer", "grounding", VIDEO)
