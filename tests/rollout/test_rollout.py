@@ -14,8 +14,8 @@ from tempsamp_fast.learning.vision_features import with_vision_features
 from tempsamp_fast.model.mrope import mrope_positions
 from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.rollout import generate as rollout
 from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams, generate
-from tempsamp_fast.rollout.generate import generate as rollout
 from tempsamp_fast.rollout.token_sampling import choose_tokens
 
 EOS = 7

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
+from tempsamp_fast.model import liger_layers
 from tempsamp_fast.model.liger_layers import apply_liger_layers
-from tempsamp_fast.model.loading import liger_layers
 
 
 @pytest.fixture

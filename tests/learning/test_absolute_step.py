@@ -26,7 +26,7 @@ from tempsamp_fast.learning.advantage import assign_advantages
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.run.run import Run
 from tempsamp_fast.run.schedule import plan
-from tests.trainer.paper_step import AdamW, KnownAnswer, KnownGroup, Step, paper_step
+from tests.learning.paper_step import AdamW, KnownAnswer, KnownGroup, Step, paper_step
 
 TRUTH = (2.0, 6.0)
 QUERY = "a red square appears"
@@ -113,7 +113,7 @@ def annotations(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Path]:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Of each family, made when it is asked for."""
     texts = [text for answers in SAMPLED for text, *_ in answers] + [*GIVEN.values(), question(QUERY, "think")]
     folder = tmp_path_factory.mktemp("families")

@@ -14,9 +14,9 @@ from tempsamp_fast.config import AlgorithmConfig, DataConfig, ModelConfig, Rollo
 
 TESTS = Path(__file__).parents[1]
 DATA, MODEL, ROLLOUT, ALGORITHM, TRAIN = (
-    f"trainer/settings/test_{name}.py::" for name in ("data", "model", "rollout", "algorithm", "train")
+    f"config/settings/test_{name}.py::" for name in ("data", "model", "rollout", "algorithm", "train")
 )
-KEPT, LAWS = (f"trainer/test_{name}.py::" for name in ("kept_videos", "laws"))
+KEPT, LAWS = "data/test_kept_videos.py::", "learning/test_laws.py::"
 
 LOADED = f"{DATA}test_what_is_learnt_from_and_tested_on"
 RULE = f"{DATA}test_frames_are_taken_by_the_rule_asked_for"
@@ -54,7 +54,7 @@ PLAN: dict[type, dict[str, tuple[str, str]]] = {
         "max_eval_samples": ("the first held-out samples alone", LOADED),
         "on_bad_video": (
             "a bad video ends the run or is replaced",
-            "trainer/test_bad_input.py::test_skipped_videos_are_replaced_counted_and_listed",
+            "run/test_bad_input.py::test_skipped_videos_are_replaced_counted_and_listed",
         ),
         "max_bad_videos": (
             "one more of an epoch ends the run",
@@ -63,7 +63,7 @@ PLAN: dict[type, dict[str, tuple[str, str]]] = {
         "video_backend": ("what decodes says its name", f"{DATA}test_the_backend_asked_for_decodes"),
         "video_device": (
             "the decoder is asked for that device",
-            "trainer/test_loader.py::test_videos_are_decoded_on_the_device_of_the_setting",
+            "data/test_loader.py::test_videos_are_decoded_on_the_device_of_the_setting",
         ),
         "sampling": ("frames of that rule", RULE),
         "fps": ("frames 1 / fps apart", RULE),
@@ -76,7 +76,7 @@ PLAN: dict[type, dict[str, tuple[str, str]]] = {
         "prefetch_steps": ("so many steps are ready", f"{DATA}test_as_many_steps_are_made_ahead_as_asked_for"),
         "patch_cache": (
             "a second run decodes nothing",
-            "trainer/test_loader.py::test_the_disk_cache_gives_the_same_prompts_without_decoding",
+            "data/test_loader.py::test_the_disk_cache_gives_the_same_prompts_without_decoding",
         ),
         "video_cache_gib": ("what does not fit is decoded again", f"{DATA}test_as_many_videos_stay_in_memory_as_fit"),
         "cache_features": ("features stay in place of pixels", f"{KEPT}test_features_kept_of_a_whole_video_are_cut"),

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import pytest
 import torch
 
@@ -29,9 +28,8 @@ from tempsamp_fast.run.log import read_metrics
 from tempsamp_fast.run.run import Run
 from tempsamp_fast.run.schedule import PhaseStep, plan
 from tempsamp_fast.system.device import free_port
-from tempsamp_fast.train import main
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 RECIPE = """
 dtype: float32
 video_backend: torchcodec
@@ -118,6 +116,8 @@ class Trainer:
 
     def main(self, output_dir: Path, *words: str) -> list[dict[str, Any]]:
         """A whole run in this process; returns the rows of its metrics.jsonl."""
+        from tempsamp_fast.train import main  # loads DeepSpeed, which most tests do without
+
         main(self.flags(output_dir, *words))
         return read_metrics(output_dir)
 
@@ -151,7 +151,9 @@ class Trainer:
 
 
 @pytest.fixture(scope="session")
-def trainer(clips: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+def trainer(
+    clips: Path, checkpoint: Path, process_group: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Trainer]:
     recipe = tmp_path_factory.mktemp("recipe") / "small.yaml"
     recipe.write_text(RECIPE)
     server = RankServer()
@@ -210,6 +212,8 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
     """`refused(words)`: the one line on stderr with which the trainer ends, exit code 2."""
 
     def run(words: list[str]) -> str:
+        from tempsamp_fast.train import main
+
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
             main(words)
@@ -221,9 +225,11 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
     return run
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def process_group() -> Iterator[None]:
     """What the trainer makes once per process; workers of pytest-xdist inherit a port that they must not share."""
+    import deepspeed
+
     os.environ["MASTER_PORT"] = str(free_port())
     deepspeed.init_distributed(verbose=False)
     yield
