@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import importlib
 import os
+import py_compile
 import shutil
 import signal
 import subprocess
@@ -17,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = (
-    "torch", "triton", "numpy", "yaml", "pytest", "hypothesis", "safetensors.torch", "deepspeed", "liger_kernel.transformers",
-    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "transformers.models.qwen3_vl.modeling_qwen3_vl",
-    "transformers.integrations.deepspeed", "peft", "trl", "torchcodec", "matplotlib.pyplot",
-    "torch.utils.tensorboard", "torch.nn.attention.flex_attention",
+    "torch", "triton", "numpy", "yaml", "pytest", "hypothesis", "safetensors.torch", "deepspeed",
+    "liger_kernel.transformers", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    "transformers.models.qwen3_vl.modeling_qwen3_vl", "transformers.integrations.deepspeed", "peft", "trl",
+    "torchcodec", "matplotlib.pyplot", "torch.utils.tensorboard", "torch.nn.attention.flex_attention",
 )  # fmt: skip
 """What tests import and mutants do not change."""
 
@@ -57,6 +59,8 @@ class Tree:
         for name in [name for name in listed.split("\0") if name and (root / name).is_file()] + compiled:
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, self.path / name)
+        # Valid for the very text alone, so that a mutant's file is compiled and nothing else is.
+        compileall.compile_dir(self.path, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
         if (root / ".venv").exists():
             (self.path / ".venv").symlink_to((root / ".venv").resolve())
 

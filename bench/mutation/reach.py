@@ -139,4 +139,4 @@ def _runs(test: dict[str, Any], file: str, lines: range) -> bool:
 
 def _is_near(test_file: str, file: str) -> bool:
     """Whether the test file is named after the module."""
-    return Path(file).stem in Path(test_file).stem
+    return Path(test_file).stem == f"test_{Path(file).stem}"
