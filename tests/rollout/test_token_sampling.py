@@ -50,6 +50,14 @@ def test_ids_of_probability_zero_are_not_drawn_at_the_ends() -> None:
     assert tokens.tolist() == [1, 1]
 
 
+def test_every_token_of_a_large_vocabulary_is_drawn_as_often_as_it_should_be() -> None:
+    """150,000 equal shares: the sum of them in float32 would be off by thousands of tokens."""
+    expected = torch.tensor([0, 1, 74_999, 149_998, 149_999])
+    uniforms = (expected.double() + 0.5) / 150_000
+    tokens, _ = choose_tokens(torch.zeros(1, 150_000).expand(5, -1), SamplingParams(), uniforms)
+    assert (tokens - expected).abs().max() <= 1
+
+
 def test_temperature_zero_is_the_largest_allowed_logit() -> None:
     banned = torch.tensor([False, True, False, False, False])
     tokens, logps = choose_tokens(PROBS.log()[None], SamplingParams(temperature=0), EVENLY[:1], banned)

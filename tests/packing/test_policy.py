@@ -1,0 +1,50 @@
+"""What a policy does with its settings and with what a video's features carry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import linear
+from transformers import Qwen3VLForConditionalGeneration
+
+from tempsamp_fast import policy as policy_module
+from tempsamp_fast.packing import pack
+from tempsamp_fast.policy import Policy
+
+
+@pytest.mark.parametrize("budget", [10_000, 45], ids=["whole rows", "in stages"])
+def test_every_pass_attends_by_the_core_of_the_policy(tiny, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention runs on the CPU where no gradient is needed."""
+    cores, packed_attention = [], policy_module.packed_attention
+    note = lambda *args, core, **options: cores.append(core) or packed_attention(*args, core=core, **options)
+    monkeypatch.setattr(policy_module, "packed_attention", note)
+    policy = Policy(tiny.model(), attention_core="flex")
+    rows = pack(tiny.groups()[:1], config=policy.config, max_tokens_per_row=budget)
+    assert bool(rows[0].branch_chunks) == (budget == 45)
+    with torch.no_grad():
+        for row in rows:
+            policy(row, linear)
+    assert set(cores) == {"flex"}
+
+
+@pytest.mark.parametrize("tiny", ["qwen3_vl"], indirect=True)
+def test_several_deepstack_features_go_to_their_own_layers(oracle, tiny) -> None:
+    config = tiny.model().config
+    config.vision_config.deepstack_visual_indexes = [0, 1]
+    torch.manual_seed(0)
+    model, groups = Qwen3VLForConditionalGeneration(config), tiny.groups()
+    rows = pack(groups, config=config, max_tokens_per_row=10_000)
+    with torch.no_grad():
+        expected = oracle.plain_logits(model, groups)
+        oracle.assert_close(oracle.packed_logits(Policy(model), rows), expected)
+
+
+def test_a_tower_that_is_trained_in_part_is_trained(tiny) -> None:
+    model = tiny.model()
+    model.model.visual.requires_grad_(False)
+    trained = next(iter(model.model.visual.blocks.parameters())).requires_grad_()
+    policy = Policy(model)
+    assert not policy.has_frozen_tower
+    (row,) = pack(tiny.groups()[:1], config=policy.config, max_tokens_per_row=10_000)
+    policy(row, linear).square().sum().backward()
+    assert trained.grad is not None and trained.grad.abs().max() > 0
