@@ -34,12 +34,12 @@ CHEAP_S = 20.0
 NOTICED = ("killed", "timed out")
 
 
-def record(trees: Sequence[Tree], reach: Reach) -> None:
+def record(root: Path, trees: Sequence[Tree], reach: Reach) -> None:
     """Bring `reach` up to date, a test file at a time."""
-    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py"))
+    files = sorted(str(path.relative_to(root)) for path in (root / "tests").rglob("test_*.py"))
     for gone in set(reach) - set(files):
         del reach[gone]
-    waiting = [file for file in files if stale(ROOT, reach, file)]
+    waiting = [file for file in files if stale(root, reach, file)]
 
     def ask(tree: Tree, file: str) -> Child:
         return start(tree, [file], Recording(tree.path, tree.scratch / "reach.json"), 1800.0)
@@ -50,7 +50,7 @@ def record(trees: Sequence[Tree], reach: Reach) -> None:
         failed = [name for name, test in tests.items() if not test["passed"]]
         seconds = time.monotonic() - child.started
         print(f"recorded {file}: {len(tests)} tests, {seconds:.0f} s", *failed, how, flush=True)
-        reach[file] = {"inputs": inputs_of(ROOT, file, tests), "tests": tests}
+        reach[file] = {"inputs": inputs_of(root, file, tests), "tests": tests}
         (WORK / "reach.json").write_text(json.dumps(reach))
 
     spread(trees, waiting, ask, note)
@@ -77,10 +77,10 @@ def spread(trees: Sequence[Tree], items: Sequence[Any], ask: Any, note: Any) -> 
                     waiting.append(further)
 
 
-def parts_of(mutant: Mutant, reach: Reach) -> list[tuple[list[str], list[str], float]]:
+def parts_of(root: Path, mutant: Mutant, reach: Reach) -> list[tuple[list[str], list[str], float]]:
     """Cheap tests, then the others: each (files, node ids, seconds)."""
     parts: list[tuple[list[str], list[str], float]] = []
-    for file, names, seconds in tests_reaching(ROOT, reach, mutant):
+    for file, names, seconds in tests_reaching(root, reach, mutant):
         if len(parts) == 0 or (len(parts) == 1 and parts[0][2] + seconds > CHEAP_S):
             parts.append(([], [], 0.0))
         files, chosen, total = parts[-1]
@@ -88,60 +88,66 @@ def parts_of(mutant: Mutant, reach: Reach) -> list[tuple[list[str], list[str], f
     return parts
 
 
-def judge(trees: Sequence[Tree], mutants: Sequence[Mutant], reach: Reach, budget_s: float) -> None:
+def judge(root: Path, trees: Sequence[Tree], mutants: Sequence[Mutant], reach: Reach, budget_s: float) -> None:
     """Append a verdict on every mutant to the results."""
 
     def ask(tree: Tree, item: tuple[Mutant, list[Any], int]) -> Child:
         mutant, parts, index = item
         files, names, seconds = parts[index]
-        tree.put(mutant.file, mutant.apply(ROOT))
+        tree.put(mutant.file, mutant.apply(root))
         plugin = FirstFailure(names, tree.scratch / "verdict.json")
         return start(tree, ["-x", *files], plugin, 60 + 3 * seconds)
 
     def note(tree: Tree, item: tuple[Mutant, list[Any], int], child: Child, how: str) -> Any:
         mutant, parts, index = item
-        tree.put(mutant.file, (ROOT / mutant.file).read_text())
+        tree.put(mutant.file, (root / mutant.file).read_text())
         out = tree.scratch / "verdict.json"
         test = json.loads(out.read_text()) if out.exists() else ""
         seconds = time.monotonic() - child.started
-        if how == "timed out" or test or how != "ended":
+        if how == "timed out" or test or how.startswith("signal"):
             verdict = "timed out" if how == "timed out" else "killed"
-            return keep(mutant, verdict, test or f"{parts[index][0][0]} {how}", seconds)
-        if not out.exists():
-            raise RuntimeError(f"mutant {mutant.name}: pytest left no verdict; {child.log.read_text()[-2000:]}")
+            return keep(root, mutant, verdict, test or f"{parts[index][0][0]} {how}", seconds)
+        if how != "ended" or not out.exists():
+            raise RuntimeError(f"mutant {mutant.name}: pytest did not run: {how}: {child.log.read_text()[-2000:]}")
         if index + 1 < len(parts):
             if parts[index + 1][2] > budget_s:
-                return keep(mutant, "open", "", seconds)
+                return keep(root, mutant, "open", "", seconds)
             return mutant, parts, index + 1
-        return keep(mutant, "survived", "", seconds)
+        return keep(root, mutant, "survived", "", seconds)
 
     items = []
     for mutant in mutants:
-        parts = parts_of(mutant, reach)
+        parts = parts_of(root, mutant, reach)
         if parts:
             items.append((mutant, parts, 0))
         else:
-            keep(mutant, "survived", "", 0.0)
+            keep(root, mutant, "survived", "", 0.0)
     spread(trees, items, ask, note)
 
 
-def keep(mutant: Mutant, verdict: str, test: str, seconds: float) -> None:
-    row = {"name": mutant.name, "verdict": verdict, "test": test, "seconds": round(seconds, 1), **keys(mutant, test)}
+def keep(root: Path, mutant: Mutant, verdict: str, test: str, seconds: float) -> None:
+    row = {
+        "name": mutant.name,
+        "verdict": verdict,
+        "test": test,
+        "seconds": round(seconds, 1),
+        **keys(root, mutant, test),
+    }
     with (WORK / "verdicts.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(f"{mutant.name:40} {verdict:10} {seconds:6.1f} s  {test}", flush=True)
 
 
-def keys(mutant: Mutant, test: str) -> dict[str, str]:
+def keys(root: Path, mutant: Mutant, test: str) -> dict[str, str]:
     """What a verdict rests on: the faulty file, and the test that noticed, or all tests where none did."""
-    source = hashlib.sha256(mutant.apply(ROOT).encode()).hexdigest()[:16]
+    source = hashlib.sha256(mutant.apply(root).encode()).hexdigest()[:16]
     if test:
-        return {"source": source, "tests": digest(ROOT / test.partition("::")[0].partition(" ")[0])}
-    everything = "".join(digest(path) for path in sorted((ROOT / "tests").rglob("*.py")))
+        return {"source": source, "tests": digest(root / test.partition("::")[0].partition(" ")[0])}
+    everything = "".join(digest(path) for path in sorted((root / "tests").rglob("*.py")))
     return {"source": source, "tests": hashlib.sha256(everything.encode()).hexdigest()[:16]}
 
 
-def verdicts(mutants: Sequence[Mutant]) -> dict[str, dict[str, Any]]:
+def verdicts(root: Path, mutants: Sequence[Mutant]) -> dict[str, dict[str, Any]]:
     """The last verdict on each mutant that still holds."""
     path = WORK / "verdicts.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -149,7 +155,8 @@ def verdicts(mutants: Sequence[Mutant]) -> dict[str, dict[str, Any]]:
     return {
         mutant.name: row
         for mutant in mutants
-        if (row := last.get(mutant.name)) and all(row[key] == value for key, value in keys(mutant, row["test"]).items())
+        if (row := last.get(mutant.name))
+        and all(row[key] == value for key, value in keys(root, mutant, row["test"]).items())
     }
 
 
@@ -172,18 +179,15 @@ def main() -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     if not options.table:
         preload()
+        source = Tree(ROOT)  # the checkout may change meanwhile
+        trees = [Tree(source) for _ in range(options.jobs)]
         stored = WORK / "reach.json"
         reach: Reach = json.loads(stored.read_text()) if stored.exists() else {}
-        trees = [Tree(ROOT) for _ in range(options.jobs)]
-        record(trees, reach)
-        known = {} if options.again else verdicts(mutants)
-        judge(
-            trees,
-            [m for m in mutants if known.get(m.name, {"verdict": "open"})["verdict"] == "open"],
-            reach,
-            options.budget,
-        )
-    write_table(every, verdicts(every), ROOT / "bench/results")
+        record(source.path, trees, reach)
+        known = {} if options.again else verdicts(source.path, mutants)
+        waiting = [mutant for mutant in mutants if known.get(mutant.name, {"verdict": "open"})["verdict"] == "open"]
+        judge(source.path, trees, waiting, reach, options.budget)
+    write_table(every, verdicts(ROOT, every), ROOT / "bench/results")
 
 
 if __name__ == "__main__":

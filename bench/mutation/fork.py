@@ -46,23 +46,27 @@ def preload() -> None:
 
 
 class Tree:
-    """A copy of the checkout in a temporary folder, in which mutants are put one at a time."""
+    """A copy of the files of a checkout, or of another tree, in a temporary folder."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, source: Path | Tree) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="mutants_")
         self.path = Path(self._folder.name) / "tree"
         self.scratch = Path(self._folder.name) / "scratch"
-        listed = subprocess.run(
-            ["git", "ls-files", "-z", "-c", "-o", "--exclude-standard"], cwd=root, capture_output=True, check=True
-        ).stdout.decode()
-        compiled = [str(path.relative_to(root)) for path in (root / "tempsamp_fast").glob("*.so")]
-        for name in [name for name in listed.split("\0") if name and (root / name).is_file()] + compiled:
+        if isinstance(source, Tree):
+            shutil.copytree(source.path, self.path, symlinks=True)
+        else:
+            self._take(source)
+
+    def _take(self, checkout: Path) -> None:
+        listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(listing, cwd=checkout, capture_output=True, check=True, text=True).stdout.split("\0")
+        compiled = [str(path.relative_to(checkout)) for path in (checkout / "tempsamp_fast").glob("*.so")]
+        for name in [name for name in listed if name and (checkout / name).is_file()] + compiled:
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(root / name, self.path / name)
+            shutil.copy2(checkout / name, self.path / name)
         # Valid for the very text alone, so that a mutant's file is compiled and nothing else is.
         compileall.compile_dir(self.path, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
-        if (root / ".venv").exists():
-            (self.path / ".venv").symlink_to((root / ".venv").resolve())
+        (self.path / ".venv").symlink_to(Path(sys.prefix).resolve())
 
     def put(self, file: str, text: str) -> None:
         (self.path / file).write_text(text)
@@ -84,7 +88,7 @@ class Child:
     started: float
 
     def poll(self) -> str | None:
-        """None while it runs; then "ended", "timed out" or "crashed (signal)". It and its children are gone then."""
+        """None while it runs; then "ended", "timed out", "exit code 1" or "signal 11". It and its children are gone then."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if not pid and time.monotonic() < self.deadline:
             return None
@@ -94,7 +98,7 @@ class Child:
             os.waitpid(self.pid, 0)
             return "timed out"
         code = os.waitstatus_to_exitcode(status)
-        return "ended" if code == 0 else f"crashed ({code})"
+        return "ended" if code == 0 else f"exit code {code}" if code > 0 else f"signal {-code}"
 
 
 def start(tree: Tree, words: Sequence[str], plugin: Any, limit_s: float) -> Child:
