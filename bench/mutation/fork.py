@@ -88,7 +88,7 @@ class Child:
     started: float
 
     def poll(self) -> str | None:
-        """None while it runs; then "ended", "timed out", "exit code 1" or "signal 11". It and its children are gone then."""
+        """None while it runs; then "ended", "timed out", "exit code 1" or "signal 11", and its children are gone."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if not pid and time.monotonic() < self.deadline:
             return None
