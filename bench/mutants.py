@@ -29,6 +29,8 @@ from bench.mutation.table import write_table  # noqa: E402
 from bench.mutation.verdict import FirstFailure  # noqa: E402
 
 WORK = ROOT / "build/mutants"
+CACHE = ("-o", f"cache_dir={WORK / 'pytest_cache'}")
+"""Where tests keep what takes long to make, such as the corpus of videos."""
 CHEAP_S = 20.0
 """Tests of so many seconds meet a mutant before the others are collected."""
 NOTICED = ("killed", "timed out")
@@ -42,7 +44,7 @@ def record(root: Path, trees: Sequence[Tree], reach: Reach) -> None:
     waiting = [file for file in files if stale(root, reach, file)]
 
     def ask(tree: Tree, file: str) -> Child:
-        return start(tree, [file], Recording(tree.path, tree.scratch / "reach.json"), 1800.0)
+        return start(tree, [*CACHE, file], Recording(tree.path, tree.scratch / "reach.json"), 1800.0)
 
     def note(tree: Tree, file: str, child: Child, how: str) -> None:
         out = tree.scratch / "reach.json"
@@ -96,7 +98,7 @@ def judge(root: Path, trees: Sequence[Tree], mutants: Sequence[Mutant], reach: R
         files, names, seconds = parts[index]
         tree.put(mutant.file, mutant.apply(root))
         plugin = FirstFailure(names, tree.scratch / "verdict.json")
-        return start(tree, ["-x", *files], plugin, 60 + 3 * seconds)
+        return start(tree, [*CACHE, "-x", *files], plugin, 60 + 3 * seconds)
 
     def note(tree: Tree, item: tuple[Mutant, list[Any], int], child: Child, how: str) -> Any:
         mutant, parts, index = item

@@ -143,4 +143,4 @@ def _run(tree: Tree, words: Sequence[str], plugin: Any, log: Path) -> None:
     hypothesis.settings.register_profile("mutants", phases=phases, database=None)
     hypothesis.settings.load_profile("mutants")
     basetemp = f"--basetemp={tree.scratch / 'pytest'}"
-    pytest.main(["-q", "-m", "not slow", "-p", "no:cacheprovider", basetemp, *words], plugins=[plugin])
+    pytest.main(["-q", "-m", "not slow", basetemp, *words], plugins=[plugin])
