@@ -31,9 +31,8 @@ from bench.mutation.verdict import FirstFailure  # noqa: E402
 WORK = ROOT / "build/mutants"
 CACHE = ("-o", f"cache_dir={WORK / 'pytest_cache'}")
 """Where tests keep what takes long to make, such as the corpus of videos."""
-CHEAP_S = 20.0
-"""Tests of so many seconds meet a mutant before the others are collected."""
-NOTICED = ("killed", "timed out")
+FIRST_PART_S = 20.0
+"""Seconds of tests that a mutant meets before further test files are collected."""
 
 
 def record(root: Path, trees: Sequence[Tree], reach: Reach) -> None:
@@ -80,11 +79,13 @@ def spread(trees: Sequence[Tree], items: Sequence[Any], ask: Any, note: Any) -> 
 
 
 def parts_of(root: Path, mutant: Mutant, reach: Reach) -> list[tuple[list[str], list[str], float]]:
-    """Cheap tests, then the others: each (files, node ids, seconds)."""
+    """Cheap tests, then dearer ones: each part (files, node ids, seconds) may take three times the one before."""
     parts: list[tuple[list[str], list[str], float]] = []
+    limit_s = FIRST_PART_S / 3
     for file, names, seconds in tests_reaching(root, reach, mutant):
-        if len(parts) == 0 or (len(parts) == 1 and parts[0][2] + seconds > CHEAP_S):
+        if not parts or parts[-1][2] + seconds > limit_s:
             parts.append(([], [], 0.0))
+            limit_s *= 3
         files, chosen, total = parts[-1]
         parts[-1] = ([*files, file], chosen + names, total + seconds)
     return parts
@@ -98,7 +99,7 @@ def judge(root: Path, trees: Sequence[Tree], mutants: Sequence[Mutant], reach: R
         files, names, seconds = parts[index]
         tree.put(mutant.file, mutant.apply(root))
         plugin = FirstFailure(names, tree.scratch / "verdict.json")
-        return start(tree, [*CACHE, "-x", *files], plugin, 60 + 3 * seconds)
+        return start(tree, [*CACHE, "-x", *files], plugin, 120 + 10 * seconds)
 
     def note(tree: Tree, item: tuple[Mutant, list[Any], int], child: Child, how: str) -> Any:
         mutant, parts, index = item

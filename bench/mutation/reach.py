@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from bench.mutation.recording.recorder import Line, Recorder
 RECORDING = Path(__file__).with_name("recording")
 PACKAGES = ("tempsamp_fast", "kernels")
 Reach = dict[str, dict[str, Any]]
-"""By test file: `inputs` (digests by file) and `tests`: by node id `seconds`, `passed`, and `lines` by source file."""
+"""By test file: `inputs` (digests by file) and `tests`: by node id CPU `seconds`, `passed`, and `lines` by source file."""
 
 
 def digest(path: Path) -> str:
@@ -69,9 +68,10 @@ class Recording:
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-        self._recorder.seen, start = set(), time.monotonic()
+        self._recorder.seen, start = set(), os.times()
         yield
-        self._tests[item.nodeid] = time.monotonic() - start, self._recorder.seen
+        spent = sum(os.times()[:4]) - sum(start[:4])  # of this process and of children that have ended
+        self._tests[item.nodeid] = spent, self._recorder.seen
         self._asked[item.nodeid] = getattr(item, "fixturenames", [])
         if self._starting or self._children.exists():
             self._starting.append(item.nodeid)
