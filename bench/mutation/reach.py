@@ -18,7 +18,7 @@ from bench.mutation.recording.recorder import Line, Recorder
 RECORDING = Path(__file__).with_name("recording")
 PACKAGES = ("tempsamp_fast", "kernels")
 Reach = dict[str, dict[str, Any]]
-"""By test file: `inputs` (digests by file) and `tests`: by node id CPU `seconds`, `passed`, and `lines` by source file."""
+"""By test file: `inputs` (digests by file) and `tests`: by node id `seconds` of CPU, `passed`, `lines` by source."""
 
 
 def digest(path: Path) -> str:
