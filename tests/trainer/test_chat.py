@@ -106,6 +106,13 @@ def test_every_special_token_but_eos_is_banned(chat: Chat, family: Family) -> No
     assert chat.eos_token_id not in chat.banned_token_ids
 
 
+def test_ids_that_only_round_the_vocabulary_up_are_banned(family: Family) -> None:
+    config = deepcopy(model(family).config)
+    config.text_config.vocab_size = len(tokenizer()) + 3
+    rounding = set(range(len(tokenizer()), len(tokenizer()) + 3))
+    assert rounding <= set(Chat(tokenizer(), config).banned_token_ids)
+
+
 def test_an_added_token_that_is_not_special_can_be_said(family: Family) -> None:
     """As `<think>` is in the tokenizers of Qwen3."""
     thinking = deepcopy(tokenizer())
