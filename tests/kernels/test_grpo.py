@@ -60,6 +60,13 @@ def test_every_kl_estimator_equals_the_naive_loss(packed, naive, kl_type, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_completions_of_advantage_zero_pay_the_kl_term(packed, naive, impl):
+    batch = packed(LENGTHS, seed=5)
+    learns = torch.tensor([1.0, 0.0, 0.0, 1.0], device=batch.advantages.device)
+    assert_equals_naive(replace(batch, advantages=batch.advantages * learns), naive, impl, beta=0.3)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "luspo"])
 def test_ratios_shared_by_a_row_equal_the_naive_loss(packed, naive, loss_type, impl):
     assert_equals_naive(
