@@ -49,3 +49,12 @@ def test_a_tower_that_is_trained_in_part_is_trained(tiny) -> None:
     (row,) = pack(tiny.groups()[:1], config=policy.config, max_tokens_per_row=10_000)
     policy(row, linear).square().sum().backward()
     assert trained.grad is not None and trained.grad.abs().max() > 0
+
+
+def test_two_answers_to_a_prompt_do_not_see_each_other(oracle, tiny) -> None:
+    """The smallest group that has branches."""
+    groups = [tiny.group(tiny.prompt((2, 4, 4), seed=3), [3, 2], seed=4)]
+    rows = pack(groups, config=tiny.model().config, max_tokens_per_row=10_000)
+    with torch.no_grad():
+        packed = oracle.packed_logits(Policy(tiny.model()), rows)
+        oracle.assert_close(packed, oracle.plain_logits(tiny.model(), groups))
