@@ -203,7 +203,8 @@ def test_a_file_of_which_nothing_is_left_is_an_error_with_the_first_reason(writt
     [
         ({"relevant_clip_ids": [1]}, "1 relevant_clip_ids but 2 saliency_scores"),
         ({"relevant_clip_ids": [1, 5]}, "relevant_clip_ids has 5"),
-        ({"saliency_scores": [[1], [9]]}, r"saliency_scores has \[9\]"),
+        ({"saliency_scores": [[1], [5]]}, r"saliency_scores has \[5\]"),
+        ({"saliency_scores": [[1], []]}, r"saliency_scores has \[\]"),
         ({"vid": 3}, "vid is 3, expected a str"),
     ],
 )

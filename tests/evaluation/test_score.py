@@ -62,6 +62,7 @@ def test_a_span_is_scored_against_its_best_window():
         ([(50, 60), (0, 10), (20, 30)], [(0, 10), (20, 30)], 2 / 3),
         ([(0, 5)], [(0, 10)], 1),
         ([(0, 4.9)], [(0, 10)], 0),
+        ([(50, 60)] * 9 + [(0, 10)], [(0, 10)], 1 / 10),
         ([(50, 60)] * 10 + [(0, 10)], [(0, 10)], 0),
     ],
 )
@@ -119,6 +120,12 @@ def test_a_last_clip_that_is_not_whole_does_not_count(duration_s):
     """And one that is not predicted scores 0, whatever is predicted of the others."""
     truth = sample(duration_s=duration_s, clip_scores={0: (4,), 3: (4,)})
     assert highlight_scores([truth], [{0.0: 0.5}]) == {"hl_map": 1.0, "hit@1": 1.0}
+
+
+def test_clips_left_out_share_the_last_rank_of_the_whole_clips_there_are():
+    """Eight and a half seconds have four whole clips: one is predicted, the Very Good one is among the other three."""
+    truth = sample(duration_s=8.5, clip_scores={0: (4,)})
+    assert highlight_scores([truth], [{2.0: 1.0}]) == {"hl_map": 1 / 4, "hit@1": 0}
 
 
 def test_no_highlight_prediction_counts_0():

@@ -150,6 +150,18 @@ def test_order_of_rows_and_other_groups_do_not_matter(shaping, data):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shaping", ["downscale", "anchor", "orarl"])
+def test_a_group_may_be_longer_than_a_block_of_the_kernel(shaping):
+    """Its largest reward is in the first block of 128 rows, its smallest in the second, other groups in between."""
+    rewards = torch.linspace(1, 0, 132)
+    group_ids = torch.arange(132) % 2
+    off_policy = torch.arange(132) % 11 == 10
+    kernel, reference = (
+        grouped_advantages(rewards, group_ids, off_policy, shaping=shaping, impl=impl) for impl in ("triton", "torch")
+    )
+    torch.testing.assert_close(kernel, reference, atol=2e-5, rtol=2e-5)
+
+
 def test_arguments_that_do_not_fit_are_refused_by_name():
     rewards, ids, off_policy = torch.rand(3), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.bool)
     with pytest.raises(ValueError, match="shaping 'soft'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,9 +102,11 @@ def test_prompts_may_ask_for_different_numbers_of_answers(tiny) -> None:
     assert all(map(same_ids, sample(policy, prompts, [3, 1, 2], max_tokens_per_row=60), expected))
 
 
-def test_another_seed_or_step_gives_other_answers(tiny) -> None:
+def test_another_seed_step_or_mode_gives_other_answers(tiny) -> None:
     policy, prompts = Policy(tiny.model()), prompts_of(tiny)
-    assert not same_ids(sample(policy, prompts)[0], sample(policy, prompts, seed=(0, 6))[0])
+    answers = sample(policy, prompts)[0]
+    assert not same_ids(answers, sample(policy, prompts, seed=(0, 6))[0])
+    assert not same_ids(answers, sample(policy, [replace(prompts[0], mode="think")])[0])
 
 
 def test_answers_end_with_eos_or_at_the_limit(tiny) -> None:

@@ -51,6 +51,14 @@ def test_ids_of_probability_zero_are_not_drawn_at_the_ends() -> None:
     assert tokens.tolist() == [1, 1]
 
 
+def test_rare_tokens_are_told_apart_at_the_end_of_the_distribution() -> None:
+    """A hundred tokens of 1e-8 each after a certain one: sums in float32 would take sixty of them for the others."""
+    probs = torch.cat([torch.tensor([1 - 1e-6], dtype=torch.float64), torch.full((100,), 1e-8, dtype=torch.float64)])
+    uniforms = 1 - 1e-6 * (torch.arange(100, dtype=torch.float64) + 0.5) / 100
+    tokens, _ = choose_tokens(probs.log().expand(100, -1), SamplingParams(), uniforms)
+    assert len(set(tokens.tolist())) > 90
+
+
 def test_temperature_zero_is_the_largest_allowed_logit() -> None:
     banned = torch.tensor([False, True, False, False, False])
     tokens, logps = choose_tokens(PROBS.log()[None], SamplingParams(temperature=0), EVENLY[:1], banned)
