@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tempsamp_fast.config import Phase, TrainConfig
 from tempsamp_fast.model.packing import PackedRow, idle_row
+from tempsamp_fast.model.policy import Head
 from tempsamp_fast.system.ranks import is_first_rank, max_over_ranks, num_ranks
 from tempsamp_fast.system.stopwatch import Stopwatch
 
@@ -24,8 +25,6 @@ SETTINGS = ("betas", "weight_decay")
 """Of an optimizer's parameter groups: what a run may be resumed with another value of; each step has its own rate."""
 Forward = Callable[..., Any]
 """`(row, head) -> head(hidden, weight)`, as of `Policy`."""
-Head = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
-"""`(hidden [M, H], lm_head weight [V, H]) -> (loss, metrics)`."""
 
 
 def deepspeed_config(train: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -225,6 +224,7 @@ def optimizer_step(
 ) -> tuple[list[Any], float]:
     """Accumulate the gradients of all rows, then update once. Every rank must have as many rows: see `in_step`.
 
+    heads: each gives (loss, metrics).
     Returns the metrics of each row, and the norm of the whole gradient before clipping. Where it is not finite, or a
     row's loss is not, no rank updates, and the norm is infinite or NaN. Raises RowsTooLargeError on every rank, nothing
     updated, when a row of any rank did not fit the memory.
