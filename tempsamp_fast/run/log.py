@@ -101,13 +101,12 @@ class RunLog:
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
         if advance:
+            shown = {short: metrics[name] for name, short in SHOWN.items() if name in metrics}
             self._bar.set_description(phase)
-            self._bar.set_postfix({short: f"{metrics[name]:.3g}" for name, short in SHOWN.items() if name in metrics})
+            self._bar.set_postfix({short: f"{value:.3g}" for short, value in shown.items()})
             self._bar.update()
             if self._bar.disable:
-                logger.info(
-                    "step %d %s %s", step, phase, {SHOWN[k]: round(metrics[k], 4) for k in SHOWN if k in metrics}
-                )
+                logger.info("step %d %s %s", step, phase, {short: round(value, 4) for short, value in shown.items()})
 
     def log_groups(self, step: int, phase: str, groups: Sequence[RolloutGroup]) -> None:
         """Append to RUN/groups.jsonl every group of this rank that has rewards, for the report's distributions."""
