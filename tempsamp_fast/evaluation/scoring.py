@@ -187,12 +187,9 @@ def read_predictions(path: str | Path, samples: Sequence[Sample]) -> list[dict[s
         rows[sample.sample_id] = row
     missing = [sample.sample_id for sample in samples if sample.sample_id not in rows]
     if missing:
-        raise ValueError(f"{path}: no prediction for {len(missing)} of {len(samples)} samples: {_some(missing)}")
+        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(f"{path}: no prediction for {len(missing)} of {len(samples)} samples: {some}")
     return [rows[sample.sample_id] for sample in samples]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def score_rows(
