@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tempsamp_fast.sample import Mode, Sample, Span, Task
-
-__all__ = ["Completion", "Mode", "Prompt", "RolloutGroup", "Sample", "Span", "Task", "VideoPatches", "VisionFeatures"]
+from tempsamp_fast.sample import Mode, Sample
 
 
 @dataclass(frozen=True)

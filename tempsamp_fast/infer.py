@@ -67,15 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_environment()
     mode: Mode = "think" if options.think else "answer"
     try:
-        answer = infer(
-            options.model,
-            options.video,
-            options.query,
-            mode,
-            options.max_completion_length,
-            not options.untagged,
-            options.video_backend,
-        )
+        how = options.max_completion_length, not options.untagged, options.video_backend
+        answer = infer(options.model, options.video, options.query, mode, *how)
         if options.plot:
             _plot(answer, options.plot)
     except (ValueError, OSError) as error:

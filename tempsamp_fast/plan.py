@@ -20,7 +20,8 @@ import torch
 from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.config import Config, DataConfig, parse_phases, prompts_per_step
 from tempsamp_fast.data.catalogue import DATASETS, find_annotations, load_training_data
-from tempsamp_fast.embedded.videos import SyntheticConfig, draw_videos
+from tempsamp_fast.embedded.data import embedded_videos
+from tempsamp_fast.embedded.videos import draw_videos
 from tempsamp_fast.learning.engine import effective_zero
 from tempsamp_fast.model.architectures import count_parameters, model_config
 from tempsamp_fast.model.families import geometry_of
@@ -49,8 +50,7 @@ class Data:
 def training_data(data: DataConfig) -> Data:
     """From the annotations where they are, from published counts where they are not."""
     if data.annotations == "synthetic":
-        train, val, test = data.num_synthetic_videos()
-        videos = draw_videos(SyntheticConfig(num_train=train, num_val=val, num_test=test))["train"]
+        videos = draw_videos(embedded_videos(data))["train"]
         durations = [video.annotation["duration"] for video in videos for _ in video.annotation["sentences"]]
         return Data(len(durations), tuple(durations), "the embedded data set")
     dataset = DATASETS.get(data.annotations)

@@ -6,8 +6,8 @@ import csv
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePath
@@ -31,6 +31,11 @@ class Annotations:
     dropped: list[str]
     """Why a query is not among them, a line for each that names the file and the place."""
 
+    @property
+    def num_late_ends(self) -> int:
+        """Windows that end beyond the video."""
+        return sum(end > sample.duration_s for sample in self.samples for _, end in sample.windows)
+
 
 def load_annotations(path: str | Path, videos: str | Path | None = None, format: str = "auto") -> list[Sample]:
     """The samples of `read_annotations`; how many queries were dropped and how many windows end late is logged once.
@@ -42,7 +47,9 @@ def load_annotations(path: str | Path, videos: str | Path | None = None, format:
         num_queries = len(annotations.samples) + len(annotations.dropped)
         dropped, first = len(annotations.dropped), annotations.dropped[0]
         logger.warning("%s: dropped %d of %d queries, the first: %s", path, dropped, num_queries, first)
-    _log_late_ends(Path(path), annotations.samples)
+    if late := annotations.num_late_ends:
+        num_windows = sum(len(sample.windows) for sample in annotations.samples)
+        logger.warning("%s: %d of %d windows end beyond their video; kept as they are", path, late, num_windows)
     return annotations.samples
 
 
@@ -166,37 +173,47 @@ def _typed(place: str, name: str, value: Any, kind: type | tuple[type, ...]) -> 
     return value
 
 
-def _get(place: str, fields: dict[str, Any], *names: str) -> Any:
-    """The first of `names` that `fields` has."""
-    for name in names:
-        if name in fields:
-            return fields[name]
-    raise ValueError(f"{place}: no field {' or '.join(map(repr, names))}, only {', '.join(fields)}")
+@dataclass(frozen=True)
+class _Fields:
+    """A JSON object or table row; errors about its values name its place."""
 
+    place: str
+    values: dict[str, Any]
 
-def _log_late_ends(path: Path, samples: Sequence[Sample]) -> None:
-    num_windows = sum(len(sample.windows) for sample in samples)
-    num_late = sum(end > sample.duration_s for sample in samples for _, end in sample.windows)
-    if num_late:
-        logger.warning("%s: %d of %d windows end beyond their video; kept as they are", path, num_late, num_windows)
+    def get(self, *names: str) -> Any:
+        """The first of `names` that there is."""
+        for name in names:
+            if name in self.values:
+                return self.values[name]
+        found = ", ".join(self.values)
+        raise ValueError(f"{self.place}: no field {' or '.join(map(repr, names))}, only {found}")
+
+    def text(self, name: str) -> str:
+        return _typed(self.place, name, self.get(name), str)
+
+    def items(self, name: str) -> list[Any]:
+        return _typed(self.place, name, self.get(name), list)
+
+    def of_video(self, video_id: str) -> _Fields:
+        """The same, their place told by the video too."""
+        return replace(self, place=f"{self.place}, video {video_id!r}")
 
 
 def _read_by_video(path: Path, queries_key: str, windows_key: str) -> Iterator[_Record]:
-    for video_id, fields in _json_object(path).items():
+    for video_id, entry in _json_object(path).items():
         place = f"{path}: video {video_id!r}"
-        _typed(place, "entry", fields, dict)
-        queries = _typed(place, queries_key, _get(place, fields, queries_key), list)
-        windows = _typed(place, windows_key, _get(place, fields, windows_key), list)
+        fields = _Fields(place, _typed(place, "entry", entry, dict))
+        queries, windows = fields.items(queries_key), fields.items(windows_key)
         if len(queries) != len(windows):
             raise ValueError(f"{place}: {len(queries)} {queries_key} but {len(windows)} {windows_key}")
-        duration = _get(place, fields, "duration", "video_duration")
+        duration = fields.get("duration", "video_duration")
         for index, (query, window) in enumerate(zip(queries, windows, strict=True)):
             yield _Record(f"{place}, query {index}", f"{video_id}/{index}", video_id, query, duration, [window])
 
 
 def _read_charades_text(path: Path) -> Iterator[_Record]:
     durations = _charades_durations(path)
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         place = f"{path}: line {number}"
         times, separator, query = line.partition("##")
         if not separator or len(times.split()) != 3:
@@ -205,9 +222,8 @@ def _read_charades_text(path: Path) -> Iterator[_Record]:
         if video_id not in durations:
             raise ValueError(f"{place}: video {video_id!r} is not in the Charades_v1_*.csv beside the file")
         windows = [[_float(place, time) for time in window]]
-        yield _Record(
-            f"{place}, video {video_id!r}", f"{video_id}/{number}", video_id, query, durations[video_id], windows
-        )
+        place = f"{place}, video {video_id!r}"
+        yield _Record(place, f"{video_id}/{number}", video_id, query, durations[video_id], windows)
 
 
 def _charades_durations(path: Path) -> dict[str, float]:
@@ -220,31 +236,29 @@ def _charades_durations(path: Path) -> dict[str, float]:
     durations = {}
     for table in tables:
         with table.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                durations[_get(str(table), row, "id")] = _float(str(table), _get(str(table), row, "length"))
+            for row in (_Fields(str(table), values) for values in csv.DictReader(file)):
+                durations[row.get("id")] = _float(row.place, row.get("length"))
     return durations
 
 
 def _read_qvhighlights(path: Path) -> Iterator[_Record]:
-    for number, row in _json_rows(path):
-        place = f"{path}: line {number}"
-        video_id = _typed(place, "vid", _get(place, row, "vid"), str)
-        place = f"{place}, video {video_id!r}"
-        duration = _get(place, row, "duration")
+    for _, line in _json_rows(path):
+        video_id = line.text("vid")
+        row = line.of_video(video_id)
+        duration = row.get("duration")
         yield _Record(
-            place=place,
-            sample_id=str(_get(place, row, "qid")),
+            place=row.place,
+            sample_id=str(row.get("qid")),
             video_id=video_id,
-            query=_get(place, row, "query"),
+            query=row.get("query"),
             duration=duration,
-            windows=_get(place, row, "relevant_windows"),
-            clip_scores=_clip_scores(place, row, _number(place, "duration", duration)),
+            windows=row.get("relevant_windows"),
+            clip_scores=_clip_scores(row, _number(row.place, "duration", duration)),
         )
 
 
-def _clip_scores(place: str, row: dict[str, Any], duration_s: float) -> dict[int, tuple[int, ...]]:
-    clips = _typed(place, "relevant_clip_ids", _get(place, row, "relevant_clip_ids"), list)
-    scores = _typed(place, "saliency_scores", _get(place, row, "saliency_scores"), list)
+def _clip_scores(row: _Fields, duration_s: float) -> dict[int, tuple[int, ...]]:
+    place, clips, scores = row.place, row.items("relevant_clip_ids"), row.items("saliency_scores")
     if len(clips) != len(scores):
         raise ValueError(f"{place}: {len(clips)} relevant_clip_ids but {len(scores)} saliency_scores")
     for clip, annotators in zip(clips, scores, strict=True):
@@ -256,36 +270,24 @@ def _clip_scores(place: str, row: dict[str, Any], duration_s: float) -> dict[int
 
 
 def _read_timelens(path: Path) -> Iterator[_Record]:
-    for number, row in _json_rows(path):
-        place = f"{path}: line {number}"
-        videos = _typed(place, "videos", _get(place, row, "videos"), list)
+    for number, line in _json_rows(path):
+        videos = line.items("videos")
         if len(videos) != 1 or not isinstance(videos[0], str):
-            raise ValueError(f"{place}: videos is {videos!r}, expected a list of one path")
-        place = f"{place}, video {videos[0]!r}"
-        answer = _typed(place, "answer", _get(place, row, "answer"), str)
-        windows = [list(span) for span in parse_spans(answer)]
-        query, duration = _get(place, row, "problem"), _get(place, row, "duration")
-        yield _Record(
-            place, f"{videos[0]}/{number}", videos[0], query, duration, windows, difficulty=row.get("difficulty")
-        )
+            raise ValueError(f"{line.place}: videos is {videos!r}, expected a list of one path")
+        row, name, difficulty = line.of_video(videos[0]), f"{videos[0]}/{number}", line.values.get("difficulty")
+        windows = [list(span) for span in parse_spans(row.text("answer"))]
+        query, duration = row.get("problem"), row.get("duration")
+        yield _Record(row.place, name, videos[0], query, duration, windows, difficulty=difficulty)
 
 
 def _read_timelens_100k(path: Path) -> Iterator[_Record]:
-    for number, row in _json_rows(path):
-        place = f"{path}: line {number}"
-        video = _typed(place, "video_path", _get(place, row, "video_path"), str)
-        place = f"{place}, video {video!r}"
-        for index, event in enumerate(_typed(place, "events", _get(place, row, "events"), list)):
-            fields = _typed(place, "event", event, dict)
-            query, windows = _get(place, fields, "query"), _get(place, fields, "span")
-            yield _Record(
-                f"{place}, query {index}",
-                f"{video}/{number}/{index}",
-                video,
-                query,
-                _get(place, row, "duration"),
-                windows,
-            )
+    for number, line in _json_rows(path):
+        video = line.text("video_path")
+        row = line.of_video(video)
+        for index, values in enumerate(row.items("events")):
+            event = _Fields(row.place, _typed(row.place, "event", values, dict))
+            query, windows, duration = event.get("query"), event.get("span"), row.get("duration")
+            yield _Record(f"{row.place}, query {index}", f"{video}/{number}/{index}", video, query, duration, windows)
 
 
 def _read_text(path: Path) -> str:
@@ -295,22 +297,23 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path}: not a UTF-8 text file ({error})") from error
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Every line that is not blank, with its number from 1."""
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Every line that is not blank, with its number from 1. Raises ValueError for a file that is not UTF-8 text."""
     return ((number, line) for number, line in enumerate(_read_text(path).split("\n"), start=1) if line.strip())
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in _lines(path):
+def _json_rows(path: Path) -> Iterator[tuple[int, _Fields]]:
+    for number, line in numbered_lines(path):
         place = f"{path}: line {number}"
-        yield number, _typed(place, "row", _parse_json(place, line), dict)
+        yield number, _Fields(place, _typed(place, "row", parse_json(place, line), dict))
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    return _typed(str(path), "content", _parse_json(str(path), _read_text(path)), dict)
+    return _typed(str(path), "content", parse_json(str(path), _read_text(path)), dict)
 
 
-def _parse_json(place: str, text: str) -> Any:
+def parse_json(place: str, text: str) -> Any:
+    """Raises ValueError that names the place for malformed JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -341,7 +344,7 @@ def _detect_format(path: Path) -> str:
     if path.suffix == ".txt":
         return "charades_text"
     if path.suffix == ".jsonl":
-        keys = set[str]().union(*(row for _, row in islice(_json_rows(path), 1)))
+        keys = set[str]().union(*(row.values for _, row in islice(_json_rows(path), 1)))
         return "timelens" if "problem" in keys else "timelens_100k" if "events" in keys else "qvhighlights"
     content = _json_object(path)
     return "timelens_bench" if any("queries" in entry for entry in islice(content.values(), 1)) else "captions"

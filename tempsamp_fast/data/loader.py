@@ -85,15 +85,12 @@ class PromptLoader:
     """
 
     def __init__(self, chat: Chat, geometry: Geometry, config: DataConfig, tower: str = ""):
-        self.chat = chat
-        self.geometry = geometry
-        self.config = config
+        self.chat, self.geometry, self.config = chat, geometry, config
         self.sampling = Sampling(config.sampling, config.fps, config.min_frames, config.max_frames)
         self.skipped: dict[Path, str] = {}
         self.replaced: Counter[int] = Counter()
         """Training samples that this process replaced for a bad video, by epoch."""
         self._videos: OrderedDict[Path, VideoPatches] = OrderedDict()
-        self._cached_bytes = 0
         folder = Path(config.patch_cache) if config.patch_cache else None
         self._disk = PatchCache(folder, geometry) if folder else None
         self._features_disk = PatchCache(folder, geometry, tower) if folder and tower else None
@@ -224,12 +221,11 @@ class PromptLoader:
                     self._disk.put(path, self.sampling, self._videos[path])
 
     def _keep(self, path: Path, video: VideoPatches) -> None:
-        if path in self._videos:
-            self._cached_bytes -= self._videos.pop(path).nbytes
         self._videos[path] = video
-        self._cached_bytes += video.nbytes
+        self._videos.move_to_end(path)
 
     def _evict(self) -> None:
-        while self._cached_bytes > self.config.video_cache_gib * 2**30:
+        excess = sum(video.nbytes for video in self._videos.values()) - self.config.video_cache_gib * 2**30
+        while excess > 0:
             _, video = self._videos.popitem(last=False)
-            self._cached_bytes -= video.nbytes
+            excess -= video.nbytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tempsamp_fast.data.annotations import numbered_lines, parse_json
 from tempsamp_fast.data.prompts import normalise_query
 from tempsamp_fast.rewards import CLIP_S, best_iou, parse_highlights, parse_spans, temporal_iou
 from tempsamp_fast.sample import Sample, Span, Task
@@ -169,14 +169,9 @@ def read_predictions(path: str | Path, samples: Sequence[Sample]) -> list[dict[s
     by_id = {sample.sample_id: sample for sample in samples}
     by_query = {(sample.video_id, normalise_query(sample.query)): sample for sample in samples}
     rows: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(Path(path)):
         place = f"{path}: line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: malformed JSON ({error})") from error
+        row = parse_json(place, line)
         if not isinstance(row, dict):
             raise ValueError(f"{place}: expected an object, got {line[:80]!r}")
         key = next((key for key in ("sample_id", "qid") if key in row), None)
@@ -192,12 +187,9 @@ def read_predictions(path: str | Path, samples: Sequence[Sample]) -> list[dict[s
         rows[sample.sample_id] = row
     missing = [sample.sample_id for sample in samples if sample.sample_id not in rows]
     if missing:
-        raise ValueError(f"{path}: no prediction for {len(missing)} of {len(samples)} samples: {_some(missing)}")
+        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(f"{path}: no prediction for {len(missing)} of {len(samples)} samples: {some}")
     return [rows[sample.sample_id] for sample in samples]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def score_rows(

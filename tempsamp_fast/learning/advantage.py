@@ -71,8 +71,9 @@ def skewness_by_rule(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig)
     return {rule: skewness(values) for rule, values in advantages_by_rule(groups, algorithm).items()}
 
 
-def skewness(values: Tensor) -> float:
+def skewness(values: Tensor | Sequence[float]) -> float:
     """Third standardised moment of [n] values; 0 where all are equal."""
-    centred = values.double() - values.double().mean()
+    values = torch.as_tensor(values, dtype=torch.float64)
+    centred = values - values.mean()
     variance = centred.square().mean()
     return 0.0 if variance == 0 else float(centred.pow(3).mean() / variance**1.5)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tempsamp_fast.config import Phase, TrainConfig
 from tempsamp_fast.model.packing import PackedRow, idle_row
+from tempsamp_fast.model.policy import Head
 from tempsamp_fast.system.ranks import is_first_rank, max_over_ranks, num_ranks
 from tempsamp_fast.system.stopwatch import Stopwatch
 
@@ -24,8 +25,6 @@ SETTINGS = ("betas", "weight_decay")
 """Of an optimizer's parameter groups: what a run may be resumed with another value of; each step has its own rate."""
 Forward = Callable[..., Any]
 """`(row, head) -> head(hidden, weight)`, as of `Policy`."""
-Head = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
-"""`(hidden [M, H], lm_head weight [V, H]) -> (loss, metrics)`."""
 
 
 def deepspeed_config(train: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -225,6 +224,7 @@ def optimizer_step(
 ) -> tuple[list[Any], float]:
     """Accumulate the gradients of all rows, then update once. Every rank must have as many rows: see `in_step`.
 
+    heads: each gives (loss, metrics).
     Returns the metrics of each row, and the norm of the whole gradient before clipping. Where it is not finite, or a
     row's loss is not, no rank updates, and the norm is infinite or NaN. Raises RowsTooLargeError on every rank, nothing
     updated, when a row of any rank did not fit the memory.
@@ -292,8 +292,7 @@ def _forward_backward(engine: Any, row: PackedRow, head: Head, is_last: bool) ->
             _end_backward(engine.optimizer)
     del loss
     idle = idle_row(engine.module.config, has_features=engine.module.has_frozen_tower)
-    poison, _ = engine(idle.to(engine.device), _not_a_number)
-    engine.backward(poison)
+    engine.backward(engine(idle.to(engine.device), lambda hidden, weight: torch.nan * (hidden @ weight.T).sum()))
     return None, False
 
 
@@ -309,10 +308,6 @@ def _end_backward(optimizer: Any) -> None:
     optimizer.extra_large_param_to_reduce.clear()
     optimizer.params_already_reduced = [False] * len(optimizer.params_already_reduced)
     optimizer._release_ipg_buffers()
-
-
-def _not_a_number(hidden: Tensor, weight: Tensor) -> tuple[Tensor, None]:
-    return torch.nan * (hidden @ weight.T).sum(), None
 
 
 def _plain_gradient_norm(engine: Any) -> Tensor | None:

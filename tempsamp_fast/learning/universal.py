@@ -67,12 +67,8 @@ def _convert(state: Path, universal: Path, allow_pickle: bool) -> Exception | No
                 return error
     shutil.rmtree(universal.parent, ignore_errors=True)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    done = subprocess.run(
-        [*command, "--input_folder", str(state), "--output_folder", str(universal)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command += ["--input_folder", str(state), "--output_folder", str(universal)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return None
     last_words = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"

@@ -78,17 +78,12 @@ def _swiglu(module: Any, hidden: Tensor) -> Tensor:
     return module.down_proj(LigerSiLUMulFunction.apply(module.gate_proj(hidden), module.up_proj(hidden)))
 
 
-def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """query, key [B, heads, N, dim]; cos, sin [B, N, dim]."""
-    return LigerRopeFunction.apply(query, key, cos, sin)
-
-
 def _with_fused_rotation(forward: Callable[..., Any]) -> FunctionType:
     """transformers' attention forward over the same globals, save for the rotation it finds among them."""
     plain = inspect.unwrap(forward)
     if not isinstance(plain, FunctionType) or ROTARY not in plain.__code__.co_names:
         raise ValueError(f"liger_layers: {forward.__qualname__} of this transformers release does not call {ROTARY}")
-    namespace = {**plain.__globals__, ROTARY: _rotate}
+    namespace = {**plain.__globals__, ROTARY: LigerRopeFunction.apply}
     fused = FunctionType(plain.__code__, namespace, plain.__name__, plain.__defaults__, plain.__closure__)
     fused.__kwdefaults__ = plain.__kwdefaults__
     return fused

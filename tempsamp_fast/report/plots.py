@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import cycle, groupby
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, get_args
@@ -63,15 +63,12 @@ def plot_reward(rows: Sequence[Row], path: Path) -> Path:
     with _figure(path, height=5.4) as figure:
         top, bottom = figure.subplots(2, sharex=True)
         means = ("reward/on_policy_mean", "reward/off_policy_mean")
-        for name, colour in zip(
-            [n for n in series_names(rows, "reward/") if n not in means], cycle(COLOURS), strict=False
-        ):
+        rewards = [name for name in series_names(rows, "reward/") if name not in means]
+        for name, colour in zip(rewards, cycle(COLOURS), strict=False):
             draw_series(top, rows, name, name.removeprefix("reward/"), colour)
-        for name, colour in zip(
-            [n for n in series_names(rows, "eval/") if n.endswith("/miou")], cycle(COLOURS), strict=False
-        ):
-            steps, values = series(rows, name)
-            bottom.plot(steps, values, "o-", color=colour, label=name.split("/")[1])
+        mious = [name for name in series_names(rows, "eval/") if name.endswith("/miou")]
+        for name, colour in zip(mious, cycle(COLOURS), strict=False):
+            bottom.plot(*series(rows, name), "o-", color=colour, label=name.split("/")[1])
         for axes, label in ((top, "on-policy reward"), (bottom, "held-out mIoU")):
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0)
@@ -84,26 +81,28 @@ def plot_reward(rows: Sequence[Row], path: Path) -> Path:
 def plot_on_and_off_policy(rows: Sequence[Row], path: Path) -> Path:
     """Mean total reward of the sampled answers against that of the answer made from the ground truth."""
     rows = [row for row in rows if "reward/off_policy_mean" in row]
-    with _figure(path) as figure:
-        axes = figure.subplots()
-        for source, colour in zip(("on", "off"), cycle(COLOURS), strict=False):
-            draw_series(axes, rows, f"reward/{source}_policy_mean", f"{source}-policy", colour)
-        axes.set(xlabel="step", ylabel="mean reward")
-        finish_axes(axes, rows)
-        label_phases(axes, rows)
-    return path
+    labels = {f"reward/{source}_policy_mean": f"{source}-policy" for source in ("on", "off")}
+    return _plot_series(rows, labels, "mean reward", path)
 
 
 def plot_skewness(rows: Sequence[Row], path: Path) -> Path:
     """Skewness of the advantages each rule gives the same rewards (paper figure 4)."""
     names = series_names(rows, "advantage/skew/")
     rows = [row for row in rows if names[0] in row]
+    labels = {name: name.rsplit("/", 1)[1] for name in names}
+    return _plot_series(rows, labels, "skewness of the advantages", path, has_zero_line=True)
+
+
+def _plot_series(
+    rows: Sequence[Row], labels: Mapping[str, str], ylabel: str, path: Path, has_zero_line: bool = False
+) -> Path:
     with _figure(path) as figure:
         axes = figure.subplots()
-        axes.axhline(0, color="#999999", linewidth=0.8)
-        for name, colour in zip(names, cycle(COLOURS), strict=False):
-            draw_series(axes, rows, name, name.rsplit("/", 1)[1], colour)
-        axes.set(xlabel="step", ylabel="skewness of the advantages")
+        if has_zero_line:
+            axes.axhline(0, color="#999999", linewidth=0.8)
+        for (name, label), colour in zip(labels.items(), cycle(COLOURS), strict=False):
+            draw_series(axes, rows, name, label, colour)
+        axes.set(xlabel="step", ylabel=ylabel)
         finish_axes(axes, rows)
         label_phases(axes, rows)
     return path
@@ -190,14 +189,11 @@ def draw_series(axes: Axes, rows: Sequence[Row], name: str, label: str, colour: 
 
 def phase_ranges(rows: Sequence[Row]) -> list[tuple[str, int, int]]:
     """(phase, first step, step after its last one) for every phase of training."""
-    ranges: list[tuple[str, int, int]] = []
-    for row in rows:
-        if row["phase"] == EVAL_PHASE:
-            continue
-        if ranges and ranges[-1][0] == row["phase"]:
-            ranges[-1] = (row["phase"], ranges[-1][1], row["step"] + 1)
-        else:
-            ranges.append((row["phase"], row["step"], row["step"] + 1))
+    ranges = []
+    trained = (row for row in rows if row["phase"] != EVAL_PHASE)
+    for phase, group in groupby(trained, key=lambda row: row["phase"]):
+        steps = [row["step"] for row in group]
+        ranges.append((phase, steps[0], steps[-1] + 1))
     return ranges
 
 

@@ -81,8 +81,7 @@ def save_checkpoint(
     """
     final = checkpoint_folder(run, step)
     partial = partial_folder(final)
-    is_first = is_first_rank()
-    if is_first:
+    if is_first_rank():
         for unfinished in final.parent.glob(f"*{PARTIAL}"):
             shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
@@ -91,15 +90,9 @@ def save_checkpoint(
         require_space(partial, _expected_size(run, policy), f"checkpoint {final.name}")
         save_engine(engine, partial / ENGINE, has_all_weights=not config.model.lora_rank)
         save_model(partial / MODEL, policy, chat, config.data)
-        barrier()
-        files = seal(partial)
-        if is_first:
-            stage = int(engine.zero_optimization_stage())
-            write_json(partial / STATE, {"step": step, "zero_stage": stage, **facts, "files": files})
-            for record in (partial / STATE, *(run / name for name in RECORDS)):
-                if record.exists():
-                    sync(record)
-            publish(final)
+        stage = int(engine.zero_optimization_stage())
+        _complete(final, {"step": step, "zero_stage": stage, **facts}, [run / name for name in RECORDS])
+        if is_first_rank():
             for old in checkpoints(run)[: -config.train.keep_checkpoints]:
                 remove(old)
     except (OSError, RuntimeError) as error:
@@ -107,6 +100,22 @@ def save_checkpoint(
         raise OSError(f"{final}: checkpoint not written: {str(error).splitlines()[0]}") from error
     barrier()
     return final
+
+
+def _complete(final: Path, facts: dict[str, Any], records: Sequence[Path] = ()) -> None:
+    """Hash what was written aside, keep the hashes with `facts` in its STATE, and rename it; `records` are synced too.
+
+    Called by every rank.
+    """
+    barrier()
+    partial = partial_folder(final)
+    files = seal(partial)
+    if is_first_rank():
+        write_json(partial / STATE, facts | {"files": files})
+        for record in (partial / STATE, *records):
+            if record.exists():
+                sync(record)
+        publish(final)
 
 
 def _expected_size(run: Path, policy: Policy) -> int:
@@ -193,12 +202,7 @@ def save_reference(folder: Path, policy: Policy, chat: Chat, data: DataConfig) -
     if is_first_rank():
         shutil.rmtree(partial, ignore_errors=True)
     save_model(partial, policy, chat, data)
-    barrier()
-    files = seal(partial)
-    if is_first_rank():
-        write_json(partial / STATE, {"files": files})
-        sync(partial / STATE)
-        publish(folder)
+    _complete(folder, {})
     barrier()
 
 

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -102,13 +101,12 @@ class RunLog:
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
         if advance:
+            shown = {short: metrics[name] for name, short in SHOWN.items() if name in metrics}
             self._bar.set_description(phase)
-            self._bar.set_postfix({short: f"{metrics[name]:.3g}" for name, short in SHOWN.items() if name in metrics})
+            self._bar.set_postfix({short: f"{value:.3g}" for short, value in shown.items()})
             self._bar.update()
             if self._bar.disable:
-                logger.info(
-                    "step %d %s %s", step, phase, {SHOWN[k]: round(metrics[k], 4) for k in SHOWN if k in metrics}
-                )
+                logger.info("step %d %s %s", step, phase, {short: round(value, 4) for short, value in shown.items()})
 
     def log_groups(self, step: int, phase: str, groups: Sequence[RolloutGroup]) -> None:
         """Append to RUN/groups.jsonl every group of this rank that has rewards, for the report's distributions."""
@@ -128,9 +126,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.active:
             self._bar.close()
             self._tensorboard.close()

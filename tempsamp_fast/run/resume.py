@@ -1,4 +1,4 @@
-"""What of an earlier run must be the same for its continuation to be that run, and finding out before it starts."""
+"""Where a run lies, what it goes on from, and what must be as it was for the continuation to be the same run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tempsamp_fast.config import Config, parse_phases
+from tempsamp_fast.config import Config, RolloutConfig, TrainConfig, parse_phases
 from tempsamp_fast.learning.engine import effective_zero
+from tempsamp_fast.run.checkpoint import MODEL, checkpoints, sound_checkpoint
 from tempsamp_fast.run.schedule import in_steps, plan
 from tempsamp_fast.sample import Sample
+from tempsamp_fast.system.ranks import barrier, is_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,44 @@ the same thing. All others of these two sections are fixed."""
 FIXED = {"train": ("seed", "prompts_per_device", "sft_prompts_per_device")}
 """Settings of the other sections that are fixed, for they say which prompts come next.
 `gradient_accumulation_steps` may change with the number of ranks, so that a step's prompts stay as many."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run, and the checkpoint that it is resumed from."""
+
+    path: Path
+    resumed_from: Path | None = None
+    state: dict[str, Any] | None = None
+    """The `state.json` of that checkpoint."""
+
+    @property
+    def first_step(self) -> int:
+        return self.state["step"] if self.state else 0
+
+    @property
+    def model(self) -> str | None:
+        """The model folder of that checkpoint."""
+        return str(self.resumed_from / MODEL) if self.resumed_from else None
+
+
+def open_folder(train: TrainConfig, rollout: RolloutConfig) -> RunFolder:
+    """Make the folder of a new run, or find what to resume; called by every rank.
+
+    Raises ValueError for a folder or a record of rollouts that belongs to another run.
+    """
+    folder, record = Path(train.resume or train.output_dir), rollout.record_rollouts
+    found = sound_checkpoint(folder) if train.resume else None
+    if not train.resume and ((folder / "metrics.jsonl").exists() or checkpoints(folder)):
+        raise ValueError(f"output_dir={str(folder)!r} holds a run; continue it with --resume or choose another")
+    if record and not train.resume and Path(record).exists():
+        raise ValueError(f"record_rollouts={record!r} exists; only a resumed run adds to a record: choose another")
+    barrier()
+    if is_first_rank():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if train.resume and not found:
+        logger.warning("%s: stopped before its first checkpoint; starting from its beginning", folder)
+    return RunFolder(folder, *found) if found else RunFolder(folder)
 
 
 def facts_of(config: Config, samples: Sequence[Sample], world_size: int) -> dict[str, Any]:

@@ -28,10 +28,9 @@ from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.rollout.backends import build_backend
 from tempsamp_fast.rollout.generate import SamplingParams
 from tempsamp_fast.run.checkpoint import ENGINE, save_checkpoint
-from tempsamp_fast.run.folder import open_folder
 from tempsamp_fast.run.log import RunLog, drop_rows_from
 from tempsamp_fast.run.reference import reference_of
-from tempsamp_fast.run.resume import check_same_run, facts_of
+from tempsamp_fast.run.resume import check_same_run, facts_of, open_folder
 from tempsamp_fast.run.schedule import PhaseStep, first_reinforcement_step, in_steps, plan
 from tempsamp_fast.run.skipped_steps import SkippedSteps
 from tempsamp_fast.system.device import training_device
@@ -153,16 +152,9 @@ class Run:
             self.watch.lap("rollout")
             return answers
 
-        config = self.config
-        groups = answer(
-            self.with_features(prompts),
-            at.phase.method,
-            config.rollout.num_generations,
-            sampler,
-            self.chat,
-            config.algorithm,
-            config.data.task,
-        )
+        config, asked, method = self.config, self.with_features(prompts), at.phase.method
+        num_answers, task = config.rollout.num_generations, config.data.task
+        groups = answer(asked, method, num_answers, sampler, self.chat, config.algorithm, task)
         self.watch.lap("reward")
         return groups
 
@@ -180,12 +172,7 @@ class Run:
     ) -> list[list[Completion]]:
         """Answers of the current policy, as many for all prompts or for each; `temperature` 0 is greedy."""
         rollout = self.config.rollout
-        params = SamplingParams(
-            temperature=temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            max_completion_length=rollout.max_completion_length,
-        )
+        params = SamplingParams(temperature, rollout.top_p, rollout.top_k, rollout.max_completion_length)
         self.backend.sync_weights()
         answers = self.backend.generate(prompts, num_completions, params, seed=(self.config.train.seed, step))
         return [[self.chat.completion(each.ids, each.logps) for each in group] for group in answers]
@@ -202,16 +189,9 @@ class Run:
             self.reference = self._build_reference(is_first=at.step == first_reinforcement_step(self.phases))
             self.watch.lap("reference")
         self.heartbeat.at(f"update of step {at.step}")
-        metrics = update(
-            self.engine,
-            self.reference,
-            groups,
-            at.phase.method,
-            config,
-            prompts_per_row(config.train, at.phase),
-            learning_rate(config.train, at.phase, at.step_in_phase),
-            self.watch,
-        )
+        per_row, rate = prompts_per_row(config.train, at.phase), learning_rate(config.train, at.phase, at.step_in_phase)
+        method = at.phase.method
+        metrics = update(self.engine, self.reference, groups, method, config, per_row, rate, self.watch)
         self.skipped_steps.note(at, groups, metrics)
         self.heartbeat.at(f"records of step {at.step} and data of the next")
         return metrics

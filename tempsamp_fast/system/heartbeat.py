@@ -12,7 +12,6 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tempsamp_fast.system.ranks import barrier, max_over_ranks
@@ -68,9 +67,7 @@ class Heartbeat:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Raises RankLostError in place of an error that is only the echo of another rank's end."""
         lost = self._await_verdict() if isinstance(error, (RuntimeError, OSError)) and self.world_size > 1 else None
         self._stop.set()
@@ -87,18 +84,14 @@ class Heartbeat:
                 self._write()
             except OSError as error:
                 logger.warning("%s: the heartbeat was not written: %s", self._path(self.rank), error)
-            lost = self.lost()
-            if lost:
+            if lost := self.lost():
                 self._end(lost)
 
     def _await_verdict(self) -> str | None:
         deadline = time.monotonic() + 2 * self.interval_s
-        while time.monotonic() < deadline:
-            lost = self.lost()
-            if lost:
-                return lost
+        while (lost := self.lost()) is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        return None
+        return lost
 
     def _end(self, lost: str) -> None:
         """A thread can only end a process that hangs in a collective by leaving at once."""

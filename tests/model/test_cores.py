@@ -148,7 +148,7 @@ def test_a_token_of_a_tree_sees_its_path_and_itself(core: str, monkeypatch: pyte
 def test_a_tree_is_counted_by_what_its_tokens_see() -> None:
     """Attended pairs, the tokens that predict, and the answers."""
     row = SimpleNamespace(layout=TREES)
-    assert _num_attended(row) == int(seen_one_by_one(TREES).sum())  # type: ignore[arg-type]
+    assert _num_attended(row.layout) == int(seen_one_by_one(TREES).sum())  # type: ignore[arg-type]
     assert [group.num_leaves for group in TREES] == [4, 3, 1, 3, 1, 0]
     # video of 4 tokens; question of 3 with answers of 2 and 1; question of 3 with an answer of 2; an answer of 5
     assert _logit_indices(TREES[:1]).tolist() == [6, 7, 6, 12, 13, 3, 15, 16, 17, 18]
