@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from tempsamp_fast.batch import Completion, Mode, Prompt, Task, VideoPatches
+from tempsamp_fast.batch import Completion, Prompt, VideoPatches
 from tempsamp_fast.config import AlgorithmConfig
 from tempsamp_fast.learning.groups import RecordedRollouts, RolloutGroup, answer, reward_metrics, score
-from tempsamp_fast.sample import Sample
+from tempsamp_fast.sample import Mode, Sample, Task
 
 VIDEO = VideoPatches(torch.empty(0), (1, 2, 2), 1.0, torch.zeros(1))
 SAMPLE = Sample("clip/0", Path("clip.mp4"), "a square", 12.0, ((2.0, 6.0), (8.0, 10.0)), {1: (4, 4, 4), 4: (1, 1, 1)})

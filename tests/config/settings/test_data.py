@@ -183,7 +183,7 @@ def test_as_many_videos_stay_in_memory_as_fit(stepper: Callable, decoded: list[P
     run = stepper(*SHORT).run
     samples = list({sample.video: sample for sample in run.train_samples}.values())[:2]
     run.loader.prompts(samples, ["answer"] * 2)
-    num_bytes = run.loader._cached_bytes
+    num_bytes = sum(video.nbytes for video in run.loader._videos.values())
     for gib, num_decoded in ((num_bytes / 2**30, 2), ((num_bytes - 1) / 2**30, 3)):
         run = stepper(*SHORT, "--video_cache_gib", str(gib)).run
         decoded.clear()
