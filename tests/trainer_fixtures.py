@@ -27,7 +27,7 @@ from tempsamp_fast.learning.advantage import assign_advantages
 from tempsamp_fast.run.log import read_metrics
 from tempsamp_fast.run.run import Run
 from tempsamp_fast.run.schedule import PhaseStep, plan
-from tempsamp_fast.system.device import free_port
+from tempsamp_fast.system.device import free_port, prepare_environment
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = """
@@ -228,6 +228,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
 @pytest.fixture(scope="session")
 def process_group() -> Iterator[None]:
     """What the trainer makes once per process; workers of pytest-xdist inherit a port that they must not share."""
+    prepare_environment()
     import deepspeed
 
     os.environ["MASTER_PORT"] = str(free_port())
