@@ -16,7 +16,7 @@ class ModelConfig:
     """Which model learns, and what of it."""
 
     model: str = setting("tiny", "checkpoint folder, hub name, or 'tiny' for the embedded model")
-    tiny_family: str = setting("qwen2_5_vl", "of the embedded model: qwen2_5_vl or qwen3_vl")
+    tiny_family: str = setting("qwen2_5_vl", "of the embedded model: a record of model/families.py, by its name")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
     freeze_vision: bool = setting(False, "train the language model alone; each video is then encoded once a step")
     lora_rank: int = setting(0, "train adapters of this rank on the language model; 0: all weights")

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.embedded.model import tiny_config
-from tempsamp_fast.model.families import FAMILIES
+from tempsamp_fast.model.families import FAMILIES, family_named
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def model_config(model: ModelConfig) -> Any:
     Hub names known here are not looked up. Raises ValueError for a model that is found nowhere.
     """
     if model.model == "tiny":
+        family_named(model.tiny_family, "tiny_family")
         return tiny_config(1024, lambda token: 0, model.tiny_family)
     name = model.model.rpartition("/")[2]
     family = next((each for each in FAMILIES.values() if name in each.published), None)

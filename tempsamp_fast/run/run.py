@@ -21,7 +21,7 @@ from tempsamp_fast.learning.universal import restored_engine
 from tempsamp_fast.learning.update import update
 from tempsamp_fast.learning.vision_features import features_key, with_vision_features
 from tempsamp_fast.model.attention import check_attention_core
-from tempsamp_fast.model.families import geometry_of
+from tempsamp_fast.model.families import family_named, geometry_of
 from tempsamp_fast.model.loading import load_model, resolve_dtype
 from tempsamp_fast.model.lora import REFERENCE, add_reference, with_adapters
 from tempsamp_fast.model.policy import Policy
@@ -46,6 +46,7 @@ class Run:
         self.started_s = time.monotonic()
         self.config, data, train = config, config.data, config.train
         self.device, self.rank, self.world_size = training_device(), own_rank(), num_ranks()
+        family_named(config.model.tiny_family, "tiny_family")
         start = open_folder(train, config.rollout)
         self.folder, self.resumed_from, self.first_step = start.path, start.resumed_from, start.first_step
         self.train_samples, self.eval_samples = load_training_data(with_embedded_data(data))

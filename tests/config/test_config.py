@@ -189,3 +189,10 @@ def test_the_table_of_settings_is_the_one_in_the_docs() -> None:
     """`python -m tempsamp_fast.arguments > docs/settings.md` writes it; every setting has its meaning there."""
     assert (Path(__file__).parents[2] / "docs/settings.md").read_text() == settings_table()
     assert "|  |" not in settings_table()
+
+
+@pytest.mark.parametrize("words", [["--dry_run", "True"], []])
+def test_an_unknown_tiny_family_is_refused_before_anything_is_made(words: list[str], tmp_path: Path, refused) -> None:
+    line = refused([*words, "--tiny_family", "llava", "--output_dir", str(tmp_path / "run")])
+    assert line == "tiny_family='llava': choose from qwen2_5_vl, qwen3_vl"
+    assert not (tmp_path / "run").exists()
