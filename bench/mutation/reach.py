@@ -96,9 +96,10 @@ class Recording:
 def inputs_of(root: Path, test_file: str, tests: dict[str, Any]) -> dict[str, str]:
     """Digests of what the record of a test file rests on: it, what is beside it, and the sources that it runs."""
     folder = (root / test_file).parent
-    beside = [path for path in folder.rglob("*.py") if not path.name.startswith("test_")]
+    shared = [*(root / "tests").glob("*.py"), *folder.rglob("*.py")]
+    beside = [path for path in shared if not path.name.startswith("test_")]
     sources = {source for test in tests.values() for source in test["lines"]}
-    names = {test_file, "conftest.py", "tests/conftest.py", *sources}
+    names = {test_file, "conftest.py", *sources}
     names |= {str(path.relative_to(root)) for path in beside}
     return {name: digest(root / name) for name in sorted(names)}
 
