@@ -20,6 +20,7 @@ from torch import Tensor
 from tempsamp_fast.batch import Prompt, VideoPatches
 from tempsamp_fast.config import DataConfig
 from tempsamp_fast.data.chat import Chat
+from tempsamp_fast.data.prompts import SHORTEST_S
 from tempsamp_fast.sample import Mode, Sample
 from tempsamp_fast.system.device import training_device
 from tempsamp_fast.video import Geometry, Sampling, load_videos, normalise_rows
@@ -47,7 +48,7 @@ def crop(sample: Sample, video: VideoPatches, generator: torch.Generator) -> tup
     """
     grid_t, height, width = video.grid_thw
     second = video.second_per_grid
-    latest_start = int(min(start for start, _ in sample.windows) / second)
+    latest_start = int(min(sample.duration_s - SHORTEST_S, *(start for start, _ in sample.windows)) / second)
     earliest_end = math.ceil(max(end for _, end in sample.windows) / second)
     first = int(torch.randint(min(latest_start, grid_t - 1) + 1, (), generator=generator))
     last = int(torch.randint(min(earliest_end, grid_t), grid_t + 1, (), generator=generator))
