@@ -89,6 +89,11 @@ def temporal_iou(a: Span, b: Span) -> float:
     return max(0.0, min(a[1], b[1]) - max(a[0], b[0])) / (max(a[1], b[1]) - min(a[0], b[0]))
 
 
+def is_outside(span: Span | None, duration_s: float) -> bool:
+    """Whether an answered span goes on beyond the video, by more than two decimals round."""
+    return span is not None and max(span) > duration_s + 0.005
+
+
 def best_iou(span: Span | None, windows: Sequence[Span]) -> float:
     """IoU of `span` with the window it fits best; 0 for no span (an answer that did not parse)."""
     if span is None:

@@ -52,7 +52,10 @@ def json_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     else:
         lines = ((f"{path}: line {number}", number, line) for number, line in text_lines(path))
         rows = ((place, number, parse_json(place, line)) for place, number, line in lines)
-    return ((place, number, typed(place, "row", row, dict)) for place, number, row in rows)
+    for place, number, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: expected an object, got {shown(json.dumps(row))}")
+        yield place, number, row
 
 
 def json_object(path: Path) -> dict[str, Any]:

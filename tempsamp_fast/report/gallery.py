@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from tempsamp_fast.report.plots import drawn_part, times_text
 from tempsamp_fast.report.runs import RunRecord
 from tempsamp_fast.video import VideoError, frames
 
@@ -54,9 +55,9 @@ def gallery(runs: Sequence[RunRecord], colours: Mapping[str, str], num_samples: 
 def _bar(label: str, spans: Sequence[Sequence[float]], duration_s: float, colour: str, note: str) -> str:
     blocks = []
     for start, end in spans:
-        left, right = (100 * min(max(time / duration_s, 0.0), 1.0) for time in (start, max(start, end)))
+        left, right = (100 * time / duration_s for time in drawn_part((start, end), duration_s))
         blocks.append(f'<i style="left:{left:.2f}%;width:{right - left:.2f}%;background:{colour}"></i>')
-    times = ", ".join(f"{start:.2f} to {end:.2f} s" for start, end in spans)
+    times = ", ".join(map(times_text, spans))
     return (
         f'<div class="bar"><span class="label">{escape(label)}</span><span class="track">{"".join(blocks)}</span>'
         f'<span class="note">{escape(", ".join(filter(None, (times, note))))}</span></div>'

@@ -33,9 +33,7 @@ CLOSES = "{{ '<think>\n\n</think>\n\n' }}"
 
 def unless_told(ending: str) -> str:
     """Closed where thinking is switched off: Qwen3.5's from 4B up open it else, Qwen3's leave it to the model."""
-    return (
-        "{% if enable_thinking is defined and not enable_thinking %}" + CLOSES + "{% else %}" + ending + "{% endif %}"
-    )
+    return "{% if enable_thinking is false %}" + CLOSES + "{% else %}" + ending + "{% endif %}"
 
 
 @cache
