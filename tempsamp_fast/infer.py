@@ -92,12 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plot(answer: dict[str, Any], path: Path, num_frames: int = 8) -> None:
+    from tempsamp_fast.data.frame_folder import thumbnails
     from tempsamp_fast.report.plots import plot_timeline
-    from tempsamp_fast.video import frames
 
     duration_s = answer["duration_s"]
     times_s = [duration_s * (index + 0.5) / num_frames for index in range(num_frames)]
-    pictures = frames(answer["video"], times_s, height=96)
+    pictures = thumbnails(answer["video"], times_s, height=96)
     plot_timeline(pictures, times_s, duration_s, {"predicted": answer["span"]}, answer["query"], path)
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from PIL import Image
 
+from tempsamp_fast.data.frame_folder import thumbnails
 from tempsamp_fast.report.plots import drawn_part, times_text
 from tempsamp_fast.report.runs import RunRecord
-from tempsamp_fast.video import VideoError, frames
+from tempsamp_fast.video import VideoError
 
 NUM_FRAMES = 8
 FRAME_HEIGHT = 72
@@ -68,7 +69,7 @@ def _strip(answer: Mapping[str, Any]) -> str:
     """Frames at equal distances, above the track that the bars are drawn on; the reason where there are none."""
     times_s = [answer["duration_s"] * (index + 0.5) / NUM_FRAMES for index in range(NUM_FRAMES)]
     try:
-        pictures = frames(answer["video"], times_s, FRAME_HEIGHT)
+        pictures = thumbnails(answer["video"], times_s, FRAME_HEIGHT)
     except VideoError as error:
         return f'<p class="missing">no frames: {escape(str(error))}</p>'
     images = [
