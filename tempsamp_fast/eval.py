@@ -196,7 +196,12 @@ def _report(
     options: argparse.Namespace, samples: Sequence[Sample], rows_by_mode: dict[Mode, list[dict[str, Any]]], task: Task
 ) -> str:
     scores: list[dict[str, Any]] = [
-        {"mode": mode, **score_rows(samples, rows, task, not options.untagged)} for mode, rows in rows_by_mode.items()
+        {
+            "mode": mode,
+            **score_rows(samples, rows, task, not options.untagged),
+            "outside_video": sum(row["outside_video"] for row in rows),
+        }
+        for mode, rows in rows_by_mode.items()
     ]
     if options.mixed_cot:
         ious = [[row["iou"] if row["span"] else None for row in rows] for rows in rows_by_mode.values()]

@@ -74,7 +74,7 @@ def read_annotations(path: str | Path, videos: str | Path | None = None, format:
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"format {format!r}: choose from auto, {', '.join(FORMATS)}")
     reader = FORMATS[_detect_format(path) if format == "auto" else format]
-    folder = VideoFolder(videos) if videos is not None else None
+    folder = VideoFolder(videos)
     ids: set[str] = set()
     samples, dropped = [], []
     for record in reader(path):
@@ -114,7 +114,7 @@ class _UnusableQuery(ValueError):
     """Well-formed, but nothing to learn from or to be tested on."""
 
 
-def _sample(record: _Record, folder: VideoFolder | None) -> Sample:
+def _sample(record: _Record, folder: VideoFolder) -> Sample:
     place = record.place
     duration_s = as_number(place, "duration", record.duration)
     if duration_s <= 0:
@@ -131,7 +131,7 @@ def _sample(record: _Record, folder: VideoFolder | None) -> Sample:
     if not windows:
         raise _UnusableQuery(f"{place}: no true window")
     try:
-        video = (folder or VideoFolder()).path(record.video_id)
+        video = folder.path(record.video_id)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     return Sample(

@@ -10,11 +10,11 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
 
 
 class VideoFolder:
-    """The videos below a folder by id; every folder that an id names is listed once."""
+    """The videos below a folder by id; every folder that an id names is listed once. None: nothing is looked for."""
 
-    def __init__(self, folder: str | Path | None = None) -> None:
-        self._folder = Path(folder or "")
-        self._names: dict[Path, dict[str, str]] = {} if folder is not None else {self._folder: {}}
+    def __init__(self, folder: str | Path | None) -> None:
+        self._folder, self._is_listed = Path(folder or ""), folder is not None
+        self._names: dict[Path, dict[str, str]] = {}
 
     def find(self, video_id: str) -> Path | None:
         """`<folder>/<video_id>` with one of `VIDEO_SUFFIXES` that is there, or with that of the id; else a folder.
@@ -23,7 +23,7 @@ class VideoFolder:
         """
         path = self._folder / _inside(video_id)
         if path.parent not in self._names:
-            self._names[path.parent] = _videos_in(path.parent)
+            self._names[path.parent] = _videos_in(path.parent) if self._is_listed else {}
         names = self._names[path.parent]
         name = names.get(path.name) or names.get(path.stem + path.suffix.lower())
         return None if name is None else path.with_name(name)
