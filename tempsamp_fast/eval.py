@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from tempsamp_fast.config import MODES, DataConfig
-from tempsamp_fast.data.catalogue import DATASETS, dataset_name, load_samples
+from tempsamp_fast.data.catalogue import DATASETS, dataset_name, load_samples, require_clip_scores
 from tempsamp_fast.evaluation.published import DEFAULT_TABLES, MIXED, comparison
 from tempsamp_fast.evaluation.scoring import grounding_scores, oracle_ious, score_rows
 from tempsamp_fast.run.log import write_json
@@ -165,10 +165,8 @@ def _check(options: argparse.Namespace, modes: Sequence[str], task: Task, sample
         raise ValueError(f"--mode {options.mode}: choose answer, think or answer+think")
     if options.mixed_cot and (set(modes) != set(MODES) or task != "grounding"):
         raise ValueError(f"--mixed_cot needs --mode answer+think and the task grounding, not {options.mode} and {task}")
-    if task == "highlight" and not all(sample.clip_scores for sample in samples):
-        raise ValueError(
-            f"--task highlight: {options.annotations} has no clip scores; it takes QVHighlights annotations"
-        )
+    if task == "highlight":
+        require_clip_scores(options.annotations, samples)
 
 
 def _share(samples: Sequence[Sample], rank: int, world_size: int) -> list[Sample]:
@@ -198,7 +196,12 @@ def _report(
     options: argparse.Namespace, samples: Sequence[Sample], rows_by_mode: dict[Mode, list[dict[str, Any]]], task: Task
 ) -> str:
     scores: list[dict[str, Any]] = [
-        {"mode": mode, **score_rows(samples, rows, task, not options.untagged)} for mode, rows in rows_by_mode.items()
+        {
+            "mode": mode,
+            **score_rows(samples, rows, task, not options.untagged),
+            "outside_video": sum(row["outside_video"] for row in rows),
+        }
+        for mode, rows in rows_by_mode.items()
     ]
     if options.mixed_cot:
         ious = [[row["iou"] if row["span"] else None for row in rows] for rows in rows_by_mode.values()]
@@ -224,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", required=True, help="checkpoint folder (RUN/checkpoints/step_*/model) or hub name")
     add("--annotations", required=True, help=f"file or data set: {', '.join(DATASETS)}")
-    add("--videos", required=True, type=Path, help="folder of <video id>.{mp4,mkv,webm,avi}")
+    add("--videos", required=True, type=Path, help="folder of <video id>.{mp4,mkv,webm,avi,mov,m4v}")
     add("--output", required=True, type=Path, help="folder of answers and scores; one that has some is continued")
     add("--mode", default="answer", help="answer, think or answer+think")
     add("--mixed_cot", action="store_true", help="also the better mode of each query: an upper bound, needs both modes")

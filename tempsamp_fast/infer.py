@@ -26,11 +26,13 @@ def infer(
 ) -> dict[str, Any]:
     """The model's greedy answer to one query: `span` in seconds (None if it does not parse), `text`, `duration_s`.
 
+    `outside_video` says that the span goes on beyond the video.
+
     Frames are taken as the checkpoint was trained (`video.json` beside its weights), by `video_backend`. Raises
     ValueError naming a bad checkpoint, video or query.
     """
     from tempsamp_fast.evaluation.answerer import Answerer
-    from tempsamp_fast.rewards import parse_span
+    from tempsamp_fast.rewards import is_outside, parse_span
     from tempsamp_fast.rollout.generate import SamplingParams
     from tempsamp_fast.run.checkpoint import read_video_settings
 
@@ -42,12 +44,14 @@ def infer(
     sample = Sample(video.stem, video, query, duration_s=0.0, windows=())
     (prompt,) = answerer.loader.prompts([sample], [mode])
     (completion,) = answerer.answer([prompt])
-    grid_t = prompt.video.grid_thw[0]
+    span, second = parse_span(completion.text, require_tags), prompt.video.second_per_grid
+    duration_s = prompt.video.grid_thw[0] * second
     return {
         "video": str(video),
         "query": query,
-        "span": parse_span(completion.text, require_tags),
-        "duration_s": round(grid_t * prompt.video.second_per_grid, 2),
+        "span": span,
+        "duration_s": round(duration_s, 2),
+        "outside_video": is_outside(span, duration_s + second),  # the file may last for up to a patch more
         "text": completion.text,
     }
 
@@ -67,25 +71,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_environment()
     mode: Mode = "think" if options.think else "answer"
     try:
+        if options.plot:
+            options.plot.parent.mkdir(parents=True, exist_ok=True)
         how = options.max_completion_length, not options.untagged, options.video_backend
         answer = infer(options.model, options.video, options.query, mode, *how)
+        print(json.dumps(answer))
         if options.plot:
             _plot(answer, options.plot)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
-    print(json.dumps(answer))
     return 0
 
 
 def _plot(answer: dict[str, Any], path: Path, num_frames: int = 8) -> None:
+    from tempsamp_fast.data.frame_folder import thumbnails
     from tempsamp_fast.report.plots import plot_timeline
-    from tempsamp_fast.video import frames
 
     duration_s = answer["duration_s"]
     times_s = [duration_s * (index + 0.5) / num_frames for index in range(num_frames)]
-    spans = {"predicted": answer["span"]} if answer["span"] else {}
-    plot_timeline(frames(answer["video"], times_s, height=96), times_s, duration_s, spans, answer["query"], path)
+    pictures = thumbnails(answer["video"], times_s, height=96)
+    plot_timeline(pictures, times_s, duration_s, {"predicted": answer["span"]}, answer["query"], path)
 
 
 if __name__ == "__main__":

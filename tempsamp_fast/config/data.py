@@ -18,7 +18,7 @@ class DataConfig:
         "synthetic", "training file, data set name (charades-train, ...), or 'synthetic': the embedded data set"
     )
     eval_annotations: str | None = setting(None, "held-out file or data set name")
-    videos: str | None = setting(None, "folder of <video id>.{mp4,mkv,webm,avi}")
+    videos: str | None = setting(None, "folder of <video id>.{mp4,mkv,webm,avi,mov,m4v}")
     eval_videos: str | None = setting(None, "folder of the held-out videos where it is another (out of domain)")
     few_shot_videos: int | None = setting(None, "train on this many videos, drawn at random")
     few_shot_seed: int = setting(0, "which ones; smaller subsets lie within larger ones")

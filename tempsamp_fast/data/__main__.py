@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tempsamp_fast.data.annotations import Annotations, read_annotations
 from tempsamp_fast.data.catalogue import DATASETS, Dataset, find_annotations
+from tempsamp_fast.data.frame_folder import fps_of, images_of
 from tempsamp_fast.video import VideoError, frames
 from tempsamp_fast.video.torchcodec_backend import open_decoder, shown_span
 
@@ -47,8 +48,8 @@ def check(annotations: Annotations, dataset: Dataset) -> Findings:
         )
         if published not in (None, found)
     ]
-    present = [video for video in by_video if video.is_file()]
-    findings.problems["missing"] = [str(video) for video in by_video if not video.is_file()]
+    present = [video for video in by_video if video.exists()]
+    findings.problems["missing"] = [str(video) for video in by_video if not video.exists()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         lengths = dict(zip(present, pool.map(_length_s, present), strict=True))
     findings.problems["unreadable"] = [str(error) for error in lengths.values() if isinstance(error, VideoError)]
@@ -63,6 +64,8 @@ def check(annotations: Annotations, dataset: Dataset) -> Findings:
 def _length_s(video: Path) -> float | VideoError:
     """What the file shows, in seconds, if its first and last frame decode; else why not."""
     try:
+        if video.is_dir():
+            return len(images_of(video)) / fps_of(video)
         begin, end = shown_span(open_decoder(video).metadata)
         frames(video, [0.0, end - begin], height=16)
     except VideoError as error:

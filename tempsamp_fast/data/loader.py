@@ -20,9 +20,11 @@ from torch import Tensor
 from tempsamp_fast.batch import Prompt, VideoPatches
 from tempsamp_fast.config import DataConfig
 from tempsamp_fast.data.chat import Chat
+from tempsamp_fast.data.frame_folder import load_frame_folder
+from tempsamp_fast.data.prompts import SHORTEST_S
 from tempsamp_fast.sample import Mode, Sample
 from tempsamp_fast.system.device import training_device
-from tempsamp_fast.video import Geometry, Sampling, load_videos, normalise_rows
+from tempsamp_fast.video import Geometry, Sampling, VideoError, load_videos, normalise_rows
 from tempsamp_fast.video.patch_cache import PatchCache
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,7 @@ def crop(sample: Sample, video: VideoPatches, generator: torch.Generator) -> tup
     """
     grid_t, height, width = video.grid_thw
     second = video.second_per_grid
-    latest_start = int(min(start for start, _ in sample.windows) / second)
+    latest_start = int(min(sample.duration_s - SHORTEST_S, *(start for start, _ in sample.windows)) / second)
     earliest_end = math.ceil(max(end for _, end in sample.windows) / second)
     first = int(torch.randint(min(latest_start, grid_t - 1) + 1, (), generator=generator))
     last = int(torch.randint(min(earliest_end, grid_t), grid_t + 1, (), generator=generator))
@@ -196,7 +198,14 @@ class PromptLoader:
                 self._videos.move_to_end(path)
             elif stored := next((found for disk in disks if (found := disk.get(path, self.sampling))), None):
                 self._keep(path, stored)
-        missing = [path for path in wanted if path not in self._videos]
+        for path in [path for path in wanted if path not in self._videos and path.is_dir()]:
+            try:
+                self._keep(path, load_frame_folder(path, self.sampling, self.geometry))
+            except VideoError as error:
+                if self.config.on_bad_video == "raise":
+                    raise
+                self.skipped[path] = str(error)
+        missing = [path for path in wanted if path not in self._videos and path not in self.skipped]
         if not missing:
             return
         # Kept in host memory, decoded in a stream of its own: training does not wait for it, nor it for training.

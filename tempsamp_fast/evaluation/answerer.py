@@ -44,11 +44,14 @@ class Answerer:
             1,
             self._params,
             seed=(self._seed, 0),
-            eos_token_ids=[self._chat.eos_token_id],
+            eos_token_ids=self._chat.end_token_ids,
             banned_token_ids=self._chat.banned_token_ids,
             max_tokens_per_row=self._max_tokens_per_row,
         )
-        return [self._chat.completion(answer.ids) for (answer,) in answers]
+        return [
+            self._chat.completion(answer.ids, opening=prompt.opening)
+            for prompt, (answer,) in zip(prompts, answers, strict=True)
+        ]
 
     def answer_all(self, samples: Sequence[Sample], mode: Mode, batch_size: int) -> Iterator[dict[Sample, str]]:
         """Texts by sample, batch after batch, the next batch's videos decoded meanwhile.

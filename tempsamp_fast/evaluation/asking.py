@@ -11,7 +11,7 @@ from typing import Any
 from tempsamp_fast.batch import Prompt
 from tempsamp_fast.data.loader import PromptLoader
 from tempsamp_fast.learning.groups import Sampler
-from tempsamp_fast.rewards import best_iou, parse_span
+from tempsamp_fast.rewards import best_iou, is_outside, parse_span
 from tempsamp_fast.sample import Mode, Sample
 from tempsamp_fast.system.ranks import num_ranks, of_all_ranks, own_rank
 
@@ -58,6 +58,7 @@ def answer_row(sample: Sample, text: str, require_tags: bool = True) -> dict[str
         "text": text,
         "span": span,
         "iou": best_iou(span, sample.windows),
+        "outside_video": is_outside(span, sample.duration_s),
     }
 
 

@@ -52,7 +52,9 @@ def _off_policy(prompt: Prompt, method: Method, chat: Chat, algorithm: Algorithm
         return []
     style = "template" if method == "sft" else algorithm.cot_off_policy
     text = off_policy_text(prompt.sample, prompt.mode, style, task)
-    return [] if text is None else [chat.off_policy_completion(text)]
+    if text is None and method == "sft":
+        raise ValueError(f"sample {prompt.sample.sample_id!r}: there is no true answer to learn")
+    return [] if text is None else [chat.off_policy_completion(text, prompt.opening)]
 
 
 def score(group: RolloutGroup, task: Task, algorithm: AlgorithmConfig) -> None:
@@ -74,7 +76,7 @@ class RecordedRollouts:
     def __init__(self, path: str | Path, chat: Chat):
         self.path = Path(path)
         self.chat = chat
-        self._answers: dict[tuple[int, str, str], list[Completion]] = {}
+        self._answers: dict[tuple[int, str, str], list[list[int]]] = {}
 
     def write(self, step: int, prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]]) -> None:
         """Append the answers of one step; several ranks may write to one file."""
@@ -92,20 +94,19 @@ class RecordedRollouts:
         if not self._answers:
             with self.path.open() as file:
                 for row in map(json.loads, file):
-                    self._answers[row["step"], row["sample_id"], row["mode"]] = [
-                        self.chat.completion(torch.tensor(ids)) for ids in row["ids"]
-                    ]
+                    self._answers[row["step"], row["sample_id"], row["mode"]] = row["ids"]
         found = []
         for prompt, number in zip(prompts, num_completions, strict=True):
             key = (step, prompt.sample.sample_id, prompt.mode)
-            completions = self._answers.get(key)
-            if completions is None or len(completions) < number:
-                have = 0 if completions is None else len(completions)
+            answers = self._answers.get(key, [])
+            if len(answers) < number:
+                have = len(answers)
                 raise ValueError(
                     f"replay_rollouts={str(self.path)!r}: {have} answers for step {step}, sample "
                     f"{prompt.sample.sample_id!r}, mode {prompt.mode}; need {number}"
                 )
-            found.append(completions[:number])
+            given = (torch.tensor(ids) for ids in answers[:number])
+            found.append([self.chat.completion(ids, opening=prompt.opening) for ids in given])
         return found
 
 

@@ -56,10 +56,11 @@ def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tupl
         raise ValueError(f"model={checkpoint!r}: its tokenizer or chat template cannot be used: {error}") from error
     if loading["missing_keys"]:
         raise ValueError(f"model={weights!r}: has no weights for {', '.join(sorted(loading['missing_keys']))}")
+    eos = getattr(model.generation_config, "eos_token_id", None)
     apply_liger_layers(model, config.liger_layers)
     if base:
         model = load_adapters(model, checkpoint, config.allow_pickle)
-    return model, Chat(tokenizer, model.config, _preprocessor_files(checkpoint))
+    return model, Chat(tokenizer, model.config, _preprocessor_files(checkpoint), eos)
 
 
 def _preprocessor_files(checkpoint: str) -> dict[str, str]:

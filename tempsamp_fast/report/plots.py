@@ -128,9 +128,16 @@ def plot_iou_distribution(answers: Mapping[str, Sequence[Row]], path: Path, mode
 
 
 def plot_timeline(
-    frames: ArrayLike, times_s: Sequence[float], duration_s: float, spans: Mapping[str, Span], query: str, path: Path
+    frames: ArrayLike,
+    times_s: Sequence[float],
+    duration_s: float,
+    spans: Mapping[str, Span | None],
+    query: str,
+    path: Path,
 ) -> Path:
-    """A bar over the video's seconds for every labelled span, and frames under it.
+    """A bar over the video's seconds for every labelled span, or the words that there is none, and frames under it.
+
+    Of a span that goes on beyond the video, the part inside is drawn.
 
     `frames` is [num_frames, 3, height, width] uint8, best taken at equal distances; `times_s` their times.
     """
@@ -140,10 +147,14 @@ def plot_timeline(
     bars = 0.3 * len(spans) + 0.1
     with _figure(path, height=bars + strip + 1.0) as figure:
         top, bottom = figure.subplots(2, height_ratios=(bars, strip), gridspec_kw={"hspace": 0.0})
-        for position, ((start, end), colour) in enumerate(zip(spans.values(), cycle(COLOURS), strict=False)):
+        for position, (span, colour) in enumerate(zip(spans.values(), cycle(COLOURS), strict=False)):
+            start, end = drawn_part(span or (0.0, 0.0), duration_s)
             top.barh(position, end - start, left=start, height=0.55, color=colour)
-            place, side = (end, "left") if end < 0.8 * duration_s else (start, "right")
-            top.text(place, position, f" {start:.2f} to {end:.2f} s ", va="center", ha=side, fontsize=8)
+            # Beside the bar where there is room, so that it is never over the row's name.
+            place, side = (end, "left") if end < 0.7 * duration_s else (start, "right")
+            if side == "right" and start < 0.3 * duration_s:
+                place, side = (start + end) / 2, "center"
+            top.text(place, position, f" {times_text(span)} ", va="center", ha=side, fontsize=8)
         top.set_title(shorten(f"“{query}”", width=110, placeholder=" …"), fontsize=11)
         top.set(xlim=(0, duration_s), ylim=(len(spans) - 0.4, -0.6), yticks=range(len(spans)), yticklabels=list(spans))
         top.tick_params(axis="y", length=0)
@@ -155,6 +166,19 @@ def plot_timeline(
         bottom.set(xlim=(0, duration_s), ylim=(0, 1))
         bottom.axis("off")
     return path
+
+
+def drawn_part(span: Sequence[float], duration_s: float) -> Span:
+    """The part of a span that lies inside the video; empty where none does, or where the end is before the start."""
+    start, end = (min(max(time, 0.0), duration_s) for time in span)
+    return start, max(start, end)
+
+
+def times_text(span: Sequence[float] | None) -> str:
+    """`1.00 to 2.50 s`, short for a time of any size."""
+    if span is None:
+        return "no answer"
+    return " to ".join(f"{time:.2f}" if time < 1e6 else f"{time:.2g}" for time in span) + " s"
 
 
 def series(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:

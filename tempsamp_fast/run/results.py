@@ -46,7 +46,9 @@ class Results:
             tags = run.config.algorithm.require_tags
             answers = evaluate(run.eval_samples, mode, run.greedy, run.loader, run.config.train.eval_batch_size, tags)
             scores = score_rows(run.eval_samples, answers, run.config.data.task, tags)
-            log.log(num_steps, "eval", {f"eval/{mode}/{name}": value for name, value in scores.items()}, advance=False)
+            outside = {"outside_video": sum(row["outside_video"] for row in answers)}
+            measured = {f"eval/{mode}/{name}": value for name, value in (scores | outside).items()}
+            log.log(num_steps, "eval", measured, advance=False)
             if run.rank == 0:
                 write_rows(self.answers_path(stage, mode), answers)
                 self.rows.append({"stage": stage, "mode": mode, "num_steps": num_steps, **scores})

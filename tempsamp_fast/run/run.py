@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -33,6 +34,7 @@ from tempsamp_fast.run.reference import reference_of
 from tempsamp_fast.run.resume import check_same_run, facts_of, open_folder
 from tempsamp_fast.run.schedule import PhaseStep, first_reinforcement_step, in_steps, plan
 from tempsamp_fast.run.skipped_steps import SkippedSteps
+from tempsamp_fast.sample import Mode
 from tempsamp_fast.system.device import training_device
 from tempsamp_fast.system.heartbeat import GracefulStop, Heartbeat
 from tempsamp_fast.system.ranks import num_ranks, own_rank
@@ -58,6 +60,8 @@ class Run:
         check_attention_core(config.model.attention_core, dtype, self.device)
         checkpoint = start.model or self._initial_checkpoint()
         self.policy, self.chat = self._load_policy(checkpoint, dtype)
+        held_out = train.eval_modes.split("+") if self.eval_samples else []
+        self.chat.check({mode for phase in self.phases for mode in phase.modes} | {*cast("list[Mode]", held_out)})
         self.loader = PromptLoader(
             self.chat,
             geometry_of(self.policy.config, data.min_pixels, data.max_pixels, data.total_pixels),
@@ -176,7 +180,10 @@ class Run:
         params = SamplingParams(temperature, rollout.top_p, rollout.top_k, rollout.max_completion_length)
         self.backend.sync_weights()
         answers = self.backend.generate(prompts, num_completions, params, seed=(self.config.train.seed, step))
-        return [[self.chat.completion(each.ids, each.logps) for each in group] for group in answers]
+        return [
+            [self.chat.completion(each.ids, each.logps, prompt.opening) for each in group]
+            for prompt, group in zip(prompts, answers, strict=True)
+        ]
 
     def greedy(self, prompts: Sequence[Prompt], num_completions: Sequence[int]) -> list[list[Completion]]:
         """The sampler of evaluation."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from copy import deepcopy
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers import (
 )
 
 from tempsamp_fast.batch import VideoPatches
-from tempsamp_fast.data.chat import VIDEO_MARKER, Chat
+from tempsamp_fast.data.chat import Chat
 from tempsamp_fast.data.prompts import off_policy_text, question
 from tempsamp_fast.embedded.model import tiny_model, train_tokenizer
 from tempsamp_fast.model.families import FAMILIES
@@ -151,9 +150,3 @@ def test_ids_that_no_token_has_are_banned(family: str) -> None:
     config.text_config.vocab_size = size + 3
     assert {size, size + 1, size + 2} <= set(Chat(tokenizer(), config).banned_token_ids)
     assert max(Chat(tokenizer(), config).banned_token_ids) == size + 2
-
-
-def test_a_query_that_holds_the_marker_of_a_video_is_refused(chat: Chat) -> None:
-    """Its placeholders would have no video."""
-    with pytest.raises(ValueError, match="expected one"):
-        chat.prompt(replace(SAMPLE, query=f"what {VIDEO_MARKER} shows"), "answer", "grounding", VIDEO)

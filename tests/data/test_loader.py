@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tempsamp_fast.batch import Prompt
 from tempsamp_fast.data import loader
 from tempsamp_fast.data.loader import PromptLoader
+from tempsamp_fast.infer import main as infer_main
+from tempsamp_fast.run.checkpoint import latest_checkpoint
 from tempsamp_fast.run.run import Run
 
 SHORT = ("--phases", "sft:1")
@@ -76,3 +81,25 @@ def test_videos_are_decoded_on_the_device_of_the_setting(stepper: Callable, monk
     assert asked[0] == ("auto" if not torch.cuda.is_available() else "cuda:0") and asked[-1] == "cpu"
     assert on_auto.video.pixel_values.device.type == "cpu"
     assert torch.equal(on_auto.video.pixel_values, on_cpu.video.pixel_values)
+
+
+def test_a_folder_of_frames_and_a_file_in_capitals_are_trained_on_and_asked_about(
+    trainer, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first steps of one's own data, through both doors."""
+    folder = tmp_path / "videos"
+    (folder / "drawn").mkdir(parents=True)
+    for index in range(24):
+        Image.new("RGB", (64, 48), (10 * index, 0, 0)).save(folder / f"drawn/{index:04}.jpg")
+    (folder / "drawn/fps.txt").write_text("3")
+    shutil.copy(next((clips / "videos").glob("*.mp4")), folder / "loud.MP4")
+    entry = {"duration": 8.0, "timestamps": [[1.0, 3.0]], "sentences": ["a square appears"]}
+    (tmp_path / "mine.json").write_text(json.dumps({"drawn": entry, "loud": entry}))
+    words = ("--annotations", str(tmp_path / "mine.json"), "--videos", str(folder), "--phases", "sft:1")
+    (row,) = [row for row in trainer.main(tmp_path / "run", *words) if row["phase"] == "sft/answer"]
+    assert row["data/bad_videos"] == 0
+    model = latest_checkpoint(tmp_path / "run")[0] / "model"
+    plot = ("--plot", str(tmp_path / "answer.png"), "--max_completion_length", "4")
+    capsys.readouterr()
+    assert infer_main(["--model", str(model), "--video", str(folder / "drawn"), "--query", "a square", *plot]) == 0
+    assert json.loads(capsys.readouterr().out)["duration_s"] == 8.0 and (tmp_path / "answer.png").exists()

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from tempsamp_fast.data.prompts import normalise_query, off_policy_text, question
+from tempsamp_fast.data.prompts import normalise_query, off_policy_text, question, span_text
 from tempsamp_fast.rewards import format_reward, parse_spans
 from tempsamp_fast.sample import Sample
 
@@ -54,3 +56,37 @@ def test_both_modes_ask_for_the_answer_tags_and_only_think_for_reasoning(task):
     answer, think = (question("a person sits", mode, task) for mode in ("answer", "think"))
     assert "<answer>" in answer and "<think>" not in answer
     assert all(tag in think for tag in ("<answer>", "<think>", "<timestep>"))
+
+
+TIMES = st.floats(0, 1e5, allow_subnormal=False)
+
+
+@given(TIMES, TIMES, TIMES)
+@example(9.298, 14.3, 9.3)
+@example(9.3, 14.3, 9.304)
+@example(0.0, 0.001, 0.012)
+@example(3.0, 3.001, 10.0)
+@example(9.999, 10.0, 10.0)
+@example(0.0, 5.0, 0.0099999)
+def test_a_span_is_written_inside_the_video_and_never_empty(start, end, duration_s):
+    """Within a hundredth of what it is; it is None only where no two decimals name a span of the video."""
+    said = span_text((start, end), duration_s)
+    if said is None:
+        assert duration_s < 0.01
+        return
+    first, last = map(float, said.split(" to "))
+    assert 0 <= first < last <= duration_s + 1e-6
+    assert abs(first - min(start, duration_s)) <= 0.0200001 and last >= min(end, duration_s) - 0.0100001
+
+
+@pytest.mark.parametrize("mode", ["answer", "think"])
+def test_no_off_policy_text_holds_an_empty_span_or_list(mode):
+    short = Sample("s", Path("v.mp4"), "Query", 0.004, ((0.0, 0.003),))
+    assert [off_policy_text(short, mode, task=task) for task in ("grounding", "multi_grounding", "highlight")] == [
+        None
+    ] * 3
+    assert off_policy_text(SAMPLE, mode, task="highlight") is None
+    zeros = Sample("s", Path("v.mp4"), "Query", 20.0, ((0.0, 3.0),), {0: (0, 0, 0)})
+    assert off_policy_text(zeros, mode, task="highlight") is None
+    edge = Sample("s", Path("v.mp4"), "Query", 9.3, ((9.298, 14.3),))
+    assert parse_spans(off_policy_text(edge, mode)) == [(9.29, 9.3)]

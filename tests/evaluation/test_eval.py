@@ -71,7 +71,11 @@ def test_answers_are_those_of_inference_and_scores_those_of_the_answers(
     samples = load_annotations(clips / "annotations/train.json", clips / "videos")
     assert [row["sample_id"] for row in found] == [sample.sample_id for sample in samples]
     (scores,) = json.loads((tmp_path / "out/scores.json").read_text())["rows"]
-    assert scores == {"mode": "answer", **score_rows(samples, found, "grounding", require_tags=False)}
+    assert scores == {
+        "mode": "answer",
+        **score_rows(samples, found, "grounding", require_tags=False),
+        "outside_video": 0,
+    }
     assert f"ours                          answer  {100 * scores['miou']:>9.1f}" in printed
     assert "TempSamp-R1                   think        62.1     83.6     74.1     52.9" in printed
     assert "50 videos" not in printed

@@ -297,3 +297,61 @@ def test_scoring_does_not_import_the_training_stack(files):
     code = "import sys; from tempsamp_fast.score import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture
+def twice(tmp_path):
+    """Annotations in which a video has one query twice, written in two ways, and a function that writes rows."""
+    entry = {"duration": 20, "timestamps": [[0, 10], [5, 15], [10, 20]], "sentences": ["One.", "Two.", "one"]}
+    (tmp_path / "a.json").write_text(json.dumps({"v1": entry}))
+
+    def words(*rows, start=""):
+        (tmp_path / "p.jsonl").write_text(start + "\n".join(map(json.dumps, rows)), encoding="utf-8")
+        return ["--annotations", str(tmp_path / "a.json"), "--predictions", str(tmp_path / "p.jsonl"), "--json"]
+
+    return words
+
+
+def row(query, *span):
+    return {"vid": "v1", "query": query, "span": list(span)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "miou"),
+    [
+        ([row("one", 0, 10), row("two", 5, 15), row("One.", 10, 20)], 1.0),
+        ([row("one", 10, 20), row("one", 0, 10), row("two", 5, 15)], 1 / 3),
+        ([row("two", 5, 15), row("one", 0, 10)], 2 / 3),
+    ],
+)
+def test_a_query_that_a_video_has_twice_is_scored_in_order_or_by_its_one_row(twice, capsys, rows, miou):
+    main(twice(*rows))
+    assert json.loads(capsys.readouterr().out)["miou"] == pytest.approx(miou)
+
+
+def test_a_third_row_for_a_query_that_comes_twice_is_refused(twice, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(twice(row("one", 0, 1), row("two", 0, 1), row("one", 0, 1), row("one", 0, 1)))
+    assert "line 4: vid 'v1' with query 'one' has a prediction already" in capsys.readouterr().err
+
+
+def test_predictions_may_begin_with_a_byte_order_mark(twice, capsys):
+    main(twice(row("one", 0, 10), row("two", 5, 15), row("one", 10, 20), start="\ufeff"))
+    assert json.loads(capsys.readouterr().out)["miou"] == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"span": [0, 10**400]},
+        {"span": ["x" * 9999, 1]},
+        {"spans": [[0, 1]] * 9999 + [7]},
+        {"text": None, "note": "x" * 9999},
+        {"vid": "x" * 9999},
+    ],
+)
+def test_a_flaw_of_a_prediction_is_one_short_line(twice, capsys, fields):
+    with pytest.raises(SystemExit, match="2"):
+        main(twice({"vid": "v1", "query": "one", **fields}, row("two", 5, 15)))
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and len(said) < 500

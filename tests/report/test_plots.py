@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from tempsamp_fast.report.plots import (
     COLOURS,
+    drawn_part,
     eval_files,
     phase_ranges,
     plot_run,
@@ -16,6 +18,7 @@ from tempsamp_fast.report.plots import (
     read_rows,
     series,
     smooth,
+    times_text,
 )
 
 
@@ -88,3 +91,49 @@ def test_timeline_bars_are_as_long_as_their_spans(tmp_path):
     assert widths[0] / widths[1] == pytest.approx(2.0, rel=0.02)
     grey = np.abs(picture[..., :3] - 90 / 255).max(axis=2) < 0.01
     assert grey.any(axis=0).sum() == pytest.approx(2 * widths[0], rel=0.02)
+
+
+def texts_of(tmp_path, monkeypatch, span, duration_s=20.0):
+    """What `plot_timeline` writes beside its one bar and where, and the picture's size."""
+    written = []
+    text = Axes.text
+
+    def noting(axes, x, y, said, **more):
+        written.append((x, said, more))
+        return text(axes, x, y, said, **more)
+
+    monkeypatch.setattr(Axes, "text", noting)
+    frames = np.full((4, 3, 30, 40), 90, dtype=np.uint8)
+    path = plot_timeline(frames, [2.5, 7.5, 12.5, 17.5], duration_s, {"predicted": span}, "a query", tmp_path / "t.png")
+    return written[0], imread(path)
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        *((14.0, 1111.0), (14.0, 1e95), (25.0, 30.0), (1e95, 1e96), (9.0, 5.0)),
+        *((0.0, 20.0), (0.1, 0.3), (19.7, 20.0), (2.0, 18.0), None),
+    ],
+)
+def test_a_span_outside_the_video_or_none_at_all_is_drawn_inside_the_picture(tmp_path, monkeypatch, span):
+    """Its label is short, inside the axes on the side that it grows to, and says what was answered."""
+    (place, said, more), picture = texts_of(tmp_path, monkeypatch, span)
+    assert picture.shape[1] == 1170 and picture.shape[0] < 600
+    assert 0 <= place <= 20.0 and len(said) < 30
+    room = {"left": 20.0 - place, "right": place, "center": min(place, 20.0 - place)}[more["ha"]]
+    assert room >= 0.15 * 20.0
+    assert said.strip() == ("no answer" if span is None else times_text(span))
+
+
+@pytest.mark.parametrize(
+    ("span", "part", "said"),
+    [
+        ((14.0, 1111.0), (14.0, 20.0), "14.00 to 1111.00 s"),
+        ((14.0, 1e95), (14.0, 20.0), "14.00 to 1e+95 s"),
+        ((25.0, 30.0), (20.0, 20.0), "25.00 to 30.00 s"),
+        ((9.0, 5.0), (9.0, 9.0), "9.00 to 5.00 s"),
+        ((1.0, 2.5), (1.0, 2.5), "1.00 to 2.50 s"),
+    ],
+)
+def test_the_part_inside_the_video_is_drawn_and_the_whole_is_named(span, part, said):
+    assert drawn_part(span, 20.0) == part and times_text(span) == said
