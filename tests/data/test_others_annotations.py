@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -160,3 +162,28 @@ def test_queries_whose_clips_all_have_score_0_are_not_learnt_from(written, tmp_p
     rows = [{**DETR, "qid": i, "relevant_clip_ids": [12], "saliency_scores": [[0, i, 0]]} for i in (0, 3)]
     data = DataConfig(videos=str(tmp_path), task="highlight", annotations=str(written("a.json", rows)))
     assert [sample.sample_id for sample in load_training_data(data)[0]] == ["3"]
+
+
+SHARED = Path(os.environ.get("TEMPSAMP_SHARED", Path(__file__).parents[3] / "shared/data")) / "annotations"
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"real annotations: no folder {SHARED}; set TEMPSAMP_SHARED")
+def test_the_real_charades_file_reads_alike_in_every_form(written):
+    """Compressed, as Time-R1's list and as moment_detr's lines."""
+    content = json.loads((SHARED / "charades_test.json").read_text())
+    queries = [
+        (video, entry["duration"], *query)
+        for video, entry in content.items()
+        for query in zip(entry["timestamps"], entry["sentences"], strict=True)
+    ]
+    names = ("video", "duration", "timestamp", "sentence")
+    listed = [dict(zip(names, query, strict=True)) for query in queries]
+    names = ("vid", "duration", "relevant_windows", "query")
+    lines = [{"qid": i, **dict(zip(names, (v, d, [w], q), strict=True))} for i, (v, d, w, q) in enumerate(queries)]
+    facts = lambda path: [(s.video_id, s.duration_s, s.windows, s.query) for s in load_annotations(path)]
+    expected = facts(SHARED / "charades_test.json")
+    assert len(expected) == 3720
+    assert facts(written("a.json.gz", gzip.compress(json.dumps(content).encode()))) == expected
+    assert facts(written("b.json", listed)) == expected
+    assert facts(written("c.jsonl.gz", gzip.compress("\n".join(map(json.dumps, lines)).encode()))) == expected
