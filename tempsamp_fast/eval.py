@@ -125,7 +125,7 @@ def evaluate(options: argparse.Namespace) -> str:
     data = dataclasses.replace(
         read_video_settings(Path(options.model)),
         **given,
-        on_bad_video="skip" if options.skip_bad_videos else "raise",
+        on_bad_sample="skip" if options.skip_bad_videos else "raise",
     )
     _check(options, modes, data.task, samples)
     params = SamplingParams(options.temperature, options.top_p, options.top_k, options.max_completion_length)

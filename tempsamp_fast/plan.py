@@ -1,7 +1,8 @@
 """What a run will take: `python -m tempsamp_fast.plan --config RECIPE --gpus 8 --nodes 2`, or `train.py --dry-run`.
 
-Everything is an estimate by arithmetic, from settings, annotations and the model's shape: no weights are read, no video
-is opened, and the data need not be there. Step times are expected only from figures measured on one GPU (`--measured`).
+Everything is an estimate by arithmetic, from settings, annotations and the model's shape: no weights are read, of the
+videos at most the header of one, and the data need not be there. Step times are expected only from figures measured on
+one GPU (`--measured`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,12 +27,23 @@ from tempsamp_fast.learning.engine import effective_zero
 from tempsamp_fast.model.architectures import count_parameters, model_config
 from tempsamp_fast.model.families import geometry_of
 from tempsamp_fast.model.flops import PEAK_BF16_TFLOPS
-from tempsamp_fast.planning.estimate import Memory, largest, step_flops, step_memory, step_traffic, video_grid, work_of
+from tempsamp_fast.planning.estimate import (
+    FRAME_SIZE,
+    Memory,
+    largest,
+    num_frames,
+    step_flops,
+    step_memory,
+    step_traffic,
+    video_grid,
+    work_of,
+)
 from tempsamp_fast.planning.forecast import Forecast, Measured, describe, forecast, read_measured
+from tempsamp_fast.planning.look import look_at_prompts, look_for_videos
+from tempsamp_fast.run.checkpoint import model_folder
 from tempsamp_fast.run.schedule import in_steps
+from tempsamp_fast.sample import Sample
 
-FRAME_SIZE = (720, 1280)
-"""(height, width) in pixels that videos are taken to have: the pixel budgets bind long before."""
 SHORTEST_ANSWER = {"answer": 20, "think": 45}
 """Tokens of the shortest useful answers: the span in its tags, and the template that thinks before it."""
 GIB = 2**30
@@ -44,6 +57,8 @@ class Data:
     durations_s: tuple[float, ...]
     """One per sample; empty where only counts are known."""
     note: str
+    samples: tuple[Sample, ...] = ()
+    """Where they were read from a file."""
 
 
 def training_data(data: DataConfig) -> Data:
@@ -61,7 +76,8 @@ def training_data(data: DataConfig) -> Data:
         is_here = False
     if is_here:
         samples, _ = load_training_data(dataclasses.replace(data, eval_annotations=None, eval_videos=None))
-        return Data(len(samples), tuple(sample.duration_s for sample in samples), f"read from {data.annotations}")
+        lengths = tuple(sample.duration_s for sample in samples)
+        return Data(len(samples), lengths, f"read from {data.annotations}", tuple(samples))
     missing = f"{data.annotations} is not here"
     if dataset is None or dataset.num_queries is None:
         return Data(None, (), f"{missing}, and no counts are published")
@@ -75,8 +91,7 @@ def video_grids(data: DataConfig, found: Data, config: Any) -> list[tuple[int, i
     """The grids of all samples; where durations are not known, of every possible number of frames."""
     geometry = geometry_of(config, data.min_pixels, data.max_pixels, data.total_pixels)
     if found.durations_s:
-        wanted = [int(duration * data.fps) // 2 * 2 for duration in found.durations_s]
-        counts = [min(max(count, data.min_frames), data.max_frames) for count in wanted]
+        counts = [num_frames(duration_s, data) for duration_s in found.durations_s]
     else:
         counts = list(range(data.min_frames, data.max_frames + 1, 2))
     by_count = {count: video_grid(geometry, count, FRAME_SIZE) for count in set(counts)}
@@ -90,10 +105,40 @@ def value_size(config: Config) -> int:
     return 4 if config.model.dtype == "float32" or on_cpu else 2
 
 
-def peak_memory(config: Config, world_size: int) -> Memory:
-    """Of the phase that takes most, with every answer as long as it may be."""
+def decided(config: Config, world_size: int) -> Config:
+    """The settings with a run folder as `model` taken for its newest checkpoint, and `zero_stage="auto"` chosen.
+
+    That is the least stage whose `peak_memory` leaves a tenth of the card free; 0 without a card.
+    """
+    config = copy.deepcopy(config)
+    config.model.model = model_folder(config.model.model)
+    if config.train.zero_stage == "auto":
+        config.train.zero_stage = "0"
+        card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf
+        found = training_data(config.data) if card < math.inf else None
+        for stage, offload in (("0", config.train.offload), ("2", config.train.offload), ("3", "all")):
+            tried: dict[str, Any] = {"zero_stage": stage, "offload": offload}
+            config.train = dataclasses.replace(config.train, **tried)
+            if found is None or peak_memory(config, world_size, found).total < 0.9 * card:
+                break
+    return config
+
+
+def look_before(config: Config) -> None:
+    """Say what `decided` settings would stumble over: missing videos, a prompt longer than a row.
+
+    Raises ValueError for it where `on_bad_sample` does, and for a folder of videos that is not there.
+    """
+    found, data = training_data(config.data), config.data
+    if found.samples and data.videos is not None:
+        look_for_videos(found.samples, data.videos, data.on_bad_sample)
+        look_at_prompts(found.samples, data, model_config(config.model), config.train.max_tokens_per_row)
+
+
+def peak_memory(config: Config, world_size: int, found: Data | None = None) -> Memory:
+    """Of the phase that takes most, with every answer as long as it may be. found: None reads the annotations."""
     shape = model_config(config.model)
-    grid = largest(video_grids(config.data, training_data(config.data), shape))
+    grid = largest(video_grids(config.data, found or training_data(config.data), shape))
     parameters, methods = count_parameters(shape, config.model), {p.method for p in parse_phases(config.train.phases)}
     works = [
         work_of(grid, shape, method, config.rollout.num_generations, config.rollout.max_completion_length)
@@ -169,7 +214,7 @@ def describe_plan(config: Config, world_size: int, gpu: str | None = None, measu
     chosen = f"{stage}, offload {'+'.join(sorted(offloaded)) or 'none'} (chosen)"
     rows = [(chosen, config), *((str(stage), with_stage(config, stage)) for stage in range(4))]
     for name, settings in rows:
-        memory = peak_memory(settings, world_size)
+        memory = peak_memory(settings, world_size, found)
         figures = [memory.weights, memory.reference, memory.gradients, memory.optimizer, memory.buffers]
         cells = [*figures, memory.activations, memory.total, memory.off_gpu]
         widths = (9, 11, 11, 11, 9, 13, 8, 9)
@@ -192,7 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.gpus < 1 or options.nodes < 1:
             raise ValueError(f"--gpus {options.gpus} --nodes {options.nodes}: must be at least 1")
         measured = read_measured(options.measured) if options.measured else None
-        print(describe_plan(parse_args(words), options.gpus * options.nodes, options.gpu, measured))
+        world_size = options.gpus * options.nodes
+        print(describe_plan(decided(parse_args(words), world_size), world_size, options.gpu, measured))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2

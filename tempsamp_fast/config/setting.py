@@ -7,9 +7,9 @@ from dataclasses import field
 from typing import Any
 
 
-def setting(default: Any, meaning: str) -> Any:
-    """A field with what `--help` and docs/settings.md say of it."""
-    return field(default=default, metadata={"help": meaning})
+def setting(default: Any, meaning: str, former_name: str | None = None) -> Any:
+    """A field with what `--help` and docs/settings.md say of it, and the name that it had before, which still works."""
+    return field(default=default, metadata={"help": meaning, "aliases": [f"--{former_name}"] if former_name else []})
 
 
 def parse_range(name: str, text: str | None) -> tuple[float, float]:

@@ -49,8 +49,11 @@ class Results:
             log.log(num_steps, "eval", {f"eval/{mode}/{name}": value for name, value in scores.items()}, advance=False)
             if run.rank == 0:
                 write_rows(self.answers_path(stage, mode), answers)
-                self.rows.append({"stage": stage, "mode": mode, "num_steps": num_steps, **scores})
+                row = {"stage": stage, "mode": mode, "num_steps": num_steps, **scores}
+                row["num_skipped"] = sum("skipped" in answer for answer in answers)
+                self.rows.append(row)
                 write_json(self.path, self.rows)
+                logger.info("%s", table([row], len(answers)))
 
     def answers_path(self, stage: str, mode: str) -> Path:
         """Where the answers of one evaluation are kept."""
@@ -63,7 +66,7 @@ class Results:
             return
         reasons = {path: reason for part in skipped for path, reason in part.items()}
         if reasons:
-            logger.warning("skipped videos: %d\n%s", len(reasons), "\n".join(reasons.values()))
+            logger.warning("skipped videos and samples: %d\n%s", len(reasons), "\n".join(reasons.values()))
         if self.run.eval_samples:
             is_highlight = self.run.config.data.task == "highlight"
             rows = self.rows if is_highlight else [*self.rows, self.constant_baseline()]
@@ -86,9 +89,11 @@ class Results:
 
 def table(rows: Sequence[dict[str, Any]], num_queries: int) -> str:
     """Evaluations as text, one per line with the metrics of the task."""
-    names = [name for name in rows[0] if name not in ("stage", "mode", "num_steps")]
+    names = [name for name in rows[0] if name not in ("stage", "mode", "num_steps", "num_skipped")]
     lines = [f"{num_queries} held-out queries"]
     lines.append(f"{'after':<24}{'mode':<8}" + "".join(f"{name:>12}" for name in names))
     for row in rows:
-        lines.append(f"{row['stage']:<24}{row['mode']:<8}" + "".join(f"{row[name]:>12.3f}" for name in names))
+        skipped = f"  {row['num_skipped']} skipped, counted as wrong" if row.get("num_skipped") else ""
+        figures = "".join(f"{row[name]:>12.3f}" for name in names)
+        lines.append(f"{row['stage']:<24}{row['mode']:<8}{figures}{skipped}")
     return "\n".join(lines)
