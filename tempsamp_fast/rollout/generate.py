@@ -72,7 +72,8 @@ def generate(
     synced: all ranks make the same number of forward passes, as ZeRO-3 needs it.
     cuda_graphs: replay the decoding passes as CUDA graphs; see `GraphDecoder`.
     Returns the answers by prompt, on the CPU.
-    Raises ValueError naming the sample of a prompt that is longer than `max_tokens_per_row`.
+    Raises ValueError naming the sample of a prompt that is longer than `max_tokens_per_row`, and FloatingPointError
+    naming one at which the logits are not finite.
     """
     if not prompts:
         raise ValueError("prompts is empty")
@@ -106,7 +107,14 @@ def generate(
                 cache.retire(keep)
                 tokens, positions = tokens[keep], positions[keep]
             logits = decode(tokens, positions + index)
-        return answers.by_prompt(counts)
+        by_prompt = answers.by_prompt(counts)
+    for prompt, group in zip(prompts, by_prompt, strict=True):
+        if any(answer.logps.isnan().any() for answer in group):
+            raise FloatingPointError(
+                f"sample {prompt.sample.sample_id[:80]!r}: the model's logits are not finite; its weights hold NaN or "
+                "infinity, or overflow in this dtype: begin from a sound checkpoint, or with --dtype float32"
+            )
+    return by_prompt
 
 
 @contextmanager
