@@ -117,8 +117,8 @@ def reward_metrics(groups: Sequence[RolloutGroup], eos_token_id: int) -> dict[st
 
     `reward/format` is the mean over think prompts, which alone earn it. `reward/std` is the mean over groups of the
     standard deviation of on-policy sums, `reward/tied_groups` the share of groups whose answers, the off-policy one
-    included, all earned the same. `completion/*` describes sampled answers: their lengths, and `cut_share`, how many do not end
-    with `eos_token_id`. What has no answers is left out.
+    included, all earned the same. `completion/*` describes sampled answers: their lengths, and `cut_share`, how many
+    do not end with `eos_token_id`. What has no answers is left out.
     """
     every = [completion for group in groups for completion in group.completions]
     metrics = {}
