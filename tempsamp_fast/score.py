@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--predictions",
         required=True,
-        help="run folder, for its newest answers, or JSON lines: sample_id or qid (or vid and query), and text or spans",
+        help="run folder (its newest answers) or JSON lines: sample_id or qid (or vid and query), and text or spans",
     )
     parser.add_argument("--annotations", required=True, help="annotation file with the ground truth")
     parser.add_argument("--format", default="auto", choices=["auto", *FORMATS], help="format of the annotation file")

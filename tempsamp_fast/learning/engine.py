@@ -92,7 +92,7 @@ def _given_settings(name: str | None) -> dict[str, Any]:
     packaged = Path(__file__).parents[1] / "configs" / f"{name}.json"
     try:
         given = json.loads((packaged if packaged.is_file() else Path(name)).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"deepspeed_config={name!r}: {error}") from error
     if not isinstance(given, dict):
         raise ValueError(f"deepspeed_config={name!r}: expected an object, found {given!r:.80}")
@@ -109,7 +109,6 @@ def _without_auto(given: dict[str, Any]) -> dict[str, Any]:
 
 def _contradictions(given: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """What a DeepSpeed file says that a run cannot follow, each with what to set in its place."""
-    wrong = []
     zero, optimizer, scheduler = (given.get(name, {}) for name in ("zero_optimization", "optimizer", "scheduler"))
     sections: dict[str, Any] = {name: given[name] for name in OBJECTS if name in given}
     if isinstance(zero, dict):
@@ -158,6 +157,11 @@ def build_engine(policy: nn.Module, train: TrainConfig, dtype: torch.dtype, *, l
 
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     settings = _merged(deepspeed_config(train, dtype), {"checkpoint": {"load_universal": load_universal}})
+    if settings["bf16"]["enabled"] is not (dtype == torch.bfloat16):
+        raise ValueError(
+            f"deepspeed_config={train.deepspeed_config!r}: bf16.enabled is {settings['bf16']['enabled']!r}, but the run "
+            f"is in {str(dtype).removeprefix('torch.')}: leave it out, or set --dtype"
+        )
     try:
         engine, _, _, _ = deepspeed.initialize(model=policy, model_parameters=trainable, config=settings)
     except (AssertionError, TypeError, AttributeError, KeyError, DeepSpeedConfigError) as error:

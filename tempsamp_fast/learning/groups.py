@@ -112,7 +112,7 @@ class RecordedRollouts:
         return found
 
 
-def reward_metrics(groups: Sequence[RolloutGroup], eos_token_id: int) -> dict[str, float]:
+def reward_metrics(groups: Sequence[RolloutGroup], eos_token_id: int | None = None) -> dict[str, float]:
     """Means over on-policy answers (`reward/tiou`, ..., their sum `reward/on_policy_mean`), off-policy ones apart.
 
     `reward/format` is the mean over think prompts, which alone earn it. `reward/std` is the mean over groups of the
@@ -148,5 +148,6 @@ def reward_metrics(groups: Sequence[RolloutGroup], eos_token_id: int) -> dict[st
         lengths = [len(each.ids) for each in sampled]
         metrics["completion/mean_length"] = fmean(lengths)
         metrics["completion/min_length"], metrics["completion/max_length"] = float(min(lengths)), float(max(lengths))
-        metrics["completion/cut_share"] = fmean(int(each.ids[-1]) != eos_token_id for each in sampled)
+        if eos_token_id is not None:
+            metrics["completion/cut_share"] = fmean(int(each.ids[-1]) != eos_token_id for each in sampled)
     return metrics
