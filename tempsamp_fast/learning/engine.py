@@ -159,8 +159,8 @@ def build_engine(policy: nn.Module, train: TrainConfig, dtype: torch.dtype, *, l
     settings = _merged(deepspeed_config(train, dtype), {"checkpoint": {"load_universal": load_universal}})
     if settings["bf16"]["enabled"] is not (dtype == torch.bfloat16):
         raise ValueError(
-            f"deepspeed_config={train.deepspeed_config!r}: bf16.enabled is {settings['bf16']['enabled']!r}, but the run "
-            f"is in {str(dtype).removeprefix('torch.')}: leave it out, or set --dtype"
+            f"deepspeed_config={train.deepspeed_config!r}: bf16.enabled is {settings['bf16']['enabled']!r}, but the "
+            f"run is in {str(dtype).removeprefix('torch.')}: leave it out, or set --dtype"
         )
     try:
         engine, _, _, _ = deepspeed.initialize(model=policy, model_parameters=trainable, config=settings)

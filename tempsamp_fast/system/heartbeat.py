@@ -203,7 +203,8 @@ class GracefulStop:
         self.asked, self._asked_s = True, time.monotonic()
         name = signal.Signals(number).name
         # A handler may have interrupted a write to stderr: this one goes past its buffer.
-        os.write(2, f"\n{name}: stopping after this step; Ctrl-C (again) ends at once\n".encode())
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, f"\n{name}: stopping after this step; Ctrl-C (again) ends at once\n".encode())
         reason = f"{name}, and the step did not end within {self.grace_s:.0f} s"
         self._timer = threading.Timer(self.grace_s, self._end, (reason, number))
         self._timer.daemon = True
