@@ -13,7 +13,6 @@ from tempsamp_fast.model.families import geometry_of
 from tempsamp_fast.planning.estimate import FRAME_SIZE, TEXT_TOKENS, num_frames, text_and_video_tokens, video_grid
 from tempsamp_fast.sample import Sample
 from tempsamp_fast.system.ranks import is_first_rank
-from tempsamp_fast.video import VideoError
 from tempsamp_fast.video.probe import header_facts
 
 BYTES_PER_TOKEN = 4
@@ -50,7 +49,7 @@ def look_at_prompts(
     max_tokens: int,
     count: Callable[[Sample], int] | None = None,
 ) -> None:
-    """By arithmetic on all prompts, and on the longest one with its video's own frame size. Tells as the videos' look.
+    """By arithmetic on all prompts; the longest, if too long, with its video's own frame size. Tells as the videos' look.
 
     count: the text's tokens, the chat format and a placeholder included; None: from its bytes.
     """
@@ -70,11 +69,13 @@ def look_at_prompts(
         return
     index = max(range(len(samples)), key=lengths.__getitem__)
     longest = samples[index]
-    try:
-        facts = header_facts(longest.video)
-        grid = video_grid(geometry, num_frames(facts.duration_s, data), (facts.height, facts.width))
-    except (VideoError, ValueError, OSError):
-        grid = None  # that is told where the video is read
+    grid = None
+    if lengths[index] > max_tokens:
+        try:
+            facts = header_facts(longest.video)
+            grid = video_grid(geometry, num_frames(facts.duration_s, data), (facts.height, facts.width))
+        except (ValueError, OSError):
+            pass  # that is told where the video is read
     number = tokens(longest, count(longest) if count else estimated_text(longest), grid)
     if number > max_tokens:
         too_long = max(1, sum(each > max_tokens for each in lengths))
