@@ -49,7 +49,7 @@ def look_at_prompts(
     max_tokens: int,
     count: Callable[[Sample], int] | None = None,
 ) -> None:
-    """By arithmetic on all prompts; the longest, if too long, with its video's own frame size. Tells as the videos' look.
+    """By arithmetic on all prompts, and if one is too long with its video's own frame size. Tells as the videos' look.
 
     count: the text's tokens, the chat format and a placeholder included; None: from its bytes.
     """

@@ -66,7 +66,7 @@ class Results:
             return
         reasons = {path: reason for part in skipped for path, reason in part.items()}
         if reasons:
-            logger.warning("skipped videos and samples: %d\n%s", len(reasons), "\n".join(reasons.values()))
+            logger.warning("skipped videos: %d\n%s", len(reasons), "\n".join(reasons.values()))
         if self.run.eval_samples:
             is_highlight = self.run.config.data.task == "highlight"
             rows = self.rows if is_highlight else [*self.rows, self.constant_baseline()]
