@@ -94,17 +94,23 @@ def parse_args(arguments: Sequence[str]) -> Config:
     try:
         given, words = files.parse_known_args(list(arguments))
         recipe = given.config or (None if given.resume else default_recipe(words))
-        flags = [*_base_flags(recipe, given.resume), *words]
+        typed = [*(_flags(read_recipe(_config_file(recipe))) if recipe else []), *words]
+        _require_values(typed)
+        flags = [*([*_saved_flags(given.resume), f"--resume={given.resume}"] if given.resume else []), *typed]
         *settings, unknown = parser.parse_args_into_dataclasses(args=flags, return_remaining_strings=True)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
     if unknown:
         raise ValueError(f"unknown flag: {' '.join(unknown)}")
-    for section in settings:
-        for name, value in vars(section).items():
-            if isinstance(value, str) and not value.strip():
-                raise ValueError(f"{name}={value!r}: must not be empty; leave --{name} out for its default")
     return Config(*settings)
+
+
+def _require_values(words: Sequence[str]) -> None:
+    for before, word in zip(["", *words], words, strict=False):
+        name, separator, value = word.partition("=")
+        if not word.strip() or (word.startswith("--") and separator and not value.strip()):
+            name = (name if separator else before).removeprefix("--")
+            raise ValueError(f"{name}='': must not be empty; leave --{name} out for its default")
 
 
 def default_recipe(words: Sequence[str]) -> Path:
@@ -133,11 +139,6 @@ def describe_settings(arguments: Sequence[str], config: Config) -> str:
         f"         {rollout.num_generations} answers of at most {rollout.max_completion_length} tokens; ZeRO "
         f"{train.zero_stage}, offload {train.offload}",
     ])  # fmt: skip
-
-
-def _base_flags(config: Path | None, resume: Path | None) -> list[str]:
-    flags = [*_saved_flags(resume), f"--resume={resume}"] if resume else []
-    return flags + (_flags(read_recipe(_config_file(config))) if config else [])
 
 
 def _config_file(given: Path) -> Path:

@@ -117,8 +117,8 @@ def _why_unreachable(name: str) -> str:
         try:
             urllib.request.urlopen(url, timeout=HUB_TIMEOUT_S).close()
             reasons.append("")
-        except urllib.error.HTTPError:
-            reasons.append("")
+        except urllib.error.HTTPError as error:
+            reasons.append("" if error.code < 500 else f"{huggingface_hub.constants.ENDPOINT} cannot be used: {error}")
         except (OSError, ValueError) as error:
             reasons.append(f"{huggingface_hub.constants.ENDPOINT} cannot be reached: {error}")
 

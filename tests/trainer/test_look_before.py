@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from tempsamp_fast.data.__main__ import main as data_main
 from tempsamp_fast.data.loader import PromptLoader
 from tempsamp_fast.eval import main as eval_main
 from tempsamp_fast.infer import main as infer_main
+from tempsamp_fast.model import loading
 from tempsamp_fast.model.loading import found_checkpoint
 from tempsamp_fast.plan import decided
 from tempsamp_fast.planning.look import look_for_videos
@@ -29,6 +31,7 @@ from tempsamp_fast.sample import Sample
 from tempsamp_fast.score import main as score_main
 from tempsamp_fast.train import main
 
+EVALUATED = ("--max_eval_samples", "99")
 ENTRY = {"duration": 8.0, "timestamps": [[1.0, 3.0]], "sentences": ["a square appears"]}
 
 
@@ -54,7 +57,7 @@ def test_a_missing_video_is_counted_and_named_before_the_first_step(
 ) -> None:
     monkeypatch.setattr(Run, "answer", no_step)
     words = annotated(lost=ENTRY, gone=ENTRY)
-    line = refused(trainer.flags(tmp_path / "run", "--phases", "sft:9", f"--{where}", words[1]))
+    line = refused(trainer.flags(tmp_path / "run", "--phases", "sft:9", f"--{where}", words[1], *EVALUATED))
     assert "2 of 8 videos are missing" in line and "lost.mp4" in line and "--on_bad_sample skip" in line
 
 
@@ -89,7 +92,7 @@ def test_a_dry_run_prints_the_plan_and_then_names_the_missing_video(
     assert "1 of 7 videos are missing" in caplog.text
 
 
-LONG = ENTRY | {"sentences": ["word " * 20_000]}
+LONG = ENTRY | {"sentences": ["word " * 40_000]}
 
 
 def test_a_prompt_longer_than_a_row_is_named_before_the_first_step(
@@ -245,14 +248,20 @@ def test_a_path_that_is_no_folder_is_refused_without_asking_the_hub(
         found_checkpoint(name)
 
 
-@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://10.255.255.1", "http://nowhere.invalid"])
-def test_a_hub_that_cannot_be_reached_is_told_within_5_s(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    start = time.monotonic()
-    with pytest.raises(ValueError, match=r"model='nobody/nothing': no such folder.* and http\S+ (cannot|did not)"):
-        found_checkpoint("nobody/nothing")
-    assert time.monotonic() - start < 5
+@pytest.mark.parametrize("what", ["closed", "silent", "unknown", "offline"])
+def test_a_hub_that_cannot_be_reached_is_told_within_5_s(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """For a name that is not in the cache; one that is there is taken from it."""
+    monkeypatch.setattr(loading, "HUB_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", what == "offline")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hosts = {"silent": f"127.0.0.1:{silent.getsockname()[1]}", "unknown": "nowhere.invalid"}
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://{hosts.get(what, '127.0.0.1:9')}")
+        start = time.monotonic()
+        with pytest.raises(ValueError, match=r"model='nobody/nothing': no such folder, nor .*(cannot|did not|OFFLINE)"):
+            found_checkpoint("nobody/nothing")
+        assert time.monotonic() - start < 5
+        monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_: "/cache/abc/config.json")
+        assert found_checkpoint("nobody/nothing") == "/cache/abc"
 
 
 def test_the_clock_asks_for_a_checkpoint_and_rank_0_decides(trainer, tmp_path: Path) -> None:
