@@ -39,10 +39,9 @@ from tempsamp_fast.planning.estimate import (
     work_of,
 )
 from tempsamp_fast.planning.forecast import Forecast, Measured, describe, forecast, read_measured
-from tempsamp_fast.planning.look import look_at_prompts, look_for_videos
+from tempsamp_fast.planning.look import look_at_prompts, look_for_all_videos
 from tempsamp_fast.run.checkpoint import model_folder
 from tempsamp_fast.run.schedule import in_steps
-from tempsamp_fast.sample import Sample
 
 SHORTEST_ANSWER = {"answer": 20, "think": 45}
 """Tokens of the shortest useful answers: the span in its tags, and the template that thinks before it."""
@@ -57,8 +56,16 @@ class Data:
     durations_s: tuple[float, ...]
     """One per sample; empty where only counts are known."""
     note: str
-    samples: tuple[Sample, ...] = ()
-    """Where they were read from a file."""
+
+
+def are_here(data: DataConfig) -> bool:
+    """Whether the training annotations, if a file, can be read on this machine."""
+    dataset = DATASETS.get(data.annotations)
+    assert data.videos is not None
+    try:
+        return bool(find_annotations(dataset, Path(data.videos))) if dataset else Path(data.annotations).is_file()
+    except ValueError:
+        return False
 
 
 def training_data(data: DataConfig) -> Data:
@@ -69,15 +76,9 @@ def training_data(data: DataConfig) -> Data:
         durations = [video.annotation["duration"] for video in videos for _ in video.annotation["sentences"]]
         return Data(len(durations), tuple(durations), "the embedded data set")
     dataset = DATASETS.get(data.annotations)
-    assert data.videos is not None
-    try:
-        is_here = bool(find_annotations(dataset, Path(data.videos))) if dataset else Path(data.annotations).is_file()
-    except ValueError:
-        is_here = False
-    if is_here:
+    if are_here(data):
         samples, _ = load_training_data(dataclasses.replace(data, eval_annotations=None, eval_videos=None))
-        lengths = tuple(sample.duration_s for sample in samples)
-        return Data(len(samples), lengths, f"read from {data.annotations}", tuple(samples))
+        return Data(len(samples), tuple(sample.duration_s for sample in samples), f"read from {data.annotations}")
     missing = f"{data.annotations} is not here"
     if dataset is None or dataset.num_queries is None:
         return Data(None, (), f"{missing}, and no counts are published")
@@ -129,10 +130,11 @@ def look_before(config: Config) -> None:
 
     Raises ValueError for it where `on_bad_sample` does, and for a folder of videos that is not there.
     """
-    found, data = training_data(config.data), config.data
-    if found.samples and data.videos is not None:
-        look_for_videos(found.samples, data.videos, data.on_bad_sample)
-        look_at_prompts(found.samples, data, model_config(config.model), config.train.max_tokens_per_row)
+    data = config.data
+    if data.annotations != "synthetic" and are_here(data):
+        train, held_out = load_training_data(data)
+        look_for_all_videos(data, train, held_out)
+        look_at_prompts([*train, *held_out], data, model_config(config.model), config.train.max_tokens_per_row)
 
 
 def peak_memory(config: Config, world_size: int, found: Data | None = None) -> Memory:

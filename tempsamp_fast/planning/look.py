@@ -42,6 +42,13 @@ def look_for_videos(samples: Sequence[Sample], folder: str | Path, on_bad: str, 
         )
 
 
+def look_for_all_videos(data: DataConfig, train: Sequence[Sample], held_out: Sequence[Sample]) -> None:
+    """Those of a run, as `look_for_videos` does."""
+    look_for_videos(train, data.videos or "", data.on_bad_sample)
+    setting = "eval_videos" if data.eval_videos else "videos"
+    look_for_videos(held_out, data.eval_videos or data.videos or "", data.on_bad_sample, setting)
+
+
 def look_at_prompts(
     samples: Sequence[Sample],
     data: DataConfig,

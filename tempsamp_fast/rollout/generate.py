@@ -81,6 +81,7 @@ def generate(
     with eval_mode(policy):
         config = getattr(policy, "module", policy).config
         prefilled = _prefill(policy, prompts, config, max_tokens_per_row, synced)
+        _require_finite(prompts, prefilled.logits.isfinite().all(-1).tolist())
         row_prompts = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(prefilled.logits.device)
         cache = SharedPrefixCache(prefilled.attentions, row_prompts)
         logits, positions = prefilled.logits[row_prompts], prefilled.next_positions[row_prompts]
@@ -108,13 +109,17 @@ def generate(
                 tokens, positions = tokens[keep], positions[keep]
             logits = decode(tokens, positions + index)
         by_prompt = answers.by_prompt(counts)
-    for prompt, group in zip(prompts, by_prompt, strict=True):
-        if any(answer.logps.isnan().any() for answer in group):
+    _require_finite(prompts, [all(bool(answer.logps.isfinite().all()) for answer in group) for group in by_prompt])
+    return by_prompt
+
+
+def _require_finite(prompts: Sequence[Prompt], are_finite: Sequence[bool]) -> None:
+    for prompt, is_finite in zip(prompts, are_finite, strict=True):
+        if not is_finite:
             raise FloatingPointError(
                 f"sample {prompt.sample.sample_id[:80]!r}: the model's logits are not finite; its weights hold NaN or "
                 "infinity, or overflow in this dtype: begin from a sound checkpoint, or with --dtype float32"
             )
-    return by_prompt
 
 
 @contextmanager

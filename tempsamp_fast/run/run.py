@@ -26,7 +26,7 @@ from tempsamp_fast.model.families import geometry_of
 from tempsamp_fast.model.loading import load_model, resolve_dtype
 from tempsamp_fast.model.lora import REFERENCE, add_reference, with_adapters
 from tempsamp_fast.model.policy import Policy
-from tempsamp_fast.planning.look import look_at_prompts, look_for_videos
+from tempsamp_fast.planning.look import look_at_prompts, look_for_all_videos
 from tempsamp_fast.rollout.backends import build_backend
 from tempsamp_fast.rollout.generate import SamplingParams
 from tempsamp_fast.run.checkpoint import ENGINE, save_checkpoint
@@ -54,13 +54,8 @@ class Run:
         start = open_folder(train, config.rollout)
         self.folder, self.resumed_from, self.first_step = start.path, start.resumed_from, start.first_step
         made = with_embedded_data(data)
-        assert made.videos is not None
         self.train_samples, self.eval_samples = load_training_data(made)
-        look_for_videos(self.train_samples, made.videos, data.on_bad_sample)
-        look_for_videos(
-            self.eval_samples, made.eval_videos or made.videos, data.on_bad_sample,
-            setting="eval_videos" if made.eval_videos else "videos",
-        )  # fmt: skip
+        look_for_all_videos(made, self.train_samples, self.eval_samples)
         self.phases = in_steps(parse_phases(train.phases), train, len(self.train_samples), self.world_size)
         if start.state:
             logger.info("resuming %s after step %d, at step %d", self.folder, self.first_step - 1, self.first_step)

@@ -26,6 +26,7 @@ from tempsamp_fast.system import progress
 from tempsamp_fast.system.progress import BAR, Progress
 
 EOS = 7
+SHORT = ("--max_completion_length", "4")
 
 
 def answer(reward: float, length: int = 3, *, is_cut: bool = False, is_off_policy: bool = False) -> Completion:
@@ -213,6 +214,6 @@ def test_a_run_on_weights_of_nan_does_not_pass(trainer, broken: Path, refused, t
 def test_inference_on_weights_of_nan_says_so(broken: Path, clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
     video = next((clips / "videos").glob("*.mp4"))
     capsys.readouterr()
-    assert infer_main(["--model", str(broken), "--video", str(video), "--query", "a square"]) == 2
+    assert infer_main(["--model", str(broken), "--video", str(video), "--query", "a square", *SHORT]) == 2
     said = capsys.readouterr()
     assert said.out == "" and "logits are not finite" in said.err and json.dumps(said.err).count("error: ") == 1
