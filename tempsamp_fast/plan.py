@@ -117,7 +117,8 @@ def decided(config: Config, world_size: int) -> Config:
         config.train.zero_stage = "0"
         card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf
         found = training_data(config.data) if card < math.inf else None
-        for stage, offload in (("0", config.train.offload), ("2", config.train.offload), ("3", "all")):
+        asked = config.train.offload
+        for stage, offload in (("0", asked), ("2", asked), ("3", asked), ("3", "all")):
             tried: dict[str, Any] = {"zero_stage": stage, "offload": offload}
             config.train = dataclasses.replace(config.train, **tried)
             if found is None or peak_memory(config, world_size, found).total < 0.9 * card:

@@ -80,13 +80,15 @@ def main(arguments: Sequence[str]) -> None:
         config = decided(parse_args(arguments), world_size)
         if is_first:
             logger.info("%s", describe_settings(arguments, config))
+        if "ACCELERATE_USE_CPU" in os.environ and world_size == 1:
+            logger.warning(
+                "started by accelerate as one process, on a CPU whatever its --num_processes: torchrun starts several"
+            )
         if config.train.dry_run:
             if is_first:
                 print(describe_plan(config, world_size))
                 look_before(config)
             return
-        if "ACCELERATE_USE_CPU" in os.environ and world_size == 1:
-            logger.warning("started by accelerate as one process, as it does on a CPU: torchrun starts several")
         folder = Path(config.train.resume or config.train.output_dir)
         training_device()
         deepspeed.init_distributed(verbose=False)

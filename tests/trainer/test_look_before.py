@@ -209,6 +209,15 @@ def test_every_start_prints_the_recipe_and_its_main_settings(trainer, tmp_path: 
     assert f"recipe   {trainer.recipe}" in caplog.text and "learning rate 0.0002" in caplog.text
 
 
+def test_one_process_started_by_accelerate_is_told(
+    trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a CPU it starts no more than one, silently."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    main(trainer.flags(tmp_path / "run", "--dry_run"))
+    assert "accelerate as one process" in caplog.text and "torchrun" in caplog.text
+
+
 def test_a_run_folder_stands_for_its_newest_checkpoint(finished_run, clips: Path, tmp_path: Path, capsys) -> None:
     """In every command that takes a model; `score` takes the newest answers of it."""
     run, newest = finished_run.folder, latest_checkpoint(finished_run.folder)[0]
