@@ -95,7 +95,6 @@ def parse_args(arguments: Sequence[str]) -> Config:
         given, words = files.parse_known_args(list(arguments))
         recipe = given.config or (None if given.resume else default_recipe(words))
         typed = [*(_flags(read_recipe(_config_file(recipe))) if recipe else []), *words]
-        _require_values(typed)
         flags = [*([*_saved_flags(given.resume), f"--resume={given.resume}"] if given.resume else []), *typed]
         *settings, unknown = parser.parse_args_into_dataclasses(args=flags, return_remaining_strings=True)
     except argparse.ArgumentError as error:
@@ -103,14 +102,6 @@ def parse_args(arguments: Sequence[str]) -> Config:
     if unknown:
         raise ValueError(f"unknown flag: {' '.join(unknown)}")
     return Config(*settings)
-
-
-def _require_values(words: Sequence[str]) -> None:
-    for before, word in zip(["", *words], words, strict=False):
-        name, separator, value = word.partition("=")
-        if not word.strip() or (word.startswith("--") and separator and not value.strip()):
-            name = (name if separator else before).removeprefix("--")
-            raise ValueError(f"{name}='': must not be empty; leave --{name} out for its default")
 
 
 def default_recipe(words: Sequence[str]) -> Path:

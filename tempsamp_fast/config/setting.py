@@ -29,6 +29,12 @@ def parse_range(name: str, text: str | None) -> tuple[float, float]:
     return ends
 
 
+def require_texts(section: Any) -> None:
+    """Refuse a setting of `section` that is an empty text."""
+    for name, value in vars(section).items():
+        require(not isinstance(value, str) or bool(value.strip()), name, value, "a name, or left out")
+
+
 def require(condition: bool, name: str, value: object, rule: str) -> None:
     if not condition:
         raise ValueError(f"{name}={value!r}: must be {rule}")
