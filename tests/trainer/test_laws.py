@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from tempsamp_fast.arguments import parse_args
-from tempsamp_fast.config import parse_phases
+from tempsamp_fast.config import parse_phases, prompts_per_row
 from tempsamp_fast.learning import advantage
 from tempsamp_fast.learning.advantage import assign_advantages
 from tempsamp_fast.learning.engine import learning_rate
 from tempsamp_fast.learning.groups import reward_metrics
 from tempsamp_fast.learning.update import combine
-from tempsamp_fast.run.schedule import in_steps, plan, prompts_per_row
+from tempsamp_fast.run.schedule import in_steps, plan
 
 THREE_STEPS = ("--phases", "sft:1,tempsamp:2", "--shaping", "anchor", "--beta", "0.04")
 """With `anchor` the advantages of a group do not add up to zero, so that the loss is no rounding error."""
