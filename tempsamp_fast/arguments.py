@@ -18,9 +18,9 @@ from tempsamp_fast.config import AlgorithmConfig, Config, DataConfig, ModelConfi
 
 RECIPES = Path(__file__).parent / "configs"
 SECTIONS = (DataConfig, ModelConfig, RolloutConfig, AlgorithmConfig, TrainConfig)
-DEFAULT_RECIPE = RECIPES / "tiny_cpu.yaml"
-DESCRIPTION = """--config NAME_OR_FILE.yaml takes the settings of a recipe first, by default those of tiny_cpu, in place
-of the defaults below; flags win. --resume RUN takes those the run was started with."""
+DESCRIPTION = """--config NAME_OR_FILE.yaml takes the settings of a recipe first, in place of the defaults below; flags
+win. Without it that is tiny_cpu for the tiny model on the embedded data, else own_videos. --resume RUN takes those the
+run was started with."""
 
 
 def read_recipe(path: Path, inherited_by: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -57,7 +57,8 @@ def _saved_flags(run: Path) -> list[str]:
         settings = {name: value for section in sections.values() for name, value in section.items()}
     except (json.JSONDecodeError, AttributeError) as error:
         raise ValueError(f"--resume {run}: {path.name} cannot be read: {error}") from error
-    known = {field.name for section in SECTIONS for field in dataclasses.fields(section)}
+    fields = [field for section in SECTIONS for field in dataclasses.fields(section)]
+    known = {name for field in fields for name in (field.name, *_former_names(field))}
     unknown = [f"{name}={value!r}" for name, value in settings.items() if name not in known]
     if unknown:
         raise ValueError(
@@ -67,6 +68,10 @@ def _saved_flags(run: Path) -> list[str]:
     return _flags(settings)
 
 
+def _former_names(field: dataclasses.Field[Any]) -> list[str]:
+    return [alias.removeprefix("--") for alias in field.metadata["aliases"]]
+
+
 def _flags(settings: dict[str, Any]) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items() if value is not None]
 
@@ -74,7 +79,7 @@ def _flags(settings: dict[str, Any]) -> list[str]:
 def parse_args(arguments: Sequence[str]) -> Config:
     """Settings from command line words; `--config FILE.yaml` counts as flags typed first.
 
-    Without `--config` the embedded tiny recipe is the base, or with `--resume RUN` what that run was started with.
+    Without `--config` the base is `default_recipe`, or with `--resume RUN` what that run was started with.
     Raises ValueError for unknown flags and for values of the wrong type or out of range.
     """
     from transformers import HfArgumentParser
@@ -88,7 +93,9 @@ def parse_args(arguments: Sequence[str]) -> Config:
     )
     try:
         given, words = files.parse_known_args(list(arguments))
-        flags = [*_base_flags(given.config, given.resume), *words]
+        recipe = given.config or (None if given.resume else default_recipe(words))
+        typed = [*(_flags(read_recipe(_config_file(recipe))) if recipe else []), *words]
+        flags = [*([*_saved_flags(given.resume), f"--resume={given.resume}"] if given.resume else []), *typed]
         *settings, unknown = parser.parse_args_into_dataclasses(args=flags, return_remaining_strings=True)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
@@ -97,11 +104,32 @@ def parse_args(arguments: Sequence[str]) -> Config:
     return Config(*settings)
 
 
-def _base_flags(config: Path | None, resume: Path | None) -> list[str]:
-    flags = [*_saved_flags(resume), f"--resume={resume}"] if resume else []
-    if config or not resume:
-        flags += _flags(read_recipe(_config_file(config) if config else DEFAULT_RECIPE))
-    return flags
+def default_recipe(words: Sequence[str]) -> Path:
+    """`tiny_cpu` for the embedded model on the embedded data, `own_videos` as soon as `words` ask for either's own."""
+    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name, embedded in (("model", "tiny"), ("annotations", "synthetic")):
+        asked.add_argument(f"--{name}", default=embedded)
+    given, _ = asked.parse_known_args(list(words))
+    return Path("tiny_cpu" if (given.model, given.annotations) == ("tiny", "synthetic") else "own_videos")
+
+
+def describe_settings(arguments: Sequence[str], config: Config) -> str:
+    """Which recipe the command line words took and what it comes to in the main, in a few short lines."""
+    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    asked.add_argument("--config")
+    given, words = asked.parse_known_args(list(arguments))
+    run = config.train.resume
+    recipe = given.config or (f"of {run}" if run else f"{default_recipe(words)} (--config takes another)")
+    model, data, rollout, train = config.model, config.data, config.rollout, config.train
+    pixels = f"{data.min_pixels or 'default'} to {data.max_pixels or 'default'} pixels"
+    return "\n".join([
+        f"recipe   {recipe}",
+        f"         {model.model} on {data.annotations}, videos {data.videos}, into {run or train.output_dir}",
+        f"         {train.phases}, learning rate {train.learning_rate:g}, beta {config.algorithm.beta:g}",
+        f"         {data.fps:g} frames per second, at most {data.max_frames}, of {pixels}; crops {data.random_crop:g}",
+        f"         {rollout.num_generations} answers of at most {rollout.max_completion_length} tokens; ZeRO "
+        f"{train.zero_stage}, offload {train.offload}",
+    ])  # fmt: skip
 
 
 def _config_file(given: Path) -> Path:

@@ -1,6 +1,6 @@
 """Evaluate a checkpoint on a data set and print its scores beside the published ones.
 
-`python -m tempsamp_fast.eval --model DIR --annotations charades-test --videos DIR --output FOLDER`; on several GPUs
+`python -m tempsamp_fast.eval --model RUN --annotations charades-test --videos DIR --output FOLDER`; on several GPUs
 `torchrun --nproc-per-node N -m tempsamp_fast.eval ...` with the same words. Answers are kept as they come: an
 evaluation that was interrupted continues when it is started again, on any number of GPUs.
 """
@@ -114,10 +114,12 @@ def evaluate(options: argparse.Namespace) -> str:
 
     from tempsamp_fast.evaluation.answerer import Answerer
     from tempsamp_fast.evaluation.asking import answer_row
+    from tempsamp_fast.planning.look import look_for_videos
     from tempsamp_fast.rollout.generate import SamplingParams
-    from tempsamp_fast.run.checkpoint import read_video_settings
+    from tempsamp_fast.run.checkpoint import model_folder, read_video_settings
     from tempsamp_fast.system.ranks import barrier, of_all_ranks
 
+    options.model = model_folder(options.model)
     modes: list[Any] = options.mode.split("+")
     samples = load_samples(options.annotations, options.videos)[: options.max_samples]
     overridable = (*HOW_FRAMES_ARE_TAKEN, *HOW_THEY_ARE_READ, "task")
@@ -125,9 +127,10 @@ def evaluate(options: argparse.Namespace) -> str:
     data = dataclasses.replace(
         read_video_settings(Path(options.model)),
         **given,
-        on_bad_video="skip" if options.skip_bad_videos else "raise",
+        on_bad_sample="skip" if options.skip_bad_videos else "raise",
     )
     _check(options, modes, data.task, samples)
+    look_for_videos(samples, options.videos, data.on_bad_sample)
     params = SamplingParams(options.temperature, options.top_p, options.top_k, options.max_completion_length)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world_size > 1:
@@ -225,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tempsamp_fast.eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", required=True, help="checkpoint folder (RUN/checkpoints/step_*/model) or hub name")
+    add("--model", required=True, help="run folder, checkpoint folder or hub name")
     add("--annotations", required=True, help=f"file or data set: {', '.join(DATASETS)}")
     add("--videos", required=True, type=Path, help="folder of <video id>.{mp4,mkv,webm,avi,mov,m4v}")
     add("--output", required=True, type=Path, help="folder of answers and scores; one that has some is continued")
@@ -256,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value}: must be at least 1")
         text = evaluate(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
     if text:

@@ -16,7 +16,7 @@ from tempsamp_fast.video import BackendName
 
 
 def infer(
-    model_folder: str,
+    model: str,
     video: Path,
     query: str,
     mode: Mode = "answer",
@@ -24,7 +24,9 @@ def infer(
     require_tags: bool = True,
     video_backend: BackendName = "auto",
 ) -> dict[str, Any]:
-    """The model's greedy answer to one query: `span` in seconds (None if it does not parse), `text`, `duration_s`.
+    """The greedy answer to one query: `span` in seconds (None if it does not parse), `text`, `duration_s`.
+
+    model: a run folder, whose newest checkpoint answers, a checkpoint folder, or a hub name.
 
     `outside_video` says that the span goes on beyond the video.
 
@@ -34,13 +36,14 @@ def infer(
     from tempsamp_fast.evaluation.answerer import Answerer
     from tempsamp_fast.rewards import is_outside, parse_span
     from tempsamp_fast.rollout.generate import SamplingParams
-    from tempsamp_fast.run.checkpoint import read_video_settings
+    from tempsamp_fast.run.checkpoint import model_folder, read_video_settings
 
+    checkpoint = model_folder(model)
     if not query.strip():
         raise ValueError("query is empty")
     params = SamplingParams(temperature=0.0, max_completion_length=max_completion_length)
-    settings = replace(read_video_settings(Path(model_folder)), video_backend=video_backend)
-    answerer = Answerer(model_folder, settings, params)
+    settings = replace(read_video_settings(Path(checkpoint)), video_backend=video_backend)
+    answerer = Answerer(checkpoint, settings, params)
     sample = Sample(video.stem, video, query, duration_s=0.0, windows=())
     (prompt,) = answerer.loader.prompts([sample], [mode])
     (completion,) = answerer.answer([prompt])
@@ -59,7 +62,7 @@ def infer(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; prints the answer as one JSON object. Exit code 2 on bad input."""
     parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.infer", description=__doc__)
-    parser.add_argument("--model", required=True, help="checkpoint folder (RUN/checkpoints/step_*/model) or hub name")
+    parser.add_argument("--model", required=True, help="run folder, checkpoint folder or hub name")
     parser.add_argument("--video", required=True, type=Path)
     parser.add_argument("--query", required=True)
     parser.add_argument("--think", action="store_true", help="reason first")
@@ -78,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(answer))
         if options.plot:
             _plot(answer, options.plot)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
     return 0

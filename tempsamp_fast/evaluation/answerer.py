@@ -32,7 +32,7 @@ class Answerer:
         device = training_device()
         model, self._chat = load_model(checkpoint, ModelConfig(), resolve_dtype("auto", device))
         geometry = geometry_of(model.config, data.min_pixels, data.max_pixels, data.total_pixels)
-        self.loader = PromptLoader(self._chat, geometry, data)
+        self.loader = PromptLoader(self._chat, geometry, data, max_prompt_tokens=max_tokens_per_row)
         self._policy = Policy(model).eval().to(device)
         self._params, self._seed, self._max_tokens_per_row = params, seed, max_tokens_per_row
 

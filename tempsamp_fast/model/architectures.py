@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.embedded.model import tiny_config
 from tempsamp_fast.model.families import FAMILIES, family_named
+from tempsamp_fast.model.loading import found_checkpoint
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def model_config(model: ModelConfig) -> Any:
     if family and not Path(model.model).exists():
         return family.published_config(name)
     try:
-        return AutoConfig.from_pretrained(model.model, trust_remote_code=model.trust_remote_code)
+        return AutoConfig.from_pretrained(found_checkpoint(model.model), trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         known = ", ".join(name for each in FAMILIES.values() for name in each.published)
         raise ValueError(f"model={model.model!r}: its config.json is not here; known without it are {known}") from error

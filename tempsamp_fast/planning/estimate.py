@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tempsamp_kernels.head import chunk_rows
 
-from tempsamp_fast.config import Config, parse_phases, prompts_per_row
+from tempsamp_fast.config import Config, DataConfig, parse_phases, prompts_per_row
 from tempsamp_fast.learning.engine import effective_zero
 from tempsamp_fast.model.architectures import Parameters
 from tempsamp_fast.model.families import family_of
@@ -23,6 +23,8 @@ from tempsamp_fast.video import Geometry
 
 TEXT_TOKENS = 116
 """Of a prompt besides its video: chat format, query, instructions."""
+FRAME_SIZE = (720, 1280)
+"""(height, width) in pixels that videos are taken to have: the pixel budgets bind long before."""
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 """Elements; DeepSpeed's defaults of reduce_bucket_size and stage3_max_live_parameters."""
 
@@ -77,15 +79,24 @@ def video_grid(geometry: Geometry, num_frames: int, frame_size: tuple[int, int])
     return geometry.grid_thw(num_frames, geometry.frame_size(num_frames, *frame_size))
 
 
+def num_frames(duration_s: float, data: DataConfig) -> int:
+    """Frames that are taken of a video."""
+    return min(max(int(duration_s * data.fps) // 2 * 2, data.min_frames), data.max_frames)
+
+
+def text_and_video_tokens(grid_thw: tuple[int, int, int], model_config: Any, text_tokens: int = TEXT_TOKENS) -> int:
+    """Tokens of a prompt whose text, but for what is written between frames, has `text_tokens`."""
+    t, h, w = grid_thw
+    return text_tokens + t * family_of(model_config).text_tokens_per_frame + t * h * w // 4
+
+
 def work_of(
     grid_thw: tuple[int, int, int], model_config: Any, method: str, num_generations: int, answer_len: int
 ) -> Work:
     """One prompt of a phase of `method`."""
-    t, h, w = grid_thw
-    text = TEXT_TOKENS + t * family_of(model_config).text_tokens_per_frame
     num_answers = 1 if method == "sft" else num_generations
     num_sampled = {"sft": 0, "grpo": num_generations, "tempsamp": num_generations - 1}[method]
-    return Work(grid_thw, text + t * h * w // 4, answer_len, num_answers, num_sampled)
+    return Work(grid_thw, text_and_video_tokens(grid_thw, model_config), answer_len, num_answers, num_sampled)
 
 
 def step_flops(work: Work, model_config: Any, config: Config, method: str, num_prompts: int) -> float:

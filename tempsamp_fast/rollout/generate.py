@@ -59,7 +59,8 @@ def generate(
     synced: all ranks make the same number of forward passes, as ZeRO-3 needs it.
     cuda_graphs: replay the decoding passes as CUDA graphs; see `GraphDecoder`.
     Returns the answers by prompt, on the CPU.
-    Raises ValueError naming the sample of a prompt that is longer than `max_tokens_per_row`.
+    Raises ValueError naming the sample of a prompt that is longer than `max_tokens_per_row`, and FloatingPointError
+    naming one at which the logits are not finite.
     """
     if not prompts:
         raise ValueError("prompts is empty")
@@ -67,6 +68,7 @@ def generate(
     with eval_mode(policy):
         config = getattr(policy, "module", policy).config
         logits, positions, attentions = _prefill(policy, prompts, config, max_tokens_per_row, synced)
+        _require_finite(prompts, logits.isfinite().all(-1).tolist())
         row_prompts = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(logits.device)
         cache = SharedPrefixCache(attentions, row_prompts)
         logits, positions = logits[row_prompts], positions[row_prompts]
@@ -93,7 +95,18 @@ def generate(
                 cache.retire(keep)
                 tokens, positions = tokens[keep], positions[keep]
             logits = decode(tokens, positions + index)
-        return answers.by_prompt(counts)
+        by_prompt = answers.by_prompt(counts)
+    _require_finite(prompts, [all(bool(answer.logps.isfinite().all()) for answer in group) for group in by_prompt])
+    return by_prompt
+
+
+def _require_finite(prompts: Sequence[Prompt], are_finite: Sequence[bool]) -> None:
+    for prompt, is_finite in zip(prompts, are_finite, strict=True):
+        if not is_finite:
+            raise FloatingPointError(
+                f"sample {prompt.sample.sample_id[:80]!r}: the model's logits are not finite; its weights hold NaN or "
+                "infinity, or overflow in this dtype: begin from a sound checkpoint, or with --dtype float32"
+            )
 
 
 @contextmanager

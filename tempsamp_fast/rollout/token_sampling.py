@@ -53,6 +53,7 @@ def choose_tokens(
     else:
         cdf = _truncate(allowed.softmax(-1), params).double().cumsum(-1)
         tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # beyond it only where logits are NaN, and so is the log-prob
     return tokens, logps.gather(-1, tokens[:, None])[:, 0]
 
 

@@ -134,6 +134,17 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(folder for folder in folders if folder.suffix == "" and (folder / STATE).is_file())
 
 
+def model_folder(given: str) -> str:
+    """The model that a name stands for: of a run folder its newest checkpoint's, of a checkpoint its own, else itself.
+
+    Raises ValueError for a run without a complete checkpoint.
+    """
+    folder = Path(given)
+    if (folder / "checkpoints").is_dir() or (folder / "machine.json").is_file():
+        return str(latest_checkpoint(folder)[0] / MODEL)
+    return str(folder / MODEL) if (folder / STATE).is_file() and (folder / MODEL).is_dir() else given
+
+
 def latest_checkpoint(run: Path) -> tuple[Path, int]:
     """The newest complete checkpoint and its number of steps. Raises ValueError when the run has none."""
     found = checkpoints(run)

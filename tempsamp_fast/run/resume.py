@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 MAY_CHANGE = {
     "data": {
         "annotations", "eval_annotations", "videos", "eval_videos", "synthetic_dir", "max_eval_samples",
-        "on_bad_video", "max_bad_videos", "video_backend", "video_device", "prefetch_steps", "patch_cache",
+        "on_bad_sample", "max_bad_videos", "video_backend", "video_device", "prefetch_steps", "patch_cache",
         "video_cache_gib",
     },
     "model": {

@@ -52,7 +52,7 @@ PLAN: dict[type, dict[str, tuple[str, str]]] = {
             f"{DATA}test_the_task_is_asked_answered_and_rewarded",
         ),
         "max_eval_samples": ("the first held-out samples alone", LOADED),
-        "on_bad_video": (
+        "on_bad_sample": (
             "a bad video ends the run or is replaced",
             "run/test_bad_input.py::test_skipped_videos_are_replaced_counted_and_listed",
         ),
@@ -166,6 +166,11 @@ PLAN: dict[type, dict[str, tuple[str, str]]] = {
         "deepspeed_config": ("what the engine makes of the file", STATE),
         "eval_modes": ("modes asked, in turn", f"{TRAIN}test_evaluations_are_in_the_modes_and_batches_asked_for"),
         "eval_batch_size": ("queries of a batch", f"{TRAIN}test_evaluations_are_in_the_modes_and_batches_asked_for"),
+        "eval_start": ("the scores before the first step", f"{TRAIN}test_the_start_is_evaluated_unless_told_otherwise"),
+        "save_minutes": (
+            "the clock that saves",
+            "planning/test_look_before.py::test_the_clock_asks_for_a_checkpoint_and_rank_0_decides",
+        ),
         "save_steps": ("the steps that save", f"{TRAIN}test_as_many_checkpoints_stay_as_asked_for"),
         "keep_checkpoints": ("the folders that stay", f"{TRAIN}test_as_many_checkpoints_stay_as_asked_for"),
         "max_skipped_steps": ("one more in a row ends the run", PATIENCE),

@@ -36,6 +36,7 @@ def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., t
     monkeypatch.setattr("tempsamp_fast.evaluation.answerer.Answerer", AnswererDouble)
     entry = {"duration": 10, "timestamps": [[1, 2], [5, 6], [5, 6]], "sentences": ["one", "two", "three"]}
     (tmp_path / "a.json").write_text(json.dumps({"v1": entry}))
+    (tmp_path / "v1.mp4").touch()
 
     def run(output: str, *words: str) -> tuple[Any, Path]:
         folder = tmp_path / output
@@ -56,11 +57,11 @@ def spans(folder: Path, mode: str) -> list[Any]:
 
 def test_answers_are_greedy_and_long_unless_told_otherwise(evaluate) -> None:
     (_, data, params, seed), _ = evaluate("plain")
-    assert (params, seed) == (SamplingParams(0.0, 1.0, 0, 2048), 0) and data.on_bad_video == "raise"
+    assert (params, seed) == (SamplingParams(0.0, 1.0, 0, 2048), 0) and data.on_bad_sample == "raise"
     words = ("--temperature", "0.5", "--top_p", "0.9", "--top_k", "7", "--max_completion_length", "9", "--seed", "3")
     (_, data, params, seed), folder = evaluate("other", *words, "--max_frames", "6", "--skip_bad_videos")
     assert (params, seed) == (SamplingParams(0.5, 0.9, 7, 9), 3)
-    assert (data.max_frames, data.on_bad_video) == (6, "skip")
+    assert (data.max_frames, data.on_bad_sample) == (6, "skip")
     kept = json.loads((folder / "settings.json").read_text())
     assert (kept["top_p"], kept["top_k"], kept["max_frames"], kept["seed"]) == (0.9, 7, 6, 3)
 

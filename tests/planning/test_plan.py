@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tempsamp_fast.model.architectures import count_parameters, model_config
 from tempsamp_fast.model.families import FAMILIES
 from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
-from tempsamp_fast.plan import describe_plan, main, peak_memory, with_stage
+from tempsamp_fast.plan import decided, describe_plan, main, peak_memory, with_stage
 from tempsamp_fast.planning.estimate import step_traffic, work_of
 from tempsamp_fast.train import main as train_main
 from tests.conftest import TEXT, Tiny
@@ -50,7 +51,7 @@ def test_every_recipe_has_a_plan_without_its_data(name: str, capsys: pytest.Capt
     train_main(["--config", name, "--dry_run"])
     printed = capsys.readouterr().out
     assert "nothing was loaded" in printed and "ZeRO" in printed
-    assert name == "tiny_cpu" or "is not here" in printed
+    assert name in ("tiny_cpu", "own_videos") or "is not here" in printed
 
 
 def test_steps_are_those_of_the_published_counts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,6 +77,22 @@ def test_the_plan_follows_deepspeeds_settings(name: str, chosen: str, capsys: py
     is_offloaded = "param" in chosen
     assert (float(row[-1]) > 0) == is_offloaded
     assert is_offloaded or row[-8:] == by_stage[-1][-8:]
+
+
+@pytest.mark.parametrize(
+    ("gib", "num_gpus", "chosen"),
+    [(1000, 1, ("0", "none")), (80, 8, ("2", "none")), (80, 1, ("3", "all"))],
+)
+def test_the_plan_sizes_a_run_on_own_videos_to_the_card(
+    monkeypatch: pytest.MonkeyPatch, gib: int, num_gpus: int, chosen: tuple[str, str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    card = SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card)
+    words = ["--model", "Qwen/Qwen2.5-VL-7B-Instruct", "--annotations", "mine.json", "--videos", "v"]
+    train = decided(parse_args(words), num_gpus).train
+    assert (train.zero_stage, train.offload) == chosen
+    assert decided(parse_args([*words, "--zero_stage", "1"]), num_gpus).train.zero_stage == "1"
 
 
 def test_partitioning_divides_what_it_partitions() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,12 @@ def test_a_resumed_run_is_the_one_asked_for(stepper: Callable) -> None:
     resumed = Run(parse_args(["--resume", str(run.folder), "--output_dir", "elsewhere"]))
     assert resumed.folder == run.folder and resumed.first_step == 1
     assert resumed.resumed_from == checkpoints(run.folder)[-1]
+
+
+def test_the_start_is_evaluated_unless_told_otherwise(trainer: Any, clips: Path, tmp_path: Path) -> None:
+    words = ("--phases", "sft:1", "--max_eval_samples", "1", "--eval_annotations", str(clips / "annotations/test.json"))
+    stages = []
+    for name, more in (("with", ()), ("without", ("--eval_start", "no"))):
+        trainer.main(tmp_path / name, *words, *more)
+        stages.append([row["stage"] for row in json.loads((tmp_path / name / "results.json").read_text())])
+    assert stages == [["start", "1_sft/answer"], ["1_sft/answer"]]
