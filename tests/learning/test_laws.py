@@ -39,8 +39,8 @@ def assert_same_training(one, other) -> None:
     start = one.weights()
     ours, theirs = one.steps(), other.steps()
     for name in ("loss", "optim/grad_norm", "policy/entropy", "policy/kl"):
-        expected = [metrics[name] for metrics in theirs]
-        assert [metrics[name] for metrics in ours] == pytest.approx(expected, rel=1e-3, abs=1e-6), name
+        expected = [metrics[name] for metrics in theirs if name in metrics]
+        assert [m[name] for m in ours if name in m] == pytest.approx(expected, rel=1e-3, abs=1e-6), name
     moved = (one.weights() - start).norm()
     assert moved > 0
     assert (one.weights() - other.weights()).norm() < 0.01 * moved
@@ -235,7 +235,7 @@ def test_kl_is_to_the_policy_before_its_first_reinforcement_step(stepper) -> Non
     one = stepper("--phases", "sft:1,grpo:3", "--beta", "0.1", "--learning_rate", "1e-3")
     run = one.run
     steps = list(plan(run.phases))
-    assert run.update(steps[0], one.groups(steps[0]))["policy/kl"] == 0
+    assert "policy/kl" not in run.update(steps[0], one.groups(steps[0]))
     assert run.reference is None
     before = one.weights()
     metrics = [one.run.update(at, forced(one.groups(at))) for at in steps[1:]]
@@ -255,7 +255,7 @@ def forced(groups: list) -> list:
 def test_without_kl_there_is_no_reference(stepper) -> None:
     one = stepper("--phases", "grpo:1", "--beta", "0")
     at = next(plan(one.run.phases))
-    assert one.run.update(at, forced(one.groups(at)))["policy/kl"] == 0
+    assert "policy/kl" not in one.run.update(at, forced(one.groups(at)))
     assert one.run.reference is None
     assert not (one.run.folder / "reference").exists()
 

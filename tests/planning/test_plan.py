@@ -178,4 +178,4 @@ def test_the_memory_estimate_is_near_a_measured_run(trainer, clips: Path, tmp_pa
 def test_the_plan_reads_the_annotations_that_are_there(clips: Path) -> None:
     words = ["--annotations", str(clips / "annotations/train.json"), "--videos", str(clips / "videos")]
     num_queries = sum(len(e["sentences"]) for e in json.loads(Path(words[1]).read_text()).values())
-    assert f"samples  {num_queries} (read from" in describe_plan(parse_args(words), 1)
+    assert f"samples  {num_queries} (read from" in describe_plan(decided(parse_args(words), 1), 1)

@@ -109,7 +109,10 @@ def test_answers_without_tags_are_worth_something_only_where_allowed(
         run = stepper("--phases", "sft:1", "--require_tags", str(required)).run
         run.eval_samples = [group.prompt.sample]
         asked: list[bool] = []
-        for name, answered in (("evaluate", [{"text": "2 to 4", "span": None}]), ("score_rows", {})):
+        for name, answered in (
+            ("evaluate", [{"text": "2 to 4", "span": None, "outside_video": False}]),
+            ("score_rows", {}),
+        ):
             note = lambda *of, asked=asked, answered=answered: asked.append(of[-1]) or answered
             monkeypatch.setattr(results_module, name, note)
         with run.log() as log:

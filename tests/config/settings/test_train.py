@@ -168,7 +168,7 @@ def test_evaluations_are_in_the_modes_and_batches_asked_for(
 
     def evaluate(samples: list, mode: str, sampler: Any, loader: Any, batch_size: int, tags: bool) -> list:
         asked.append((len(samples), mode, batch_size))
-        return [{"text": "", "span": None}] * len(samples)
+        return [{"text": "", "span": None, "outside_video": False}] * len(samples)
 
     monkeypatch.setattr(results_module, "evaluate", evaluate)
     with run.log() as log:
