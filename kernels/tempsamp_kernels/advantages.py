@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tempsamp_kernels.tokens import choose_impl
+from tempsamp_kernels.launch import choose_impl, launch
 
 NO_SPREAD = tl.constexpr(1e-6)
 """Equal float32 rewards may have a standard deviation up to this: seven times 0.1 has 8e-9."""
@@ -85,12 +85,26 @@ def grouped_advantages(
         rewards = shape_rewards(rewards, tau, alpha_1, alpha_2) if shaping == "nonlinear" else rewards
         return _torch(rewards, group_ids, off_policy, shaping, form, lambda_off, downscale, eps, mean, std)
     advantages = torch.empty_like(rewards)
-    if len(rewards):
-        group_advantage_kernel[(len(rewards),)](
-            rewards, form, group_ids, off_policy.view(torch.int8), mean, std, advantages, len(rewards),
-            float(tau), float(alpha_1), float(alpha_2), float(lambda_off), float(downscale), float(eps),
-            SHAPING=shaping, BLOCK=128,
-        )  # fmt: skip
+    launch(
+        group_advantage_kernel,
+        (len(rewards),),
+        rewards_ptr=rewards,
+        format_ptr=form,
+        group_ids_ptr=group_ids,
+        off_policy_ptr=off_policy.view(torch.int8),
+        mean_ptr=mean,
+        std_ptr=std,
+        advantages_ptr=advantages,
+        num_rows=len(rewards),
+        tau=float(tau),
+        alpha_1=float(alpha_1),
+        alpha_2=float(alpha_2),
+        lambda_off=float(lambda_off),
+        downscale=float(downscale),
+        eps=float(eps),
+        SHAPING=shaping,
+        BLOCK=128,
+    )
     return advantages
 
 

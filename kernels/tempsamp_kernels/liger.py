@@ -7,14 +7,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tempsamp_kernels.grpo import LossPlan, known_logps, live_tokens, run, token_weights
-from tempsamp_kernels.head import check_head, check_token_ids
+from tempsamp_kernels.grpo import LossPlan, run
+from tempsamp_kernels.inputs import check_choice, check_head, check_positive, check_token_ids, known_logps, spread
+from tempsamp_kernels.launch import choose_impl
 from tempsamp_kernels.logits_loss import items_per_process
 from tempsamp_kernels.logprob import linear_logprob
 from tempsamp_kernels.metrics import summarise
 from tempsamp_kernels.objectives import token_loss
-from tempsamp_kernels.sequences import LOG_SMALLEST_WEIGHT, Sequences, Vespo
-from tempsamp_kernels.tokens import HeadOptions, Tokens, choose_impl, per_token
+from tempsamp_kernels.sequences import Sequences, Vespo
+from tempsamp_kernels.tokens import SKIP, HeadOptions, Tokens
+from tempsamp_kernels.weights import bounded_log, live_tokens, token_weights
 
 
 class FusedLinearGRPOLoss(torch.nn.Module):
@@ -56,9 +58,8 @@ class FusedLinearGRPOLoss(torch.nn.Module):
             sapo_temperature_pos=sapo_temperature_pos,
             sapo_temperature_neg=sapo_temperature_neg,
         )
-        if importance_sampling_level not in ("token", "sequence"):
-            choices = ("token", "sequence")
-            raise ValueError(f"importance_sampling_level {importance_sampling_level!r} is not one of {choices}")
+        check_choice("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
+        check_positive("temperature", temperature)
         if importance_sampling_level == "sequence" and loss_type in ("cispo", "sapo", "vespo"):
             raise ValueError(f"loss_type {loss_type!r} has no importance_sampling_level 'sequence'")
         if loss_type == "dr_grpo" and max_completion_length is None:
@@ -130,17 +131,20 @@ class FusedLinearGRPOLoss(torch.nn.Module):
                 policy_weight = policy_weight * vllm_is_ratio.expand(batch, length).reshape(-1)
         read = torch.ones_like(counted) if counts_padding else counted
         references = ref_per_token_logps if self.use_ref_model and self.beta != 0 else None
-        advantage = per_token(advantages.reshape(-1), row_ids, batch * length, "advantages", device)
+        if advantages.shape not in ((batch,), (batch, length)):
+            raise ValueError(f"advantages must be [{batch}] or [{batch}, {length}]; got {tuple(advantages.shape)}")
+        level = "row" if advantages.ndim == 1 else "token"
+        advantage = spread("advantages", advantages.reshape(-1), row_ids, batch, level)
         tokens = Tokens(
-            token_ids=flat_ids.masked_fill(~read, 0),
-            temperature=per_token(self.temperature, None, batch * length, "temperature", device),
+            token_ids=flat_ids.masked_fill(~read, SKIP),
+            temperature=spread("temperature", self.temperature, row_ids, batch),
             advantage=advantage.masked_fill(~read, 0),
             policy_weight=policy_weight,
             kl_weight=self.beta * kl_weight,
             old_logps=known_logps(_flat(old_per_token_logps), read, "old_per_token_logps"),
             ref_logps=known_logps(_flat(references), read, "ref_per_token_logps"),
         )
-        check_token_ids(tokens.token_ids, len(lin_weight))
+        check_token_ids(flat_ids, read, len(lin_weight))
         impl = choose_impl(self.impl, _input)
         sequences = None
         if self.shares_ratio:
@@ -169,8 +173,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         """VESPO's weight with a row's importance weights multiplied in."""
         if vllm_is_ratio is None:
             return self.vespo
-        log_weight = vllm_is_ratio.log().clamp(LOG_SMALLEST_WEIGHT, 20.0).sum(1)
-        return replace(self.vespo, log_weight=log_weight)
+        return replace(self.vespo, log_weight=bounded_log(vllm_is_ratio).sum(1))
 
 
 def _flat(values: Tensor | None) -> Tensor | None:

@@ -1,69 +1,49 @@
 """The GRPO loss of logits that a trainer holds already, under the name and arguments of Liger-Kernel's function."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 import torch.distributed as dist
-import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from tempsamp_kernels.grpo import token_weights
+from tempsamp_kernels.inputs import check_choice
+from tempsamp_kernels.launch import choose_impl
 from tempsamp_kernels.logits import completion_logps
-from tempsamp_kernels.logits_kernels import token_loss_kernel
-from tempsamp_kernels.objectives import TokenLoss, token_loss
-from tempsamp_kernels.sequences import LOG_SMALLEST_WEIGHT, Vespo
-from tempsamp_kernels.tokens import choose_impl
-
-BLOCK = 1024
-
-
-def _token_loss_torch(logp, log_ratio, ref_logp, advantage, policy_weight, kl_weight, loss: TokenLoss):
-    value, d_logp, d_log_ratio = loss.objective.torch(logp, log_ratio, advantage, *loss.bounds)
-    kl, kl_d_logp, kl_d_log_ratio = loss.kl.torch(ref_logp - logp, log_ratio)
-    ratio, (lower, upper, *_) = log_ratio.exp(), loss.bounds
-    is_clipped = ((ratio < lower) & (advantage < 0)) | ((ratio > upper) & (advantage > 0))
-    return (
-        policy_weight * value + kl_weight * kl,
-        kl,
-        is_clipped.float(),
-        policy_weight * d_logp + kl_weight * kl_d_logp,
-        policy_weight * d_log_ratio + kl_weight * kl_d_log_ratio,
-    )
-
-
-def _token_loss_triton(logp, log_ratio, ref_logp, advantage, policy_weight, kl_weight, loss: TokenLoss):
-    output = logp.new_empty(5, *logp.shape)
-    if logp.numel():
-        fields = [field.contiguous() for field in (logp, log_ratio, ref_logp, advantage, policy_weight, kl_weight)]
-        token_loss_kernel[(triton.cdiv(logp.numel(), BLOCK),)](
-            *fields, output, logp.numel(), *loss.bounds, loss.objective.triton, loss.kl.triton, BLOCK
-        )
-    return output.unbind()
+from tempsamp_kernels.objectives import SELF, TokenLoss, token_loss
+from tempsamp_kernels.reference import evaluate
+from tempsamp_kernels.sequences import LEVELS, Vespo
+from tempsamp_kernels.tokens import TERMS, RowStatistics, Tokens
+from tempsamp_kernels.weights import bounded_log, token_weights
 
 
 class _TokenLoss(torch.autograd.Function):
-    """Loss, KL and clip flag of every token, fp32 [B, L]; the loss is differentiable in logp and in log_ratio."""
+    """Terms [NUM_TERMS, B, L] of every token; the loss among them is differentiable in logp and in log_ratio."""
 
     @staticmethod
-    def forward(ctx, logp, log_ratio, ref_logp, advantage, policy_weight, kl_weight, loss, impl):
-        token_loss = {"triton": _token_loss_triton, "torch": _token_loss_torch}[impl]
-        value, kl, is_clipped, d_logp, d_log_ratio = token_loss(
-            logp, log_ratio, ref_logp, advantage, policy_weight, kl_weight, loss
-        )
+    def forward(ctx: Any, logp: Tensor, log_ratio: Tensor, tokens: Tokens, loss: TokenLoss) -> tuple[Tensor, Tensor]:
+        unread = torch.zeros_like(logp)
+        terms, d_logp, d_log_ratio, _ = evaluate(RowStatistics(logp, unread, unread), log_ratio, tokens, loss)
         ctx.save_for_backward(d_logp, d_log_ratio)
-        ctx.mark_non_differentiable(kl, is_clipped)
-        return value, kl, is_clipped
+        ctx.mark_non_differentiable(terms)
+        return terms[TERMS.index("loss")].clone(), terms
 
     @staticmethod
-    def backward(ctx, d_value, *_):
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         d_logp, d_log_ratio = ctx.saved_tensors
-        return d_value * d_logp, d_value * d_log_ratio, None, None, None, None, None, None
+        return d_loss * d_logp, d_loss * d_log_ratio, None, None
 
 
 def triton_grpo_loss(
-    logits: torch.Tensor,
-    old_logp: torch.Tensor | None,
-    ref_logp: torch.Tensor | None,
-    completion_ids: torch.Tensor,
-    advantages: torch.Tensor,
-    completion_mask: torch.Tensor | None = None,
+    logits: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    completion_ids: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor | None = None,
     temperature: float = 0.9,
     beta: float = 0.04,
     eps_low: float = 0.2,
@@ -75,17 +55,17 @@ def triton_grpo_loss(
     reduce: bool = False,
     sapo_temperature_pos: float = 1.0,
     sapo_temperature_neg: float = 1.05,
-    vllm_is_ratio: torch.Tensor | None = None,
+    vllm_is_ratio: Tensor | None = None,
     delta: float | None = None,
     use_bias_correction_kl: bool = False,
-    num_items_in_batch: float | torch.Tensor | None = None,
+    num_items_in_batch: float | Tensor | None = None,
     vespo_k_pos: float = 2.0,
     vespo_lambda_pos: float = 3.0,
     vespo_k_neg: float = 3.0,
     vespo_lambda_neg: float = 2.0,
     *,
     impl: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+) -> tuple[Tensor, Tensor | None, Tensor] | tuple[Tensor, list[Tensor]]:
     """GRPO loss of logits [B, L + 1, V], in place of `liger_kernel.transformers.grpo_loss.triton_grpo_loss`.
 
     Args:
@@ -109,52 +89,55 @@ def triton_grpo_loss(
     Raises ValueError for shapes, names and combinations that do not fit.
     """
     impl = choose_impl(impl, logits)
+    kl_type = "k3_corrected" if use_bias_correction_kl else "k3"
     loss = token_loss(
-        loss_type,
-        "k3_corrected" if use_bias_correction_kl else "k3",
-        eps_low,
-        eps_high,
-        delta,
-        sapo_temperature_pos=sapo_temperature_pos,
-        sapo_temperature_neg=sapo_temperature_neg,
-    )
-    if importance_sampling_level not in ("token", "sequence"):
-        raise ValueError(f"importance_sampling_level {importance_sampling_level!r} is not one of ('token', 'sequence')")
-    if loss_type in ("cispo", "sapo", "vespo") and (delta is not None or importance_sampling_level == "sequence"):
-        raise ValueError(f"loss_type {loss_type!r} has neither delta nor importance_sampling_level 'sequence'")
+        loss_type, kl_type, eps_low, eps_high, delta,
+        sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg,
+    )  # fmt: skip
+    check_choice("importance_sampling_level", importance_sampling_level, LEVELS)
+    if loss_type in ("cispo", "sapo", "vespo") and delta is not None:
+        raise ValueError(f"loss_type {loss_type!r} takes no delta; got {delta}")
+    if loss_type == "vespo" and importance_sampling_level != "token":
+        raise ValueError(f"loss_type 'vespo' has no importance_sampling_level {importance_sampling_level!r}")
     if beta != 0 and ref_logp is None:
         raise ValueError(f"beta={beta} needs ref_logp")
 
     logp = completion_logps(logits, completion_ids, completion_mask, temperature, inplace, impl)
     mask = torch.ones_like(completion_ids, dtype=torch.bool) if completion_mask is None else completion_mask.bool()
 
-    def counted(values: torch.Tensor, otherwise: torch.Tensor | float) -> torch.Tensor:
+    def counted(name: str, values: Tensor, otherwise: Tensor | float) -> Tensor:
         """[B, L] fp32 from [B], [B, 1] or [B, L], with `otherwise` in place of whatever a masked token holds."""
+        if values.shape not in (mask.shape[:1], (len(mask), 1), mask.shape):
+            raise ValueError(f"{name} must be [B], [B, 1] or [B, L] of {tuple(mask.shape)}; got {tuple(values.shape)}")
         return torch.where(mask, (values if values.ndim == 2 else values[:, None]).float(), otherwise)
 
     current = logp.detach()
-    log_ratio = logp - (current if old_logp is None else counted(old_logp, current))
+    log_ratio = logp - (current if old_logp is None else counted("old_logp", old_logp, current))
     lengths = mask.sum(-1, keepdim=True).clamp(min=1)
-    if importance_sampling_level == "sequence":
-        log_ratio = (log_ratio.sum(-1, keepdim=True) / lengths).expand_as(logp)
-    advantage = counted(advantages, 0.0)
-    importance = mask.float() if vllm_is_ratio is None else counted(vllm_is_ratio, 0.0)
+    if importance_sampling_level != "token":
+        of_row = (log_ratio.sum(-1, keepdim=True) / lengths).expand_as(logp)
+        log_ratio = of_row if importance_sampling_level == "sequence" else of_row.detach() + logp - current
+    advantage = counted("advantages", advantages, 0.0)
+    importance = mask.float() if vllm_is_ratio is None else counted("vllm_is_ratio", vllm_is_ratio, 0.0)
     if loss_type == "vespo":
         vespo = Vespo(vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg)
-        row_log_ratio = log_ratio.detach().clamp(-20, 20).sum(-1, keepdim=True) + _row_log_importance(
-            vllm_is_ratio, mask
-        )
-        importance = counted(vespo.weight(row_log_ratio, advantage), 0.0)
-    per_token_loss, kl, is_clipped = _TokenLoss.apply(
-        logp,
-        log_ratio,
-        current if ref_logp is None else counted(ref_logp, current),
-        advantage,
-        importance,
-        beta * mask,
-        loss,
-        impl,
+        row_log_ratio = log_ratio.detach().clamp(-20, 20).sum(-1, keepdim=True)
+        if vllm_is_ratio is not None:
+            once = vllm_is_ratio.view(len(mask), -1)
+            once = once if once.shape != mask.shape else torch.where(mask, once, 1.0)
+            row_log_ratio = row_log_ratio + bounded_log(once).sum(-1, keepdim=True)
+        importance = vespo.weight(row_log_ratio, advantage) * mask
+    tokens = Tokens(
+        token_ids=completion_ids,
+        temperature=current,
+        advantage=advantage,
+        policy_weight=importance,
+        kl_weight=beta * mask,
+        old_logps=current,
+        ref_logps=torch.full_like(logp, SELF) if ref_logp is None else counted("ref_logp", ref_logp, SELF),
     )
+    per_token_loss, terms = _TokenLoss.apply(logp, log_ratio, tokens, loss)
+    kl, is_clipped = terms[TERMS.index("kl")], terms[TERMS.index("clip_low")] + terms[TERMS.index("clip_high")]
     if not reduce:
         return per_token_loss, kl if beta != 0 else None, is_clipped
     batch, length = completion_ids.shape
@@ -169,16 +152,7 @@ def triton_grpo_loss(
     return (per_token_loss * weights).sum(), [kl.sum() / num_tokens, *metrics] if beta != 0 else metrics
 
 
-def _row_log_importance(vllm_is_ratio: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor | float:
-    """[B, 1]: log of a completion's importance weight, given once or per token."""
-    if vllm_is_ratio is None:
-        return 0.0
-    per_token = vllm_is_ratio.ndim == 2 and vllm_is_ratio.shape == mask.shape
-    ratio = torch.where(mask, vllm_is_ratio, 1.0) if per_token else vllm_is_ratio.view(-1, 1)
-    return ratio.float().log().clamp(LOG_SMALLEST_WEIGHT, 20).sum(-1, keepdim=True)
-
-
-def items_per_process(mask: torch.Tensor, num_items_in_batch: float | torch.Tensor | None) -> torch.Tensor:
+def items_per_process(mask: Tensor, num_items_in_batch: float | Tensor | None) -> Tensor:
     """Tokens of the batch, as given or counted over all processes, divided by the number of processes: as in TRL."""
     distributed = dist.is_available() and dist.is_initialized()
     if num_items_in_batch is None:

@@ -159,7 +159,7 @@ def test_without_old_log_probs_the_gradient_is_that_of_advantage_times_log_prob(
         ({"loss_type": "ppo"}, "loss_type"),
         ({"importance_sampling_level": "word"}, "importance_sampling_level"),
         ({"loss_type": "cispo", "delta": 2.0}, "delta"),
-        ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
+        ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
         ({"ref_logp": None}, "ref_logp"),
         ({"temperature": 0.0}, "temperature"),
         ({"impl": "cuda"}, "impl"),
