@@ -47,9 +47,11 @@ def scores(row_ptr, bias_ptr, columns, stored, logit_scale, softcap, inv_tempera
     z = tl.load(row_ptr + columns, mask=stored, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + columns, mask=stored, other=0.0)
+    logit_scale = tl.cast(logit_scale, tl.float32)  # torch.compile passes Python's floats as fp64
     z *= logit_scale
     slope = logit_scale * inv_temperature
     if softcap is not None:
+        softcap = tl.cast(softcap, tl.float32)
         squashed = 2 * tl.sigmoid(2 * z / softcap) - 1
         z = softcap * squashed
         slope *= 1 - squashed * squashed
@@ -131,14 +133,6 @@ def write_gradient(
         tl.store(gradient_ptr + columns, gradient.to(gradient_ptr.dtype.element_ty), mask=columns < stored_size)
 
 
-@triton.jit
-def f32(value):
-    """A scalar as torch.compile passes it (fp64), or None."""
-    if value is None:
-        return None
-    return tl.cast(value, tl.float32)
-
-
 @triton.jit(do_not_specialize=["length"])
 def row_statistics_kernel(
     logits_ptr, length, batch_stride, row_stride, bias_ptr, token_ids_ptr, temperature_ptr, statistics_ptr,
@@ -148,7 +142,7 @@ def row_statistics_kernel(
     row = tl.program_id(0).to(tl.int64)
     logp, entropy, lse = statistics(
         row_of(logits_ptr, row, length, batch_stride, row_stride), bias_ptr, tl.load(token_ids_ptr + row), vocab_size,
-        stored_size, f32(logit_scale), f32(softcap), 1 / tl.load(temperature_ptr + row), LANES, WIDTH,
+        stored_size, logit_scale, softcap, 1 / tl.load(temperature_ptr + row), LANES, WIDTH,
     )  # fmt: skip
     tl.store(statistics_ptr + row, logp)
     tl.store(statistics_ptr + statistics_stride + row, entropy)
@@ -169,7 +163,7 @@ def row_gradient_kernel(
     write_gradient(
         row_of(logits_ptr, row, length, batch_stride, row_stride),
         row_of(gradient_ptr, row, length, gradient_batch_stride, gradient_row_stride),
-        bias_ptr, tl.load(token_ids_ptr + row), vocab_size, stored_size, f32(logit_scale), f32(softcap),
+        bias_ptr, tl.load(token_ids_ptr + row), vocab_size, stored_size, logit_scale, softcap,
         1 / tl.load(temperature_ptr + row), tl.load(logp_ptr + row), tl.load(entropy_ptr + row),
         tl.load(lse_ptr + row), tl.load(d_logp_ptr + row), d_entropy, BLOCK,
     )  # fmt: skip
@@ -186,7 +180,7 @@ def row_loss_kernel(
     """Everything about a row of [C, V] while its logits are at hand: loss terms [NUM_TERMS, C] and gradient."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr, token_id = logits_ptr + row * row_stride, tl.load(token_ids_ptr + row)
-    logit_scale, softcap, inv_temperature = f32(logit_scale), f32(softcap), 1 / tl.load(temperature_ptr + row)
+    inv_temperature = 1 / tl.load(temperature_ptr + row)
     logp, entropy, lse = statistics(
         row_ptr, bias_ptr, token_id, vocab_size, stored_size, logit_scale, softcap, inv_temperature, LANES, WIDTH
     )  # fmt: skip
@@ -198,8 +192,9 @@ def row_loss_kernel(
     loss, kl, ratio, clip_low, clip_high, d_logp, d_log_ratio, d_entropy = token_terms(
         logp, entropy, difference(logp, tl.load(old_logps_ptr + row)), tl.load(ref_logps_ptr + row),
         tl.load(advantage_ptr + row), tl.load(policy_weight_ptr + row), tl.load(kl_weight_ptr + row),
-        entropy_weight, entropy_threshold, f32(ratio_low), f32(ratio_high), f32(option_1), f32(option_2),
-        f32(log_ratio_bound), f32(kl_bound), OBJECTIVE, KL,
+        entropy_weight, entropy_threshold, tl.cast(ratio_low, tl.float32), tl.cast(ratio_high, tl.float32),
+        tl.cast(option_1, tl.float32), tl.cast(option_2, tl.float32), tl.cast(log_ratio_bound, tl.float32),
+        tl.cast(kl_bound, tl.float32), OBJECTIVE, KL,
     )  # fmt: skip
     terms_ptr += row
     tl.store(terms_ptr, logp)
