@@ -37,7 +37,8 @@ def outcomes(packed, naive, impl, options, lengths=LENGTHS):
     """(loss, gradients) of ours and of the formula."""
     batch = packed(lengths, seed=3)
     options = {"beta": 0.2, "off_policy_ratio": "old", **options}
-    options = {name: value.to(batch.hidden.device) if torch.is_tensor(value) else value for name, value in options.items()}
+    to_device = lambda value: value.to(batch.hidden.device) if torch.is_tensor(value) else value
+    options = {name: to_device(value) for name, value in options.items()}
     ours, truth = batch.learned(), batch.learned(torch.float64)
     loss, metrics = fused_linear_grpo_loss(
         *ours.inputs(), **ours.policies(), advantages=batch.advantages, num_rows=len(lengths), chunk_size=4, impl=impl,
