@@ -20,8 +20,8 @@ def run(batch, **options):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@settings(max_examples=8, deadline=None)
-@given(lengths=st.lists(st.integers(0, 3), min_size=1, max_size=4), seed=st.integers(0, 9))
+@settings(max_examples=3, deadline=None)
+@given(lengths=st.lists(st.integers(0, 2), min_size=1, max_size=3), seed=st.integers(0, 9))
 def test_rows_of_any_length_mean_the_same_whether_given_per_completion_or_per_token(packed, impl, lengths, seed):
     """Empty completions too, and as many completions as tokens."""
     batch, num_rows = packed(lengths, seed=seed, masked=0.3), len(lengths)

@@ -10,7 +10,7 @@ from tempsamp_kernels.head import ChunkedHead, finish, gradient_scale
 from tempsamp_kernels.tokens import ALIGNMENT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-LENGTHS = [20, 30, 14]
+LENGTHS = [5, 8, 3]
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -45,7 +45,7 @@ def assert_near(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("chunk_size", [None, 16])
+@pytest.mark.parametrize("chunk_size", [None, 8])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_gradients_are_those_of_fp32_products_but_for_one_rounding(packed, dtype, chunk_size, impl):
     """In one chunk, whose dW waits for the backward, and in several."""
@@ -64,7 +64,7 @@ def test_float16_gradients_of_any_size_are_kept_until_the_loss_is_scaled(packed,
     """A GradScaler's factor comes after the gradients are made: none may underflow or overflow before."""
     batch = packed(LENGTHS, masked=0.0)
     batch = type(batch)(**{**vars(batch), "advantages": batch.advantages * factor})
-    options = {"importance_sampling_level": level, "chunk_size": 16, "impl": "torch"}
+    options = {"importance_sampling_level": level, "chunk_size": 8, "impl": "torch"}
     found = learn(batch, torch.float16, scale=2.0**4 / factor, **options)
     expected = learn(batch, torch.float32, scale=2.0**4 / factor, **options)
     assert_near(found[1:], expected[1:], 5e-3)
@@ -73,14 +73,14 @@ def test_float16_gradients_of_any_size_are_kept_until_the_loss_is_scaled(packed,
 @pytest.mark.parametrize("dtype", HALVES)
 def test_log_probs_of_tiny_upstream_gradients_keep_theirs(packed, dtype):
     batch = packed(LENGTHS, masked=0.0)
-    upstream = 1e-6 * torch.linspace(-1, 1, sum(LENGTHS))
+    upstream = 1e-4 * torch.linspace(-1, 1, sum(LENGTHS))
 
     def gradient(dtype):
         w = batch.weight.to(dtype).requires_grad_()
         logp, _ = linear_logprob(batch.hidden.to(dtype), w, batch.token_ids, impl="torch")
         return torch.autograd.grad((logp * upstream).sum(), w)[0]
 
-    assert_near([gradient(dtype)], [gradient(torch.float32)], 1.5e-2)
+    assert_near([gradient(dtype)], [gradient(torch.float32)], 5e-3 if dtype == torch.bfloat16 else 1.5e-3)
 
 
 def test_a_head_in_fp32_under_autocast_gets_an_fp32_gradient(packed):
@@ -97,18 +97,18 @@ def test_the_only_chunk_of_bf16_makes_its_weight_gradient_in_the_backward_and_ca
     batch = packed(LENGTHS, masked=0.0)
     x, w = batch.hidden.bfloat16().requires_grad_(), batch.weight.bfloat16().requires_grad_()
 
-    class Largest(TorchDispatchMode):
-        made: set[tuple] = set()
+    made = []
 
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             found = func(*args, **(kwargs or {}))
-            if isinstance(found, torch.Tensor) and "empty" in str(func) + str(func) and found.dtype == torch.float32:
-                self.made.add(tuple(found.shape))
+            if isinstance(found, torch.Tensor) and found.dtype == torch.float32:
+                made.append(found.shape)
             return found
 
-    with Largest() as made:
+    with Watch():
         loss, _ = fused_linear_grpo_loss(x, w, batch.token_ids, batch.row_ids, advantages=batch.advantages)
-    assert tuple(w.shape) not in made.made
+    assert x.shape in made and made.count(w.shape) == 1, "the test's own product casts the head once"
     first = torch.autograd.grad(loss, w, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(loss, w)[0])
 
