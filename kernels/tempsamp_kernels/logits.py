@@ -89,37 +89,42 @@ def _rows_share_memory(logits: Tensor) -> bool:
     return False
 
 
-def completion_logps(
+def logits_logprob(
     logits: Tensor,
-    completion_ids: Tensor,
-    completion_mask: Tensor | None,
-    temperature: float,
-    inplace: bool,
-    impl: str | None,
+    token_ids: Tensor,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    *,
+    inplace: bool = False,
+    impl: str | None = None,
 ) -> Tensor:
-    """fp32 [B, L] log-probabilities from logits [B, L + 1, V], of which the last position predicts nothing."""
+    """Log-prob of each token under its own row of logits / temperature, fp32 [...], 0 where `mask` [...] is 0.
+
+    Args:
+        logits: [..., V], any float dtype and strides; rows of masked tokens may hold anything.
+        token_ids: [...] int64.
+        inplace: let the backward overwrite the logits with their gradient (then it can run only once); not done under
+            torch.compile, nor where rows share memory.
+
+    Raises ValueError where the shapes disagree, the temperature is not positive, an unmasked id lies outside the
+    vocabulary (on a GPU it gives NaN), or `impl` is unknown.
+    """
     impl = choose_impl(impl, logits)
-    if logits.ndim != 3 or completion_ids.shape != (logits.shape[0], logits.shape[1] - 1):
-        raise ValueError(f"logits {tuple(logits.shape)} must be [B, L + 1, V] for ids {tuple(completion_ids.shape)}")
-    if not logits.dtype.is_floating_point or completion_ids.dtype != torch.int64:
-        raise ValueError(f"logits must be floats and ids torch.int64; got {logits.dtype}, {completion_ids.dtype}")
     check_positive("temperature", temperature)
-    token_ids = completion_ids
-    if completion_mask is not None:
-        if completion_mask.shape != completion_ids.shape:
-            raise ValueError(f"mask must be {tuple(completion_ids.shape)}; got {tuple(completion_mask.shape)}")
-        token_ids = completion_ids.masked_fill(~completion_mask.bool(), SKIP)
-        check_token_ids(completion_ids, completion_mask.bool(), logits.shape[2])
-    else:
-        check_token_ids(completion_ids, None, logits.shape[2])
-    token_ids = functional.pad(token_ids, (0, 1), value=SKIP).reshape(-1)
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
-    # Under torch.compile a backward may not change what it was given; nor may it where rows lie on top of each other.
-    inplace = inplace and not torch.compiler.is_compiling() and not _rows_share_memory(logits)
-    tokens = Tokens.of_ids(token_ids, torch.full(token_ids.shape, float(temperature), device=logits.device))
-    logps = _RowLogProb.apply(logits, tokens, inplace, impl)
-    return logps.view(logits.shape[:2])[:, :-1]
+    for name, value in {"token_ids": token_ids, "mask": mask}.items():
+        if value is not None and value.shape != logits.shape[:-1]:
+            raise ValueError(f"{name} must be {tuple(logits.shape[:-1])} for these logits; got {tuple(value.shape)}")
+    if not logits.dtype.is_floating_point or token_ids.dtype != torch.int64:
+        raise ValueError(f"logits must be floats and ids torch.int64; got {logits.dtype}, {token_ids.dtype}")
+    mask = None if mask is None else mask.bool()
+    check_token_ids(token_ids, mask, logits.shape[-1])
+    flat_ids = (token_ids if mask is None else token_ids.masked_fill(~mask, SKIP)).reshape(-1)
+    batch = logits if logits.ndim == 3 else logits.reshape(1, -1, logits.shape[-1])
+    if batch.stride(-1) != 1:
+        batch = batch.contiguous()
+    inplace = inplace and not torch.compiler.is_compiling() and not _rows_share_memory(batch)
+    tokens = Tokens.of_ids(flat_ids, torch.full(flat_ids.shape, float(temperature), device=logits.device))
+    return _RowLogProb.apply(batch, tokens, inplace, impl).view(token_ids.shape)
 
 
 def fused_selective_log_softmax(
@@ -134,13 +139,10 @@ def fused_selective_log_softmax(
     """Log-probabilities of the last L input ids under logits / temperature, fp32 [B, L], 0 where `mask` is 0.
 
     The contract of Liger-Kernel's function of the same name, with a gradient: logits [B, L + 1, V] as returned by
-    `model(..., logits_to_keep=L + 1)`, input_ids and mask [B, >= L] of which the last L columns count.
-    `inplace=True` lets the backward overwrite the logits with their gradient, except under torch.compile and where
-    rows of the logits share memory.
-    Raises ValueError where the shapes disagree, the temperature is not positive, an unmasked id lies outside the
-    vocabulary (on a GPU it gives NaN), or `impl` is unknown.
+    `model(..., logits_to_keep=L + 1)`, of which the last position predicts nothing, input_ids and mask [B, >= L] of
+    which the last L columns count. The rest is as in `logits_logprob`.
     """
     length = logits.shape[1] - 1
-    completion_ids = input_ids[:, -length:] if length else input_ids[:, :0]
-    mask = None if mask is None else mask[:, mask.shape[1] - length :]
-    return completion_logps(logits, completion_ids, mask, temperature, inplace, impl)
+    last = lambda values: functional.pad(values[:, values.shape[1] - length :], (0, 1))
+    counts = last(torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool())
+    return logits_logprob(logits, last(input_ids), temperature, counts, inplace=inplace, impl=impl)[:, :-1]
