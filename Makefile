@@ -36,8 +36,9 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 demo: $(VENV)
 	$(BIN)/deepspeed --num_accelerators 1 tempsamp_fast/train.py --output_dir runs/demo_$$(date +%Y%m%d_%H%M%S)
 
-# Two workers, one thread each: a test file stays on one worker, so what its fixtures make is made once.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+# Two workers, one thread each: a test file stays on one worker, so what its fixtures make is made once. Files are taken
+# in alphabetical order: by number of tests, the dearest would come last and alone.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)
 	$(PYTEST) -m "not slow"

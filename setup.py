@@ -60,6 +60,6 @@ ParallelCompile().install()
 setup(
     packages=find_packages(include=["tempsamp_fast*"]) + find_packages("kernels"),
     package_dir={"tempsamp_kernels": "kernels/tempsamp_kernels"},
-    package_data={"tempsamp_fast": ["configs/*", "published.yaml"]},
+    package_data={"tempsamp_fast": ["configs/*", "evaluation/published.yaml"]},
     ext_modules=video_extension(),
 )

@@ -1,6 +1,6 @@
 """What the compiler makes of every Triton kernel on sm_80, sm_90 and sm_100, without a GPU.
 
-    python bench/aot.py [--arch 80 90 100] [--output bench/results/aot.json]
+    python bench/aot.py [--arch 80 90 100] [--cases NAME...] [--output bench/results/aot.json]
 
 The functions that launch them run on meta tensors of real sizes (7B head), with Triton's launcher replaced by one that
 compiles for the wanted chip and stops there: the kernels are exactly those that a real call would launch.
@@ -261,15 +261,18 @@ def measured(compiled) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_MEMORY_LIMIT, default=list(SHARED_MEMORY_LIMIT))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/aot.json")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler: unset it")
     table: dict[str, dict] = {}
-    for arch, (name, case) in product(arguments.arch, CASES.items()):
+    for arch, name in product(arguments.arch, arguments.cases):
         with compile_only(arch, with_fp64=name in WITH_FP64) as compiled:
             for workload in WORKLOADS:
-                case(workload)
+                CASES[name](workload)
+            for workload in WORKLOADS:
+                CASES[name](workload)
         for label, results in compiled.items():
             table.setdefault(f"{name}: {label}", {})[f"sm_{arch}"] = {
                 **measured(results[0]),
@@ -277,7 +280,7 @@ def main() -> None:
             }
     missing = entry_kernels() - {re.findall(r": (\w+)\(", label)[0] for label in table}
     if missing:
-        raise RuntimeError(f"no case launches {sorted(missing)}: add one to CASES")
+        raise RuntimeError(f"no case launches {sorted(missing)}: add one to CASES, or name one among --cases")
     result = {"triton": triton.__version__, "torch": torch.__version__, "kernels": table}
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 

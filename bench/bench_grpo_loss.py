@@ -22,7 +22,7 @@ from torch.nn import functional
 from bench.gpu_sections.timing import distance, memory
 from bench.loss_contenders import Contender, LossBatch, liger, ours, torch_loss, trl, trl_logps
 from bench.memory import peak_resident_gib
-from tempsamp_fast.flops import peak_bf16_flops
+from tempsamp_fast.model.flops import peak_bf16_flops
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -26,9 +26,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from bench import step_contenders as step
-from tempsamp_fast.policy import Policy
-from tempsamp_fast.prefetch import Prefetch
-from tempsamp_fast.rollout import SamplingParams, generate
+from tempsamp_fast.data.prefetch import Prefetch
+from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.rollout.generate import SamplingParams, generate
 
 MODEL = Path(__file__).with_name("step_model.json")
 ROUNDS = 3

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tempsamp_fast.runlog import describe_machine, write_json
+from tempsamp_fast.run.log import describe_machine, write_json
 
 RESULTS = Path(__file__).with_name("results")
 

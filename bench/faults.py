@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # a checkout runs without being installed
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
-from tempsamp_fast.device import prepare_environment  # noqa: E402
+from tempsamp_fast.system.device import prepare_environment  # noqa: E402
 
 prepare_environment()
 
@@ -35,8 +35,8 @@ from bench.fault_campaign.disks import disk_cases  # noqa: E402
 from bench.fault_campaign.inputs import input_cases  # noqa: E402
 from bench.fault_campaign.kills import Kills  # noqa: E402
 from bench.fault_campaign.ranks import rank_cases  # noqa: E402
-from tempsamp_fast import plots  # noqa: E402
-from tempsamp_fast.runlog import describe_machine, write_json  # noqa: E402
+from tempsamp_fast.report import plots  # noqa: E402
+from tempsamp_fast.run.log import describe_machine, write_json  # noqa: E402
 
 RESULTS = ROOT / "bench/results/faults.json"
 PARTS = ("kills", "inputs", "disks", "ranks")

@@ -32,7 +32,7 @@ sys.path[:0] = SOURCES  # a checkout runs without being installed
 import torch  # noqa: E402
 
 from bench.gpu_sections.watch import GpuWatch, settings  # noqa: E402
-from tempsamp_fast.runlog import describe_machine, write_json  # noqa: E402
+from tempsamp_fast.run.log import describe_machine, write_json  # noqa: E402
 
 TIME_LIMIT_S = 470.0
 

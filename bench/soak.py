@@ -21,14 +21,14 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # a checkout runs without being installed
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
-from tempsamp_fast.device import prepare_environment  # noqa: E402
+from tempsamp_fast.system.device import prepare_environment  # noqa: E402
 
 prepare_environment()
 
 from bench.fault_campaign.children import World, fresh  # noqa: E402
 from tempsamp_fast import train  # noqa: E402
-from tempsamp_fast.run import Run  # noqa: E402
-from tempsamp_fast.runlog import describe_machine, write_json  # noqa: E402
+from tempsamp_fast.run.log import describe_machine, write_json  # noqa: E402
+from tempsamp_fast.run.run import Run  # noqa: E402
 
 RESULTS = ROOT / "bench/results/soak.json"
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup, Sample, VideoPatches
-from tempsamp_fast.packing import PackedRow, pack
-from tempsamp_fast.policy import Policy
-from tempsamp_fast.rollout import SamplingParams, generate
+from tempsamp_fast.model.packing import PackedRow, pack
+from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.rollout.generate import SamplingParams, generate
 
 VOCAB, EOS = 2048, 0
 IMAGE, VIDEO, VISION_START, VISION_END = range(VOCAB - 4, VOCAB)

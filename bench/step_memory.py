@@ -13,8 +13,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from bench.memory import resident_gib
 from bench.step_contenders import UNLIMITED, make_prompt, random_group
-from tempsamp_fast.packing import PackingMode, pack
-from tempsamp_fast.policy import Policy
+from tempsamp_fast.model.packing import PackingMode, pack
+from tempsamp_fast.model.policy import Policy
 
 
 def peak_of_update(model_config: str, mode: PackingMode) -> float:

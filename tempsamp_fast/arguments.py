@@ -1,4 +1,7 @@
-"""Settings read from command line words, recipe files and the record of an earlier run."""
+"""Settings read from command line words, recipe files and the record of an earlier run.
+
+`python -m tempsamp_fast.arguments > docs/settings.md` writes the table of all of them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -105,3 +108,28 @@ def _config_file(given: Path) -> Path:
     """A file, or the name of one of the recipes that come with the package."""
     recipe = RECIPES / f"{given}.yaml"
     return recipe if recipe.is_file() and not given.exists() else given
+
+
+def settings_table() -> str:
+    """Every setting by section, as Markdown: its flag, type or choices, default and meaning."""
+    lines = ["# Settings", "", "Each is a flag (`--name value`) and a line of a recipe (`name: value`)."]
+    for section in SECTIONS:
+        title = section.__name__.removesuffix("Config")
+        lines += ["", f"## {title}", "", section.__doc__ or "", "", "| setting | type or choices | default | meaning |"]
+        lines += ["|---|---|---|---|"]
+        types = get_type_hints(section)
+        for field in dataclasses.fields(section):
+            cells = f"`{field.name}`", _type_name(types[field.name]), f"`{field.default}`", field.metadata["help"]
+            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _type_name(type_: Any) -> str:
+    if get_origin(type_) is Literal:
+        return ", ".join(map(str, get_args(type_)))
+    given = [each for each in get_args(type_) or (type_,) if each is not type(None)]
+    return given[0].__name__
+
+
+if __name__ == "__main__":
+    print(settings_table(), end="")

@@ -18,13 +18,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from tempsamp_fast.catalogue import DATASETS, dataset_name, load_samples
 from tempsamp_fast.config import MODES, DataConfig
-from tempsamp_fast.device import prepare_environment
-from tempsamp_fast.published import DEFAULT_TABLES, MIXED, comparison
-from tempsamp_fast.runlog import write_json
+from tempsamp_fast.data.catalogue import DATASETS, dataset_name, load_samples
+from tempsamp_fast.evaluation.published import DEFAULT_TABLES, MIXED, comparison
+from tempsamp_fast.evaluation.scoring import grounding_scores, oracle_ious, score_rows
+from tempsamp_fast.run.log import write_json
 from tempsamp_fast.sample import Mode, Sample, Task
-from tempsamp_fast.score import grounding_scores, oracle_ious, score_rows
+from tempsamp_fast.system.device import prepare_environment
 
 HOW_FRAMES_ARE_TAKEN = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "sampling")
 HOW_THEY_ARE_READ = ("video_backend", "video_device", "patch_cache")
@@ -112,11 +112,11 @@ def evaluate(options: argparse.Namespace) -> str:
     """Ask, score and compare as the command line says; the table on rank 0, nothing on the others."""
     import torch.distributed as dist
 
-    from tempsamp_fast.answerer import Answerer
-    from tempsamp_fast.checkpoint import read_video_settings
-    from tempsamp_fast.evaluation import answer_row
-    from tempsamp_fast.ranks import barrier, of_all_ranks
-    from tempsamp_fast.rollout import SamplingParams
+    from tempsamp_fast.evaluation.answerer import Answerer
+    from tempsamp_fast.evaluation.asking import answer_row
+    from tempsamp_fast.rollout.generate import SamplingParams
+    from tempsamp_fast.run.checkpoint import read_video_settings
+    from tempsamp_fast.system.ranks import barrier, of_all_ranks
 
     modes: list[Any] = options.mode.split("+")
     samples = load_samples(options.annotations, options.videos)[: options.max_samples]
@@ -183,7 +183,7 @@ def _all_rows(
     samples: Sequence[Sample], texts: dict[str, str], skipped: dict[str, str], require_tags: bool
 ) -> list[dict[str, Any]]:
     """A row per sample; one whose video was skipped says why, counts as unparsed and is asked again next time."""
-    from tempsamp_fast.evaluation import answer_row
+    from tempsamp_fast.evaluation.asking import answer_row
 
     rows = []
     for sample in samples:

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from tempsamp_fast.device import prepare_environment
+from tempsamp_fast.system.device import prepare_environment
 
 prepare_environment()
 
-from tempsamp_fast.checkpoint import MODEL, VIDEO_SETTINGS, latest_checkpoint  # noqa: E402
 from tempsamp_fast.config import ModelConfig  # noqa: E402
-from tempsamp_fast.lora import base_checkpoint  # noqa: E402
-from tempsamp_fast.model import DTYPES, load_model  # noqa: E402
+from tempsamp_fast.model.loading import DTYPES, load_model  # noqa: E402
+from tempsamp_fast.model.lora import base_checkpoint  # noqa: E402
+from tempsamp_fast.run.checkpoint import MODEL, VIDEO_SETTINGS, latest_checkpoint  # noqa: E402
 
 
 def export(source: Path, out: Path, dtype: torch.dtype) -> None:

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from tempsamp_fast.device import prepare_environment
 from tempsamp_fast.sample import Mode, Sample
+from tempsamp_fast.system.device import prepare_environment
 from tempsamp_fast.video import BackendName
 
 
@@ -29,10 +29,10 @@ def infer(
     Frames are taken as the checkpoint was trained (`video.json` beside its weights), by `video_backend`. Raises
     ValueError naming a bad checkpoint, video or query.
     """
-    from tempsamp_fast.answerer import Answerer
-    from tempsamp_fast.checkpoint import read_video_settings
+    from tempsamp_fast.evaluation.answerer import Answerer
     from tempsamp_fast.rewards import parse_span
-    from tempsamp_fast.rollout import SamplingParams
+    from tempsamp_fast.rollout.generate import SamplingParams
+    from tempsamp_fast.run.checkpoint import read_video_settings
 
     if not query.strip():
         raise ValueError("query is empty")
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plot(answer: dict[str, Any], path: Path, num_frames: int = 8) -> None:
-    from tempsamp_fast.plots import plot_timeline
+    from tempsamp_fast.report.plots import plot_timeline
     from tempsamp_fast.video import frames
 
     duration_s = answer["duration_s"]

@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 
-from tempsamp_fast.architectures import count_parameters, model_config
 from tempsamp_fast.arguments import parse_args
-from tempsamp_fast.catalogue import DATASETS, find_annotations, load_training_data
-from tempsamp_fast.config import Config, DataConfig, parse_phases
-from tempsamp_fast.engine import effective_zero
-from tempsamp_fast.estimate import Memory, largest, step_flops, step_memory, step_traffic, video_grid, work_of
-from tempsamp_fast.flops import PEAK_BF16_TFLOPS
-from tempsamp_fast.forecast import Forecast, Measured, describe, forecast, read_measured
-from tempsamp_fast.schedule import in_steps, prompts_per_step
-from tempsamp_fast.synthetic import SyntheticConfig, draw_videos
-from tempsamp_fast.video import Geometry
+from tempsamp_fast.config import Config, DataConfig, parse_phases, prompts_per_step
+from tempsamp_fast.data.catalogue import DATASETS, find_annotations, load_training_data
+from tempsamp_fast.embedded.videos import SyntheticConfig, draw_videos
+from tempsamp_fast.learning.engine import effective_zero
+from tempsamp_fast.model.architectures import count_parameters, model_config
+from tempsamp_fast.model.families import geometry_of
+from tempsamp_fast.model.flops import PEAK_BF16_TFLOPS
+from tempsamp_fast.planning.estimate import Memory, largest, step_flops, step_memory, step_traffic, video_grid, work_of
+from tempsamp_fast.planning.forecast import Forecast, Measured, describe, forecast, read_measured
+from tempsamp_fast.run.schedule import in_steps
 
 FRAME_SIZE = (720, 1280)
 """(height, width) in pixels that videos are taken to have: the pixel budgets bind long before."""
@@ -73,8 +73,7 @@ def training_data(data: DataConfig) -> Data:
 
 def video_grids(data: DataConfig, found: Data, config: Any) -> list[tuple[int, int, int]]:
     """The grids of all samples; where durations are not known, of every possible number of frames."""
-    limits = {name: getattr(data, name) for name in ("min_pixels", "max_pixels", "total_pixels")}
-    geometry = Geometry.from_config(config, **{name: value for name, value in limits.items() if value is not None})
+    geometry = geometry_of(config, data.min_pixels, data.max_pixels, data.total_pixels)
     if found.durations_s:
         wanted = [int(duration * data.fps) // 2 * 2 for duration in found.durations_s]
         counts = [min(max(count, data.min_frames), data.max_frames) for count in wanted]
@@ -166,7 +165,7 @@ def describe_plan(config: Config, world_size: int, gpu: str | None = None, measu
     lines.append("memory   GiB per device at the worst moment, answers as long as they may be:")
     lines.append(f"         {'ZeRO':<36}{'weights':>9}{'reference':>11}{'gradients':>11}{'optimizer':>11}{'buffers':>9}"
                  f"{'activations':>13}{'total':>8}{'off GPU':>9}")  # fmt: skip
-    stage, offloaded = effective_zero(config)
+    stage, offloaded = effective_zero(config.train)
     chosen = f"{stage}, offload {'+'.join(sorted(offloaded)) or 'none'} (chosen)"
     rows = [(chosen, config), *((str(stage), with_stage(config, stage)) for stage in range(4))]
     for name, settings in rows:

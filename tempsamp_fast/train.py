@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from tempsamp_fast.device import prepare_environment, training_device
+from tempsamp_fast.system.device import prepare_environment, training_device
 
 prepare_environment()
 
@@ -18,15 +18,15 @@ import deepspeed  # noqa: E402
 import torch  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-from tempsamp_fast.advantage import assign_advantages, skewness_by_rule  # noqa: E402
 from tempsamp_fast.arguments import parse_args  # noqa: E402
-from tempsamp_fast.groups import reward_metrics  # noqa: E402
-from tempsamp_fast.heartbeat import LOST_RANK_EXIT, RankLostError  # noqa: E402
+from tempsamp_fast.learning.advantage import assign_advantages, skewness_by_rule  # noqa: E402
+from tempsamp_fast.learning.groups import reward_metrics  # noqa: E402
+from tempsamp_fast.learning.update import mean_over_ranks  # noqa: E402
 from tempsamp_fast.plan import describe_plan  # noqa: E402
-from tempsamp_fast.ranks import of_all_ranks  # noqa: E402
-from tempsamp_fast.results import Results  # noqa: E402
-from tempsamp_fast.run import Run  # noqa: E402
-from tempsamp_fast.update import mean_over_ranks  # noqa: E402
+from tempsamp_fast.run.results import Results  # noqa: E402
+from tempsamp_fast.run.run import Run  # noqa: E402
+from tempsamp_fast.system.heartbeat import LOST_RANK_EXIT, RankLostError  # noqa: E402
+from tempsamp_fast.system.ranks import of_all_ranks  # noqa: E402
 
 OUT_OF_MEMORY = (
     "; lower max_tokens_per_row, for rollouts prompts_per_device, num_generations or max_completion_length, for "

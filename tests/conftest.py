@@ -1,4 +1,7 @@
-"""Fixtures of all tests. `tiny`: both model families in miniature, with prompts and random answers."""
+"""Fixtures of all tests. `tiny`: both model families in miniature, with prompts and random answers.
+
+Property tests draw the same examples every time and have no time limit: they fail by the code, not by chance or load.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
@@ -17,6 +21,15 @@ from transformers import (
 )
 
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup, Sample, VideoPatches
+
+settings.register_profile(
+    "steady", deadline=None, derandomize=True, max_examples=100, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "kernels", settings.get_profile("steady"), max_examples=25, phases=[Phase.explicit, Phase.generate]
+)
+"""For examples that run kernels: few, and a failing one is shown as found, as a smaller one takes minutes to find."""
+settings.load_profile("steady")
 
 SPECIAL_IDS = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
 NUM_TEXT_IDS = 60

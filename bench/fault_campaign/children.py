@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from tempsamp_fast import train
-from tempsamp_fast.annotations import load_annotations
-from tempsamp_fast.checkpoint import latest_checkpoint
-from tempsamp_fast.device import free_port
-from tempsamp_fast.prompts import off_policy_text, question
-from tempsamp_fast.runlog import read_metrics
-from tempsamp_fast.synthetic import SyntheticConfig, generate
-from tempsamp_fast.tiny import build_tiny_checkpoint
+from tempsamp_fast.data.annotations import load_annotations
+from tempsamp_fast.data.prompts import off_policy_text, question
+from tempsamp_fast.embedded.model import build_tiny_checkpoint
+from tempsamp_fast.embedded.videos import SyntheticConfig, generate
+from tempsamp_fast.run.checkpoint import latest_checkpoint
+from tempsamp_fast.run.log import read_metrics
+from tempsamp_fast.system.device import free_port
 
 CLIPS = SyntheticConfig(
     num_train=6, num_val=0, num_test=2, min_duration_s=8.0, max_duration_s=10.0, sizes=("64x48", "48x64")

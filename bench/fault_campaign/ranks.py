@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.fault_campaign.children import Child, World, difference, fresh, record, start
-from tempsamp_fast.device import free_port
+from tempsamp_fast.system.device import free_port
 
 SETTINGS = {"stall_timeout_s": 8, "on_bad_video": "raise"}
 WAIT_FOR = {"rollout": "tempsamp/answer", "first steps": "sft/answer"}

@@ -12,10 +12,10 @@ from torch import Tensor
 from bench.gpu_sections.child import Record
 from bench.gpu_sections.models import PUBLISHED, Scale, Size
 from bench.gpu_sections.timing import distance, in_turn, require
-from tempsamp_fast.attention import PackedAttention, packed_attention
 from tempsamp_fast.config import AttentionCore
-from tempsamp_fast.packing import GroupLayout, PackedRow, PackingMode
-from tempsamp_fast.policy import Policy
+from tempsamp_fast.model.attention import PackedAttention, packed_attention
+from tempsamp_fast.model.packing import GroupLayout, PackedRow, PackingMode
+from tempsamp_fast.model.policy import Policy
 
 HEADS: dict[Size, tuple[int, int]] = {"3B": (16, 2), "7B": (28, 4)}
 HEAD_DIM, SCALING = 128, 128**-0.5

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bench.gpu_sections.timing import card_gib
-from tempsamp_fast.runlog import write_json
+from tempsamp_fast.run.log import write_json
 
 Goal = tuple[str, float]
 """("at least" or "at most", bound)."""

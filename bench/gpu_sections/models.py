@@ -10,11 +10,11 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from bench.step_contenders import EOS, IMAGE, VIDEO, VISION_END, VISION_START, make_prompt, random_group
-from tempsamp_fast.architectures import count_parameters
 from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.batch import Prompt
-from tempsamp_fast.estimate import Work, step_memory
-from tempsamp_fast.packing import PackedRow, PackingMode, pack
+from tempsamp_fast.model.architectures import count_parameters
+from tempsamp_fast.model.packing import PackedRow, PackingMode, pack
+from tempsamp_fast.planning.estimate import Work, step_memory
 
 Size = Literal["3B", "7B"]
 

@@ -14,9 +14,9 @@ from bench.gpu_sections.models import PUBLISHED, Scale
 from bench.gpu_sections.timing import in_turn, memory, require
 from bench.step_contenders import EOS, NO_EOS, huggingface_generate
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
-from tempsamp_fast.packing import pack
-from tempsamp_fast.policy import Policy
-from tempsamp_fast.rollout import SampledAnswer, SamplingParams, generate
+from tempsamp_fast.model.packing import pack
+from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams, generate
 
 NUM_ANSWERS, LENGTH = 8, 128
 NUM_PROMPTS = (1, 8, 32)

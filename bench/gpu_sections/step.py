@@ -16,7 +16,7 @@ from bench.gpu_sections.child import Record
 from bench.gpu_sections.models import PUBLISHED, RECOMPUTED, TOWER_RECOMPUTED, Scale
 from bench.gpu_sections.timing import in_turn, memory, require, synchronize
 from tempsamp_fast.batch import Prompt, RolloutGroup
-from tempsamp_fast.policy import Policy
+from tempsamp_fast.model.policy import Policy
 
 LENGTH = 32
 NUM_ANSWERS = (8, 4)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tempsamp_fast.flops import peak_bf16_flops
+from tempsamp_fast.model.flops import peak_bf16_flops
 
 
 def card_gib() -> float:

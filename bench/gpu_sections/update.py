@@ -16,11 +16,11 @@ from bench.gpu_sections.child import Record
 from bench.gpu_sections.models import PUBLISHED, RECOMPUTED, Scale, Size
 from bench.gpu_sections.timing import event_ms, in_turn, memory, require, share_of_peak
 from tempsamp_fast.config import AlgorithmConfig
-from tempsamp_fast.flops import forward_flops
-from tempsamp_fast.liger_layers import apply_liger_layers
-from tempsamp_fast.loss import RowTargets, policy_loss
-from tempsamp_fast.packing import PackedRow
-from tempsamp_fast.policy import Policy
+from tempsamp_fast.learning.loss import RowTargets, policy_loss
+from tempsamp_fast.model.flops import forward_flops
+from tempsamp_fast.model.liger_layers import apply_liger_layers
+from tempsamp_fast.model.packing import PackedRow
+from tempsamp_fast.model.policy import Policy
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from bench.paper import plan
 from bench.paper.plan import PlannedRun
 from bench.paper.record import record_of
 from bench.paper.results import check_same_settings, check_same_start, read_results
-from tempsamp_fast.annotations import load_annotations
-from tempsamp_fast.checkpoint import MODEL, latest_checkpoint
-from tempsamp_fast.runlog import describe_machine, write_json
-from tempsamp_fast.score import best_constant_span, score_rows
-from tempsamp_fast.subsets import few_shot
-from tempsamp_fast.synthetic import generate
+from tempsamp_fast.data.annotations import load_annotations
+from tempsamp_fast.data.subsets import few_shot
+from tempsamp_fast.embedded.videos import generate
+from tempsamp_fast.evaluation.scoring import best_constant_span, score_rows
+from tempsamp_fast.run.checkpoint import MODEL, latest_checkpoint
+from tempsamp_fast.run.log import describe_machine, write_json
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tempsamp_fast.synthetic import SyntheticConfig
+from tempsamp_fast.embedded.videos import SyntheticConfig
 
 EASY = SyntheticConfig(
     num_train=1200,

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from bench.paper import plan
 from bench.paper.results import Results
 from bench.paper.summary import Record, final, of_group_size, records
-from tempsamp_fast.plots import COLOURS, finish_axes
+from tempsamp_fast.report.plots import COLOURS, finish_axes
 from tempsamp_fast.report.runs import interval
 
 COLOUR_OF = dict(zip(plan.METHODS, cycle(COLOURS), strict=False))

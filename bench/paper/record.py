@@ -8,10 +8,10 @@ from typing import Any, get_args
 
 import numpy as np
 
-from tempsamp_fast.plots import eval_files, read_rows
+from tempsamp_fast.evaluation.scoring import grounding_scores, oracle_ious
 from tempsamp_fast.report.figures import select, skewness, task_rewards
+from tempsamp_fast.report.plots import eval_files, read_rows
 from tempsamp_fast.sample import Mode
-from tempsamp_fast.score import grounding_scores, oracle_ious
 
 HIT_IOU = 0.5
 NUM_PARTS = 10

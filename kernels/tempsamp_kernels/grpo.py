@@ -32,9 +32,9 @@ from tempsamp_kernels.tokens import NUM_TERMS, SKIP, TERMS, HeadOptions, Tokens
 from tempsamp_kernels.weights import (
     bounded_log,
     capped,
-    largest_weight,
     live_tokens,
     row_lengths,
+    slopes,
     token_mask,
     token_weights,
 )
@@ -308,7 +308,7 @@ class FusedLinearLoss(torch.autograd.Function):
         terms = torch.empty(NUM_TERMS, len(hidden), device=hidden.device)
         live, dead = slice(0, num_live), slice(num_live, None)
         if plan.sequences is None:
-            scale = gradient_scale(largest_weight(plan.tokens), head.gemm_dtype)
+            scale = gradient_scale(slopes(plan.tokens), head.gemm_dtype)
             _learn(head.part(live), plan, terms[:, live], gradients, scale)
             _watch(head.part(dead), plan, terms[:, dead], plan.tokens.map(lambda field: field[dead]))
         else:
@@ -355,12 +355,9 @@ def _learn_together(
     assert plan.sequences is not None
     rows, kept = forward_sweep(head, plan.tokens, plan.options)
     terms, d_logp, d_entropy = plan.sequences.terms(rows, plan.tokens, plan.loss)
-    scale = gradient_scale(d_logp.abs().sum(), head.gemm_dtype)
-    if scale is not None:
-        d_logp, d_entropy = d_logp * scale, None if d_entropy is None else d_entropy * scale
     cut = lambda values: values[live]
     part = head.part(live)
     kept = kept if part.num_tokens == head.num_tokens else None
     d_entropy = None if d_entropy is None else cut(d_entropy)
-    gradient_sweep(part, plan.tokens.map(cut), plan.options, rows.map(cut), cut(d_logp), d_entropy, gradients, kept)
-    return terms, scale
+    of_part = plan.tokens.map(cut), plan.options, rows.map(cut), cut(d_logp), d_entropy
+    return terms, gradient_sweep(part, *of_part, gradients, kept)

@@ -119,11 +119,11 @@ def finish(
     return d_hidden, d_weight, d_bias
 
 
-def gradient_scale(largest: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """A power of two, [1] on the device, that brings gradients of about `largest` into float16's range; else None."""
+def gradient_scale(d_logp: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A power of two, [1], that brings gradients of about `d_logp` [N] into the range of float16; None for others."""
     if dtype != torch.float16:
         return None
-    room = 64 / largest.reshape(1).float()
+    room = 64 / functional.pad(d_logp.abs(), (0, 1)).amax(0, keepdim=True)
     return torch.where(room.isfinite(), room.log2().floor().exp2(), 1.0)
 
 

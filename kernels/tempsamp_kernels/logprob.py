@@ -52,8 +52,14 @@ def gradient_sweep(
     d_entropy: Tensor | None,
     gradients: HeadGradients,
     kept: Tensor | None = None,
-) -> None:
-    """Push d loss / d logp and / d entropy [N] through the logits: 6NHV FLOPs, less 2HV for each row of `kept` ones."""
+) -> Tensor | None:
+    """Push d loss / d logp and / d entropy [N] through the logits: 6NHV FLOPs, less 2HV for each row of `kept` ones.
+
+    Returns the scale [1] that the gradients have been multiplied by, if any.
+    """
+    scale = gradient_scale(d_logp if d_entropy is None else d_logp.abs() + d_entropy.abs(), head.gemm_dtype)
+    if scale is not None:
+        d_logp, d_entropy = d_logp * scale, None if d_entropy is None else d_entropy * scale
     kernels = KERNELS[options.impl]
     tokens = tokens.padded(head.num_padded)
     rows, d_logp = rows.map(head.padded), head.padded(d_logp)
@@ -67,6 +73,7 @@ def gradient_sweep(
         )
 
     head.sweep(consume, gradients, kept)
+    return scale
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -100,20 +107,12 @@ class _LinearLogprob(torch.autograd.Function):
         with nullcontext() if ctx.gather is None else ctx.gather(weight, bias):
             head = ChunkedHead(hidden, weight, None, ctx.chunk_size, ctx.compute_dtype)
             gradients = HeadGradients(head, *ctx.needs_input_grad[:3])
-            scale = gradient_scale(_largest(d_logp, d_entropy), head.gemm_dtype)
-            if scale is not None:
-                d_logp, d_entropy = d_logp * scale, None if d_entropy is None else d_entropy * scale
             # The gradient takes the memory of the logits: a second backward makes them again.
             kept, ctx.logits = ctx.logits, None
-            gradient_sweep(head, ctx.tokens, ctx.options, rows, d_logp, d_entropy, gradients, kept)
+            scale = gradient_sweep(head, ctx.tokens, ctx.options, rows, d_logp, d_entropy, gradients, kept)
         dtypes = [None if like is None else like.dtype for like in (hidden, weight, bias)]
         found = finish(gradients.state(head), dtypes, None if scale is None else 1 / scale[0])
         return (*found, *[None] * 5)
-
-
-def _largest(d_logp: Tensor, d_entropy: Tensor | None) -> Tensor:
-    together = d_logp.abs() if d_entropy is None else d_logp.abs() + d_entropy.abs()
-    return torch.cat([together.new_zeros(1), together]).amax()
 
 
 def linear_logprob(

@@ -81,19 +81,10 @@ def evaluate(
     """
     weight, threshold = tokens.entropy_weight, tokens.entropy_threshold
     *values, d_logp, d_log_ratio, d_entropy = on_tensors(token_terms)(
-        rows.logp,
-        rows.entropy,
-        log_ratio,
-        tokens.ref_logps,
-        tokens.advantage,
-        tokens.policy_weight,
-        tokens.kl_weight,
-        torch.zeros_like(rows.logp) if weight is None else weight,
-        -torch.inf if threshold is None else threshold,
-        **loss.numbers(),
-        OBJECTIVE=on_tensors(loss.objective),
-        KL=on_tensors(loss.kl),
-    )
+        rows.logp, rows.entropy, log_ratio, tokens.ref_logps, tokens.advantage, tokens.policy_weight, tokens.kl_weight,
+        torch.zeros_like(rows.logp) if weight is None else weight, -torch.inf if threshold is None else threshold,
+        **loss.numbers(), OBJECTIVE=on_tensors(loss.objective), KL=on_tensors(loss.kl),
+    )  # fmt: skip
     terms = torch.stack([rows.logp, rows.entropy, *values])
     assert len(terms) == NUM_TERMS
     return terms, d_logp, d_log_ratio, None if weight is None else d_entropy

@@ -258,13 +258,9 @@ def row_statistics(logits: Tensor, tokens: Tokens, head: HeadOptions) -> RowStat
     num_rows = logits.shape[:-1].numel()
     found = torch.empty(3, num_rows, device=logits.device)
     launch(
-        row_statistics_kernel,
-        (num_rows,),
-        **_arguments(logits, tokens, head, "LANES", "WIDTH"),
-        **_layout(logits),
-        statistics_ptr=found,
-        statistics_stride=found.stride(0),
-    )
+        row_statistics_kernel, (num_rows,), **_arguments(logits, tokens, head, "LANES", "WIDTH"), **_layout(logits),
+        statistics_ptr=found, statistics_stride=found.stride(0),
+    )  # fmt: skip
     return RowStatistics(*found)
 
 
@@ -281,19 +277,11 @@ def row_gradient(
     """The gradient of raw logits, in `out`, or as `dtype` in the memory of logits [C, V] fp32."""
     gradient = _gradient_view(logits, dtype) if out is None else out
     launch(
-        row_gradient_kernel,
-        (logits.shape[:-1].numel(),),
-        **_arguments(logits, tokens, head, "BLOCK"),
-        **_layout(logits),
-        gradient_ptr=gradient,
-        gradient_batch_stride=gradient.stride(0) if gradient.ndim == 3 else 0,
-        gradient_row_stride=gradient.stride(-2),
-        logp_ptr=rows.logp,
-        entropy_ptr=rows.entropy,
-        lse_ptr=rows.lse,
-        d_logp_ptr=d_logp,
-        d_entropy_ptr=d_entropy,
-    )
+        row_gradient_kernel, (logits.shape[:-1].numel(),), **_arguments(logits, tokens, head, "BLOCK"),
+        **_layout(logits), gradient_ptr=gradient, gradient_row_stride=gradient.stride(-2),
+        gradient_batch_stride=gradient.stride(0) if gradient.ndim == 3 else 0, logp_ptr=rows.logp,
+        entropy_ptr=rows.entropy, lse_ptr=rows.lse, d_logp_ptr=d_logp, d_entropy_ptr=d_entropy,
+    )  # fmt: skip
     return gradient
 
 
@@ -312,23 +300,11 @@ def row_loss(
     terms = torch.empty(NUM_TERMS, len(logits), device=logits.device)
     gradient = _gradient_view(logits, dtype)
     launch(
-        row_loss_kernel,
-        (len(logits),),
-        **_arguments(logits, tokens, head, "LANES", "WIDTH", "BLOCK"),
-        gradient_ptr=gradient,
-        gradient_row_stride=gradient.stride(0),
-        advantage_ptr=tokens.advantage,
-        policy_weight_ptr=tokens.policy_weight,
-        kl_weight_ptr=tokens.kl_weight,
-        old_logps_ptr=tokens.old_logps,
-        ref_logps_ptr=tokens.ref_logps,
-        entropy_weight_ptr=tokens.entropy_weight,
-        entropy_threshold_ptr=tokens.entropy_threshold,
-        gradient_scale_ptr=gradient_scale,
-        terms_ptr=terms,
-        terms_stride=terms.stride(0),
-        **loss.numbers(),
-        OBJECTIVE=loss.objective,
-        KL=loss.kl,
-    )
+        row_loss_kernel, (len(logits),), **_arguments(logits, tokens, head, "LANES", "WIDTH", "BLOCK"),
+        gradient_ptr=gradient, gradient_row_stride=gradient.stride(0), advantage_ptr=tokens.advantage,
+        policy_weight_ptr=tokens.policy_weight, kl_weight_ptr=tokens.kl_weight, old_logps_ptr=tokens.old_logps,
+        ref_logps_ptr=tokens.ref_logps, entropy_weight_ptr=tokens.entropy_weight,
+        entropy_threshold_ptr=tokens.entropy_threshold, gradient_scale_ptr=gradient_scale, terms_ptr=terms,
+        terms_stride=terms.stride(0), **loss.numbers(), OBJECTIVE=loss.objective, KL=loss.kl,
+    )  # fmt: skip
     return terms, gradient

@@ -76,14 +76,9 @@ class Sequences:
         if self.impl == "torch":
             return sums.index_add_(0, self.row_ids, values)
         launch(
-            row_sum_kernel,
-            (self.num_row_ids,),
-            values_ptr=values,
-            row_ids_ptr=self.row_ids,
-            sums_ptr=sums,
-            num_tokens=len(values),
-            BLOCK=1024,
-        )
+            row_sum_kernel, (self.num_row_ids,), values_ptr=values, row_ids_ptr=self.row_ids, sums_ptr=sums,
+            num_tokens=len(values), BLOCK=1024,
+        )  # fmt: skip
         return sums
 
     def terms(self, rows: RowStatistics, tokens: Tokens, loss: TokenLoss) -> tuple[Tensor, Tensor, Tensor | None]:

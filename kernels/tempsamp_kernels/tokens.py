@@ -56,7 +56,7 @@ class Tokens:
 
     def _changed(self, function: Callable[[str, Tensor], Tensor]) -> Tokens:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Tokens(**{name: value if value is None else function(name, value) for name, value in values.items()})
+        return Tokens(**values | {name: function(name, value) for name, value in values.items() if value is not None})
 
     @classmethod
     def of_ids(cls, token_ids: Tensor, temperature: Tensor) -> Tokens:

@@ -80,7 +80,7 @@ def bounded_log(weights: Tensor) -> Tensor:
     return weights.float().log().clamp(LOG_SMALLEST_WEIGHT, 20.0)
 
 
-def largest_weight(tokens: Tokens) -> Tensor:
-    """About as much as the largest derivative with respect to a log-prob can be."""
-    bounds = tokens.policy_weight * tokens.advantage.abs() + tokens.kl_weight.abs()
-    return torch.cat([bounds.new_zeros(1), bounds]).amax()
+def slopes(tokens: Tokens) -> Tensor:
+    """[N]: about as much as the derivatives with respect to log-probs can be, at a ratio of 1."""
+    entropy_weight = 0.0 if tokens.entropy_weight is None else tokens.entropy_weight.abs()
+    return tokens.policy_weight * tokens.advantage.abs() + tokens.kl_weight.abs() + entropy_weight

@@ -14,10 +14,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tempsamp_fast.advantage import advantages_by_rule
 from tempsamp_fast.batch import Completion, RolloutGroup
 from tempsamp_fast.config import AlgorithmConfig
-from tempsamp_fast.plots import COLOURS, GRID, series, series_names, smooth
+from tempsamp_fast.learning.advantage import advantages_by_rule
+from tempsamp_fast.report.plots import COLOURS, GRID, series, series_names, smooth
 from tempsamp_fast.report.runs import RunRecord, by_method
 from tempsamp_fast.sample import Mode
 

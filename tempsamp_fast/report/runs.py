@@ -11,9 +11,9 @@ from typing import Any, get_args
 
 import numpy as np
 
-from tempsamp_fast.plots import eval_files, read_rows
+from tempsamp_fast.evaluation.scoring import grounding_scores, oracle_ious
+from tempsamp_fast.report.plots import eval_files, read_rows
 from tempsamp_fast.sample import Mode, Task
-from tempsamp_fast.score import grounding_scores, oracle_ious
 
 ORACLE = "oracle of both"
 """Of a query's answers in both modes the better one, by its IoU: the paper's "mixed CoT", an upper bound."""

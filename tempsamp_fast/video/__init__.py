@@ -1,6 +1,6 @@
 """Video files to model-ready patches: `load_videos` takes (path, sampling) pairs and returns packed patches.
 
-geometry = Geometry.from_config(model.config)
+geometry = geometry_of(model.config)  # of tempsamp_fast.model.families; or Geometry.of_family("qwen3_vl")
 batch = load_videos([("clip.mp4", Sampling(fps=2.0))], geometry)
 model(pixel_values_videos=batch.pixel_values, video_grid_thw=batch.video_grid_thw, ...)
 """

@@ -8,14 +8,6 @@ from typing import Any, Literal, get_args
 
 Family = Literal["qwen2_5_vl", "qwen3_vl"]
 
-FAMILY_OF_MODEL_TYPE: dict[str, Family] = {
-    "qwen2_vl": "qwen2_5_vl",
-    "qwen2_5_vl": "qwen2_5_vl",
-    "qwen3_vl": "qwen3_vl",
-    "qwen3_vl_moe": "qwen3_vl",
-    "qwen3_5": "qwen3_vl",
-    "qwen3_5_moe": "qwen3_vl",
-}
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_ASPECT = 200
@@ -73,25 +65,6 @@ class Geometry:
         else:
             settings = {}
         return Geometry(family=family, **{**settings, **overrides})
-
-    @staticmethod
-    def from_config(model_config: Any, **overrides: Any) -> Geometry:
-        """Settings of a Hugging Face model config: family by `model_type`, patch sizes from its `vision_config`.
-
-        Raises ValueError for a model type that is not of a supported family.
-        """
-        family = FAMILY_OF_MODEL_TYPE.get(model_config.model_type)
-        if family is None:
-            raise ValueError(
-                f"model_type must be one of {sorted(FAMILY_OF_MODEL_TYPE)}, got {model_config.model_type!r}"
-            )
-        vision = model_config.vision_config
-        sizes = {
-            "patch_size": vision.patch_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-            "merge_size": vision.spatial_merge_size,
-        }
-        return Geometry.of_family(family, **{**sizes, **overrides})
 
     @property
     def factor(self) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tempsamp_fast.annotations import find_video, load_annotations, read_annotations
+from tempsamp_fast.data.annotations import find_video, load_annotations, read_annotations
 
 SHARED = Path(os.environ.get("TEMPSAMP_SHARED", Path(__file__).parents[3] / "shared/data")) / "annotations"
 

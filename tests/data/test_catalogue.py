@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tempsamp_fast.catalogue import dataset_name, load_samples, load_training_data
 from tempsamp_fast.config import DataConfig
+from tempsamp_fast.data.catalogue import dataset_name, load_samples, load_training_data
 
 
 def write(path: Path, **durations: float) -> Path:

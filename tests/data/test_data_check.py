@@ -5,9 +5,9 @@ import subprocess
 
 import pytest
 
-from tempsamp_fast.annotations import read_annotations
-from tempsamp_fast.catalogue import DATASETS, Dataset
-from tempsamp_fast.data import check, main
+from tempsamp_fast.data.__main__ import check, main
+from tempsamp_fast.data.annotations import read_annotations
+from tempsamp_fast.data.catalogue import DATASETS, Dataset
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tempsamp_fast.data.subsets import few_shot, shared_videos, within
 from tempsamp_fast.sample import Sample
-from tempsamp_fast.subsets import few_shot, shared_videos, within
 
 
 def sample(video, query=0, duration_s=30.0, window=(0.0, 5.0), difficulty=None):
@@ -59,3 +59,9 @@ def test_difficulty_of_a_data_set_without_it_is_an_error():
 def test_videos_in_training_and_test_are_named():
     assert shared_videos(SAMPLES, [sample("w1")]) == []
     assert shared_videos(SAMPLES, [sample("v7"), sample("w1"), sample("v3")]) == ["v3", "v7"]
+
+
+def test_the_longest_window_of_a_sample_lies_in_the_range():
+    several = Sample("a/0", Path("a.mp4"), "q", 30.0, ((0.0, 2.0), (4.0, 12.0), (20.0, 21.0)))
+    assert within([several], window_s=(8.0, 8.0)) == [several]
+    assert within([several], window_s=(0.0, 7.9)) == within([several], window_s=(8.1, 30.0)) == []

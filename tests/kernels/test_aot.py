@@ -8,26 +8,53 @@ from pathlib import Path
 
 import pytest
 
+from bench import aot
+
 BENCH = Path(__file__).parents[2] / "bench"
 READ_LOGITS = ("row_statistics_kernel",)
 WRITE_GRADIENTS = ("row_loss_kernel", "row_gradient_kernel")
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
-@pytest.fixture(
-    scope="module", params=[90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))], ids="sm_{}".format
+EVERY_KERNEL_ONCE = (
+    "row_loss/k3_corrected, softcap",
+    "row_loss/V 50257, bias",
+    "row_gradient/entropy, softcap",
+    "row_sum",
+    "advantages/orarl",
+    "logits",
 )
-def arch(request) -> int:
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((90, EVERY_KERNEL_ONCE), id="sm_90-few"),
+        *(pytest.param((arch, ()), id=f"sm_{arch}", marks=pytest.mark.slow) for arch in SHARED_MEMORY_LIMIT),
+    ],
+)
+def arch_and_cases(request) -> tuple[int, tuple[str, ...]]:
+    """A chip and names of cases of bench/aot.py; none for all of them."""
     return request.param
 
 
 @pytest.fixture(scope="module")
-def measurements(arch, tmp_path_factory) -> dict[str, dict]:
+def arch(arch_and_cases) -> int:
+    return arch_and_cases[0]
+
+
+@pytest.fixture(scope="module")
+def cases(arch_and_cases) -> tuple[str, ...]:
+    return arch_and_cases[1]
+
+
+@pytest.fixture(scope="module")
+def measurements(arch, cases, tmp_path_factory) -> dict[str, dict]:
     """What bench/aot.py found for one chip, by kernel and constants; it fails if a kernel is not covered."""
     output = tmp_path_factory.mktemp("aot") / "aot.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, BENCH / "aot.py", "--arch", str(arch), "--output", output]
-    subprocess.run(command, env=environment, check=True)
+    subprocess.run([*command, *(["--cases", *cases] if cases else [])], env=environment, check=True)
     kernels = json.loads(output.read_text())["kernels"]
     assert kernels
     return {label: rows[f"sm_{arch}"] for label, rows in kernels.items()}
@@ -63,14 +90,17 @@ def test_logits_move_in_16_byte_accesses(measurements):
             assert row["instructions"]["global_store_16_byte"] >= 2, label
 
 
-def test_committed_table_lists_the_same_kernels(measurements, arch):
+def test_committed_table_lists_the_same_kernels(measurements, arch, cases):
     committed = json.loads((BENCH / "results/aot.json").read_text())["kernels"]
-    stale = measurements.keys() ^ {label for label, rows in committed.items() if f"sm_{arch}" in rows}
+    of_cases = {label for label in committed if not cases or label.split(": ")[0] in cases}
+    stale = measurements.keys() ^ {label for label in of_cases if f"sm_{arch}" in committed[label]}
     assert not stale, "regenerate it: python bench/aot.py"
 
 
-def test_committed_table_covers_every_chip_without_spills():
-    for label, rows in json.loads((BENCH / "results/aot.json").read_text())["kernels"].items():
+def test_committed_table_covers_every_case_and_chip_without_spills():
+    committed = json.loads((BENCH / "results/aot.json").read_text())["kernels"]
+    assert {label.split(": ")[0] for label in committed} == set(aot.CASES), "regenerate it: python bench/aot.py"
+    for label, rows in committed.items():
         assert rows.keys() == {f"sm_{arch}" for arch in SHARED_MEMORY_LIMIT}, label
         for arch, limit in SHARED_MEMORY_LIMIT.items():
             row = rows[f"sm_{arch}"]

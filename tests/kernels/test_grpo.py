@@ -219,7 +219,7 @@ def test_nothing_to_learn_from_still_gives_a_loss_with_gradients(packed, loss_ty
         assert metrics.as_dict()["num_tokens"] == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings.get_profile("kernels")
 @given(data=st.data())
 def test_any_shape_mask_and_chunk_equals_the_naive_loss(packed, naive, data):
     lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))

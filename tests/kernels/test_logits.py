@@ -146,7 +146,7 @@ def test_a_row_gives_the_same_bits_at_any_position(impl):
         assert torch.equal(among.grad[position], alone.grad[0, 0])
 
 
-@settings(max_examples=25, deadline=None)
+@settings.get_profile("kernels")
 @given(st.data())
 def test_any_shape_mask_and_temperature_agree_with_fp64(data):
     batch, length, vocab = (data.draw(st.integers(1, most)) for most in (3, 4, 40))

@@ -121,11 +121,11 @@ def test_logits_have_aligned_rows_for_every_vocabulary():
 
 
 def test_a_gradient_scale_is_a_power_of_two_and_only_for_float16():
-    assert gradient_scale(torch.tensor(1e-5), torch.bfloat16) is None
+    assert gradient_scale(torch.tensor([1e-5]), torch.bfloat16) is None
     for largest in (1e-9, 1e-3, 1.0, 7.0, 1e6):
-        scale = gradient_scale(torch.tensor(largest), torch.float16)
+        scale = gradient_scale(torch.tensor([0.0, -largest, largest / 3]), torch.float16)
         assert scale.log2().frac() == 0 and 32 < scale * largest <= 64
-    assert gradient_scale(torch.zeros(()), torch.float16) == 1
+    assert gradient_scale(torch.zeros(2), torch.float16) == gradient_scale(torch.zeros(0), torch.float16) == 1
 
 
 def test_nothing_to_learn_from_still_gives_a_weight_gradient_of_zeros(packed):

@@ -11,8 +11,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from tempsamp_fast.plots import COLOURS
 from tempsamp_fast.report.__main__ import main
+from tempsamp_fast.report.plots import COLOURS
 
 QUERY = "the <b>red</b> square & the circle"
 

@@ -7,7 +7,7 @@ import torch
 from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.batch import Completion, RolloutGroup
 from tempsamp_fast.report.figures import select, task_rewards
-from tempsamp_fast.runlog import RunLog
+from tempsamp_fast.run.log import RunLog
 
 
 def group(*rewards):

@@ -12,14 +12,14 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import Tiny
-from tempsamp_fast.backends import PolicyBackend
-from tempsamp_fast.engine import in_step, optimizer_step
-from tempsamp_fast.loss import idle_loss
-from tempsamp_fast.packing import pack
-from tempsamp_fast.policy import Policy
-from tempsamp_fast.rollout import SamplingParams, generate
-from tempsamp_fast.stopwatch import Stopwatch
-from tempsamp_fast.vision_features import with_vision_features
+from tempsamp_fast.learning.engine import in_step, optimizer_step
+from tempsamp_fast.learning.loss import idle_loss
+from tempsamp_fast.learning.vision_features import with_vision_features
+from tempsamp_fast.model.packing import pack
+from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.rollout.backends import PolicyBackend
+from tempsamp_fast.rollout.generate import SamplingParams, generate
+from tempsamp_fast.system.stopwatch import Stopwatch
 
 
 def build_engine(tiny: Tiny, zero_stage: int, has_frozen_tower: bool = False):

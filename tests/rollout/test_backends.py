@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from tempsamp_fast import backends
-from tempsamp_fast.backends import PolicyBackend
-from tempsamp_fast.evaluation import evaluate
-from tempsamp_fast.rollout import SamplingParams
+from tempsamp_fast.evaluation.asking import evaluate
+from tempsamp_fast.rollout import backends
+from tempsamp_fast.rollout.backends import PolicyBackend
+from tempsamp_fast.rollout.generate import SamplingParams
 
 
 @pytest.mark.parametrize("is_partitioned", [False, True])
@@ -45,16 +45,16 @@ def test_every_rank_evaluates_in_as_many_calls(num_samples: int, monkeypatch: py
         prompts=lambda batch, modes: [SimpleNamespace(sample=each) for each in batch if each not in unreadable]
     )
     num_calls, texts, gathered = [], {}, []
-    monkeypatch.setattr("tempsamp_fast.ranks.dist.is_initialized", lambda: True)
-    monkeypatch.setattr("tempsamp_fast.ranks.dist.get_world_size", lambda: 2)
+    monkeypatch.setattr("tempsamp_fast.system.ranks.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("tempsamp_fast.system.ranks.dist.get_world_size", lambda: 2)
 
     def all_gather_object(parts: list, own: dict) -> None:
         gathered.append(own)
         parts[:] = [own, {}]
 
-    monkeypatch.setattr("tempsamp_fast.ranks.dist.all_gather_object", all_gather_object)
+    monkeypatch.setattr("tempsamp_fast.system.ranks.dist.all_gather_object", all_gather_object)
     for rank in range(2):
-        monkeypatch.setattr("tempsamp_fast.ranks.dist.get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("tempsamp_fast.system.ranks.dist.get_rank", lambda rank=rank: rank)
         calls = []
         sampler = lambda prompts, counts, calls=calls: (
             calls.append(len(prompts))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tempsamp_fast import decoding
-from tempsamp_fast.attention import text_mask
-from tempsamp_fast.decoding import Replay
-from tempsamp_fast.policy import Policy
-from tempsamp_fast.rollout import SampledAnswer, SamplingParams, generate
+from tempsamp_fast.model.attention import text_mask
+from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.rollout import decoding
+from tempsamp_fast.rollout.decoding import Replay
+from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams, generate
 
 PARAMS = SamplingParams(max_completion_length=9)
 ENDS = list(range(20, 32))
@@ -67,7 +67,7 @@ def test_replayed_passes_draw_the_same_tokens(tiny, recorder: Recorder) -> None:
 def test_rows_that_retire_and_room_that_grows_are_recorded_anew(tiny, recorder: Recorder, monkeypatch) -> None:
     expected = sample(tiny)
     assert min(len(answer.ids) for answer in expected) < 5 < max(len(answer.ids) for answer in expected)
-    monkeypatch.setattr("tempsamp_fast.kv_cache.OWN_TOKENS", 2)
+    monkeypatch.setattr("tempsamp_fast.rollout.kv_cache.OWN_TOKENS", 2)
     assert_same(sample(tiny, cuda_graphs=True), expected)
     # Room for 2, 4 and 8 tokens, and one retirement of half of the rows at least.
     assert 4 <= recorder.num_recordings < recorder.num_replays
@@ -77,7 +77,7 @@ def test_rows_that_retire_and_room_that_grows_are_recorded_anew(tiny, recorder: 
 def test_room_for_own_tokens_changes_nothing(tiny, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for one, the cache grows as it is written, and no key is masked out."""
     expected = sample(tiny)
-    monkeypatch.setattr("tempsamp_fast.kv_cache.OWN_TOKENS", room)
+    monkeypatch.setattr("tempsamp_fast.rollout.kv_cache.OWN_TOKENS", room)
     assert_same(sample(tiny), expected)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tempsamp_fast.device import free_port
+from tempsamp_fast.system.device import free_port
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tempsamp_fast import rollout
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
-from tempsamp_fast.mrope import mrope_positions
-from tempsamp_fast.packing import pack
-from tempsamp_fast.policy import Policy
-from tempsamp_fast.rollout import SampledAnswer, SamplingParams, generate
-from tempsamp_fast.token_sampling import choose_tokens
-from tempsamp_fast.vision_features import with_vision_features
+from tempsamp_fast.learning.vision_features import with_vision_features
+from tempsamp_fast.model.mrope import mrope_positions
+from tempsamp_fast.model.packing import pack
+from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.rollout import generate as rollout
+from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams, generate
+from tempsamp_fast.rollout.token_sampling import choose_tokens
 
 EOS = 7
 PARAMS = SamplingParams(temperature=1.3, max_completion_length=12)
@@ -120,7 +120,7 @@ def test_answers_end_with_eos_or_at_the_limit(tiny) -> None:
 def test_when_finished_rows_retire_changes_nothing(tiny, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, prompts, ends = Policy(tiny.model()), prompts_of(tiny), list(range(20, 30))
     expected = sample(policy, prompts, 8, eos_token_ids=ends)
-    monkeypatch.setattr("tempsamp_fast.rollout.RETIRE_SHARE", share)
+    monkeypatch.setattr("tempsamp_fast.rollout.generate.RETIRE_SHARE", share)
     assert all(map(same_ids, sample(policy, prompts, 8, eos_token_ids=ends), expected))
 
 
@@ -171,7 +171,7 @@ def test_a_policy_that_prefers_placeholders_is_kept_from_them(tiny, monkeypatch:
     drawn = lambda: {t for group in sample(Policy(model), prompts_of(tiny), 1, greedy) for t in group[0].ids.tolist()}
     assert not drawn() & {60, 61}
     without_ban = lambda logits, params, uniforms, banned: choose_tokens(logits, params, uniforms)
-    monkeypatch.setattr("tempsamp_fast.rollout.choose_tokens", without_ban)
+    monkeypatch.setattr("tempsamp_fast.rollout.generate.choose_tokens", without_ban)
     assert drawn() <= {60, 61}
 
 
@@ -201,8 +201,10 @@ def test_synced_ranks_make_as_many_passes_as_the_busiest(tiny, monkeypatch: pyte
     longest = max(len(answer.ids) for group in expected for answer in group)
     assert longest < PARAMS.max_completion_length
     other_rank = iter([5, *[1] * PARAMS.max_completion_length])
-    monkeypatch.setattr("tempsamp_fast.ranks.num_ranks", lambda: 2)
-    monkeypatch.setattr("tempsamp_fast.ranks.dist.all_reduce", lambda tensor, op: tensor.clamp_(min=next(other_rank)))
+    monkeypatch.setattr("tempsamp_fast.system.ranks.num_ranks", lambda: 2)
+    monkeypatch.setattr(
+        "tempsamp_fast.system.ranks.dist.all_reduce", lambda tensor, op: tensor.clamp_(min=next(other_rank))
+    )
     calls = []
     policy.register_forward_pre_hook(lambda *_: calls.append(1))
     answers = sample(policy, prompts, 2, eos_token_ids=ends, synced=True)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from tempsamp_fast.backends import PolicyBackend
 from tempsamp_fast.batch import Prompt
-from tempsamp_fast.policy import Policy
-from tempsamp_fast.rollout import SampledAnswer, SamplingParams
-from tempsamp_fast.vllm_backend import VllmBackend, colocated_llm
+from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.rollout.backends import PolicyBackend
+from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams
+from tempsamp_fast.rollout.vllm import VllmBackend, colocated_llm
 from tests.rollout import vllm_double
 
 EOS, BANNED = 7, [5, 6]

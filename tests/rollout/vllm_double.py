@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from tempsamp_fast import rollout
 from tempsamp_fast.batch import Prompt, Sample, VideoPatches, VisionFeatures
-from tempsamp_fast.policy import Policy
+from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.rollout import generate as rollout
 
 
 @dataclass(frozen=True)

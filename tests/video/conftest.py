@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -17,13 +18,13 @@ from tests.video.corpus import build_corpus
 def corpus(pytestconfig: pytest.Config) -> Path:
     recipe = hashlib.sha256(Path(corpus_module.__file__).read_bytes()).hexdigest()[:12]
     folder = pytestconfig.cache.mkdir("video_corpus") / recipe
-    if not folder.exists():
-        draft = folder.with_name(f"{recipe}_{os.getpid()}")
-        build_corpus(draft)
-        try:
+    draft = folder.with_suffix(".draft")
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other workers wait for what one makes
+        if not folder.exists():
+            shutil.rmtree(draft, ignore_errors=True)
+            build_corpus(draft)
             draft.rename(folder)
-        except OSError:  # another session was faster
-            shutil.rmtree(draft)
     return folder
 
 

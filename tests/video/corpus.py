@@ -238,7 +238,7 @@ TONE = ("-f", "lavfi", "-i", "sine=duration=6")
 AAC = ("-c:a", "aac")
 COVER = ("-f", "lavfi", "-i", "color=red:s=64x64:d=0.04")
 MADE_FROM_H264 = "h264.mp4"
-HUGE = words("-f lavfi -i color=gray:s=8192x8192:r=25 -frames:v 3 -c:v libx264 -preset superfast -bf 0 -threads 1")
+HUGE = words("-f lavfi -i color=gray:s=8192x8192:r=25 -frames:v 3 -c:v libx264 -preset ultrafast -coder 1 -threads 1")
 VARIABLE = "setpts='(N+if(gt(N,40),N-40,0)+0.5*mod(N,2))/25/TB'"
 HOUR_GAP = "setpts='(N/25+if(gte(N,75),3600,0))/TB'"
 NO_REORDERING = words("-c:v libx264 -preset veryfast -pix_fmt yuv420p -bf 0")

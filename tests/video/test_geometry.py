@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as transformers_qwen2
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as transformers_qwen3
 
+from tempsamp_fast.model.families import geometry_of
 from tempsamp_fast.video.geometry import Geometry, smart_resize, smart_resize_video
 
 SIDE = st.integers(1, 4000)
@@ -23,14 +24,14 @@ def outcome(function, *args):
         return "refused"
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(SIDE, SIDE, st.integers(1, 20), st.integers(20, 2000))
 def test_frame_size_is_that_of_transformers_qwen2_5(height: int, width: int, least: int, most: int) -> None:
     bounds = (28, least * 784, most * 784)
     assert outcome(smart_resize, height, width, *bounds) == outcome(transformers_qwen2, height, width, *bounds)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.integers(1, 800), SIDE, SIDE, st.integers(1, 200), st.integers(200, 24576))
 def test_video_size_is_that_of_transformers_qwen3(frames: int, height: int, width: int, least: int, most: int) -> None:
     bounds = (least * 1024, most * 1024)
@@ -63,10 +64,10 @@ def test_qwen3_cap_per_frame_is_that_of_transformers() -> None:
 def test_sizes_come_from_the_model_config() -> None:
     vision = SimpleNamespace(patch_size=8, temporal_patch_size=2, spatial_merge_size=2)
     config = SimpleNamespace(model_type="qwen3_vl", vision_config=vision)
-    geometry = Geometry.from_config(config, min_pixels=56 * 56, total_pixels=10 * 56 * 56)
+    geometry = geometry_of(config, min_pixels=56 * 56, total_pixels=10 * 56 * 56)
     assert (geometry.factor, geometry.row_width, geometry.mean) == (16, 3 * 2 * 64, (0.5, 0.5, 0.5))
     with pytest.raises(ValueError, match="model_type"):
-        Geometry.from_config(SimpleNamespace(model_type="llava", vision_config=vision))
+        geometry_of(SimpleNamespace(model_type="llava", vision_config=vision))
 
 
 @pytest.mark.parametrize(

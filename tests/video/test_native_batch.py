@@ -35,11 +35,12 @@ def read_index(path: Path, **options: object) -> tuple[_video.Index | None, tupl
 
 @pytest.fixture(scope="module")
 def slow_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Takes seconds to decode: intra frames of noise at a high rate."""
-    path = tmp_path_factory.mktemp("slow") / "noise.mp4"
-    noise = ["-f", "lavfi", "-i", "nullsrc=s=1280x720:r=25:d=1,geq=random(1)*255:128:128"]
-    ffmpeg(*noise, "-c:v", "libx264", "-preset", "ultrafast", "-qp", "4", "-pix_fmt", "yuv420p", path)
-    return path
+    """Takes three seconds to decode: intra frames of noise at a high rate."""
+    folder = tmp_path_factory.mktemp("slow")
+    noise = ["-f", "lavfi", "-i", "nullsrc=s=1280x720:r=25:d=0.2,geq=random(1)*255:128:128"]
+    ffmpeg(*noise, "-c:v", "libx264", "-preset", "ultrafast", "-qp", "4", "-pix_fmt", "yuv420p", folder / "noise.mp4")
+    ffmpeg("-stream_loop", "24", "-i", folder / "noise.mp4", "-c", "copy", folder / "slow.mp4")
+    return folder / "slow.mp4"
 
 
 @pytest.mark.parametrize("num_threads", [2, 5])
@@ -65,32 +66,34 @@ def test_frames_far_apart_are_reached_by_seeking_not_by_decoding_all(corpus: Pat
 
 @pytest.mark.parametrize("deadline_s", [1e-6, 0.15])
 def test_a_deadline_ends_the_call_and_names_itself(slow_clip: Path, deadline_s: float) -> None:
-    started = time.monotonic()
+    """Little of the clip is decoded, by processor time: a busy machine changes nothing."""
+    started_s = time.process_time()
     (result,) = load([slow_clip], Sampling("hf_qwen3", fps=25.0), deadline_s=deadline_s, on_error="skip").results
     assert result.code == "DEADLINE" and str(slow_clip) in result.message
-    assert time.monotonic() - started < 5.0
+    assert time.process_time() - started_s < 1.0
 
 
-def test_a_deadline_leaves_other_videos_of_the_batch_alone(slow_clip: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_deadline_leaves_other_videos_of_the_batch_alone(slow_clip: Path, corpus: Path) -> None:
     # Decoding the one takes thrice the deadline, the other a hundredth of it: a busy machine changes neither verdict.
-    slower = tmp_path / "slower.mp4"
-    ffmpeg("-stream_loop", "4", "-i", slow_clip, "-c", "copy", slower)
-    batch = load([slower, corpus / "h264_16x16.mp4"], Sampling("hf_qwen3", fps=25.0), deadline_s=1.5)
+    batch = load([slow_clip, corpus / "h264_16x16.mp4"], Sampling("hf_qwen3", fps=25.0), deadline_s=1.0)
     assert batch.results[0].code == "DEADLINE" and batch.results[1].status == "ok"
 
 
 def test_an_exception_from_a_signal_handler_cancels_the_call(slow_clip: Path) -> None:
+    """Of a minute of decoding, less than three seconds are done."""
+
     class Alarm(Exception):
         """Raised by the handler."""
 
     def handler(*_: object) -> None:
         raise Alarm
 
-    before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    before, started_s = signal.signal(signal.SIGALRM, handler), time.process_time()
     try:
         with pytest.raises(Alarm):
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
             load([slow_clip] * 20, Sampling("hf_qwen3", fps=25.0), num_threads=2)
+        assert time.process_time() - started_s < 3.0
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
@@ -193,9 +196,9 @@ def test_a_bomb_costs_no_memory_and_no_time(corpus: Path, container: str, tmp_pa
     def child() -> None:
         load([corpus / "h264.mp4"], num_threads=2)  # what decoding itself takes, its libraries' pages too
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        started = time.monotonic()
-        (result,) = load([bomb], num_threads=2, deadline_s=3.0).results
-        is_in_time = time.monotonic() - started < 3.0
+        started_s = time.process_time()
+        (result,) = load([bomb], num_threads=2, deadline_s=60.0).results
+        is_in_time = time.process_time() - started_s < 3.0
         grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         os._exit(0 if result.code == "LIMIT_EXCEEDED" and grown_kib < 32 * 1024 and is_in_time else 1)
 

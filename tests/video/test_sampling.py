@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
@@ -19,7 +19,6 @@ VIDEO_FPS = st.sampled_from([10.0, 15.0, 24000 / 1001, 24.0, 25.0, 30000 / 1001,
 SAMPLE_FPS = st.sampled_from([0.5, 1.0, 2.0, 3.7, 8.0])
 
 
-@settings(deadline=None)
 @given(NUM_FRAMES, VIDEO_FPS, SAMPLE_FPS)
 def test_hf_qwen3_takes_the_frames_transformers_takes(num_frames: int, video_fps: float, fps: float) -> None:
     defaults = SimpleNamespace(min_frames=4, max_frames=768, fps=2)
@@ -29,7 +28,6 @@ def test_hf_qwen3_takes_the_frames_transformers_takes(num_frames: int, video_fps
     assert ours.tolist() == theirs.tolist()
 
 
-@settings(deadline=None)
 @given(NUM_FRAMES, VIDEO_FPS, SAMPLE_FPS)
 def test_hf_qwen2_follows_the_formula_of_transformers(num_frames: int, video_fps: float, fps: float) -> None:
     """Written out: that processor cannot be imported without torchvision."""
@@ -40,7 +38,6 @@ def test_hf_qwen2_follows_the_formula_of_transformers(num_frames: int, video_fps
     assert second_per_frame == pytest.approx(num_frames / video_fps / count)
 
 
-@settings(deadline=None)
 @given(NUM_FRAMES, VIDEO_FPS, SAMPLE_FPS, st.sampled_from([(0.0, None), (0.3, 5.0), (0.1, None), (0.0, 1e6)]))
 def test_qwen_utils_mode_follows_its_published_formula(
     num_frames: int, video_fps: float, fps: float, window: tuple[float, float | None]

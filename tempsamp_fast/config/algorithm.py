@@ -1,0 +1,56 @@
+"""Advantages and loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tempsamp_fast.config.setting import require, setting
+
+Shaping = Literal["grpo", "mixed", "downscale", "anchor", "nonlinear", "orarl"]
+
+
+@dataclass
+class AlgorithmConfig:
+    """Advantages and loss (paper section 3; defaults are the paper's best)."""
+
+    shaping: Shaping = setting("nonlinear", "advantage rule of the tempsamp method")
+    tau: float = setting(0.8, "reward at which the nonlinear shaping turns (paper eq. 4)")
+    alpha_1: float = setting(0.01, "slope of the nonlinear shaping above tau (paper eq. 4)")
+    alpha_2: float = setting(1.0, "steepness of the nonlinear shaping below tau (paper eq. 4)")
+    lambda_off: float = setting(1.2, "anchor's off-policy advantage over the largest sampled one (paper eq. 3)")
+    downscale: float = setting(0.8, "downscale's share of the largest task reward that the off-policy answer gets")
+    cot_off_policy: Literal["template", "answer_only", "skip"] = setting(
+        "template", "true answer of a think prompt: with a template of a thought, the answer alone, or none"
+    )
+    beta: float = setting(0.04, "weight of the KL to the reference; 0 loads no reference")
+    epsilon_low: float = setting(0.2, "lower clip of the ratio: 1 - epsilon_low")
+    epsilon_high: float = setting(0.2, "upper clip of the ratio: 1 + epsilon_high")
+    delta: float | None = setting(None, "upper bound of the ratio (two-sided clipping)")
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = setting(
+        "grpo",
+        "mean over the tokens of each answer (grpo), over max_completion_length (dr_grpo), over all tokens (dapo)",
+    )
+    importance_sampling_level: Literal["token", "sequence"] = setting(
+        "token", "ratio of each token, or one of the whole answer (GSPO, arXiv 2507.18071)"
+    )
+    off_policy_ratio: Literal["detach", "old"] = setting(
+        "detach", "ratio of the true answer: 1 with a gradient (detach), or to the old policy like the others"
+    )
+    off_policy_kl: bool = setting(True, "the true answer pays the KL too")
+    updates_per_batch: int = setting(1, "optimizer updates on every sampled batch")
+    format_weight: float = setting(1.0, "weight of the format reward in think mode")
+    require_tags: bool = setting(True, "no <answer> tags, no reward")
+    loss_impl: Literal["auto", "triton", "torch"] = setting(
+        "auto", "the fused loss in Triton or in torch; auto: Triton on a GPU"
+    )
+
+    def __post_init__(self) -> None:
+        require(0 < self.tau <= 1, "tau", self.tau, "in (0, 1]")
+        require(self.alpha_1 > 0, "alpha_1", self.alpha_1, "positive")
+        require(self.alpha_2 > 0, "alpha_2", self.alpha_2, "positive")
+        require(self.beta >= 0, "beta", self.beta, "zero or more")
+        require(0 <= self.epsilon_low < 1, "epsilon_low", self.epsilon_low, "in [0, 1)")
+        require(self.epsilon_high >= 0, "epsilon_high", self.epsilon_high, "zero or more")
+        require(self.delta is None or self.delta > 1 + self.epsilon_high, "delta", self.delta, "over 1 + epsilon_high")
+        require(self.updates_per_batch >= 1, "updates_per_batch", self.updates_per_batch, "at least 1")

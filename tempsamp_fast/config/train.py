@@ -1,0 +1,86 @@
+"""The run itself: phases, optimizer, distribution, records."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from tempsamp_fast.config.phases import MODES, Phase, parse_phases
+from tempsamp_fast.config.setting import require, setting
+
+
+@dataclass
+class TrainConfig:
+    """The run: phases, optimizer, distribution, records."""
+
+    phases: str = setting(
+        "sft:300,tempsamp/answer:150,tempsamp/think:150",
+        "method[/mode[+mode]]:steps[@rate], ...; steps may be epochs (sft:2epochs); methods sft, grpo, "
+        "tempsamp; modes answer, think",
+    )
+    output_dir: str = setting("runs/tiny", "run folder")
+    resume: str | None = setting(None, "continue the run in this folder")
+    dry_run: bool = setting(False, "print the plan (samples, steps, memory, FLOPs) and stop")
+    seed: int = setting(0, "of data order, crops, sampling and fresh weights")
+    prompts_per_device: int = setting(1, "prompts per device and micro-step")
+    sft_prompts_per_device: int | None = setting(None, "the same in sft phases; None: equal")
+    gradient_accumulation_steps: int = setting(2, "micro-steps per optimizer step")
+    max_tokens_per_row: int = setting(32768, "token budget of one packed row")
+    packing: Literal["shared_prefix", "none"] = setting(
+        "shared_prefix", "a prompt once for all of its answers, or a row for each answer with the prompt again"
+    )
+    learning_rate: float = setting(1e-6, "peak of the schedule (paper: 1e-6)")
+    lr_schedule: Literal["constant", "cosine", "linear"] = setting("constant", "within each phase")
+    warmup_ratio: float = setting(0.05, "of each phase's steps")
+    weight_decay: float = setting(0.0, "of AdamW")
+    adam_beta2: float = setting(0.999, "second-moment decay of AdamW")
+    max_grad_norm: float = setting(1.0, "clips the norm of the whole gradient; 0: off")
+    zero_stage: Literal["0", "1", "2", "3"] = setting(
+        "0", "what DeepSpeed partitions over ranks: nothing, optimizer, gradients too, weights too"
+    )
+    offload: Literal["none", "optimizer", "all"] = setting(
+        "none", "to CPU memory: the optimizer's state (zero_stage 1 and up), or parameters too (zero_stage 3)"
+    )
+    deepspeed_config: str | None = setting(
+        None, "JSON merged over the generated config: a file, or zero2, zero3_offload, ..."
+    )
+    eval_modes: str = setting("answer", "modes evaluated after each phase, such as answer+think")
+    eval_batch_size: int = setting(64, "queries asked together in an evaluation, per rank")
+    save_steps: int = setting(0, "0: at the end of each phase only")
+    keep_checkpoints: int = setting(2, "newest checkpoints that are kept")
+    max_skipped_steps: int = setting(5, "steps in a row whose loss or gradient may be non-finite; they are skipped")
+    stall_timeout_s: float = setting(1800.0, "seconds after which a silent rank, or no progress of any, ends the run")
+    stop_grace_s: float = setting(30.0, "seconds from SIGTERM until the process ends even without its checkpoint")
+    local_rank: int = setting(0, "set by the deepspeed launcher")
+
+    def __post_init__(self) -> None:
+        parse_phases(self.phases)
+        for name in (
+            "prompts_per_device", "sft_prompts_per_device", "gradient_accumulation_steps", "max_tokens_per_row",
+            "eval_batch_size", "keep_checkpoints",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1")
+        rate = self.learning_rate
+        require(rate > 0 and math.isfinite(rate), "learning_rate", rate, "positive")
+        require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "zero or more")
+        require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
+        require(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, "zero (off) or more")
+        require(self.save_steps >= 0, "save_steps", self.save_steps, "zero or more")
+        require(self.max_skipped_steps >= 0, "max_skipped_steps", self.max_skipped_steps, "zero or more")
+        for name in ("stall_timeout_s", "stop_grace_s"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "positive")
+        for mode in self.eval_modes.split("+"):
+            require(mode in MODES, "eval_modes", self.eval_modes, f"modes of {', '.join(MODES)} joined by +")
+
+
+def prompts_per_row(train: TrainConfig, phase: Phase) -> int:
+    """Prompts per device and micro-step."""
+    return (train.sft_prompts_per_device if phase.method == "sft" else None) or train.prompts_per_device
+
+
+def prompts_per_step(train: TrainConfig, phase: Phase, world_size: int) -> int:
+    """Prompts per optimizer step, of all devices."""
+    return prompts_per_row(train, phase) * train.gradient_accumulation_steps * world_size

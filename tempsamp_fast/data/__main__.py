@@ -1,0 +1,115 @@
+"""Is a data set complete? `python -m tempsamp_fast.data check charades-test --videos DIR [--annotations FILE]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tempsamp_fast.data.annotations import Annotations, read_annotations
+from tempsamp_fast.data.catalogue import DATASETS, Dataset, find_annotations
+from tempsamp_fast.video import VideoError, frames
+from tempsamp_fast.video.torchcodec_backend import open_decoder, shown_span
+
+LENGTH_TOLERANCE_S = 1.0
+LENGTH_TOLERANCE = 0.05
+"""A video may differ from its annotated duration by either, the larger of the two."""
+
+
+@dataclass
+class Findings:
+    """What `check` found; `problems` by kind, each as one line that names the video."""
+
+    num_videos: int
+    num_queries: int
+    """Dropped ones included, as in the published counts."""
+    num_late_ends: int
+    """Windows that end beyond the annotated duration: common in the published files, not a problem."""
+    dropped: list[str]
+    """Queries left out as `read_annotations` does, a line for each: the published files have some, not a problem."""
+    problems: dict[str, list[str]] = field(default_factory=dict)
+
+
+def check(annotations: Annotations, dataset: Dataset) -> Findings:
+    """Look at every sample's video: is it there, do its first and last frame decode, is it as long as annotated?"""
+    samples, dropped = annotations.samples, annotations.dropped
+    by_video = {sample.video: sample for sample in samples}
+    late_ends = sum(end > sample.duration_s for sample in samples for _, end in sample.windows)
+    findings = Findings(len(by_video), len(samples) + len(dropped), late_ends, dropped)
+    findings.problems["counts"] = [
+        f"{found} {name}, published are {published}"
+        for name, found, published in (
+            ("videos", findings.num_videos, dataset.num_videos),
+            ("queries", findings.num_queries, dataset.num_queries),
+        )
+        if published not in (None, found)
+    ]
+    present = [video for video in by_video if video.is_file()]
+    findings.problems["missing"] = [str(video) for video in by_video if not video.is_file()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        lengths = dict(zip(present, pool.map(_length_s, present), strict=True))
+    findings.problems["unreadable"] = [str(error) for error in lengths.values() if isinstance(error, VideoError)]
+    findings.problems["inconsistent"] = [
+        f"{video}: lasts {length:.2f} s, annotated are {by_video[video].duration_s:.2f} s"
+        for video, length in lengths.items()
+        if not isinstance(length, VideoError) and not _agree(length, by_video[video].duration_s)
+    ]
+    return findings
+
+
+def _length_s(video: Path) -> float | VideoError:
+    """What the file shows, in seconds, if its first and last frame decode; else why not."""
+    try:
+        begin, end = shown_span(open_decoder(video).metadata)
+        frames(video, [0.0, end - begin], height=16)
+    except VideoError as error:
+        return error
+    return end - begin
+
+
+def _agree(length_s: float, annotated_s: float) -> bool:
+    return abs(length_s - annotated_s) <= max(LENGTH_TOLERANCE_S, LENGTH_TOLERANCE * annotated_s)
+
+
+def describe(findings: Findings, num_shown: int) -> str:
+    """The findings as text, the first `num_shown` of each kind by name."""
+    lines = [f"{findings.num_videos} videos, {findings.num_queries} queries"]
+    lines.append(f"{findings.num_late_ends} windows end beyond the annotated duration (kept as they are)")
+    for kind, listed in {"dropped": findings.dropped, **findings.problems}.items():
+        lines.append(f"{kind}: {len(listed) or ('none' if kind == 'dropped' else 'ok')}")
+        lines += [f"  {line}" for line in listed[:num_shown]]
+        if len(listed) > num_shown:
+            lines.append(f"  and {len(listed) - num_shown} more (--show)")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line and print the findings; exits with 1 when there are problems, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.data", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="check")
+    command = commands.add_parser("check", help="what is missing, unreadable or inconsistent")
+    command.add_argument("name", choices=DATASETS, metavar="NAME", help=", ".join(DATASETS))
+    command.add_argument("--videos", required=True, type=Path, help="folder of the video files")
+    command.add_argument(
+        "--annotations", type=Path, help="annotation file; default: its usual name in or above --videos"
+    )
+    command.add_argument("--show", type=int, default=10, help="findings of each kind to name")
+    options = parser.parse_args(arguments)
+    dataset = DATASETS[options.name]
+    try:
+        if not options.videos.is_dir():
+            raise ValueError(f"--videos {options.videos}: no such folder")
+        annotations = options.annotations or find_annotations(dataset, options.videos)
+        findings = check(read_annotations(annotations, options.videos), dataset)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    print(describe(findings, options.show))
+    sys.exit(1 if any(findings.problems.values()) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Prompts in training order: which sample comes at which step, its video decoded once and kept while memory lasts.
+
+Of a frozen tower, its features may be kept instead: their video is neither decoded nor encoded again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tempsamp_fast.batch import Prompt, VideoPatches
+from tempsamp_fast.config import DataConfig
+from tempsamp_fast.data.chat import Chat
+from tempsamp_fast.sample import Mode, Sample
+from tempsamp_fast.system.device import training_device
+from tempsamp_fast.video import Geometry, Sampling, load_videos, normalise_rows
+from tempsamp_fast.video.patch_cache import PatchCache
+
+logger = logging.getLogger(__name__)
+
+
+def sample_index(position: int, num_samples: int, seed: int) -> int:
+    """The sample at a position of the endless training order: every epoch its own seeded permutation."""
+    epoch, within = divmod(position, num_samples)
+    return _epoch_order(epoch, num_samples, seed)[within]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(epoch: int, num_samples: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(num_samples, generator=generator).tolist()
+
+
+def crop(sample: Sample, video: VideoPatches, generator: torch.Generator) -> tuple[Sample, VideoPatches]:
+    """A random stretch of the video that still holds every true span, as if the file had been cut there.
+
+    It starts and ends between two temporal patches; spans, duration and timestamps count from its start.
+    """
+    grid_t, height, width = video.grid_thw
+    second = video.second_per_grid
+    latest_start = int(min(start for start, _ in sample.windows) / second)
+    earliest_end = math.ceil(max(end for _, end in sample.windows) / second)
+    first = int(torch.randint(min(latest_start, grid_t - 1) + 1, (), generator=generator))
+    last = int(torch.randint(min(earliest_end, grid_t), grid_t + 1, (), generator=generator))
+    last = max(last, first + 1)
+    shift_s = first * second
+    features = video.features
+
+    def cut(rows: Tensor) -> Tensor:
+        return rows[first * (len(rows) // grid_t) : last * (len(rows) // grid_t)]
+
+    stretch = dataclasses.replace(
+        video,
+        pixel_values=cut(video.pixel_values),
+        grid_thw=(last - first, height, width),
+        timestamps_s=video.timestamps_s[first:last] - shift_s,
+        features=features and features.map(cut),  # no temporal patch sees another in the tower
+        is_whole=False,
+    )
+    moved = dataclasses.replace(
+        sample,
+        duration_s=min((last - first) * second, sample.duration_s - shift_s),
+        windows=tuple((start - shift_s, end - shift_s) for start, end in sample.windows),
+    )
+    return moved, stretch
+
+
+class PromptLoader:
+    """Turns samples into prompts; decoded videos are kept as uint8 patches up to `video_cache_gib`.
+
+    tower: the fingerprint of a frozen vision tower whose features `keep_features` may put in place of patches; empty:
+        they are not kept.
+
+    With `on_bad_video="skip"` a sample whose video fails is replaced by the next good one and listed in `skipped`;
+    more than `max_bad_videos` of them in one epoch raise ValueError. With `raise` its VideoError names the file.
+    """
+
+    def __init__(self, chat: Chat, geometry: Geometry, config: DataConfig, tower: str = ""):
+        self.chat = chat
+        self.geometry = geometry
+        self.config = config
+        self.sampling = Sampling(config.sampling, config.fps, config.min_frames, config.max_frames)
+        self.skipped: dict[Path, str] = {}
+        self.replaced: Counter[int] = Counter()
+        """Training samples that this process replaced for a bad video, by epoch."""
+        self._videos: OrderedDict[Path, VideoPatches] = OrderedDict()
+        self._cached_bytes = 0
+        folder = Path(config.patch_cache) if config.patch_cache else None
+        self._disk = PatchCache(folder, geometry) if folder else None
+        self._features_disk = PatchCache(folder, geometry, tower) if folder and tower else None
+        self._index_folder = folder / "indexes" if folder else None
+        if self._index_folder:
+            self._index_folder.mkdir(exist_ok=True)
+        self._keeps_features = bool(tower)
+        self._encoded: deque[tuple[Path, VideoPatches]] = deque()
+        # Training prompts are made in a prefetch thread while the main thread may be evaluating.
+        self._lock = threading.RLock()
+        gpu = training_device() if config.video_device != "cpu" and torch.cuda.is_available() else None
+        self._device = str(gpu or config.video_device)
+        self._stream = torch.cuda.Stream(gpu) if gpu else None
+
+    def keep_features(self, prompts: Sequence[Prompt]) -> None:
+        """Keep the features of whole videos for further prompts about them; the loading thread takes them in."""
+        if not self._keeps_features:
+            return
+        for path, video in {prompt.sample.video: prompt.video for prompt in prompts}.items():
+            kept = self._videos.get(path)
+            if video.features is not None and video.is_whole and (kept is None or kept.features is None):
+                self._encoded.append((path, dataclasses.replace(video, features=video.features.to("cpu"))))
+
+    def prompts(self, samples: Sequence[Sample], modes: Sequence[Mode]) -> list[Prompt]:
+        """One prompt per sample whose video could be read, in order."""
+        with self._lock:
+            self._decode([sample.video for sample in samples])
+            made: dict[Path, VideoPatches] = {}
+            prompts = [
+                self.chat.prompt(sample, mode, self.config.task, self._whole(sample.video, made))
+                for sample, mode in zip(samples, modes, strict=True)
+                if sample.video not in self.skipped
+            ]
+            self._evict()
+        return prompts
+
+    def training_prompts(
+        self, samples: Sequence[Sample], positions: Sequence[int], modes: Sequence[Mode], seed: int
+    ) -> list[Prompt]:
+        """The prompts at these positions of the training order: bad videos replaced by the samples that follow, a share
+        `random_crop` of the videos cropped.
+        """
+        chosen = [sample_index(position, len(samples), seed) for position in positions]
+        with self._lock:
+            self._decode([samples[index].video for index in chosen])
+            made: dict[Path, VideoPatches] = {}
+            prompts = []
+            for index, position, mode in zip(chosen, positions, modes, strict=True):
+                sample = self._good(samples, index)
+                is_replacement = sample is not samples[index]
+                if is_replacement:
+                    self._count_bad(position // len(samples), samples[index])
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+                if torch.rand((), generator=generator) < self.config.random_crop:
+                    sample, stretch = crop(sample, self._videos[sample.video], generator)
+                    video = self._normalised(stretch)
+                else:
+                    video = self._whole(sample.video, made)
+                prompt = self.chat.prompt(sample, mode, self.config.task, video)
+                prompts.append(dataclasses.replace(prompt, is_replacement=is_replacement))
+            self._evict()
+        return prompts
+
+    def _whole(self, path: Path, made: dict[Path, VideoPatches]) -> VideoPatches:
+        """Prompts made together about one video share it: `made` holds what they have already."""
+        if path not in made:
+            made[path] = self._normalised(self._videos[path])
+        return made[path]
+
+    def _normalised(self, video: VideoPatches) -> VideoPatches:
+        if video.features is not None:
+            return video
+        return dataclasses.replace(video, pixel_values=normalise_rows(video.pixel_values, self.geometry))
+
+    def _good(self, samples: Sequence[Sample], index: int) -> Sample:
+        for offset in range(len(samples)):
+            sample = samples[(index + offset) % len(samples)]
+            self._decode([sample.video])
+            if sample.video not in self.skipped:
+                return sample
+        raise ValueError(
+            f"none of the {len(samples)} samples has a readable video; {next(iter(self.skipped.values()))}"
+        )
+
+    def _count_bad(self, epoch: int, sample: Sample) -> None:
+        self.replaced[epoch] += 1
+        number, most = self.replaced[epoch], self.config.max_bad_videos
+        logger.warning("epoch %d: sample %r replaced (%d so far): %s", epoch, sample.sample_id, number, sample.video)
+        if most is not None and number > most:
+            reason = self.skipped[sample.video]
+            raise ValueError(f"epoch {epoch} has {number} bad videos (max_bad_videos={most}); the last one: {reason}")
+
+    def _decode(self, paths: Sequence[Path]) -> None:
+        while self._encoded:
+            path, encoded = self._encoded.popleft()
+            self._keep(path, encoded)
+            if self._features_disk:
+                self._features_disk.put(path, self.sampling, encoded)
+        wanted = [path for path in dict.fromkeys(paths) if path not in self.skipped]
+        disks = [disk for disk in (self._features_disk, self._disk) if disk]
+        for path in wanted:
+            if path in self._videos:
+                self._videos.move_to_end(path)
+            elif stored := next((found for disk in disks if (found := disk.get(path, self.sampling))), None):
+                self._keep(path, stored)
+        missing = [path for path in wanted if path not in self._videos]
+        if not missing:
+            return
+        # Kept in host memory, decoded in a stream of its own: training does not wait for it, nor it for training.
+        with torch.cuda.stream(self._stream):
+            batch = load_videos(
+                [(path, self.sampling) for path in missing],
+                self.geometry,
+                backend=self.config.video_backend,
+                device=self._device,
+                dtype=torch.uint8,
+                on_error=self.config.on_bad_video,
+                index_folder=self._index_folder,
+            )
+            for path, video, result in zip(missing, batch.split(), batch.results, strict=True):
+                if video is None:
+                    self.skipped[path] = result.message
+                    continue
+                # A copy of its own: a view would keep the whole batch in memory.
+                pixels = video.pixel_values.to("cpu", copy=True)
+                self._keep(path, dataclasses.replace(video, pixel_values=pixels))
+                if self._disk:
+                    self._disk.put(path, self.sampling, self._videos[path])
+
+    def _keep(self, path: Path, video: VideoPatches) -> None:
+        if path in self._videos:
+            self._cached_bytes -= self._videos.pop(path).nbytes
+        self._videos[path] = video
+        self._cached_bytes += video.nbytes
+
+    def _evict(self) -> None:
+        while self._cached_bytes > self.config.video_cache_gib * 2**30:
+            _, video = self._videos.popitem(last=False)
+            self._cached_bytes -= video.nbytes

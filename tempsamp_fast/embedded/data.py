@@ -1,0 +1,52 @@
+"""The embedded data set where a run asks for it, drawn when it is first asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from tempsamp_fast.config import DataConfig
+from tempsamp_fast.data.prompts import off_policy_text, question
+from tempsamp_fast.embedded.model import build_tiny_checkpoint
+from tempsamp_fast.embedded.videos import SyntheticConfig, generate
+from tempsamp_fast.sample import Sample, Task
+from tempsamp_fast.system.ranks import made_by_first_rank
+
+
+def with_embedded_data(data: DataConfig) -> DataConfig:
+    """Settings whose `annotations="synthetic"` are files; called by every rank. Others come back as they are."""
+    if data.annotations != "synthetic":
+        return data
+    train, val, test = data.num_synthetic_videos()
+    config = SyntheticConfig(num_train=train, num_val=val, num_test=test)
+    folder = made_by_first_rank(lambda: _generate(Path(data.synthetic_dir), config))
+    return dataclasses.replace(
+        data,
+        annotations=str(folder / "annotations/train.json"),
+        eval_annotations=str(folder / "annotations/test.json"),
+        videos=str(folder / "videos"),
+    )
+
+
+def embedded_checkpoint(folder: Path, samples: Sequence[Sample], task: Task, family: str, seed: int) -> str:
+    """The embedded model in `folder`, its tokenizer learned from what is asked and answered; called by every rank."""
+    texts = [
+        text
+        for sample in samples
+        for mode in ("answer", "think")
+        for text in (question(sample.query, mode, task), off_policy_text(sample, mode) or "")
+    ]
+    return str(made_by_first_rank(lambda: build_tiny_checkpoint(folder, texts, family, seed)))
+
+
+def _generate(folder: Path, config: SyntheticConfig) -> Path:
+    with tqdm(desc="making videos", unit="video", disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return generate(folder, config, on_progress=show)

@@ -1,0 +1,63 @@
+"""A checkpoint that answers prompts, without an engine around it: what inference and evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tempsamp_fast.batch import Completion, Prompt
+from tempsamp_fast.config import DataConfig, ModelConfig
+from tempsamp_fast.data.loader import PromptLoader
+from tempsamp_fast.data.prefetch import Prefetch
+from tempsamp_fast.model.families import geometry_of
+from tempsamp_fast.model.loading import load_model, resolve_dtype
+from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.rollout.generate import SamplingParams, generate
+from tempsamp_fast.sample import Mode, Sample
+from tempsamp_fast.system.device import training_device
+
+
+class Answerer:
+    """A model on this rank's device and the loader of its prompts.
+
+    checkpoint: a Hugging Face folder or hub name.
+    data: how frames are taken, and the task.
+    params: how answers are drawn; temperature 0 is greedy.
+    seed: of sampled answers; each depends on it, its sample and its mode alone.
+    Raises ValueError for a checkpoint that cannot be used.
+    """
+
+    def __init__(
+        self, checkpoint: str, data: DataConfig, params: SamplingParams, seed: int = 0, max_tokens_per_row: int = 32_768
+    ) -> None:
+        device = training_device()
+        model, self._chat = load_model(checkpoint, ModelConfig(), resolve_dtype("auto", device))
+        geometry = geometry_of(model.config, data.min_pixels, data.max_pixels, data.total_pixels)
+        self.loader = PromptLoader(self._chat, geometry, data)
+        self._policy = Policy(model).eval().to(device)
+        self._params, self._seed, self._max_tokens_per_row = params, seed, max_tokens_per_row
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[Completion]:
+        """One completion per prompt."""
+        answers = generate(
+            self._policy,
+            prompts,
+            1,
+            self._params,
+            seed=(self._seed, 0),
+            eos_token_ids=[self._chat.eos_token_id],
+            banned_token_ids=self._chat.banned_token_ids,
+            max_tokens_per_row=self._max_tokens_per_row,
+        )
+        return [self._chat.completion(answer.ids) for (answer,) in answers]
+
+    def answer_all(self, samples: Sequence[Sample], mode: Mode, batch_size: int) -> Iterator[dict[Sample, str]]:
+        """Texts by sample, batch after batch, the next batch's videos decoded meanwhile.
+
+        A sample whose video had to be skipped is not among them.
+        """
+        batches = (samples[start : start + batch_size] for start in range(0, len(samples), batch_size))
+        prompts = (self.loader.prompts(batch, [mode] * len(batch)) for batch in batches)
+        with Prefetch(prompts, depth=1) as ahead:
+            for asked in ahead:
+                completions = self.answer(asked) if asked else []
+                yield {p.sample: completion.text for p, completion in zip(asked, completions, strict=True)}

@@ -1,0 +1,67 @@
+"""Asking the model every held-out query, greedily, and keeping what it said."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tempsamp_fast.batch import Prompt
+from tempsamp_fast.data.loader import PromptLoader
+from tempsamp_fast.learning.groups import Sampler
+from tempsamp_fast.rewards import best_iou, parse_span
+from tempsamp_fast.sample import Mode, Sample
+from tempsamp_fast.system.ranks import num_ranks, of_all_ranks, own_rank
+
+
+def evaluate(
+    samples: Sequence[Sample],
+    mode: Mode,
+    sampler: Sampler,
+    loader: PromptLoader,
+    batch_size: int,
+    require_tags: bool = True,
+) -> list[dict[str, Any]]:
+    """One row per sample, in order, shared out over the ranks: what was asked, the answer's text, its span and IoU.
+
+    A video that had to be skipped leaves an empty text, which scores 0 like any answer that does not parse.
+    """
+    texts: dict[str, str] = {}
+    own = samples[own_rank() :: num_ranks()]
+    # Every rank samples equally often, as partitioned parameters need it, if only an answer that others have too.
+    for start in range(0, math.ceil(len(samples) / num_ranks()), batch_size):
+        batch = own[start : start + batch_size]
+        prompts = loader.prompts(batch, [mode] * len(batch)) or _first_prompt(samples, mode, loader)
+        answers = sampler(prompts, [1] * len(prompts)) if prompts else []
+        for prompt, (completion,) in zip(prompts, answers, strict=True):
+            texts[prompt.sample.sample_id] = completion.text
+    texts = {sample_id: text for part in of_all_ranks(texts) for sample_id, text in part.items()}
+    return [answer_row(sample, texts.get(sample.sample_id, ""), require_tags) for sample in samples]
+
+
+def _first_prompt(samples: Sequence[Sample], mode: Mode, loader: PromptLoader) -> list[Prompt]:
+    """That of the first sample whose video can be read; the same on every rank."""
+    return next((prompts for sample in samples if (prompts := loader.prompts([sample], [mode]))), [])
+
+
+def answer_row(sample: Sample, text: str, require_tags: bool = True) -> dict[str, Any]:
+    """What was asked and answered, ready for JSON."""
+    span = parse_span(text, require_tags)
+    return {
+        "sample_id": sample.sample_id,
+        "video": str(sample.video),
+        "query": sample.query,
+        "duration_s": sample.duration_s,
+        "windows": sample.windows,
+        "text": text,
+        "span": span,
+        "iou": best_iou(span, sample.windows),
+    }
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write evaluation rows as JSON lines; `python -m tempsamp_fast.score` reads them as predictions."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

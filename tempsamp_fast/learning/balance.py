@@ -1,0 +1,80 @@
+"""Whole groups exchanged between ranks, so that no rank waits long for another in the update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+
+from tempsamp_fast.batch import RolloutGroup
+from tempsamp_fast.system.ranks import num_ranks, of_all_ranks, own_rank
+
+MIN_GAIN = 0.05
+"""The share by which the largest load must fall for groups to travel: a video is tens of megabytes."""
+
+
+def balance(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    """This rank's share of all ranks' groups: its own ones if their tokens are even, else some travel, videos and all.
+
+    A rank may be left without a group. Every rank has to call this together.
+    """
+    if num_ranks() == 1:
+        return list(groups)
+    num_tokens = of_all_ranks([group.num_tokens for group in groups])
+    rank, mine = own_rank(), []
+    # All ranks go through all transfers in one order, so that no two wait for each other.
+    for sender, receivers in enumerate(new_owners(num_tokens)):
+        for index, receiver in enumerate(receivers):
+            if rank == sender == receiver:
+                mine.append(groups[index])
+            elif rank == sender:
+                dist.send_object_list([_on_cpu(groups[index])], receiver)
+            elif rank == receiver:
+                received: list[Any] = [None]
+                dist.recv_object_list(received, sender)
+                mine += received
+    return mine
+
+
+def new_owners(num_tokens: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The rank that each group goes to, by the rank that has it.
+
+    num_tokens: of each group, by rank.
+    """
+    home = [rank for rank, counts in enumerate(num_tokens) for _ in counts]
+    tokens = [count for counts in num_tokens for count in counts]
+    shares = assign_groups(tokens, len(num_tokens))
+    if max(sum(tokens[group] for group in share) for share in shares) > (1 - MIN_GAIN) * max(map(sum, num_tokens)):
+        return [[rank] * len(counts) for rank, counts in enumerate(num_tokens)]
+    owners, free = list(home), list(range(len(num_tokens)))
+    for share in shares:  # each to the rank that has most of it already
+        rank = max(free, key=lambda rank: sum(tokens[group] for group in share if home[group] == rank))
+        free.remove(rank)
+        for group in share:
+            owners[group] = rank
+    by_group = iter(owners)
+    return [[next(by_group) for _ in counts] for counts in num_tokens]
+
+
+def assign_groups(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Spread whole groups over ranks so that their tokens are balanced: longest first, to the least loaded rank.
+
+    num_tokens: of each group. Returns the groups' indices by rank, in their given order; at most 4/3 of the best
+    possible maximum (Graham 1969).
+    """
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for group in sorted(range(len(num_tokens)), key=lambda index: -num_tokens[index]):
+        rank = min(range(num_ranks), key=lambda index: (loads[index], len(ranks[index])))
+        ranks[rank].append(group)
+        loads[rank] += num_tokens[group]
+    return [sorted(groups) for groups in ranks]
+
+
+def _on_cpu(group: RolloutGroup) -> RolloutGroup:
+    video = group.prompt.video
+    if video.features is None:
+        return group
+    return replace(group, prompt=replace(group.prompt, video=replace(video, features=video.features.to("cpu"))))

@@ -1,0 +1,83 @@
+"""Floating-point operations of a packed row's forward pass, for model FLOPs utilisation (MFU)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from tempsamp_fast.model.families import family_of
+from tempsamp_fast.model.packing import PackedRow
+
+PEAK_BF16_TFLOPS = {
+    "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989, "GH200": 989, "H20": 148,
+    "B200": 2250, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A10": 125,
+}  # fmt: skip
+"""Dense, by the vendor's data sheets; of several names the first one that matches counts."""
+
+
+def peak_bf16_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by its CUDA device name, None for one that is not in the table."""
+    words = set(re.split(r"[\s-]+", device_name))
+    return next((1e12 * tflops for gpu, tflops in PEAK_BF16_TFLOPS.items() if words.issuperset(gpu.split())), None)
+
+
+def device_peak_flops(device: torch.device) -> float | None:
+    """`peak_bf16_flops` of a device; None for a CPU."""
+    return peak_bf16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def forward_flops(row: PackedRow, config: Any) -> float:
+    """FLOPs of one forward pass over `row`: matrix products and attention, two per multiply-add.
+
+    Counts what is attended, each prompt once, and only the predicted tokens at the head. The vision tower counts unless
+    the row brings its features. A training step is three times this; recomputation is not counted.
+
+    config: the model's transformers configuration.
+    """
+    text = config.text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    query_size, key_size = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    projections = text.hidden_size * (2 * query_size + 2 * key_size)
+    layer = projections + 3 * text.hidden_size * text.intermediate_size
+    attention = 2 * query_size * _num_attended(row)
+    head = text.hidden_size * text.vocab_size * len(row.logit_indices)
+    total = text.num_hidden_layers * (row.num_tokens * layer + attention) + head
+    if row.vision is None:
+        total += sum(_vision_products(grid, config) for grid in row.video_grid_thw.tolist())
+    return 2.0 * total
+
+
+def _num_attended(row: PackedRow) -> int:
+    """Pairs of a token and a token it sees, over the row."""
+    pairs = 0
+    for group in row.layout:
+        for node in group.nodes:
+            before = sum(group.nodes[each].length for each in node.path)
+            pairs += node.length * before + node.length * (node.length + 1) // 2
+    return pairs
+
+
+def _vision_products(grid_thw: tuple[int, int, int], config: Any) -> int:
+    """Multiply-adds of the tower and its mergers on one video."""
+    vision = config.vision_config
+    t, h, w = grid_thw
+    num_patches, size = t * h * w, vision.hidden_size
+    mlp = family_of(config).vision_mlp_products * size * vision.intermediate_size
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    merged = vision.spatial_merge_size**2 * size
+    mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
+    merger = num_patches // vision.spatial_merge_size**2 * (merged * merged + merged * vision.out_hidden_size)
+    num_full = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
+    attended = num_full * t * (h * w) ** 2
+    if num_full < vision.depth:
+        side = vision.window_size // vision.patch_size
+        attended += (vision.depth - num_full) * t * _sum_of_squares(h, side) * _sum_of_squares(w, side)
+    blocks = vision.depth * num_patches * (4 * size * size + mlp)
+    return num_patches * patch * size + blocks + 2 * size * attended + mergers * merger
+
+
+def _sum_of_squares(length: int, side: int) -> int:
+    """Of the pieces that windows of `side` cut `length` into: a window of a x b patches attends (a * b)**2 pairs."""
+    return length // side * side**2 + (length % side) ** 2

@@ -1,0 +1,94 @@
+"""Liger's fused layers in the modules of one model: same parameters, same names, fewer kernels and activations.
+
+RMSNorm and SwiGLU wherever the model has them, rotary positions in the text layers. transformers lays the three mrope
+axes into one pair of cosines and sines before the first layer, so that what is left to fuse per layer is the plain
+rotation. Only the given model changes: transformers' own classes and functions stay as they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from importlib.util import find_spec
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tempsamp_fast.config import LigerLayers
+from tempsamp_fast.model.families import family_of
+
+HAS_LIGER = find_spec("liger_kernel") is not None
+if HAS_LIGER:
+    from liger_kernel.ops import LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction
+
+logger = logging.getLogger(__name__)
+
+SILU = ("SiLU", "SiLUActivation")
+"""The names of torch's module and of transformers' own."""
+ROTARY = "apply_rotary_pos_emb"
+"""What transformers' text attention calls, by its global name."""
+
+
+def apply_liger_layers(model: PreTrainedModel, choice: LigerLayers) -> None:
+    """Switch `model` to Liger's layers: "auto" does where they run, which is on CUDA, and warns if they are missing.
+
+    Raises ValueError for "on" without liger-kernel or CUDA, naming an activation that is not SwiGLU's, and for
+    attention that rotates in another way.
+    """
+    if choice == "off" or (choice == "auto" and not torch.cuda.is_available()):
+        return
+    if not HAS_LIGER:
+        if choice == "on":
+            raise ValueError("liger_layers='on' needs liger-kernel, not installed; choose auto or off")
+        logger.warning("liger-kernel is not installed: transformers' own layers run, slower and with more memory")
+        return
+    if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
+        raise ValueError("liger_layers='on' needs a CUDA GPU, and there is none; choose auto or off")
+    rms_norm = _fused_norm(family_of(model.config).norm_offset)
+    for name, module in model.named_modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(rms_norm, module)
+        elif isinstance(getattr(module, "gate_proj", None), nn.Module):
+            if type(module.act_fn).__name__ not in SILU:
+                raise ValueError(
+                    f"liger_layers={choice!r}: the activation {type(module.act_fn).__name__} of {name} is not "
+                    "supported, only SiLU is; choose off"
+                )
+            module.forward = MethodType(_swiglu, module)
+    for layer in model.model.language_model.layers:
+        layer.self_attn.forward = MethodType(_with_fused_rotation(type(layer.self_attn).forward), layer.self_attn)
+
+
+def _fused_norm(offset: float) -> Callable[[Any, Tensor], Tensor]:
+    """RMSNorm whose weights are `offset` larger than the module's."""
+
+    def _rms_norm(module: Any, hidden: Tensor) -> Tensor:
+        """[..., hidden_size], scaled in the input's dtype after a float32 root mean square, as transformers' own."""
+        return LigerRMSNormFunction.apply(hidden, module.weight, module.variance_epsilon, offset, "llama", False, None)
+
+    return _rms_norm
+
+
+def _swiglu(module: Any, hidden: Tensor) -> Tensor:
+    return module.down_proj(LigerSiLUMulFunction.apply(module.gate_proj(hidden), module.up_proj(hidden)))
+
+
+def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """query, key [B, heads, N, dim]; cos, sin [B, N, dim]."""
+    return LigerRopeFunction.apply(query, key, cos, sin)
+
+
+def _with_fused_rotation(forward: Callable[..., Any]) -> FunctionType:
+    """transformers' attention forward over the same globals, save for the rotation it finds among them."""
+    plain = inspect.unwrap(forward)
+    if not isinstance(plain, FunctionType) or ROTARY not in plain.__code__.co_names:
+        raise ValueError(f"liger_layers: {forward.__qualname__} of this transformers release does not call {ROTARY}")
+    namespace = {**plain.__globals__, ROTARY: _rotate}
+    fused = FunctionType(plain.__code__, namespace, plain.__name__, plain.__defaults__, plain.__closure__)
+    fused.__kwdefaults__ = plain.__kwdefaults__
+    return fused

@@ -1,0 +1,143 @@
+"""Low-rank adapters on the language model, through PEFT (`pip install tempsamp-fast[lora]`)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tempsamp_fast.config import ModelConfig
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TRAINED, REFERENCE = "default", "reference"
+"""Adapters: the one that learns, and its copy from before reinforcement learning, which only a KL term needs."""
+
+
+def add_adapters(model: nn.Module, config: ModelConfig, seed: int) -> Any:
+    """A `PeftModel` around `model`, everything frozen but fresh adapters on `config.lora_targets`, drawn from `seed`.
+
+    Raises ValueError for a target that no linear layer of the language model is named after, the head included.
+    """
+    LoraConfig, get_peft_model = _peft("LoraConfig", "get_peft_model")
+    targets = [target.strip() for target in config.lora_targets.split(",")]
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if "language_model" in name and isinstance(module, nn.Linear)
+    }
+    if set(targets) - names:
+        unknown = ", ".join(sorted(set(targets) - names))
+        raise ValueError(f"lora_targets={config.lora_targets!r}: no {unknown}; choose from {', '.join(sorted(names))}")
+    settings = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+        target_modules=rf".*language_model\..*\.({'|'.join(map(re.escape, targets))})",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, settings, adapter_name=TRAINED, autocast_adapter_dtype=False)
+
+
+def with_adapters(model: Any, checkpoint: str, config: ModelConfig, seed: int) -> tuple[Any, bool]:
+    """The model with what `config.lora_rank` asks for, and whether its adapters were found in `checkpoint`.
+
+    Raises ValueError where those have another rank.
+    """
+    rank, found = config.lora_rank, base_checkpoint(checkpoint) is not None
+    has = model.peft_config[TRAINED].r if found else rank
+    if has != rank:
+        raise ValueError(f"lora_rank={rank}: the adapters in {checkpoint} have rank {has}; ask for that")
+    return (add_adapters(model, config, seed) if rank and not found else model), found
+
+
+def add_reference(model: Any) -> None:
+    """Give the `PeftModel` a frozen adapter for `remember_reference`."""
+    model.add_adapter(REFERENCE, model.peft_config[TRAINED], autocast_adapter_dtype=False)
+    model.set_adapter(TRAINED)
+
+
+def base_checkpoint(folder: str) -> str | None:
+    """The checkpoint that the adapters in `folder` belong on; None for a folder of whole weights.
+
+    Raises ValueError naming an adapter_config.json that cannot be read or names no checkpoint.
+    """
+    path = Path(folder) / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: base_model_name_or_path is {base!r}; expected a checkpoint folder or hub name")
+    return base
+
+
+def load_adapters(model: nn.Module, folder: str, allow_pickle: bool) -> Any:
+    """A `PeftModel` of `model` and the adapters that a checkpoint keeps in `folder`.
+
+    Their weights are read from safetensors alone, unless `allow_pickle`.
+    Raises ValueError naming the folder whose adapters are missing or cannot be read.
+    """
+    PeftConfig, PeftModel = _peft("PeftConfig", "PeftModel")
+    reference = Path(folder) / REFERENCE
+    folders = {TRAINED: Path(folder)} | ({REFERENCE: reference} if (reference / ADAPTER_CONFIG).is_file() else {})
+    wrapped: Any = None
+    for name, saved in folders.items():
+        if not allow_pickle and not (saved / ADAPTER_WEIGHTS).is_file():
+            raise ValueError(f"model={str(saved)!r}: has no {ADAPTER_WEIGHTS}; only --allow_pickle loads other files")
+        try:
+            if wrapped is None:
+                config = PeftConfig.from_pretrained(str(saved))
+                config.inference_mode = False
+                wrapped = PeftModel(model, config, name, autocast_adapter_dtype=False)
+            options = {"is_trainable": name == TRAINED, "autocast_adapter_dtype": False, "torch_device": "cpu"}
+            missing = wrapped.load_adapter(str(saved), name, **options).missing_keys
+        except Exception as error:  # damaged files make PEFT raise nearly every kind
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"model={str(saved)!r}: its adapters cannot be loaded: {reason}") from error
+        if missing:
+            raise ValueError(f"model={str(saved)!r}: has no weights for {len(missing)} adapters, such as {missing[0]}")
+    wrapped.set_adapter(TRAINED)
+    return wrapped
+
+
+@torch.no_grad()
+def remember_reference(model: Any) -> None:
+    """Make the reference adapter, if there is one, equal to the trained one as it is now; called by every rank."""
+    import deepspeed
+
+    for name, parameter in model.named_parameters():
+        if f".{REFERENCE}." in name:
+            trained = model.get_parameter(name.replace(f".{REFERENCE}.", f".{TRAINED}."))
+            with deepspeed.zero.GatheredParameters([parameter, trained], modifier_rank=0):
+                parameter.copy_(trained)
+
+
+@contextmanager
+def as_reference(model: Any) -> Iterator[None]:
+    """The model inside is the frozen reference: with the reference adapter, or else without any."""
+    if REFERENCE not in model.peft_config:
+        with model.disable_adapter():
+            yield
+        return
+    model.set_adapter(REFERENCE, inference_mode=True)
+    try:
+        yield
+    finally:
+        model.set_adapter(TRAINED)
+
+
+def _peft(*names: str) -> list[Any]:
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(f"lora_rank and adapters need PEFT (pip install 'tempsamp-fast[lora]'): {error}") from error
+    return [getattr(peft, name) for name in names]

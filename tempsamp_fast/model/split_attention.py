@@ -1,0 +1,151 @@
+"""Packed attention out of SDPA calls: runs everywhere, trains everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from tempsamp_fast.model.packing import GroupLayout
+
+BRANCH_BLOCK = 256
+"""Branches of a group are attended together up to this many tokens: fewer calls, against masked-out work."""
+
+
+@dataclass(frozen=True)
+class _BranchBlock:
+    """Neighbouring branches of one parent, attended in one call."""
+
+    tokens: slice
+    mask: Tensor
+    """[block_len, prefix_len + block_len] additive: everything in the prefix, own branch causally."""
+
+
+class SplitAttention:
+    """A `PackedAttention`: causal over each prompt, then branches of one parent at a time against `[path | own]`."""
+
+    def __init__(self, layout: Sequence[GroupLayout], *, dtype: torch.dtype, device: torch.device) -> None:
+        self._parts: list[tuple[list[slice], list[_BranchBlock]]] = []
+        """By tokens: those that the blocks continue, in one causal call by themselves where there are no blocks."""
+        start = 0
+        for group in layout:
+            spans = [slice(start + node.start, start + node.start + node.length) for node in group.nodes]
+            start += group.num_tokens
+            if len(spans) == 2:  # a single branch simply continues its prompt
+                self._parts.append(([slice(spans[0].start, spans[1].stop)], []))
+                continue
+            self._parts.append((spans[:1], []))
+            for path, siblings in groupby(zip(group.nodes[1:], spans[1:], strict=True), lambda each: each[0].path):
+                branches, prefix = list(siblings), [spans[each] for each in path]
+                prefix_len = sum(group.nodes[each].length for each in path)
+                lengths = [node.length for node, _ in branches]
+                blocks = _branch_blocks(branches[0][1].start, prefix_len, lengths, dtype, device)
+                self._parts.append((prefix, blocks))
+
+    def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        attend = _sdpa(query, key, scaling)
+        outputs = []
+        for spans, blocks in self._parts:
+            prefix_key, prefix_value = _gathered(key, spans), _gathered(value, spans)
+            if blocks:
+                outputs += _attend_blocks(attend, query, key, value, prefix_key, prefix_value, blocks)
+            else:
+                outputs.append(attend(_gathered(query, spans), prefix_key, prefix_value, is_causal=True))
+        return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _gathered(tensor: Tensor, spans: Sequence[slice]) -> Tensor:
+    """The tokens of [1, heads, N, dim] in these spans, one after the other; of one span a view."""
+    pieces = [tensor[:, :, span] for span in spans]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+class BranchAttention:
+    """A `PackedAttention` for branches alone, `[c1 | ... | cG]`, whose prompt was run before them."""
+
+    def __init__(
+        self, prefix_keys: Sequence[Tensor], prefix_values: Sequence[Tensor], branch_lens: Sequence[int]
+    ) -> None:
+        """prefix_keys, prefix_values: by layer, [1, kv_heads, prompt_len, dim]."""
+        self._prefix_keys, self._prefix_values = prefix_keys, prefix_values
+        like = prefix_keys[0]
+        self._blocks = _branch_blocks(0, like.shape[2], branch_lens, like.dtype, like.device)
+
+    def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        prefix = self._prefix_keys[layer_index], self._prefix_values[layer_index]
+        outputs = _attend_blocks(_sdpa(query, key, scaling), query, key, value, *prefix, self._blocks)
+        return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def attend_windows(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float) -> Tensor:
+    """Full attention inside each window, one batched call per window size; [N, heads, dim] -> the same shape.
+
+    cu_seqlens: [num_windows + 1] int32, where windows begin and end.
+    """
+    lengths = cu_seqlens.diff()
+    sizes = lengths.unique().tolist()
+    if len(sizes) == 1:
+        return _attend_equal_windows(query, key, value, sizes[0], scaling)
+    output = torch.empty_like(query)
+    for size in sizes:
+        starts = cu_seqlens[:-1][lengths == size]
+        tokens = (starts[:, None] + torch.arange(size, device=starts.device)).flatten()
+        windows = _attend_equal_windows(query[tokens], key[tokens], value[tokens], size, scaling)
+        output = output.index_copy(0, tokens, windows)
+    return output
+
+
+def _attend_equal_windows(query: Tensor, key: Tensor, value: Tensor, size: int, scaling: float) -> Tensor:
+    query, key, value = (tensor.unflatten(0, (-1, size)).transpose(1, 2) for tensor in (query, key, value))
+    return scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2).flatten(0, 1)
+
+
+def _sdpa(query: Tensor, key: Tensor, scaling: float) -> Callable[..., Tensor]:
+    return partial(scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+
+
+def _attend_blocks(
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    blocks: Sequence[_BranchBlock],
+) -> list[Tensor]:
+    outputs = []
+    for block in blocks:
+        block_key = torch.cat([prefix_key, key[:, :, block.tokens]], dim=2)
+        block_value = torch.cat([prefix_value, value[:, :, block.tokens]], dim=2)
+        outputs.append(attend(query[:, :, block.tokens], block_key, block_value, attn_mask=block.mask))
+    return outputs
+
+
+def _branch_blocks(
+    start: int, prompt_len: int, branch_lens: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> list[_BranchBlock]:
+    """Blocks of whole branches; the first branch starts at token `start`."""
+    blocks: list[list[int]] = []
+    for length in branch_lens:
+        if not blocks or sum(blocks[-1]) + length > BRANCH_BLOCK:
+            blocks.append([])
+        blocks[-1].append(length)
+    result = []
+    for lengths in blocks:
+        mask = _branch_mask(prompt_len, torch.tensor(lengths, device=device), dtype)
+        result.append(_BranchBlock(slice(start, start + sum(lengths)), mask))
+        start += sum(lengths)
+    return result
+
+
+def _branch_mask(prompt_len: int, branch_lens: Tensor, dtype: torch.dtype) -> Tensor:
+    branch = torch.repeat_interleave(branch_lens)
+    index = torch.arange(len(branch), device=branch.device)
+    own = (branch[:, None] == branch[None, :]) & (index[:, None] >= index[None, :])
+    visible = torch.cat([own.new_ones(len(branch), prompt_len), own], dim=1)
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))

@@ -1,0 +1,122 @@
+"""Packed attention as one variable-length flash call: flash-attn's kernel when installed, else torch's own."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.utils import is_flash_attn_2_available
+
+from tempsamp_fast.model.packing import GroupLayout
+
+logger = logging.getLogger(__name__)
+
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+
+
+class VarlenKernel(Protocol):
+    """Attention inside each of S sequences laid end to end; causal is aligned to the bottom right."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        scale: float,
+        causal: bool,
+    ) -> Tensor:
+        """query [Tq, heads, dim], key and value [Tk, kv_heads, dim], cu_* [S + 1] int32 -> [Tq, heads, dim]."""
+
+
+@cache
+def varlen_kernel() -> VarlenKernel | None:
+    """The kernel of this installation; None, logged once, when there is none."""
+    if is_flash_attn_2_available():
+        from flash_attn import flash_attn_varlen_func
+
+        return adapt_flash_attn(flash_attn_varlen_func)
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        logger.warning("no variable-length attention kernel (%s): attention runs as several SDPA calls", error)
+        return None
+    return adapt_torch_varlen(varlen_attn)
+
+
+def adapt_flash_attn(flash_attn_varlen_func: Callable[..., Any]) -> VarlenKernel:
+    """flash-attn 2.1 or newer: grouped heads and bottom-right causal are its own."""
+
+    def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, causal):
+        return flash_attn_varlen_func(query, key, value, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=causal)
+
+    return kernel
+
+
+def adapt_torch_varlen(varlen_attn: Callable[..., Any]) -> VarlenKernel:
+    """torch's `varlen_attn`, whose keywords differ between releases: causal by flag or by window, grouped or not."""
+    parameters = inspect.signature(varlen_attn).parameters
+    by_window, has_gqa = "window_size" in parameters, "enable_gqa" in parameters
+
+    def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, causal):
+        options = {"window_size": (-1, 0 if causal else -1)} if by_window else {"is_causal": causal}
+        if has_gqa:
+            options["enable_gqa"] = query.shape[1] != key.shape[1]
+        else:
+            key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
+        return varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, scale=scale, **options)
+
+    return kernel
+
+
+class VarlenAttention:
+    """A `PackedAttention`: every node a sequence whose keys are those on its path and its own."""
+
+    def __init__(self, layout: Sequence[GroupLayout], *, device: torch.device, kernel: VarlenKernel) -> None:
+        self._kernel = kernel
+        query_lens, key_ranges = _sequences(layout)
+        key_lens = [sum(stop - start for start, stop in ranges) for ranges in key_ranges]
+        self._cu_q, self._max_q = _cumulative(query_lens, device), max(query_lens)
+        self._cu_k, self._max_k = _cumulative(key_lens, device), max(key_lens)
+        self._keys = torch.cat([torch.arange(*bounds, device=device) for ranges in key_ranges for bounds in ranges])
+
+    def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        output = self._kernel(
+            query.contiguous(),
+            key[self._keys],
+            value[self._keys],
+            self._cu_q,
+            self._cu_k,
+            self._max_q,
+            self._max_k,
+            scale=scaling,
+            causal=True,
+        )
+        return output[None]
+
+
+def _sequences(layout: Sequence[GroupLayout]) -> tuple[list[int], list[list[tuple[int, int]]]]:
+    """Query length of each sequence, and the token ranges that its keys come from."""
+    query_lens, key_ranges, start = [], [], 0
+    for group in layout:
+        spans = [(start + node.start, start + node.start + node.length) for node in group.nodes]
+        query_lens += [node.length for node in group.nodes]
+        key_ranges += [
+            [*(spans[each] for each in node.path), span] for node, span in zip(group.nodes, spans, strict=True)
+        ]
+        start += group.num_tokens
+    return query_lens, key_ranges
+
+
+def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)

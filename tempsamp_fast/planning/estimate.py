@@ -1,0 +1,227 @@
+"""Tokens, FLOPs, memory and traffic of a step, by arithmetic: what `--dry-run` and `python -m tempsamp_fast.plan` say.
+
+Activations are those that autograd keeps of transformers' layers in eager mode, counted by hooks on its saved tensors;
+Liger's layers and flash attention keep less, so on a GPU this is an upper estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tempsamp_kernels.head import chunk_rows
+
+from tempsamp_fast.config import Config, parse_phases, prompts_per_row
+from tempsamp_fast.learning.engine import effective_zero
+from tempsamp_fast.model.architectures import Parameters
+from tempsamp_fast.model.families import family_of
+from tempsamp_fast.model.flops import forward_flops
+from tempsamp_fast.model.packing import GroupLayout, PackedRow
+from tempsamp_fast.video import Geometry
+
+TEXT_TOKENS = 116
+"""Of a prompt besides its video: chat format, query, instructions."""
+REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
+"""Elements; DeepSpeed's defaults of reduce_bucket_size and stage3_max_live_parameters."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One prompt with its answers, as the estimate takes it."""
+
+    grid_thw: tuple[int, int, int]
+    prompt_len: int
+    answer_len: int
+    num_answers: int
+    num_sampled: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.prompt_len + self.num_answers * self.answer_len
+
+    @property
+    def num_patches(self) -> int:
+        t, h, w = self.grid_thw
+        return t * h * w
+
+    def row(self, num_answers: int | None = None) -> PackedRow:
+        """As a row without storage, for `forward_flops`."""
+        count = self.num_answers if num_answers is None else num_answers
+        layout = (GroupLayout(self.prompt_len, (self.answer_len,) * count),)
+        nothing = torch.empty(0, dtype=torch.int64)
+        num_tokens, num_predicted = layout[0].num_tokens, max(1, count * self.answer_len)
+        return PackedRow(
+            input_ids=torch.empty(1, num_tokens, dtype=torch.int64, device="meta"),
+            position_ids=nothing,
+            pixel_values=nothing,
+            video_grid_thw=torch.tensor([self.grid_thw]),
+            layout=layout,
+            logit_indices=torch.empty(num_predicted, dtype=torch.int64, device="meta"),
+            token_ids=nothing,
+            row_ids=nothing,
+        )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the worst moment of a step, by what they are for."""
+
+    weights: float
+    reference: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    """DeepSpeed's buckets, or the parameters that ZeRO-3 has gathered."""
+    activations: float
+    """The larger of sampling (keys, values) and updating (what autograd keeps, the head's chunk and its gradient)."""
+    off_gpu: float = 0.0
+    """Offloaded to the memory or disk of the machine, per GPU; not in the total."""
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values()) - self.off_gpu
+
+
+def video_grid(geometry: Geometry, num_frames: int, frame_size: tuple[int, int]) -> tuple[int, int, int]:
+    """Patches of `num_frames` frames of (height, width) pixels."""
+    return geometry.grid_thw(num_frames, geometry.frame_size(num_frames, *frame_size))
+
+
+def work_of(
+    grid_thw: tuple[int, int, int], model_config: Any, method: str, num_generations: int, answer_len: int
+) -> Work:
+    """One prompt of a phase of `method`."""
+    t, h, w = grid_thw
+    text = TEXT_TOKENS + t * family_of(model_config).text_tokens_per_frame
+    num_answers = 1 if method == "sft" else num_generations
+    num_sampled = {"sft": 0, "grpo": num_generations, "tempsamp": num_generations - 1}[method]
+    return Work(grid_thw, text + t * h * w // 4, answer_len, num_answers, num_sampled)
+
+
+def step_flops(work: Work, model_config: Any, config: Config, method: str, num_prompts: int) -> float:
+    """FLOPs of one device's share of a step: sampling, reference, update; recomputation counted where it happens.
+
+    num_prompts: of this device.
+    """
+    sampling = forward_flops(work.row(work.num_sampled), model_config) if work.num_sampled else 0.0
+    recomputed = _num_updates(config, method) * forward_flops(work.row(), model_config)
+    without = num_prompts * sampling + update_flops(work, model_config, config, method, num_prompts)
+    return without + (num_prompts * recomputed if config.model.gradient_checkpointing else 0.0)
+
+
+def update_flops(work: Work, model_config: Any, config: Config, method: str, num_prompts: int) -> float:
+    """FLOPs of one device's updates of a step with the log-probs that they need; recomputation not counted.
+
+    num_prompts: of this device.
+    """
+    updates = _num_updates(config, method)
+    has_reference = method != "sft" and config.algorithm.beta > 0
+    passes = 3 * updates + int(has_reference) + int(updates > 1)
+    return num_prompts * passes * forward_flops(work.row(), model_config)
+
+
+def _num_updates(config: Config, method: str) -> int:
+    return 1 if method == "sft" else config.algorithm.updates_per_batch
+
+
+def step_memory(
+    work: Work, model_config: Any, parameters: Parameters, config: Config, bytes_per_value: int, world_size: int
+) -> Memory:
+    """Of one device under the configured ZeRO stage and offload, on `world_size` devices."""
+    b, (stage, offloaded) = bytes_per_value, effective_zero(config.train)
+    trained = parameters.trained(config.model)
+    partition = world_size if stage == 3 else 1
+    phases = parse_phases(config.train.phases)
+    has_reference = config.algorithm.beta > 0 and any(phase.method != "sft" for phase in phases)
+    weights = b * parameters.total / partition + b * (parameters.adapters if config.model.lora_rank else 0)
+    reference = b * parameters.total / partition if has_reference and not config.model.lora_rank else 0.0
+    if stage == 0 and b == 4:
+        gradients, optimizer = 4.0 * trained, 8.0 * trained
+    else:
+        # fp32 weights and two moments, shared out; bf16 gradients, by stage 0 in fp32 too
+        full = (b + 4.0 if stage == 0 else b) * trained
+        gradients, optimizer = full / (world_size if stage >= 2 else 1), 12.0 * trained / world_size
+    buffers = 0.0
+    if stage in (1, 2):
+        buffers = b * min(trained, REDUCE_BUCKET)
+    elif stage == 3:
+        buffers = b * min(parameters.total, LIVE_PARAMETERS)
+    off_gpu = 0.0
+    if "optimizer" in offloaded:
+        off_gpu, optimizer = optimizer, 0.0
+        if stage >= 2:
+            off_gpu, gradients = off_gpu + gradients, 0.0
+    if "param" in offloaded:
+        off_gpu, weights, reference = off_gpu + weights + reference, 0.0, 0.0
+    update = _kept_activations(work, model_config, config, b) + _head_bytes(work, model_config, parameters, config)
+    activations = max(update, _sampling_bytes(work, model_config, config, b))
+    return Memory(weights, reference, gradients, optimizer, buffers, activations, off_gpu)
+
+
+def _text_sizes(model_config: Any) -> tuple[int, int, int, int]:
+    text = model_config.text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    sizes = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    return text.hidden_size, *sizes, text.intermediate_size
+
+
+def _kept_activations(work: Work, model_config: Any, config: Config, b: int) -> float:
+    """With one layer's working set more, for the gradients that pass through it."""
+    kept, model = family_of(model_config).kept[b], config.model
+    sizes, vision = _text_sizes(model_config), model_config.vision_config
+    prompts = max(prompts_per_row(config.train, phase) for phase in parse_phases(config.train.phases))
+    rows = min(prompts, max(1, config.train.max_tokens_per_row // work.num_tokens))
+    num_tokens, num_patches = rows * work.num_tokens, rows * work.num_patches
+    layer = b * num_tokens * sum(c * size for c, size in zip(kept.per_token, sizes, strict=True))
+    num_layers = model_config.text_config.num_hidden_layers
+    num_recomputed = -(-num_layers // model.checkpoint_every) if model.gradient_checkpointing else 0
+    text = (num_layers - num_recomputed + 1) * layer + num_recomputed * b * num_tokens * sizes[0]
+    patch_sizes = vision.hidden_size, vision.intermediate_size
+    block = b * num_patches * sum(c * size for c, size in zip(kept.per_patch, patch_sizes, strict=True))
+    if model.freeze_vision or model.lora_rank:
+        tower = 0.0
+    elif model.gradient_checkpointing and model.checkpoint_vision:
+        tower = block + vision.depth * b * num_patches * vision.hidden_size
+    else:
+        tower = vision.depth * block
+    pixels = 4 * num_patches * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return text + tower + pixels
+
+
+def _head_bytes(work: Work, model_config: Any, parameters: Parameters, config: Config) -> float:
+    """A chunk of fp32 logits, and the fp32 gradient of a trained output embedding."""
+    vocab_size = model_config.text_config.vocab_size
+    rows = chunk_rows(work.num_answers * work.answer_len, vocab_size, "cuda" if torch.cuda.is_available() else "cpu")
+    return 4.0 * rows * vocab_size + (0.0 if config.model.lora_rank else 4.0 * parameters.head)
+
+
+def _sampling_bytes(work: Work, model_config: Any, config: Config, b: int) -> float:
+    """Keys and values of every prompt of the step once, and of its sampled answers."""
+    key_size = _text_sizes(model_config)[2]
+    per_token = 2 * b * model_config.text_config.num_hidden_layers * key_size
+    phases = parse_phases(config.train.phases)
+    prompts = max(prompts_per_row(config.train, phase) for phase in phases) * config.train.gradient_accumulation_steps
+    return float(per_token * prompts * (work.prompt_len + work.num_sampled * work.answer_len))
+
+
+def step_traffic(work: Work, parameters: Parameters, config: Config, b: int, world_size: int, num_rows: int) -> float:
+    """Bytes that one device sends per step, in rings.
+
+    Stages 0 to 2 reduce the gradients and hand back the weights. Stage 3 gathers all weights in every pass: forward and
+    backward of each of the `num_rows` rows, the reference's, a prefill and one per sampled token.
+    """
+    share = (world_size - 1) / world_size
+    trained = b * parameters.trained(config.model)
+    if effective_zero(config.train)[0] < 3:
+        return 2 * trained * share
+    sampling = 1 + work.answer_len if work.num_sampled else 0
+    reference = num_rows if config.algorithm.beta > 0 and work.num_sampled else 0
+    passes = 2 * num_rows + reference + sampling
+    return share * (passes * b * parameters.total + num_rows * trained)
+
+
+def largest(grids: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
+    """The grid of the most patches."""
+    return max(grids, key=lambda grid: grid[0] * grid[1] * grid[2])

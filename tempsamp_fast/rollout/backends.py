@@ -1,0 +1,90 @@
+"""What draws answers for the trainer: the policy itself, or another engine that is given its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from tempsamp_fast.batch import Prompt
+from tempsamp_fast.config import RolloutConfig, TrainConfig
+from tempsamp_fast.data.chat import Chat
+from tempsamp_fast.learning.engine import forward_of
+from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams, generate
+from tempsamp_fast.sample import Task
+
+
+class RolloutBackend(Protocol):
+    """One rank's sampler. To add one, write these two methods and a line in `build_backend`."""
+
+    def sync_weights(self) -> None:
+        """Sample from the policy as it is now; called before every batch, cheap when nothing has changed."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        num_completions: int | Sequence[int],
+        params: SamplingParams,
+        seed: Sequence[int],
+    ) -> list[list[SampledAnswer]]:
+        """Answers by prompt; arguments and result as of `rollout.generate`."""
+
+
+def build_backend(
+    engine: Any, chat: Chat, checkpoint: str, rollout: RolloutConfig, train: TrainConfig, task: Task
+) -> RolloutBackend:
+    """What `rollout.rollout_backend` names; `checkpoint` is what another engine than the policy starts from."""
+    if rollout.rollout_backend == "vllm":
+        from tempsamp_fast.rollout.vllm import VllmBackend, colocated_llm
+
+        room = engine.module.config.text_config.max_position_embeddings
+        max_tokens = min(room, train.max_tokens_per_row + rollout.max_completion_length)
+        dtype = engine.module.base_model.dtype
+        llm = colocated_llm(checkpoint, dtype, max_tokens, rollout.vllm_memory, train.seed)
+        return VllmBackend(engine, chat, task, llm)
+    eos_token_ids = [chat.eos_token_id]
+    return PolicyBackend(engine, eos_token_ids, chat.banned_token_ids, train.max_tokens_per_row, rollout.cuda_graphs)
+
+
+class PolicyBackend:
+    """Sampling from the training weights themselves: nothing to sync.
+
+    Partitioned parameters (ZeRO-3) are gathered layer by layer, which takes all ranks: they pass through the engine in
+    step with each other.
+
+    Raises ValueError for `cuda_graphs` without CUDA, or with partitioned parameters: gathering cannot be recorded.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        eos_token_ids: Sequence[int],
+        banned_token_ids: Sequence[int],
+        max_tokens_per_row: int,
+        cuda_graphs: bool = False,
+    ) -> None:
+        self._policy = forward_of(engine)
+        self._synced = self._policy is engine
+        if cuda_graphs and (self._synced or not torch.cuda.is_available()):
+            lacking = "parameters that ZeRO does not partition (stage 3)" if self._synced else "a CUDA GPU"
+            raise ValueError(f"cuda_graphs=True needs {lacking}; set it to False")
+        self._options: dict[str, Any] = {
+            "eos_token_ids": eos_token_ids,
+            "banned_token_ids": banned_token_ids,
+            "max_tokens_per_row": max_tokens_per_row,
+            "cuda_graphs": cuda_graphs,
+        }
+
+    def sync_weights(self) -> None:
+        """The weights are the policy's own."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        num_completions: int | Sequence[int],
+        params: SamplingParams,
+        seed: Sequence[int],
+    ) -> list[list[SampledAnswer]]:
+        """See `rollout.generate`."""
+        return generate(self._policy, prompts, num_completions, params, seed=seed, synced=self._synced, **self._options)

@@ -1,0 +1,216 @@
+"""Saving and finding checkpoints: a Hugging Face folder plus the engine's state, complete or not there at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from tempsamp_fast.config import Config, DataConfig
+from tempsamp_fast.data.chat import Chat
+from tempsamp_fast.learning.engine import is_partitioned, save_engine, whole_parameters
+from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.run.log import RECORDS, write_json
+from tempsamp_fast.system.durable import (
+    PARTIAL,
+    Digests,
+    damage,
+    partial_folder,
+    publish,
+    remove,
+    require_space,
+    seal,
+    size_of,
+    sync,
+)
+from tempsamp_fast.system.ranks import barrier, is_first_rank
+
+logger = logging.getLogger(__name__)
+
+MODEL = "model"
+ENGINE = "engine"
+STATE = "state.json"
+VIDEO_SETTINGS = "video.json"
+VIDEO_FIELDS = ("sampling", "fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "task")
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """RUN/checkpoints/step_000300, holding `model/` (loads with plain `from_pretrained`) and `engine/`."""
+    return run / "checkpoints" / f"step_{step:06d}"
+
+
+def save_model(folder: Path, policy: Policy, chat: Chat, data: DataConfig) -> None:
+    """Write model, tokenizer and preprocessor settings as an ordinary Hugging Face folder; called by every rank.
+
+    Of a model with adapters only those are written, as PEFT does. `video.json` beside them says how frames were taken
+    in training, so that inference takes them alike.
+    Raises OSError when it cannot be written.
+    """
+    state = whole_parameters(policy.model) if is_partitioned(policy) else None
+    if not is_first_rank():
+        return
+    try:
+        policy.model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+    except SafetensorError as error:
+        raise OSError(f"{folder}: weights not written: {error}") from error
+    chat.tokenizer.save_pretrained(folder)
+    for name, text in chat.preprocessor_files.items():
+        (folder / name).write_text(text)
+    write_json(folder / VIDEO_SETTINGS, {name: getattr(data, name) for name in VIDEO_FIELDS})
+
+
+def read_video_settings(folder: Path) -> DataConfig:
+    """How frames were taken when the model in `folder` was trained; the defaults for a folder not written here."""
+    path = folder / VIDEO_SETTINGS
+    return DataConfig(**json.loads(path.read_text())) if path.is_file() else DataConfig()
+
+
+def save_checkpoint(
+    run: Path, step: int, engine: Any, policy: Policy, chat: Chat, config: Config, facts: dict[str, Any]
+) -> Path:
+    """Write a checkpoint aside, sync and rename it when complete, then delete all but the newest `keep_checkpoints`.
+
+    `step` optimizer steps are done. `facts` of the run (see `resume.facts_of`) and the hash of every file are kept in
+    `state.json`. Called by every rank. Where the disk is almost full nothing is written; a write that fails raises
+    OSError and leaves the checkpoints that were there; the unfinished one is removed.
+    """
+    final = checkpoint_folder(run, step)
+    partial = partial_folder(final)
+    is_first = is_first_rank()
+    if is_first:
+        for unfinished in final.parent.glob(f"*{PARTIAL}"):
+            shutil.rmtree(unfinished)
+        partial.mkdir(parents=True)
+    barrier()
+    try:
+        require_space(partial, _expected_size(run, policy), f"checkpoint {final.name}")
+        save_engine(engine, partial / ENGINE, has_all_weights=not config.model.lora_rank)
+        save_model(partial / MODEL, policy, chat, config.data)
+        barrier()
+        files = seal(partial)
+        if is_first:
+            stage = int(engine.zero_optimization_stage())
+            write_json(partial / STATE, {"step": step, "zero_stage": stage, **facts, "files": files})
+            for record in (partial / STATE, *(run / name for name in RECORDS)):
+                if record.exists():
+                    sync(record)
+            publish(final)
+            for old in checkpoints(run)[: -config.train.keep_checkpoints]:
+                remove(old)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{final}: checkpoint not written: {str(error).splitlines()[0]}") from error
+    barrier()
+    return final
+
+
+def _expected_size(run: Path, policy: Policy) -> int:
+    """Bytes: as the newest checkpoint, or as many as weights and Adam's float32 state take. Adds a tenth."""
+    kept = checkpoints(run)
+    if kept:
+        return int(1.1 * size_of(kept[-1]))
+    parameters = list(policy.parameters())
+    num_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return int(1.1 * (12 * num_trained + 2 * sum(parameter.nbytes for parameter in parameters)))
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    folders = (run / "checkpoints").glob("step_*")
+    return sorted(folder for folder in folders if folder.suffix == "" and (folder / STATE).is_file())
+
+
+def latest_checkpoint(run: Path) -> tuple[Path, int]:
+    """The newest complete checkpoint and its number of steps. Raises ValueError when the run has none."""
+    found = checkpoints(run)
+    if not found:
+        raise ValueError(f"{run}: no complete checkpoint in {run / 'checkpoints'}")
+    return found[-1], json.loads((found[-1] / STATE).read_text())["step"]
+
+
+def sound_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose files are as they were written, and its `state.json`; None where none was made.
+
+    Broken ones that are newer are renamed `<name>.broken` with a warning. Called by every rank. Raises ValueError
+    naming what is wrong with each when all are broken.
+    """
+    broken: dict[Path, str] = {}
+    for folder in reversed(checkpoints(run)):
+        wrong, state = _check(folder)
+        if not wrong:
+            _put_aside(list(broken))
+            return folder, state
+        broken[folder] = f"{folder}: {', '.join(wrong[:3])}"
+        logger.warning("checkpoint is broken, looking for the one before: %s", broken[folder])
+    if broken:
+        raise ValueError(f"resume={str(run)!r}: every checkpoint is broken: {'; '.join(broken.values())}")
+    return None
+
+
+def _put_aside(broken: Sequence[Path]) -> None:
+    barrier()
+    if is_first_rank():
+        for folder in broken:
+            shutil.rmtree(folder.with_suffix(".broken"), ignore_errors=True)
+            folder.rename(folder.with_suffix(".broken"))
+    barrier()
+
+
+def _check(folder: Path) -> tuple[list[str], dict[str, Any]]:
+    """What is wrong with a checkpoint, and its state."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+        step = int(state["step"])
+        files = _digests(state["files"]) if "files" in state else None
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"{STATE} cannot be read: {error}"], {}
+    if step != int(folder.name.removeprefix("step_")):
+        return [f"{STATE} is of step {step}"], {}
+    if files is None:
+        logger.warning("%s: made by an earlier version, without hashes: taken unchecked", folder)
+        return [], state
+    return damage(folder, files), state
+
+
+def _digests(files: Any) -> Digests:
+    """What a `state.json` holds under `files`; ValueError where that is not the digests of at least one file."""
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"files is {repr(files)[:60]}; expected bytes and SHA-256 by name")
+    for name, digest in files.items():
+        if not isinstance(digest, list) or [type(part) for part in digest] != [int, str]:
+            raise ValueError(f"files has {digest!r} for {name!r}; expected bytes and SHA-256")
+    return {name: (size, found) for name, (size, found) in files.items()}
+
+
+def save_reference(folder: Path, policy: Policy, chat: Chat, data: DataConfig) -> None:
+    """Write the reference model as a checkpoint is written: aside, hashed, renamed. Called by every rank."""
+    partial = partial_folder(folder)
+    if is_first_rank():
+        shutil.rmtree(partial, ignore_errors=True)
+    save_model(partial, policy, chat, data)
+    barrier()
+    files = seal(partial)
+    if is_first_rank():
+        write_json(partial / STATE, {"files": files})
+        sync(partial / STATE)
+        publish(folder)
+    barrier()
+
+
+def check_reference(folder: Path) -> None:
+    """Raise ValueError unless the reference model is there as it was written. Called by every rank."""
+    if not folder.exists():
+        raise ValueError(f"{folder}: the reference model is missing, and it cannot be made again after its first step")
+    if (folder / STATE).exists():
+        try:
+            files = _digests(json.loads((folder / STATE).read_text())["files"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder}: the reference model is broken: {STATE} cannot be read: {error}") from error
+        wrong = damage(folder, files)
+        if wrong:
+            raise ValueError(f"{folder}: the reference model is broken: {', '.join(wrong[:3])}")

@@ -1,0 +1,40 @@
+"""The frozen policy of a run's KL term: made before its first reinforcement step, kept for resuming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tempsamp_fast.config import DataConfig, ModelConfig, TrainConfig
+from tempsamp_fast.data.chat import Chat
+from tempsamp_fast.learning.engine import Forward, partitioned_loading
+from tempsamp_fast.learning.reference import adapter_reference, frozen_reference
+from tempsamp_fast.model.loading import load_model
+from tempsamp_fast.model.lora import remember_reference
+from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.run.checkpoint import check_reference, save_reference
+
+FOLDER = "reference"
+
+
+def reference_of(
+    run: Path, engine: Any, chat: Chat, model: ModelConfig, data: DataConfig, train: TrainConfig, is_first: bool
+) -> Forward:
+    """The policy of `engine` as it was before its first reinforcement step (`is_first`: as it is now).
+
+    A copy lies in RUN/reference; with adapters the model itself is its reference without what they learned since.
+    Called by every rank. Raises ValueError where the copy is missing or broken.
+    """
+    if model.lora_rank:
+        if is_first:
+            remember_reference(engine.module.model)
+        return adapter_reference(engine)
+    folder = run / FOLDER
+    if is_first:
+        save_reference(folder, engine.module, chat, data)
+    else:
+        check_reference(folder)
+    dtype = engine.module.base_model.dtype
+    with partitioned_loading(train, dtype):
+        kept, _ = load_model(str(folder), model, dtype)
+    return frozen_reference(Policy(kept, attention_core=model.attention_core), train, dtype, engine.device)

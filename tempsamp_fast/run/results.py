@@ -1,0 +1,94 @@
+"""What a run ends with: evaluations after each phase, the table, the plots."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from tempsamp_fast.evaluation.asking import evaluate, write_rows
+from tempsamp_fast.evaluation.scoring import best_constant_span, score_rows
+from tempsamp_fast.run.log import RunLog, write_json
+from tempsamp_fast.run.run import Run
+from tempsamp_fast.sample import Mode
+from tempsamp_fast.system.ranks import of_all_ranks
+
+logger = logging.getLogger(__name__)
+
+
+class Results:
+    """Evaluates a run on its held-out samples and, at the end, prints the table and draws the plots.
+
+    Rows are kept in RUN/results.json, so that a resumed run still prints all of them.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.path = run.folder / "results.json"
+        resumed = run.first_step > 0 and self.path.exists()
+        try:
+            kept = json.loads(self.path.read_text()) if resumed else []
+        except ValueError as error:
+            raise ValueError(f"{self.path}: the evaluations so far cannot be read: {error}") from error
+        self.rows: list[dict[str, Any]] = [row for row in kept if row["num_steps"] <= run.first_step]
+
+    def evaluate(self, stage: str, num_steps: int, log: RunLog) -> None:
+        """Evaluate in every mode of `eval_modes`; writes RUN/eval/<stage>_<mode>.jsonl."""
+        run = self.run
+        if not run.eval_samples:
+            return
+        for mode in cast("list[Mode]", run.config.train.eval_modes.split("+")):
+            logger.info("evaluating %d queries in %s mode", len(run.eval_samples), mode)
+            tags = run.config.algorithm.require_tags
+            answers = evaluate(run.eval_samples, mode, run.greedy, run.loader, run.config.train.eval_batch_size, tags)
+            scores = score_rows(run.eval_samples, answers, run.config.data.task, tags)
+            log.log(num_steps, "eval", {f"eval/{mode}/{name}": value for name, value in scores.items()}, advance=False)
+            if run.rank == 0:
+                write_rows(self.answers_path(stage, mode), answers)
+                self.rows.append({"stage": stage, "mode": mode, "num_steps": num_steps, **scores})
+                write_json(self.path, self.rows)
+
+    def answers_path(self, stage: str, mode: str) -> Path:
+        """Where the answers of one evaluation are kept."""
+        return self.run.folder / "eval" / f"{stage.replace('/', '_')}_{mode}.jsonl"
+
+    def finish(self) -> None:
+        """Print the table of all evaluations, keep it in RUN/summary.json, and draw the plots into RUN/plots."""
+        skipped = of_all_ranks(self.run.loader.skipped)
+        if self.run.rank != 0:
+            return
+        reasons = {path: reason for part in skipped for path, reason in part.items()}
+        if reasons:
+            logger.warning("skipped videos: %d\n%s", len(reasons), "\n".join(reasons.values()))
+        if self.run.eval_samples:
+            is_highlight = self.run.config.data.task == "highlight"
+            rows = self.rows if is_highlight else [*self.rows, self.constant_baseline()]
+            minutes = (time.monotonic() - self.run.started_s) / 60
+            summary = {"num_queries": len(self.run.eval_samples), "minutes": round(minutes, 1), "rows": rows}
+            write_json(self.run.folder / "summary.json", summary)
+            sys.stdout.write(table(rows, len(self.run.eval_samples)) + "\n")
+        from tempsamp_fast.report.plots import plot_run
+
+        for path in plot_run(self.run.folder):
+            logger.info("plot: %s", path)
+
+    def constant_baseline(self) -> dict[str, Any]:
+        """The scores of a model that never looks: it always answers the span that fits the training set best."""
+        span, _ = best_constant_span(self.run.train_samples)
+        answers = [{"span": list(span)}] * len(self.run.eval_samples)
+        scores = score_rows(self.run.eval_samples, answers, self.run.config.data.task)
+        return {"stage": f"constant {span[0]:.1f}-{span[1]:.1f} s", "mode": "-", **scores}
+
+
+def table(rows: Sequence[dict[str, Any]], num_queries: int) -> str:
+    """Evaluations as text, one per line with the metrics of the task."""
+    names = [name for name in rows[0] if name not in ("stage", "mode", "num_steps")]
+    lines = [f"{num_queries} held-out queries"]
+    lines.append(f"{'after':<24}{'mode':<8}" + "".join(f"{name:>12}" for name in names))
+    for row in rows:
+        lines.append(f"{row['stage']:<24}{row['mode']:<8}" + "".join(f"{row[name]:>12.3f}" for name in names))
+    return "\n".join(lines)

@@ -1,0 +1,232 @@
+"""What a rank owns of a training run, in the order of a step: videos, model, engine, sampler, learner, records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
+from tempsamp_fast.config import Config, parse_phases, prompts_per_row, prompts_per_step
+from tempsamp_fast.data.catalogue import load_training_data
+from tempsamp_fast.data.chat import Chat
+from tempsamp_fast.data.loader import PromptLoader
+from tempsamp_fast.data.prefetch import Prefetch
+from tempsamp_fast.embedded.data import embedded_checkpoint, with_embedded_data
+from tempsamp_fast.learning.engine import Forward, build_engine, learning_rate, partitioned_loading
+from tempsamp_fast.learning.groups import RecordedRollouts, answer
+from tempsamp_fast.learning.universal import restored_engine
+from tempsamp_fast.learning.update import update
+from tempsamp_fast.learning.vision_features import features_key, with_vision_features
+from tempsamp_fast.model.attention import check_attention_core
+from tempsamp_fast.model.families import geometry_of
+from tempsamp_fast.model.loading import load_model, resolve_dtype
+from tempsamp_fast.model.lora import REFERENCE, add_reference, with_adapters
+from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.rollout.backends import build_backend
+from tempsamp_fast.rollout.generate import SamplingParams
+from tempsamp_fast.run.checkpoint import ENGINE, save_checkpoint
+from tempsamp_fast.run.folder import open_folder
+from tempsamp_fast.run.log import RunLog, drop_rows_from
+from tempsamp_fast.run.reference import reference_of
+from tempsamp_fast.run.resume import check_same_run, facts_of
+from tempsamp_fast.run.schedule import PhaseStep, first_reinforcement_step, in_steps, plan
+from tempsamp_fast.run.skipped_steps import SkippedSteps
+from tempsamp_fast.system.device import training_device
+from tempsamp_fast.system.heartbeat import GracefulStop, Heartbeat
+from tempsamp_fast.system.ranks import num_ranks, own_rank
+from tempsamp_fast.system.stopwatch import Stopwatch
+
+
+class Run:
+    """A training run on this rank; building it loads or makes everything that `train` needs."""
+
+    def __init__(self, config: Config):
+        self.started_s = time.monotonic()
+        self.config, data, train = config, config.data, config.train
+        self.device, self.rank, self.world_size = training_device(), own_rank(), num_ranks()
+        start = open_folder(train, config.rollout)
+        self.folder, self.resumed_from, self.first_step = start.path, start.resumed_from, start.first_step
+        self.train_samples, self.eval_samples = load_training_data(with_embedded_data(data))
+        self.phases = in_steps(parse_phases(train.phases), train, len(self.train_samples), self.world_size)
+        if start.state:
+            check_same_run(self.folder, start.state, config, self.train_samples, self.world_size)
+
+        dtype = resolve_dtype(config.model.dtype, self.device)
+        check_attention_core(config.model.attention_core, dtype, self.device)
+        checkpoint = start.model or self._initial_checkpoint()
+        self.policy, self.chat = self._load_policy(checkpoint, dtype)
+        self.loader = PromptLoader(
+            self.chat,
+            geometry_of(self.policy.config, data.min_pixels, data.max_pixels, data.total_pixels),
+            data,
+            tower=features_key(self.policy, data.cache_features),
+        )
+        if self.resumed_from:
+            self.engine = restored_engine(self.policy, train, config.model, dtype, self.resumed_from / ENGINE)
+        else:
+            self.engine = build_engine(self.policy, train, dtype)
+        self.backend = build_backend(self.engine, self.chat, checkpoint, config.rollout, train, data.task)
+        self.reference: Forward | None = None
+        self.record, self.replay = self._recorded(config.rollout.record_rollouts, config.rollout.replay_rollouts)
+
+        self.watch = Stopwatch()
+        self.heartbeat = Heartbeat(self.folder, self.rank, self.world_size, train.stall_timeout_s)
+        self.graceful_stop = GracefulStop(train.stop_grace_s)
+        self.skipped_steps = SkippedSteps(self.folder, self.rank, train.max_skipped_steps)
+
+    def _initial_checkpoint(self) -> str:
+        model, data = self.config.model, self.config.data
+        if model.model != "tiny":
+            return model.model
+        folder, seed = self.folder / "tiny_model", self.config.train.seed
+        return embedded_checkpoint(folder, self.train_samples, data.task, model.tiny_family, seed)
+
+    def _load_policy(self, checkpoint: str, dtype: torch.dtype) -> tuple[Policy, Chat]:
+        """Adapters that learned something before reinforcement are not switched off for its reference but kept."""
+        settings, train = self.config.model, self.config.train
+        with partitioned_loading(train, dtype):
+            model, chat = load_model(checkpoint, settings, dtype)
+            model, was_found = with_adapters(model, checkpoint, settings, train.seed)
+        first = first_reinforcement_step(self.phases)
+        if settings.lora_rank and self.config.algorithm.beta > 0 and first is not None:
+            learned_before = first > 0 or (was_found and self.resumed_from is None)
+            if learned_before and REFERENCE not in model.peft_config:
+                if self.first_step > first:
+                    raise ValueError(
+                        "beta: this run's reinforcement began without a reference; resume it with --beta 0"
+                    )
+                add_reference(model)
+        policy = Policy(
+            model,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            checkpoint_every=settings.checkpoint_every,
+            checkpoint_vision=settings.checkpoint_vision,
+            attention_core=settings.attention_core,
+        )
+        if settings.freeze_vision:
+            policy.base_model.model.visual.requires_grad_(False)
+        return policy, chat
+
+    def _recorded(self, *paths: str | None) -> list[RecordedRollouts | None]:
+        written = paths[0]
+        if written and self.rank == 0 and self.config.train.resume:
+            drop_rows_from(Path(written), self.first_step)
+        return [RecordedRollouts(path, self.chat) if path else None for path in paths]
+
+    def log(self) -> RunLog:
+        """The record of this run; open it around the loop."""
+        total = sum(phase.num_steps for phase in self.phases)
+        return RunLog(self.folder, self.config, total, self.first_step, active=self.rank == 0)
+
+    def steps(self) -> Prefetch[tuple[PhaseStep, list[Prompt]]]:
+        """The remaining steps with this rank's prompts, videos decoded ahead in a thread; a context manager."""
+        remaining = plan(self.phases, self.first_step)
+        return Prefetch(((at, self.prompts(at)) for at in remaining), depth=self.config.data.prefetch_steps)
+
+    def prompts(self, at: PhaseStep) -> list[Prompt]:
+        """This rank's prompts of a step. The step's prompts are the same whatever the number of ranks."""
+        per_rank = prompts_per_step(self.config.train, at.phase, world_size=1)
+        first = self._prompts_before(at) + per_rank * self.rank
+        positions = range(first, first + per_rank)
+        modes = [at.phase.modes[position % len(at.phase.modes)] for position in positions]
+        return self.loader.training_prompts(self.train_samples, positions, modes, self.config.train.seed)
+
+    def _prompts_before(self, at: PhaseStep) -> int:
+        earlier = [(phase, phase.num_steps) for phase in self.phases[: at.phase_index]]
+        done = [*earlier, (at.phase, at.step_in_phase)]
+        return sum(steps * prompts_per_step(self.config.train, phase, self.world_size) for phase, steps in done)
+
+    def answer(self, at: PhaseStep, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
+        """Scored groups for the prompts, sampled or replayed."""
+
+        def sampler(asked: Sequence[Prompt], num_completions: Sequence[int]) -> list[list[Completion]]:
+            self.heartbeat.at(f"rollout of step {at.step}")
+            if self.replay:
+                answers = self.replay.read(at.step, asked, num_completions)
+            else:
+                answers = self.sample(asked, num_completions, self.config.rollout.temperature, step=at.step)
+            if self.record:
+                self.record.write(at.step, asked, answers)
+            self.watch.lap("rollout")
+            return answers
+
+        config = self.config
+        groups = answer(
+            self.with_features(prompts),
+            at.phase.method,
+            config.rollout.num_generations,
+            sampler,
+            self.chat,
+            config.algorithm,
+            config.data.task,
+        )
+        self.watch.lap("reward")
+        return groups
+
+    def with_features(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """The prompts with the features of their videos where the tower is frozen, else as they are."""
+        if not self.policy.has_frozen_tower:
+            return prompts
+        prompts = with_vision_features(self.engine, prompts)
+        self.loader.keep_features(prompts)
+        self.watch.lap("vision")
+        return prompts
+
+    def sample(
+        self, prompts: Sequence[Prompt], num_completions: int | Sequence[int], temperature: float, step: int = 0
+    ) -> list[list[Completion]]:
+        """Answers of the current policy, as many for all prompts or for each; `temperature` 0 is greedy."""
+        rollout = self.config.rollout
+        params = SamplingParams(
+            temperature=temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            max_completion_length=rollout.max_completion_length,
+        )
+        self.backend.sync_weights()
+        answers = self.backend.generate(prompts, num_completions, params, seed=(self.config.train.seed, step))
+        return [[self.chat.completion(each.ids, each.logps) for each in group] for group in answers]
+
+    def greedy(self, prompts: Sequence[Prompt], num_completions: Sequence[int]) -> list[list[Completion]]:
+        """The sampler of evaluation."""
+        self.heartbeat.at("evaluation")
+        return self.sample(self.with_features(prompts), num_completions, temperature=0.0)
+
+    def update(self, at: PhaseStep, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """One optimizer step on scored groups with advantages."""
+        config = self.config
+        if at.phase.method != "sft" and config.algorithm.beta > 0 and self.reference is None:
+            self.reference = self._build_reference(is_first=at.step == first_reinforcement_step(self.phases))
+            self.watch.lap("reference")
+        self.heartbeat.at(f"update of step {at.step}")
+        metrics = update(
+            self.engine,
+            self.reference,
+            groups,
+            at.phase.method,
+            config,
+            prompts_per_row(config.train, at.phase),
+            learning_rate(config.train, at.phase, at.step_in_phase),
+            self.watch,
+        )
+        self.skipped_steps.note(at, groups, metrics)
+        self.heartbeat.at(f"records of step {at.step} and data of the next")
+        return metrics
+
+    def _build_reference(self, is_first: bool) -> Forward:
+        config = self.config
+        return reference_of(self.folder, self.engine, self.chat, config.model, config.data, config.train, is_first)
+
+    def is_save_step(self, at: PhaseStep) -> bool:
+        """Whether `save_steps` asks for a checkpoint after this step."""
+        every = self.config.train.save_steps
+        return every > 0 and (at.step + 1) % every == 0
+
+    def save(self, num_steps: int) -> None:
+        """Checkpoint after `num_steps` optimizer steps."""
+        self.heartbeat.at(f"checkpoint after {num_steps} steps")
+        facts = facts_of(self.config, self.train_samples, self.world_size)
+        save_checkpoint(self.folder, num_steps, self.engine, self.policy, self.chat, self.config, facts)

@@ -1,0 +1,59 @@
+"""Steps skipped because their loss or gradient was not finite: told, dumped, the end of the run when they persist."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from tempsamp_fast.batch import RolloutGroup
+from tempsamp_fast.run.log import write_json
+from tempsamp_fast.run.schedule import PhaseStep
+
+
+class SkippedSteps:
+    """Counts skipped steps in a row; every rank sees the same.
+
+    run: what went into such a step is written to RUN/skipped_steps/step_000012_rank_0.json.
+    max_in_a_row: the step that makes it more ends the run.
+    """
+
+    def __init__(self, run: Path, rank: int, max_in_a_row: int):
+        self.run, self.rank, self.max_in_a_row = run, rank, max_in_a_row
+        self.in_a_row = 0
+
+    def note(self, at: PhaseStep, groups: Sequence[RolloutGroup], metrics: dict[str, float]) -> None:
+        """Look at the metrics of a step just taken; adds `optim/step_skipped`, 0 or 1.
+
+        Raises FloatingPointError when more than `max_in_a_row` steps were skipped one after the other.
+        """
+        is_skipped = not math.isfinite(metrics["optim/grad_norm"])
+        self.in_a_row = self.in_a_row + 1 if is_skipped else 0
+        metrics["optim/step_skipped"] = float(is_skipped)
+        if not is_skipped:
+            return
+        folder = self.run / "skipped_steps"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step_{at.step:06d}_rank_{self.rank}.json"
+        write_json(path, {"step": at.step, "phase": str(at.phase), "metrics": metrics, "groups": _described(groups)})
+        if self.in_a_row > self.max_in_a_row:
+            raise FloatingPointError(
+                f"step {at.step}: the loss or gradient was not finite {self.in_a_row} times in a row "
+                f"(max_skipped_steps={self.max_in_a_row}); what went into the steps is in {folder}"
+            )
+
+
+def _described(groups: Sequence[RolloutGroup]) -> list[dict[str, object]]:
+    return [
+        {
+            "sample_id": group.prompt.sample.sample_id,
+            "mode": group.prompt.mode,
+            "prompt_tokens": len(group.prompt.input_ids),
+            "advantages": None if group.advantages is None else group.advantages.tolist(),
+            "answers": [
+                {"tokens": len(each.ids), "rewards": each.rewards, "is_off_policy": each.is_off_policy}
+                for each in group.completions
+            ],
+        }
+        for group in groups
+    ]

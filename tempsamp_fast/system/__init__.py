@@ -1,0 +1,1 @@
+"""What any distributed program needs: ranks, devices, signs of life, files that survive a crash, a stopwatch."""

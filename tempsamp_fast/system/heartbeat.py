@@ -1,0 +1,219 @@
+"""No silent hang: every rank tells what it does, and a rank that dies or stalls ends the run with its name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tempsamp_fast.system.ranks import barrier, max_over_ranks
+
+logger = logging.getLogger(__name__)
+
+RECORD_BYTES = 512
+INTERVAL_S = 2.0
+LOST_RANK_EXIT = 3
+FINISHED = "finished"
+
+
+class RankLostError(RuntimeError):
+    """Another rank died, failed or stalled; the message names it and what it did last."""
+
+
+@dataclass
+class _Seen:
+    """The last record of a rank, and when (monotonic seconds) its beat and its count of actions last changed."""
+
+    record: dict[str, Any]
+    beat_s: float
+    action_s: float
+
+
+class Heartbeat:
+    """Writes this rank's last action to RUN/heartbeat/rank_0000.json and watches those of the others, in a thread.
+
+    A context manager around the training loop, entered and left by every rank. A rank is lost when its process on
+    this host is gone, when its record says that it failed, or when its record has not changed for `timeout_s` (killed
+    on another host, stopped). When no rank has begun anything new for `timeout_s`, those that are furthest behind are
+    taken for the ones that stall. The run then ends: one line on stderr and in RUN/error.log, exit code 3.
+    """
+
+    def __init__(self, run: Path, rank: int, world_size: int, timeout_s: float):
+        self.run, self.rank, self.world_size, self.timeout_s = run, rank, world_size, timeout_s
+        self.interval_s = min(INTERVAL_S, timeout_s / 4)
+        self._action, self._count, self._beat = "starting", 0, 0
+        self._stop = threading.Event()
+        self._seen: dict[int, _Seen] = {}
+
+    def at(self, action: str) -> None:
+        """This rank begins something."""
+        self._action, self._count = action, self._count + 1
+
+    def __enter__(self) -> Heartbeat:
+        folder = self.run / "heartbeat"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self._path(self.rank), os.O_RDWR | os.O_CREAT, 0o600)
+        self._write()
+        barrier()
+        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Raises RankLostError in place of an error that is only the echo of another rank's end."""
+        lost = self._await_verdict() if isinstance(error, (RuntimeError, OSError)) and self.world_size > 1 else None
+        self._stop.set()
+        self._thread.join()
+        self.at(FINISHED if error is None else f"failed: {' '.join(str(error).split())}"[:200])
+        self._write()
+        os.close(self._file)
+        if lost:
+            raise RankLostError(lost) from error
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.interval_s):
+            try:
+                self._write()
+            except OSError as error:
+                logger.warning("%s: the heartbeat was not written: %s", self._path(self.rank), error)
+            lost = self.lost()
+            if lost:
+                self._end(lost)
+
+    def _await_verdict(self) -> str | None:
+        deadline = time.monotonic() + 2 * self.interval_s
+        while time.monotonic() < deadline:
+            lost = self.lost()
+            if lost:
+                return lost
+            time.sleep(0.1)
+        return None
+
+    def _end(self, lost: str) -> None:
+        """A thread can only end a process that hangs in a collective by leaving at once."""
+        if self._stop.is_set():
+            return
+        sys.stderr.write(f"error: {lost}\n")
+        sys.stderr.flush()
+        try:
+            (self.run / "error.log").write_text(lost + "\n")
+        finally:
+            os._exit(LOST_RANK_EXIT)
+
+    def lost(self) -> str | None:
+        """Who is lost and what it did last; None while all goes on."""
+        now = time.monotonic()
+        for rank in range(self.world_size):
+            record = self._read(rank)
+            seen = self._seen.setdefault(rank, _Seen(record, now, now))
+            if record["beat"] != seen.record["beat"]:
+                seen.beat_s = now
+            if record["count"] != seen.record["count"]:
+                seen.action_s = now
+            seen.record = record
+        for rank, seen in self._seen.items():
+            if rank == self.rank or seen.record["action"] == FINISHED:
+                continue
+            if seen.record["action"].startswith("failed: "):
+                return f"{_name(rank, seen)} {seen.record['action']}"
+            if _is_gone(seen.record):
+                return f"{_name(rank, seen)} died; its last action: {seen.record['action']}"
+            silent_s = now - seen.beat_s
+            if silent_s > self.timeout_s:
+                return f"{_name(rank, seen)} is silent for {silent_s:.0f} s; its last action: {seen.record['action']}"
+        if all(now - seen.action_s > self.timeout_s for seen in self._seen.values()):
+            behind = min(seen.record["count"] for seen in self._seen.values())
+            stalled = [(rank, seen) for rank, seen in self._seen.items() if seen.record["count"] == behind]
+            names = ", ".join(f"{_name(rank, seen)} ({seen.record['action']})" for rank, seen in stalled)
+            return f"nothing new for {self.timeout_s:.0f} s; furthest behind: {names}"
+        return None
+
+    def _path(self, rank: int) -> Path:
+        return self.run / "heartbeat" / f"rank_{rank:04d}.json"
+
+    def _write(self) -> None:
+        """In place and always of one length: it needs no room on a full disk."""
+        self._beat += 1
+        record = {"place": _place(), "pid": os.getpid(), "beat": self._beat, "count": self._count}
+        action = self._action
+        while len(text := json.dumps({**record, "action": action})) > RECORD_BYTES:
+            action = action[:-16]
+        os.pwrite(self._file, text.ljust(RECORD_BYTES).encode(), 0)
+
+    def _read(self, rank: int) -> dict[str, Any]:
+        """The rank's record, or the last one that could be read."""
+        try:
+            return json.loads(self._path(rank).read_text())
+        except (OSError, ValueError):
+            seen = self._seen.get(rank)
+            return seen.record if seen else {"place": "", "pid": 0, "beat": 0, "count": 0, "action": "starting"}
+
+
+class GracefulStop:
+    """SIGTERM asks for a checkpoint and the end after the current step; a step longer than `grace_s` ends without one.
+
+    A context manager around the training loop; a second SIGTERM changes nothing.
+    """
+
+    def __init__(self, grace_s: float):
+        self.grace_s = grace_s
+        self.asked = False
+        self._timer: threading.Timer | None = None
+
+    def agreed(self, device: Any) -> bool:
+        """Whether any rank was asked to stop; every rank calls it after the same step and gets the same answer."""
+        is_stopping = bool(max_over_ranks(int(self.asked), device))
+        if is_stopping and self._timer:
+            self._timer.cancel()  # the checkpoint takes the time it takes
+        return is_stopping
+
+    def __enter__(self) -> GracefulStop:
+        self._previous = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer:
+            self._timer.cancel()
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def _ask(self, *_: object) -> None:
+        if not self.asked:
+            self.asked = True
+            self._timer = threading.Timer(self.grace_s, self._give_up)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _give_up(self) -> None:
+        sys.stderr.write(f"error: SIGTERM, and the step did not end within {self.grace_s:.0f} s; nothing saved since\n")
+        os._exit(128 + signal.SIGTERM)
+
+
+def _place() -> str:
+    """The host and its process namespace: where a process id means something."""
+    return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _is_gone(record: dict[str, Any]) -> bool:
+    if record["place"] != _place():
+        return False
+    try:
+        state = Path(f"/proc/{record['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state in "ZX"
+
+
+def _name(rank: int, seen: _Seen) -> str:
+    host = seen.record["place"].split(" ")[0]
+    return f"rank {rank} (pid {seen.record['pid']} on {host})"

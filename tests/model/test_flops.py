@@ -1,0 +1,70 @@
+"""Counted FLOPs against torch's own counter, which sees every matrix product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tempsamp_fast.learning.vision_features import with_vision_features
+from tempsamp_fast.model.flops import forward_flops, peak_bf16_flops
+from tempsamp_fast.model.packing import pack
+from tempsamp_fast.model.policy import Policy
+
+
+def counted(policy: Policy, row) -> float:
+    """What torch counts of one forward pass; attention as plain products, so unseen tokens count too.
+
+    Without the angles of rotary positions, a product in transformers 5.17 and none in 5.23.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        policy(row, torch.nn.functional.linear)
+    modules = counter.get_flop_counts().items()
+    angles = sum(sum(operations.values()) for name, operations in modules if name.endswith(".rotary_emb"))
+    return counter.get_total_flops() - angles
+
+
+def unseen(policy: Policy, row) -> float:
+    """Text attention that plain products compute although it is masked out."""
+    text, pairs = policy.config.text_config, 0
+    for group in row.layout:
+        prompt, answers = group.prompt_len, sum(group.branch_lens)
+        if len(group.branch_lens) == 1:
+            pairs += (prompt + answers) ** 2
+        else:
+            pairs += prompt**2 + answers * (prompt + answers)
+        pairs -= prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in group.branch_lens)
+    return 4.0 * text.num_hidden_layers * text.num_attention_heads * 8 * pairs
+
+
+def test_flops_are_those_that_torch_counts(tiny) -> None:
+    policy = Policy(tiny.model())
+    (row,) = pack(tiny.groups(), config=policy.config, max_tokens_per_row=10_000)
+    assert forward_flops(row, policy.config) == pytest.approx(counted(policy, row) - unseen(policy, row), rel=1e-9)
+
+
+def test_features_at_hand_cost_nothing(tiny) -> None:
+    model, groups = tiny.model(), tiny.groups()
+    model.model.visual.requires_grad_(False)
+    policy = Policy(model)
+    for group in groups:
+        (group.prompt,) = with_vision_features(policy, [group.prompt])
+    (row,) = pack(groups, config=policy.config, max_tokens_per_row=10_000)
+    assert forward_flops(row, policy.config) == pytest.approx(counted(policy, row) - unseen(policy, row), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("device_name", "tflops"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H20", 148),
+        ("NVIDIA H20X", None),
+        ("cpu", None),
+    ],
+)
+def test_the_peak_is_known_by_the_whole_name_or_not_at_all(device_name: str, tflops: float | None) -> None:
+    assert peak_bf16_flops(device_name) == (None if tflops is None else tflops * 1e12)

@@ -1,0 +1,263 @@
+"""What a resumed run takes, passes over and refuses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tempsamp_fast.arguments import parse_args
+from tempsamp_fast.run.checkpoint import checkpoints, sound_checkpoint
+from tempsamp_fast.run.log import drop_rows_from, read_metrics
+from tempsamp_fast.run.resume import check_same_run, samples_digest
+from tempsamp_fast.system import durable
+from tempsamp_fast.train import main
+
+
+@pytest.fixture
+def run(finished_run, tmp_path: Path) -> Path:
+    """A copy of a finished run: checkpoints after steps 4 and 5, a reference model."""
+    return shutil.copytree(finished_run.folder, tmp_path / "run")
+
+
+def spoil(path: Path) -> None:
+    """Flip one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def write_files(folder: Path, changed: Callable[[dict[str, Any]], Any]) -> None:
+    """Change what the folder's state.json holds under `files`."""
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").unlink()
+    (folder / "state.json").write_text(json.dumps(state | {"files": changed(state["files"])}))
+
+
+SPOILED: dict[str, Callable[[Path], Any]] = {
+    "a flipped bit in the weights": lambda folder: spoil(folder / "model/model.safetensors"),
+    "a flipped bit in the engine's state": lambda folder: spoil(next((folder / "engine/state").iterdir())),
+    "a missing file": lambda folder: (folder / "model/tokenizer.json").unlink(),
+    "an empty state.json": lambda folder: (folder / "state.json").write_text(""),
+    "files that are a number": lambda folder: write_files(folder, lambda files: 3),
+    "no files": lambda folder: write_files(folder, lambda files: {}),
+    "a list of no files": lambda folder: write_files(folder, lambda files: []),
+    "a file whose digest is a number": lambda folder: write_files(folder, lambda files: files | {"engine": 3}),
+    "a file whose digest lacks its hash": lambda folder: write_files(folder, lambda files: files | {"engine": [3]}),
+    "a state.json of another step": lambda folder: shutil.copy(folder.parent / "step_000004/state.json", folder),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_a_broken_newest_checkpoint_gives_way_to_the_one_before(
+    run: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    SPOILED[what](run / "checkpoints/step_000005")
+    with caplog.at_level(logging.WARNING):
+        found = sound_checkpoint(run)
+    assert found is not None and found[0].name == "step_000004" and found[1]["step"] == 4
+    assert "step_000005" in caplog.text
+    assert [folder.name for folder in checkpoints(run)] == ["step_000004"]
+    assert (run / "checkpoints/step_000005.broken").is_dir()
+
+
+def test_where_every_checkpoint_is_broken_each_is_named_and_none_is_moved(run: Path, refused) -> None:
+    for folder in checkpoints(run):
+        spoil(folder / "model/model.safetensors")
+    for _ in range(2):
+        line = refused(["--resume", str(run)])
+        assert "step_000004" in line and "step_000005" in line and "model.safetensors is not as it was written" in line
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_broken_one(run: Path, finished_run, without_times) -> None:
+    spoil(run / "checkpoints/step_000005/model/model.safetensors")
+    main(["--resume", str(run)])
+    assert without_times(read_metrics(run)) == without_times(finished_run.rows)
+    assert [folder.name for folder in checkpoints(run)] == ["step_000004", "step_000005"]
+
+
+def test_a_broken_or_missing_reference_model_is_refused(run: Path, refused) -> None:
+    words = ["--resume", str(run), "--phases", "sft:2,tempsamp:4"]
+    spoil(run / "reference/model.safetensors")
+    assert "reference model is broken: model.safetensors" in refused(words)
+    write_files(run / "reference", lambda files: 3)
+    assert "reference model is broken: state.json cannot be read: files is 3" in refused(words)
+    shutil.rmtree(run / "reference")
+    assert "reference model is missing" in refused(words)
+
+
+def test_what_a_killed_start_left_does_not_stop_the_next(trainer, tmp_path: Path) -> None:
+    """A reference model and half a checkpoint, but no row yet."""
+    for name in ("reference", "reference.partial", "checkpoints/step_000001.partial"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "model.safetensors").write_text("of another run")
+    rows = trainer.main(tmp_path / "run", "--phases", "tempsamp:2", "--beta", "0.04", "--save_steps", "1")
+    assert [row["step"] for row in rows] == [0, 1]
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_000001", "step_000002"]
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_from_its_beginning(
+    run: Path, finished_run, without_times
+) -> None:
+    shutil.rmtree(run / "checkpoints")
+    main(["--resume", str(run)])
+    assert without_times(read_metrics(run)) == without_times(finished_run.rows)
+
+
+def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "phase": "sft"}\n{"step": 1, "phase": "sft"}\n{"step": 2, "pha')
+    drop_rows_from(path, first_step=2)
+    assert path.read_text() == '{"step": 0, "phase": "sft"}\n{"step": 1, "phase": "sft"}\n'
+
+
+CHANGED = {
+    "--seed": "1",
+    "--prompts_per_device": "2",
+    "--gradient_accumulation_steps": "1",
+    "--zero_stage": "1",
+    "--dtype": "bfloat16",
+    "--fps": "2",
+    "--task": "multi_grounding",
+    "--phases": "sft:1,tempsamp:4",
+}
+
+
+def test_settings_that_make_it_another_run_are_all_listed_and_refused(run: Path, refused) -> None:
+    line = refused(["--resume", str(run), *(word for pair in CHANGED.items() for word in pair)])
+    for name, value in CHANGED.items():
+        assert f"{name.removeprefix('--')} was " in line and value in line
+    assert read_metrics(run) and len(checkpoints(run)) == 2
+
+
+def test_a_zero_stage_that_deepspeeds_settings_change_is_refused(run: Path, refused) -> None:
+    line = refused(["--resume", str(run), "--deepspeed_config", "zero2", "--phases", "sft:2,tempsamp:4"])
+    assert "zero_stage was 0, is 2 by deepspeed_config='zero2'" in line
+
+
+def test_a_stage_may_be_asked_for_in_another_way(trainer, tmp_path: Path) -> None:
+    words = ("--phases", "sft:2", "--save_steps", "1", "--zero_stage")
+    trainer.main(tmp_path / "run", "--phases", "sft:1", "--deepspeed_config", "zero1")
+    rows = trainer.main(tmp_path / "run", *words, "1", "--resume", str(tmp_path / "run"))
+    assert [row["step"] for row in rows] == [0, 1]
+
+
+def test_other_data_and_more_rows_a_step_are_refused_and_other_changes_logged(
+    run: Path, trainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = parse_args(["--resume", str(run), "--learning_rate", "1e-5", "--videos", "elsewhere"])
+    samples = trainer.run(tmp_path / "other", "--phases", "sft:1").train_samples
+    found = sound_checkpoint(run)
+    assert found is not None
+    state = found[1]
+    with caplog.at_level(logging.INFO):
+        check_same_run(run, state, config, samples, 1)
+    assert "learning_rate was 0.0002, is 1e-05" in caplog.text and "videos was" in caplog.text
+    with pytest.raises(ValueError, match=r"was 2 on 1 ranks, is 2 on 2: .*; samples was 16 samples, .* is 15 samples"):
+        check_same_run(run, state, config, samples[1:], 2)
+    assert samples_digest(samples) != samples_digest(samples[::-1])
+
+
+def test_a_run_of_an_earlier_version_is_continued_unchecked_with_a_warning(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = run / "checkpoints/step_000005/state.json"
+    state.write_text('{"step": 5}')
+    with caplog.at_level(logging.WARNING):
+        found = sound_checkpoint(run)
+    assert found == (state.parent, {"step": 5})
+    assert "made by an earlier version" in caplog.text
+
+
+def test_settings_that_this_version_does_not_have_are_listed(run: Path, refused) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["train"]["warp_speed"] = 9
+    (run / "config.json").write_text(json.dumps(config))
+    assert "warp_speed=9" in refused(["--resume", str(run)])
+    (run / "config.json").write_text("{")
+    assert "config.json cannot be read" in refused(["--resume", str(run)])
+
+
+class Bomb:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_the_engines_state_is_not_run(run: Path, refused, tmp_path: Path) -> None:
+    """Not even where the hashes were made to fit."""
+    folder = run / "checkpoints/step_000005"
+    (state,) = (folder / "engine/state").iterdir()
+    content = torch.load(state, weights_only=False) | {"client_state": Bomb(tmp_path / "exploded")}
+    torch.save(content, state)
+    facts = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").unlink()
+    (folder / "state.json").write_text(json.dumps(facts | {"files": durable.seal(folder)}))
+    line = refused(["--resume", str(run), "--phases", "sft:2,tempsamp:4"])
+    assert state.name in line and "--allow_pickle" in line
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_weights_in_a_pickle_are_refused(trainer, checkpoint: Path, refused, tmp_path: Path) -> None:
+    pickled = shutil.copytree(checkpoint, tmp_path / "pickled")
+    (pickled / "model.safetensors").unlink()
+    (pickled / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Bomb(tmp_path / "exploded")}))
+    line = refused(trainer.flags(tmp_path / "run", "--phases", "sft:1", "--model", str(pickled)))
+    assert str(pickled) in line and "safetensors" in line
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_run_folder_is_private(finished_run) -> None:
+    assert stat.S_IMODE(finished_run.folder.stat().st_mode) == 0o700
+
+
+def test_a_disk_that_is_almost_full_is_noticed_before_anything_is_written(
+    trainer, refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    line = refused(trainer.flags(tmp_path / "run", "--phases", "sft:1"))
+    assert "almost full" in line and "step_000001" in line
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files, its folders and the run's records first; after its name the folder that holds it."""
+    synced: list[Path] = []
+    before: dict[str, list[Path]] = {}
+    fsync, rename = os.fsync, Path.rename
+
+    def recording_fsync(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def recording_rename(path: Path, target: Path) -> Path:
+        if path.suffix == ".partial":
+            before[path.name] = [*synced]
+            synced.clear()
+            whole = [path, *path.rglob("*")]
+            assert set(whole) <= set(before[path.name]), path
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(Path, "rename", recording_rename)
+    trainer.main(tmp_path / "run", "--phases", "tempsamp:1", "--beta", "0.04")
+    assert before.keys() == {"reference.partial", "step_000001.partial"}
+    assert {tmp_path / "run/metrics.jsonl", tmp_path / "run/config.json"} <= set(before["step_000001.partial"])
+    assert synced[0] == tmp_path / "run/checkpoints"
