@@ -7,7 +7,14 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from tempsamp_kernels import fused_selective_log_softmax, triton_grpo_loss
+from tempsamp_kernels import (
+    FusedLinearGRPOLoss,
+    fused_linear_grpo_loss,
+    fused_selective_log_softmax,
+    linear_logprob,
+    logits_logprob,
+    triton_grpo_loss,
+)
 from tempsamp_kernels.integrations import patch_trl, patch_verl
 from tempsamp_kernels.integrations import trl as trl_integration
 from tempsamp_kernels.integrations.trl import fused_logprob
@@ -99,8 +106,6 @@ def module(monkeypatch, name: str, **attributes) -> ModuleType:
 
 
 def test_older_trl_gets_our_class_in_place_of_ligers(monkeypatch):
-    from tempsamp_kernels.liger import FusedLinearGRPOLoss
-
     module(monkeypatch, "trl.trainer.utils")
     trainer = module(monkeypatch, "trl.trainer.grpo_trainer", LigerFusedLinearGRPOLoss=object)
     with patch_trl():
@@ -245,3 +250,72 @@ def test_the_recipe_for_trainers_that_hold_logits_gives_their_loss():
     torch.testing.assert_close(names["loss"], expected)
     ours, theirs = (torch.autograd.grad(loss, logits)[0] for loss in (names["loss"], expected))
     torch.testing.assert_close(ours, theirs)
+
+
+def recipe(after: str) -> str:
+    """The first block of code in kernels/README.md behind the line that starts so."""
+    readme = (Path(__file__).parents[2] / "kernels/README.md").read_text()
+    return readme.split(after)[1].split("```python\n")[1].split("```")[0]
+
+
+def test_the_recipe_for_prime_rl_gives_log_probs_and_entropy_under_a_temperature_per_token(head):
+    """Called as its models call `FusedOutputLinear`: hidden states [B, S, H], labels and temperature [B, S]."""
+    lm_head = SimpleNamespace(FusedOutputLinear=type("FusedOutputLinear", (torch.nn.Linear,), {}), PrimeLmOutput=dict)
+    exec(recipe("prime-rl (`lm_head`"), {"lm_head": lm_head, "linear_logprob": linear_logprob})
+    hidden, weight, _, targets = head()
+    layer = lm_head.FusedOutputLinear(8, 37, bias=False)
+    layer.weight.data = weight.detach()
+    temperature = torch.linspace(0.5, 1.5, 11)[None]
+    found = layer(hidden[None], labels=targets[None], temperature=temperature)
+    logps = (hidden @ weight.T / temperature[0, :, None]).log_softmax(-1)
+    torch.testing.assert_close(found["logprobs"][0], logps.gather(-1, targets[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["entropy"][0], -(logps.exp() * logps).sum(-1), rtol=1e-5, atol=1e-5)
+    found["logprobs"].sum().backward()
+    assert layer.weight.grad.any()
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 5)])
+def test_the_recipe_for_easyr1_and_openrlhf_gives_the_log_prob_of_every_row(shape):
+    """Packed rows [N, V] of EasyR1's padding-free path, padded ones [B, T, V], and OpenRLHF's temperature."""
+    functional = SimpleNamespace()
+    exec(recipe("EasyR1, padding-free"), {"functional": functional, "logits_logprob": logits_logprob})
+    logits, labels = torch.randn(*shape, 13, requires_grad=True), torch.randint(13, shape)
+    for temperature in (1.0, 0.7):
+        found = functional.log_probs_from_logits(logits, labels, temperature=temperature)
+        expected = (logits / temperature).log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        ours, theirs = (torch.autograd.grad(value.sum(), logits)[0] for value in (found, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_recipe_for_ms_swift_puts_our_class_in_ligers_place(monkeypatch):
+    """It imports the class from the package when its trainer is made, with keywords of Liger's alone."""
+    chunked_loss = pytest.importorskip("liger_kernel.chunked_loss")
+    monkeypatch.setattr(chunked_loss, "LigerFusedLinearGRPOLoss", chunked_loss.LigerFusedLinearGRPOLoss)
+    exec(recipe("ms-swift, before"), {"FusedLinearGRPOLoss": FusedLinearGRPOLoss})
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(
+        beta=0.0, compiled=False, epsilon_low=0.2, epsilon_high=0.3, temperature=0.9, use_ref_model=False,
+        loss_type="grpo", max_completion_length=9, importance_sampling_level="sequence",
+        sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
+    )  # fmt: skip
+    assert isinstance(loss, FusedLinearGRPOLoss)
+
+
+def test_the_rejection_rules_of_the_readme_are_arguments_of_the_loss(packed):
+    """The lines as they stand there, each given to the call that its comment names."""
+    batch = packed([3, 2], masked=0.0)
+    lengths, num_rows = torch.tensor([3.0, 2.0]), 2
+    rollout = batch.old_logps + torch.linspace(-0.1, 0.1, 5)
+    names = {"torch": torch, "old_logps": batch.old_logps, "rollout_logps": rollout, "num_rows": num_rows}
+    names |= {"row_ids": batch.row_ids, "lengths": lengths, "entropy": torch.rand(5), "mask": batch.mask}
+    exec(recipe("Rules about whole completions"), names)
+    for options in (
+        {"importance_weights": names["weights"], "importance_cap": 2.0},
+        {"importance_weights": names["row_weights"]},
+        {"row_mask": names["row_mask"]},
+        {"entropy_threshold": names["threshold"]},
+    ):
+        loss, _ = fused_linear_grpo_loss(*batch.inputs(), advantages=batch.advantages, **options)
+        assert loss.isfinite()
