@@ -25,12 +25,11 @@ from tempsamp_kernels.inputs import (
 from tempsamp_kernels.launch import choose_impl
 from tempsamp_kernels.logprob import KERNELS, forward_sweep, gradient_sweep
 from tempsamp_kernels.metrics import LossMetrics, summarise
-from tempsamp_kernels.objectives import OBJECTIVE_OF_LOSS_TYPE, TokenLoss, token_loss
+from tempsamp_kernels.objectives import OBJECTIVE_OF_LOSS_TYPE, TokenLoss, Vespo, bounded_log, token_loss
 from tempsamp_kernels.reference import evaluate, token_log_ratio
-from tempsamp_kernels.sequences import LEVELS, Sequences, Vespo
+from tempsamp_kernels.sequences import LEVELS, Sequences
 from tempsamp_kernels.tokens import NUM_TERMS, SKIP, TERMS, HeadOptions, Tokens
 from tempsamp_kernels.weights import (
-    bounded_log,
     capped,
     live_tokens,
     row_lengths,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from copy import copy
 
 import torch
@@ -31,17 +31,8 @@ def multiplies_into_fp32(device_type: str, dtype: torch.dtype) -> bool:
     return device_type != "cpu" and dtype in (torch.bfloat16, torch.float16)
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    device_type = hidden.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return hidden.dtype
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def mm(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
@@ -144,8 +135,10 @@ class ChunkedHead:
         chunk_size: int | None,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
-        self.chunk_size, self.compute_dtype = chunk_size, compute_dtype or _compute_dtype(hidden)
-        on_tensor_cores = multiplies_into_fp32(hidden.device.type, self.compute_dtype)
+        device_type = hidden.device.type
+        given = torch.get_autocast_dtype(device_type) if _autocasts(device_type) else hidden.dtype
+        self.chunk_size, self.compute_dtype = chunk_size, compute_dtype or given
+        on_tensor_cores = multiplies_into_fp32(device_type, self.compute_dtype)
         self.gemm_dtype = self.compute_dtype if on_tensor_cores else torch.float32
         self.weight = weight.detach().to(self.compute_dtype).to(self.gemm_dtype)
         self._take(hidden, mask)
@@ -192,8 +185,8 @@ class ChunkedHead:
         With `gradients`, it returns d loss / d logits in the GEMM's dtype, to be multiplied into them. `kept` are the
         raw logits of the last chunk, as an earlier sweep returned them, for this one not to compute them again.
         """
-        buffer = None
-        with _without_autocast(self.hidden.device.type):
+        buffer, device_type = None, self.hidden.device.type
+        with torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext():
             for chunk in self.chunks():
                 x = self.inputs(chunk)
                 if kept is not None and chunk.stop == self.num_padded:

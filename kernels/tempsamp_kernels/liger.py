@@ -16,11 +16,11 @@ from tempsamp_kernels.launch import choose_impl
 from tempsamp_kernels.logits import fused_selective_log_softmax
 from tempsamp_kernels.logprob import linear_logprob
 from tempsamp_kernels.metrics import summarise
-from tempsamp_kernels.objectives import SELF, TokenLoss, token_loss
+from tempsamp_kernels.objectives import SELF, TokenLoss, Vespo, bounded_log, token_loss
 from tempsamp_kernels.reference import evaluate
-from tempsamp_kernels.sequences import LEVELS, Sequences, Vespo
+from tempsamp_kernels.sequences import LEVELS, Sequences
 from tempsamp_kernels.tokens import SKIP, TERMS, HeadOptions, RowStatistics, Tokens
-from tempsamp_kernels.weights import bounded_log, live_tokens, token_weights
+from tempsamp_kernels.weights import live_tokens, token_weights
 
 
 class FusedLinearGRPOLoss(torch.nn.Module):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
+from math import inf, log
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -258,3 +258,29 @@ def token_loss(
     # An int would compile a kernel of its own.
     floats = map(float, (*numbers, log_ratio_clamp or inf, kl_clamp or inf))
     return TokenLoss(OBJECTIVES[objective], KL_ESTIMATORS[kl_type], *floats)
+
+
+LOG_SMALLEST_WEIGHT = log(1e-8)
+
+
+def bounded_log(weights: Tensor) -> Tensor:
+    """Logarithm of importance weights, of 0 too."""
+    return weights.float().log().clamp(LOG_SMALLEST_WEIGHT, 20.0)
+
+
+@dataclass(frozen=True)
+class Vespo:
+    """Gamma weight of a row's importance ratio w: `w^k * exp(lambda * (1 - w))`, by the advantage's sign."""
+
+    k_pos: float = 2.0
+    lambda_pos: float = 3.0
+    k_neg: float = 3.0
+    lambda_neg: float = 2.0
+    log_weight: Tensor | float = 0.0
+    """Added to the row's log-ratio: [B], or a number for all rows."""
+
+    def weight(self, row_log_ratio: Tensor, advantage: Tensor) -> Tensor:
+        log_w = row_log_ratio.clamp(LOG_SMALLEST_WEIGHT, 20.0)
+        k = torch.where(advantage >= 0, self.k_pos, self.k_neg)
+        rate = torch.where(advantage >= 0, self.lambda_pos, self.lambda_neg).clamp(min=1e-4)
+        return (rate + k * log_w - rate * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

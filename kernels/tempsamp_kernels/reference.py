@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tempsamp_kernels.objectives import TokenLoss, difference, on_tensors, token_terms
-from tempsamp_kernels.tokens import NUM_TERMS, SKIP, HeadOptions, RowStatistics, Tokens
+from tempsamp_kernels.tokens import SKIP, HeadOptions, RowStatistics, Tokens
 
 
 def scale_logits_(logits: Tensor, tokens: Tokens, head: HeadOptions) -> Tensor:
@@ -86,7 +86,6 @@ def evaluate(
         **loss.numbers(), OBJECTIVE=on_tensors(loss.objective), KL=on_tensors(loss.kl),
     )  # fmt: skip
     terms = torch.stack([rows.logp, rows.entropy, *values])
-    assert len(terms) == NUM_TERMS
     return terms, d_logp, d_log_ratio, None if weight is None else d_entropy
 
 

@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import log
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tempsamp_kernels.launch import launch
-from tempsamp_kernels.objectives import TokenLoss
+from tempsamp_kernels.objectives import TokenLoss, Vespo
 from tempsamp_kernels.reference import evaluate, token_log_ratio
 from tempsamp_kernels.tokens import RowStatistics, Tokens
 
 LEVELS = ("token", "sequence", "sequence_token")
-LOG_SMALLEST_WEIGHT = log(1e-8)
-
-
-@dataclass(frozen=True)
-class Vespo:
-    """Gamma weight of a row's importance ratio w: `w^k * exp(lambda * (1 - w))`, by the advantage's sign."""
-
-    k_pos: float = 2.0
-    lambda_pos: float = 3.0
-    k_neg: float = 3.0
-    lambda_neg: float = 2.0
-    log_weight: Tensor | float = 0.0
-    """Added to the row's log-ratio: [B], or a number for all rows."""
-
-    def weight(self, row_log_ratio: Tensor, advantage: Tensor) -> Tensor:
-        log_w = row_log_ratio.clamp(LOG_SMALLEST_WEIGHT, 20.0)
-        k = torch.where(advantage >= 0, self.k_pos, self.k_neg)
-        rate = torch.where(advantage >= 0, self.lambda_pos, self.lambda_neg).clamp(min=1e-4)
-        return (rate + k * log_w - rate * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from tempsamp_kernels.inputs import check_vector, on_host
-from tempsamp_kernels.sequences import LOG_SMALLEST_WEIGHT
 from tempsamp_kernels.tokens import Tokens
 
 
@@ -73,11 +72,6 @@ def capped(weights: Tensor, cap: float | None, mode: str) -> Tensor:
     if cap is None:
         return weights
     return weights.clamp(max=cap) if mode == "truncate" else weights.masked_fill(weights > cap, 0)
-
-
-def bounded_log(weights: Tensor) -> Tensor:
-    """Logarithm of importance weights, of 0 too."""
-    return weights.float().log().clamp(LOG_SMALLEST_WEIGHT, 20.0)
 
 
 def slopes(tokens: Tokens) -> Tensor:
