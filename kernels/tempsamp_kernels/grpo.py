@@ -144,7 +144,7 @@ def fused_linear_grpo_loss(
     Returns:
         `(loss, metrics)`: float32 scalar, and `LossMetrics` on the device.
 
-    Gradients are made in the forward pass at 6NHV FLOPs (4NHV with a frozen head) without keeping the logits.
+    Gradients are made in the forward pass at 6NHV FLOPs (4NHV with a frozen head), one chunk of logits in memory.
     Raises ValueError for shapes, dtypes, names and combinations that do not fit.
     """
     check_head(hidden, weight, token_ids, bias, chunk_size)
