@@ -230,12 +230,12 @@ def fused_linear_grpo_loss(
         entropy_threshold=None if entropy_threshold is None else by_token("entropy_threshold", entropy_threshold),
     )
 
-    sequences = Sequences(row_ids, num_row_ids, mask, lengths, impl)
-    sequences = replace(sequences, spreads_gradient=importance_sampling_level == "sequence")
+    sequences = Sequences(row_ids, num_row_ids, mask, lengths, impl, None, importance_sampling_level == "sequence")
     if loss_type == "vespo":
         vespo = Vespo(vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg)
-        if importance is not None:
-            vespo = replace(vespo, log_weight=sequences.row_sum(bounded_log(importance)))
+        if importance is not None and importance_weights is not None:  # a row's own weight counts once
+            parts = lengths if len(importance_weights) == num_completions else 1
+            vespo = replace(vespo, log_weight=sequences.row_sum(bounded_log(importance) / parts))
         sequences = replace(sequences, vespo=vespo)
     is_needed = shares_ratio or (loss_type == "vespo" and (old_logps is not None or importance is not None))
     options = HeadOptions(bias, softcap, logit_scale, impl)

@@ -79,6 +79,20 @@ def test_off_by_default_clamps_change_no_bit(packed):
     assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
 
 
+def test_a_weight_of_a_whole_row_counts_once_in_its_vespo_ratio(packed):
+    """As often as it has tokens would be a power of it."""
+    batch = packed(LENGTHS, masked=0.0)
+    of_rows = torch.tensor([0.5, 2.0, 1.5, 0.8], device=batch.hidden.device)
+    lengths = torch.tensor(LENGTHS, device=batch.hidden.device)
+    of_tokens = (of_rows ** (1 / lengths))[batch.row_ids]
+    options = {"loss_type": "vespo", "advantages": batch.advantages, "old_logps": batch.old_logps}
+    found, expected = (
+        fused_linear_grpo_loss(*batch.inputs(), importance_weights=weights, **options)[0]
+        for weights in (of_rows, of_tokens)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_row_mask_is_a_mask_over_all_tokens_of_a_row(packed):
     batch = packed(LENGTHS)
     keep = torch.tensor([True, False, True, True], device=batch.hidden.device)
