@@ -1,10 +1,11 @@
 """Other code bases' own tests and functions against the kernels that would take their place.
 
-    python -m bench.rivals --sources DIR [--only NAME...] [--output bench/results/rivals.json]
+    python -m bench.rivals --sources DIR [--only NAME...] [--minutes 60] [--output bench/results/rivals.json]
 
 DIR holds checkouts by name (Liger-Kernel, verl, prime-rl, EasyR1, OpenRLHF, ms-swift); TRL is the installed one. A
-missing one is named and counts as not run. Liger's test files run with our class in its place; the others' log-probs
-and entropies are compared with ours and with fp64, where ours must be equal or nearer. Nothing of theirs is kept.
+missing one is named and counts as not run. Liger's test files run with our class in its place, for so many minutes;
+the others' log-probs and entropies are compared with ours and with fp64, where ours must be equal or nearer. Nothing of
+theirs is kept.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import importlib.util
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,6 +45,7 @@ class Count:
 
     passed: int = 0
     skipped: int = 0
+    note: str = ""
     differing: list[str] = field(default_factory=list)
 
     def add(self, case: str, ours: list[Tensor], theirs: list[Tensor], truth: list[Tensor]) -> None:
@@ -125,16 +128,23 @@ def leaves(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.clone().requires_grad_(), weight.clone().requires_grad_()
 
 
-def liger(checkout: Path) -> Count:
+def liger(checkout: Path, minutes: float) -> Count:
     """Its tests of the GRPO losses, with our class and functions under its names."""
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
         names = ("chunked_loss/test_grpo_loss.py", "transformers/test_grpo_loss.py")
         files = [checkout / "test" / name for name in names]
         environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{checkout}", "TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.rivals_plugin", f"--junitxml={report.name}"]
-        subprocess.run([*command, *files], cwd=checkout, env=environment, stdout=subprocess.DEVNULL, check=False)
+        run = subprocess.Popen([*command, *files], cwd=checkout, env=environment, stdout=subprocess.DEVNULL)
+        note = ""
+        try:
+            run.wait(60 * minutes)
+        except subprocess.TimeoutExpired:
+            run.send_signal(signal.SIGINT)
+            run.wait()
+            note = f"stopped after {minutes:g} minutes: the cases after these did not run"
         suite = ElementTree.parse(report.name).getroot()
-    count = Count()
+    count = Count(note=note)
     for case in suite.iter("testcase"):
         if case.find("skipped") is not None:
             count.skipped += 1
@@ -279,7 +289,6 @@ def ms_swift(checkout: Path) -> Count:
 
 
 RIVALS: dict[str, Callable[[Path], Count]] = {
-    "Liger-Kernel": liger,
     "TRL": trl,
     "verl": verl,
     "ms-swift": ms_swift,
@@ -289,10 +298,14 @@ RIVALS: dict[str, Callable[[Path], Count]] = {
 }
 
 
+NAMES = ("Liger-Kernel", *RIVALS)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--output", type=Path, default=ROOT / "bench/results/rivals.json")
     arguments = parser.parse_args()
     kept = json.loads(arguments.output.read_text())["rivals"] if arguments.output.exists() else {}
@@ -301,8 +314,8 @@ def main() -> None:
         if name != "TRL" and not checkout.is_dir():
             kept[name] = {"not_run": f"no checkout {name} among the sources"}
         else:
-            count = RIVALS[name](checkout)
-            kept[name] = {"passed": count.passed, "skipped": count.skipped, "differing": sorted(count.differing)}
+            count = RIVALS[name](checkout) if name in RIVALS else liger(checkout, arguments.minutes)
+            kept[name] = asdict(count)
         row = kept[name]
         print(name, row.get("not_run") or f"{row['passed']} passed, {row['skipped']} skipped", flush=True)
         for case in row.get("differing", []):
