@@ -8,7 +8,6 @@ from typing import Any, Literal
 import pytest
 import torch
 from tempsamp_kernels import head as kernel_head
-from tempsamp_kernels import logprob
 from tempsamp_kernels.head import ROW_MULTIPLE
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -142,9 +141,8 @@ def test_under_autocast_the_loss_is_the_fp32_one_but_for_rounding(tiny, build) -
 def test_log_probs_of_one_policy_are_the_same_to_the_bit_before_and_in_the_loss(
     tiny, monkeypatch: pytest.MonkeyPatch, impl: Literal["torch", "triton"], beta: float
 ) -> None:
-    """In several chunks, with answers that leave the backward, and where tiles would be faster: ratio 1 and KL 0."""
+    """In several chunks, with answers that leave the backward: ratio 1 and KL 0."""
     monkeypatch.setitem(kernel_head.LOGITS_BYTES, "cpu", 4 * 64 * ROW_MULTIPLE)
-    monkeypatch.setattr(logprob, "tiles_beat_gemm", lambda *_: True)
     policy = tied(tiny)
     groups = [tiny.group(tiny.prompt((3, 6, 4), seed=1), [40, 1, 30, 25])]
     (row,) = pack(groups, config=policy.config, max_tokens_per_row=10_000)
@@ -195,7 +193,7 @@ def test_an_idle_row_adds_nothing_to_any_gradient(tiny) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [700, 5000])
 def test_log_probs_are_the_same_to_the_bit_on_a_gpu(tiny, num_tokens: int) -> None:
-    """A 3B head in bf16, for which tiles would be faster; a third of the answers leave the backward."""
+    """A 3B head in bf16; a third of the answers leave the backward."""
     generator = torch.Generator("cuda").manual_seed(0)
     draw = lambda *size: torch.randn(*size, device="cuda", generator=generator)
     hidden, weight = draw(num_tokens, 2048).bfloat16(), (draw(151_936, 2048) / 2048**0.5).bfloat16()
