@@ -204,15 +204,12 @@ def _frame_size(
 ) -> tuple[int, int]:
     """(height, width) after resizing. Raises VideoError over the limits or where the model takes no such frame."""
     height, width = metadata.height or 0, metadata.width or 0
-    begin, end = shown_span(metadata)
     try:
         frame_size = geometry.frame_size(num_wanted, height, width)
     except ValueError as error:
         raise VideoError(path, "BAD_GEOMETRY", str(error)) from error
     num_patches = math.prod(geometry.grid_thw(num_wanted, frame_size))
-    limits.check(
-        path, height * width, metadata.num_frames or 0, end - begin, num_patches * geometry.row_width * dtype.itemsize
-    )
+    limits.check(path, height * width, metadata.num_frames or 0, num_patches * geometry.row_width * dtype.itemsize)
     return frame_size
 
 

@@ -129,7 +129,6 @@ def test_limits_and_deadline_have_their_own_codes(corpus: Path) -> None:
     for limits in (
         Limits(max_frame_pixels=99),
         Limits(max_num_frames=9),
-        Limits(max_duration_s=1),
         Limits(max_patch_bytes=9),
     ):
         with pytest.raises(VideoError, match="max_"):
