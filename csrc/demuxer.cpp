@@ -13,6 +13,12 @@ constexpr const char* kFormats =
     "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h263,h264,hevc,vvc,vc1,mjpeg,ivf,obu,av1,flv,ogg,asf,mxf,nut,gif,"
     "apng,webp_anim,rm,wtv,dv,yuv4mpegpipe";
 
+// Of these, only the next picture's beginning tells where one ends.
+constexpr const char* kUnframedFormats = "mpegvideo,m4v,h263,h264,hevc,vvc,vc1,mjpeg,obu,av1";
+
+// Whether two lists of names have one in common.
+bool is_one_of(const char* name, const char* list) { return av_match_list(name, list, ',') > 0; }
+
 // Everything a decoder needs to start; without it the stream has to be probed, which takes a lock of the whole process.
 bool is_complete(const AVFormatContext* format, const AVStream* stream) {
     const std::string name = format->iformat->name;
@@ -149,8 +155,7 @@ int Demuxer::read_any(AVPacket* packet) {
 }
 
 void Demuxer::bound_read(const AVFormatContext* format) {
-    // Others know how long their packets are before they read them.
-    if (!(format->iformat->flags & AVFMT_NOTIMESTAMPS) || !format->pb) return;
+    if (!format->pb || !is_one_of(format->iformat->name, kUnframedFormats)) return;
     reading_ = format;
     stop_at_ = avio_tell(format->pb) + limits_.max_frame_pixels;
 }
@@ -190,8 +195,7 @@ bool Demuxer::seek(int64_t timestamp, bool by_byte) {
 }
 
 bool Demuxer::is_format(const char* name) const {
-    const std::string names = std::string(",") + format_->iformat->name + ",";
-    return names.find(std::string(",") + name + ",") != std::string::npos;
+    return is_one_of(format_->iformat->name, name);
 }
 
 }  // namespace video

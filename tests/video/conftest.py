@@ -10,16 +10,20 @@ from pathlib import Path
 import pytest
 
 from tests.video import corpus as corpus_module
+from tests.video import user_files
 from tests.video.corpus import build_corpus
+from tests.video.user_files import PARTS, USER_CASES
 
 
 @pytest.fixture(scope="session")
 def corpus(pytestconfig: pytest.Config) -> Path:
-    recipe = hashlib.sha256(Path(corpus_module.__file__).read_bytes()).hexdigest()[:12]
+    recipes = b"".join(Path(module.__file__ or "").read_bytes() for module in (corpus_module, user_files))
+    recipe = hashlib.sha256(recipes).hexdigest()[:12]
     folder = pytestconfig.cache.mkdir("video_corpus") / recipe
     if not folder.exists():
         draft = folder.with_name(f"{recipe}_{os.getpid()}")
         build_corpus(draft)
+        build_corpus(draft, USER_CASES, PARTS)
         try:
             draft.rename(folder)
         except OSError:  # another session was faster
