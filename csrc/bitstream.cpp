@@ -124,8 +124,11 @@ PacketTraits BitstreamReader::read(const uint8_t* data, int size) {
     if (!has_nal_units()) {
         const PictureType type = types_.read(data, size);
         traits.is_entry = type.is_intra;
-        traits.is_hidden = !type.is_shown;
+        // A decoder leaves out what refers to a picture from before the stream.
+        const bool lacks_reference = type.is_bidirectional && num_references_ < 2 && !type.is_in_closed_group;
+        traits.is_hidden = !type.is_shown || lacks_reference;
         traits.is_bidirectional = type.is_bidirectional;
+        if (!type.is_bidirectional && type.is_shown) ++num_references_;
         return traits;
     }
     if (length_size_ > 0) {

@@ -19,6 +19,7 @@ struct FileHoles {
     bool ends_in_packet = false;
     bool lacks_bytes = false;  // the header promises more than there are
     bool is_encrypted = false;
+    int64_t other_file_at = -1;  // where one is joined to the first whose streams need other decoders; -1: nowhere
 };
 
 // The elements of a Matroska file follow one another without a gap.

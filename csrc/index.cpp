@@ -29,6 +29,13 @@ int64_t half_range(int clock_bits) {
     return clock_bits < 63 ? int64_t{1} << (clock_bits - 1) : std::numeric_limits<int64_t>::max();
 }
 
+// After the last frame; one that does not say how long it lasts takes as long as the one before.
+int64_t end_of(const std::vector<ShownTime>& times) {
+    const ShownTime& last = times.back();
+    const int64_t step = times.size() > 1 ? last.begin - times[times.size() - 2].begin : 1;
+    return last.begin + (last.duration > 0 ? last.duration : step);
+}
+
 }  // namespace
 
 void Index::arrange() {
@@ -78,11 +85,12 @@ void Index::find_parts() {
 // after it, some without a time.
 void Index::find_lost() {
     is_lost_.assign(packets.size(), false);
+    if (!has_any_pts_) return;
     for (size_t part = 0; part < parts_.size(); ++part) {
         const int32_t first = parts_[part].first;
         const auto end = static_cast<int32_t>(part + 1 < parts_.size() ? parts_[part + 1].first : packets.size());
         const int32_t key = part == 0 ? keys[0] : first;
-        if (!has_any_pts_ || !packets[key].is_key) continue;
+        if (!packets[key].is_key) continue;
         std::fill(is_lost_.begin() + first, is_lost_.begin() + key, true);
         bool may_lead = true;
         for (int32_t i = key + 1; i < end; ++i) {
@@ -119,33 +127,36 @@ void Index::sort_shown() {
 // Each part begins where the one before ends, unless it says later.
 void Index::join_clocks() {
     shown_times.clear();
-    const bool has_pts = std::all_of(shown.begin(), shown.end(), [this](int32_t packet) {
+    const bool has_pts = !has_false_times && std::all_of(shown.begin(), shown.end(), [this](int32_t packet) {
         return packets[packet].pts != IndexedPacket::kNone;
     });
-    size_t part_begin = 0;
-    for (int32_t packet : shown) {
-        const int64_t time = has_pts ? packets[packet].pts : packets[packet].dts;
-        if (time == IndexedPacket::kNone) {
+    int64_t end = 0;
+    for (size_t part = 0, next = 0; next < shown.size(); ++part) {
+        std::vector<ShownTime> times;
+        for (; next < shown.size() && part_of(shown[next]) == part; ++next) {
+            const IndexedPacket& packet = packets[shown[next]];
+            times.push_back({has_pts ? packet.pts : packet.dts, packet.duration});
+        }
+        if (times.empty()) continue;
+        std::sort(times.begin(), times.end(), [](const ShownTime& a, const ShownTime& b) { return a.begin < b.begin; });
+        if (times[0].begin == IndexedPacket::kNone) {
             shown_times.clear();
             return;
         }
-        shown_times.push_back({time, packets[packet].duration});
+        if (!has_pts) delay(&times);
+        const bool is_later = times[0].begin >= end && times[0].begin - end <= half_range(clock_bits);
+        parts_[part].shift = shown_times.empty() || is_later ? 0 : end - times[0].begin;
+        for (ShownTime& time : times) time.begin += parts_[part].shift;
+        shown_times.insert(shown_times.end(), times.begin(), times.end());
+        end = end_of(times);
     }
-    int64_t end = 0;
-    for (size_t part = 0; part < parts_.size(); ++part) {
-        size_t part_end = part_begin;
-        while (part_end < shown.size() && part_of(shown[part_end]) == part) ++part_end;
-        if (part_begin == part_end) continue;
-        const auto begin = shown_times.begin() + part_begin;
-        std::sort(begin, shown_times.begin() + part_end,
-                  [](const ShownTime& a, const ShownTime& b) { return a.begin < b.begin; });
-        const bool is_later = begin->begin >= end && begin->begin - end <= half_range(clock_bits);
-        parts_[part].shift = part_begin == 0 || is_later ? 0 : end - begin->begin;
-        for (size_t i = part_begin; i < part_end; ++i) shown_times[i].begin += parts_[part].shift;
-        const ShownTime& last = shown_times[part_end - 1];
-        const int64_t step = part_end - part_begin > 1 ? last.begin - shown_times[part_end - 2].begin : 1;
-        end = last.begin + (last.duration > 0 ? last.duration : step);
-        part_begin = part_end;
+}
+
+// Decoding times become times of presentation: a frame comes out when later packets go in.
+void Index::delay(std::vector<ShownTime>* times) const {
+    for (int i = 0; i < decoder_delay; ++i) {
+        times->push_back({end_of(*times), times->back().duration});
+        times->erase(times->begin());
     }
 }
 

@@ -56,6 +56,7 @@ struct Index {
     Orientation orientation;
     int unapplied_degrees = 0;  // of a rotation that is no quarter turn
     int clock_bits = 64;        // after which the clock of the container wraps
+    int decoder_delay = 0;      // packets that go into a decoder before the first frame comes out
     AVRational time_base = {0, 1};
     AVRational frame_rate = {0, 1};  // as the header gives it; 0/1 where it does not
     bool has_false_times = false;    // pts are in the order of decoding where the pictures' own order is another
@@ -99,6 +100,7 @@ private:
     void find_lost();
     void sort_shown();
     void join_clocks();
+    void delay(std::vector<ShownTime>* times) const;
     int64_t raw_time(int32_t packet) const { return has_any_pts_ ? packets[packet].pts : packets[packet].dts; }
     size_t part_of(int32_t packet) const;
     std::pair<const int32_t*, const int32_t*> with_pts(int64_t pts) const;

@@ -104,6 +104,7 @@ void visit_contents(Visitor& visit, IndexType& index) {
     visit(index.orientation);
     visit(index.unapplied_degrees);
     visit(index.clock_bits);
+    visit(index.decoder_delay);
     visit(index.has_false_times);
     visit(index.time_base);
     visit(index.frame_rate);

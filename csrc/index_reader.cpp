@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 
 #include "decoder.h"
@@ -46,6 +47,12 @@ bool is_encrypted(const Demuxer& demuxer, const AVPacket* packet) {
 
 Status encrypted() { return {Code::kUnsupported, "is encrypted"}; }
 
+bool changes_header(const AVPacket* packet, const AVCodecParameters& codec) {
+    size_t size = 0;
+    const uint8_t* data = av_packet_get_side_data(packet, AV_PKT_DATA_NEW_EXTRADATA, &size);
+    return data && (size != static_cast<size_t>(codec.extradata_size) || std::memcmp(data, codec.extradata, size) != 0);
+}
+
 // The size of the pictures as the first key decodes: what the header says may be wrong.
 Status read_size(const Demuxer& demuxer, const AVPacket* key, const Limits& limits, Index* index) {
     std::unique_ptr<Decoder> decoder;
@@ -68,6 +75,7 @@ Status read_packets(Demuxer& demuxer, const Limits& limits, const Watch& watch, 
     // There, its marks are on the packet before one that is damaged, and on whole ones at the joints of a file.
     const bool has_holes_found = demuxer.is_format("mpegts");
     bool has_size = false;
+    bool has_new_header = false;  // which only those who read on from the first one have
     while ((reading->error = demuxer.read_any(packet.get())) >= 0) {
         if (packet->size == 0) continue;
         note_end(demuxer, packet.get(), reading);
@@ -77,7 +85,8 @@ Status read_packets(Demuxer& demuxer, const Limits& limits, const Watch& watch, 
         // Some files mark keys that are none; where the first one is wrong there is no better.
         const bool is_entry = traits.is_entry || index->packets.empty();
         const auto has_flag = [&](int flag) { return (packet->flags & flag) != 0; };
-        const bool is_key = has_flag(AV_PKT_FLAG_KEY) && is_entry && !traits.is_second_field;
+        has_new_header = has_new_header || changes_header(packet.get(), *demuxer.stream()->codecpar);
+        const bool is_key = has_flag(AV_PKT_FLAG_KEY) && is_entry && !traits.is_second_field && !has_new_header;
         const bool is_shown = !has_flag(AV_PKT_FLAG_DISCARD) && !traits.is_hidden && !traits.is_second_field;
         const bool is_cut = has_flag(AV_PKT_FLAG_CORRUPT) && !has_holes_found;
         index->packets.push_back({packet->pts, packet->dts, packet->duration, packet->pos, packet->size, traits.use,
@@ -112,6 +121,16 @@ void mark_holes(const FileHoles& found, Index* index) {
         while (cut > 0 && packets[cut - 1].byte_position == packets[cut].byte_position) --cut;
         packets[cut].is_cut = true;
     }
+}
+
+// Leaves out what the decoder of the first file would make wrong pictures of.
+void cut_off_other_file(const FileHoles& found, Index* index) {
+    if (found.other_file_at < 0) return;
+    const auto is_other = [&](const IndexedPacket& packet) { return packet.byte_position >= found.other_file_at; };
+    std::vector<IndexedPacket>& packets = index->packets;
+    packets.erase(std::find_if(packets.begin(), packets.end(), is_other), packets.end());
+    index->trouble = "a file with other codec headers is joined to it";
+    index->is_truncated = true;
 }
 
 // Whether the file holds less than its header promises, or ends where no file does.
@@ -238,15 +257,18 @@ IndexResult read_index(const std::string& path, const Limits& limits, const Watc
     if (Status read = read_packets(demuxer, limits, watch, index.get(), &reading); !read.ok()) {
         return {std::move(read), nullptr};
     }
-    keep_lower_layers(reading, index.get());
-    join_fields(reading, index.get());
     const FileHoles found = find_holes(demuxer, path, watch);
     if (watch.expired()) return {watch.status(), nullptr};
     if (found.is_encrypted) return {encrypted(), nullptr};
     mark_holes(found, index.get());
     find_early_end(demuxer, found, reading, index.get());
+    cut_off_other_file(found, index.get());
+    reading.traits.resize(index->packets.size());
+    keep_lower_layers(reading, index.get());
+    join_fields(reading, index.get());
     find_lost_chunks(demuxer, index.get());
     index->has_false_times = has_false_times(reading, *index);
+    index->decoder_delay = std::max(demuxer.stream()->codecpar->video_delay, index->has_false_times ? 1 : 0);
     index->arrange();
     if (!index->has_times) find_lost_pictures(reading, index.get());
     index->read_s = std::chrono::duration<double>(Watch::Clock::now() - started).count();

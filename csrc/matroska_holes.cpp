@@ -12,6 +12,10 @@ enum Id : uint32_t {
     kEbml = 0x1A45DFA3,
     kSegment = 0x18538067,
     kCluster = 0x1F43B675,
+    kTracks = 0x1654AE6B,
+    kTrack = 0xAE,
+    kCodec = 0x86,
+    kCodecHeader = 0x63A2,
 };
 
 struct Element {
@@ -96,9 +100,28 @@ private:
             return true;
         }
         if (element.end == kUnknown) return false;
+        if (id == kTracks && !compare_tracks(element)) {
+            found_.other_file_at = at_;
+            at_ = file_.size();
+            return true;
+        }
         if (element.end > file_.size()) (is_part ? found_.ends_in_packet : found_.lacks_bytes) = true;
         at_ = element.end;
         return true;
+    }
+
+    // Whether the codecs of this file are those of the first one, so that its decoders go on with it.
+    bool compare_tracks(const Element& tracks) {
+        std::string codecs;
+        int64_t at = tracks.data;
+        for (Element part; at < tracks.end && find_element(at, &part) && part.end <= tracks.end;) {
+            const int64_t size = part.end - part.data;
+            const uint8_t* data = size < FileBytes::kWindow ? file_.get(part.data, static_cast<int>(size)) : nullptr;
+            if ((part.id == kCodec || part.id == kCodecHeader) && data) codecs.append(data, data + size);
+            at = part.id == kTrack ? part.data : part.end;
+        }
+        if (codecs_.empty()) codecs_ = codecs;
+        return codecs == codecs_;
     }
 
     // Whether an unknown element leads to a known one, as those of later versions of the format do.
@@ -127,6 +150,7 @@ private:
     FileBytes file_;
     const Watch& watch_;
     FileHoles found_;
+    std::string codecs_;  // with their headers, of the first file
     int64_t at_ = 0;
     int64_t segment_end_ = kUnknown;
     int64_t cluster_end_ = 0;  // 0: in none

@@ -9,20 +9,6 @@ constexpr unsigned kIntra = 0;
 
 BitReader reader_of(const uint8_t* data, int size) { return {data, size, BitReader::Emulation::kNone}; }
 
-// MPEG-1 and MPEG-2 (ISO/IEC 13818-2, 6.2.3).
-PictureType mpeg2_type(const uint8_t* data, int size) {
-    constexpr int kPicture = 0;
-    constexpr unsigned kIntraPicture = 1, kBidirectional = 3;
-    for (int at = find_start_code(data, size, 0); at + 4 < size; at = find_start_code(data, size, at + 3)) {
-        if (data[at + 3] != kPicture) continue;
-        BitReader reader = reader_of(data + at + 4, size - at - 4);
-        reader.bits(10);
-        const unsigned type = reader.bits(3);
-        return {type == kIntraPicture, type == kBidirectional};
-    }
-    return {};
-}
-
 // ITU-T H.263 5.1.
 bool is_h263_intra(const uint8_t* data, int size) {
     constexpr unsigned kStartCode = 32, kExtended = 7;
@@ -76,7 +62,7 @@ PictureType PictureTypeReader::read(const uint8_t* data, int size) {
     };
     switch (codec_id_) {
         case AV_CODEC_ID_MPEG1VIDEO:
-        case AV_CODEC_ID_MPEG2VIDEO: return mpeg2_type(data, size);
+        case AV_CODEC_ID_MPEG2VIDEO: return read_mpeg2(data, size);
         case AV_CODEC_ID_MPEG4: return read_mpeg4(data, size);
         case AV_CODEC_ID_H263: return intra(is_h263_intra(data, size));
         case AV_CODEC_ID_FLV1: return intra(is_flv_intra(data, size));
@@ -88,10 +74,28 @@ PictureType PictureTypeReader::read(const uint8_t* data, int size) {
         case AV_CODEC_ID_VP6:
         case AV_CODEC_ID_VP6F: return intra(starts_with(0, 1) == kIntra);
         case AV_CODEC_ID_THEORA: return intra(starts_with(0, 2) == kIntra);
-        case AV_CODEC_ID_VP8: return {starts_with(7, 1) == kIntra, false, starts_with(3, 1) == 1};
+        case AV_CODEC_ID_VP8: return {starts_with(7, 1) == kIntra, false, false, starts_with(3, 1) == 1};
         case AV_CODEC_ID_VP9: return vp9_type(data, size);
         default: return intra(is_intra_only_);
     }
+}
+
+// MPEG-1 and MPEG-2 (ISO/IEC 13818-2, 6.2.3).
+PictureType PictureTypeReader::read_mpeg2(const uint8_t* data, int size) {
+    constexpr int kPicture = 0, kGroup = 0xb8;
+    constexpr unsigned kIntraPicture = 1, kBidirectional = 3;
+    for (int at = find_start_code(data, size, 0); at + 4 < size; at = find_start_code(data, size, at + 3)) {
+        BitReader reader = reader_of(data + at + 4, size - at - 4);
+        if (data[at + 3] == kGroup) {
+            reader.bits(25);
+            is_closed_group_ = reader.bits(1);
+        }
+        if (data[at + 3] != kPicture) continue;
+        reader.bits(10);
+        const unsigned type = reader.bits(3);
+        return {type == kIntraPicture, type == kBidirectional, is_closed_group_};
+    }
+    return {};
 }
 
 // ISO/IEC 14496-2, 6.2.3: how many bits the time of a picture takes.
