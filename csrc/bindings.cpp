@@ -155,6 +155,7 @@ PYBIND11_MODULE(_video, m) {
         .def_readonly("format", &Index::format)
         .def_readonly("codec", &Index::codec)
         .def_readonly("has_times", &Index::has_times, "Whether every packet has its own time stamp.")
+        .def_readonly("has_false_times", &Index::has_false_times, "Whether its times are in the order of decoding.")
         .def_readonly("is_truncated", &Index::is_truncated)
         .def_readonly("read_s", &Index::read_s, "Seconds that reading the file took, 0 for a kept index.")
         .def_readonly("trouble", &Index::trouble, "What went wrong while the file was read.")

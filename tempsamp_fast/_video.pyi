@@ -10,6 +10,7 @@ class Index:
     format: str
     codec: str
     has_times: bool
+    has_false_times: bool
     is_truncated: bool
     trouble: str
     read_s: float

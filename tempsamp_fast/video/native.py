@@ -273,6 +273,8 @@ def _notes(index: _video.Index) -> list[str]:
     notes = []
     if index.unapplied_degrees:
         notes.append(f"its rotation by {index.unapplied_degrees} degrees is not applied")
+    if index.has_false_times:
+        notes.append("its times are in the order of decoding: frames are in order, some a frame early or late")
     if index.num_restarts:
         notes.append(f"its clock starts again {index.num_restarts} times: the parts follow one another")
     return notes

@@ -9,14 +9,15 @@ import resource
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tempsamp_fast.video import BackendName, Geometry, Sampling, VideoError, VideoResult, load_videos
 from tempsamp_fast.video.backend import why_no_extension
-from tests.video.corpus import MADE_FROM_H264, cut
+from tests.video.corpus import HEIGHT, MADE_FROM_H264, WIDTH, cut
 from tests.video.user_files import replaced, turned
-from tests.video.verdict import GEOMETRY, numbers_shown
+from tests.video.verdict import EVERY_FRAME, GEOMETRY, numbers_shown, truth
 
 native_only = pytest.mark.skipif(bool(why_no_extension()), reason=why_no_extension())
 BACKENDS = [pytest.param("native", marks=native_only), "torchcodec"]
@@ -133,6 +134,18 @@ def test_a_stream_of_gigabytes_without_a_picture_costs_little(name: str, corpus:
     process.start()
     process.join(60)
     assert process.exitcode == 0
+
+
+@native_only
+@pytest.mark.parametrize("name", ["packed.mp4", "false_times.mp4", "false_times.mkv", "false_times_mpeg2.mkv"])
+def test_times_in_the_order_of_decoding_do_not_shuffle_the_frames(name: str, corpus: Path) -> None:
+    """The pictures' own order is kept, whatever is sampled."""
+    for sampling in (EVERY_FRAME, Sampling("hf_qwen3", fps=3.0), Sampling("hf_qwen3", fps=0.7)):
+        batch = load_videos([(corpus / name, sampling)], GEOMETRY, backend="native", dtype=torch.uint8)
+        numbers = numbers_shown(batch.pixel_values, batch.results[0])
+        _, all_numbers = truth(corpus / name, (WIDTH, HEIGHT))
+        wanted = np.linspace(0, len(all_numbers) - 1, len(numbers)).round().astype(int)
+        assert numbers == [all_numbers[place] for place in wanted]
 
 
 @native_only

@@ -35,6 +35,7 @@ ONE_GOP = [*H264, "-g", "250", "-x264-params", "b-pyramid=normal:b-adapt=0"]
 PICTURES = words("-q:v 3 -pix_fmt yuvj420p")
 NOISE = ("-f", "lavfi", "-i", "anoisesrc=r=48000:d=6")
 HOURS = "setpts=N*3600/TB"
+FALSE_TIMES = ("-bsf:v", "setts=pts=DTS")
 NEXT = 150
 """First number of a clip to be joined to another."""
 FEW = 40
@@ -167,6 +168,11 @@ PARTS = {
     "vp9_mp4.mp4": remuxed("vp9.webm"),
     "all_keys_h264.mp4": cut(MADE_FROM_H264, replaced(b"stss", b"free")),
     "hevc_open_gop.mp4": remuxed("hevc_open_gop.mkv"),
+    "xvid.avi": encoded(*XVID),
+    "packed.mp4": remuxed("xvid.avi"),
+    "false_times.mp4": remuxed(MADE_FROM_H264, *FALSE_TIMES),
+    "false_times.mkv": remuxed("hevc.mp4", *FALSE_TIMES),
+    "false_times_mpeg2.mkv": remuxed("mpeg2_next.mkv", *FALSE_TIMES),
     "one_gop.mp4": encoded(*ONE_GOP, num_frames=FEW),
 }
 """What the cases are made of, besides the corpus."""
@@ -193,10 +199,9 @@ USER_CASES = [
     Case("joined.mpg", joined("mpeg2.mpg", "mpeg2_next.mpg")),
     Case("joined_back.ts", joined("starts_late.ts", "next.ts")),
     # B-frames packed behind other frames.
-    Case("packed.avi", encoded(*XVID)),
+    Case("packed.avi", remuxed("xvid.avi")),
     Case("packed_all_b.avi", encoded(*XVID, "-bf", "1", "-g", "100")),
     Case("packed_with_sound.avi", remuxed("packed.avi", *words("-c:a mp2"), more_inputs=TONE)),
-    Case("packed.mp4", remuxed("packed.avi")),
     # Segments of one stream.
     Case("segments_h264.ts", segments(MADE_FROM_H264)),
     Case("segments_hevc.ts", segments("hevc.mp4")),
