@@ -54,7 +54,7 @@ class Row:
 
 
 def ffmpeg_frames(path: Path, size: tuple[int, int], deadline_s: float) -> tuple[np.ndarray, np.ndarray]:
-    """All frames in order, [n, height, width, 3] uint8 resized to (height, width) `size`, and times [n], NaN for none."""
+    """All frames in order, [n, height, width, 3] uint8 resized to (height, width) `size`, and times [n] (NaN: none)."""
     height, width = size
     picture = f"scale={width}:{height}:flags=bicubic,showinfo"
     command = ["ffmpeg", "-nostdin", "-copyts", "-i", b"file:" + os.fsencode(path), "-an", "-sn", "-vf", picture]
@@ -71,7 +71,7 @@ def ffmpeg_frames(path: Path, size: tuple[int, int], deadline_s: float) -> tuple
 
 
 def places_by_index(num_frames: int) -> np.ndarray:
-    """Which of `num_frames` frames those of a whole result are: `EVERY_FRAME` spreads them evenly, repeats a single one."""
+    """Which of `num_frames` frames those of a whole result are: spread evenly by `EVERY_FRAME`, a single one twice."""
     if num_frames == 1:
         return np.zeros(2, dtype=int)
     return np.linspace(0, num_frames - 1, min(num_frames, EVERY_FRAME.max_frames)).round().astype(int)

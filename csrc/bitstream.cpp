@@ -25,6 +25,7 @@ void skip_scaling_list(BitReader& reader, int size) {
 SequenceTraits read_sequence(const uint8_t* data, int size) {
     BitReader reader(data, size);
     SequenceTraits sequence;
+    sequence.is_read = true;
     const unsigned profile = reader.bits(8);
     reader.bits(16);
     sequence.id = reader.exp_golomb();
@@ -194,6 +195,7 @@ void BitstreamReader::read_h264_slice(const uint8_t* data, int size, PacketTrait
     const unsigned picture_id = reader.exp_golomb();
     if (picture_id >= sequence_of_picture_.size()) return;
     const SequenceTraits& sequence = sequences_[sequence_of_picture_[picture_id]];
+    if (!sequence.is_read) return;
     if (sequence.has_colour_planes) reader.bits(2);
     const unsigned frame_number = reader.bits(sequence.frame_number_bits);
     if (sequence.is_frames_only) {

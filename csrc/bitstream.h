@@ -28,6 +28,7 @@ struct PacketTraits {
 
 // What reading the header of an H.264 slice takes of its sequence parameter set.
 struct SequenceTraits {
+    bool is_read = false;  // the set is there at all
     unsigned id = 0;
     bool is_frames_only = true;
     bool has_colour_planes = false;

@@ -205,13 +205,15 @@ void keep_lower_layers(const Reading& reading, Index* index) {
     }
 }
 
-// Fields in packets of their own: a frame lasts as long as both, and is not whole with one.
+// Fields in packets of their own: a frame lasts as long as both, and is not whole with one. The last field of a stream
+// may be alone.
 void join_fields(const Reading& reading, Index* index) {
     for (size_t i = 0; i < reading.traits.size(); ++i) {
         const bool has_second = i + 1 < reading.traits.size() && reading.traits[i + 1].is_second_field;
         if (has_second) index->packets[i].duration += index->packets[i + 1].duration;
         if (has_second) index->frame_rate = {0, 1};  // may count fields
-        if (reading.traits[i].lacks_field && !has_second) index->packets[i].is_cut = true;
+        const bool is_last = i + 1 == reading.traits.size();
+        if (reading.traits[i].lacks_field && !has_second && !is_last) index->packets[i].is_cut = true;
     }
 }
 
@@ -256,6 +258,9 @@ IndexResult read_index(const std::string& path, const Limits& limits, const Watc
     Reading reading;
     if (Status read = read_packets(demuxer, limits, watch, index.get(), &reading); !read.ok()) {
         return {std::move(read), nullptr};
+    }
+    if (!index->packets.empty() && (index->width < 1 || index->height < 1)) {
+        return {{Code::kDecodeFailed, "no picture decodes, and no header tells their size"}, nullptr};
     }
     const FileHoles found = find_holes(demuxer, path, watch);
     if (watch.expired()) return {watch.status(), nullptr};

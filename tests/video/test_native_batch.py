@@ -118,7 +118,18 @@ def test_a_kept_index_is_the_index(corpus: Path, name: str, tmp_path: Path) -> N
     kept, _ = read_index(corpus / name, index_folder=str(tmp_path))
     assert fresh is not None and kept is not None
     assert all(np.array_equal(column, kept.packets[key]) for key, column in fresh.packets.items())
-    for field in ("path", "format", "codec", "size", "coded_size", "time_base", "frame_rate", "has_times", "num_keys", "num_restarts"):
+    for field in (
+        "path",
+        "format",
+        "codec",
+        "size",
+        "coded_size",
+        "time_base",
+        "frame_rate",
+        "has_times",
+        "num_keys",
+        "num_restarts",
+    ):
         assert getattr(fresh, field) == getattr(kept, field)
     assert np.array_equal(fresh.clock, kept.clock)
 
