@@ -2,6 +2,7 @@
 
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <fstream>
 #include <vector>
 
@@ -15,6 +16,8 @@ constexpr const char* kFormats =
 
 // Of these, only the next picture's beginning tells where one ends.
 constexpr const char* kUnframedFormats = "mpegvideo,m4v,h263,h264,hevc,vvc,vc1,mjpeg,obu,av1";
+
+constexpr int64_t kLargestPicture = int64_t{1} << 25;  // bytes of one, at least
 
 // Whether two lists of names have one in common.
 bool is_one_of(const char* name, const char* list) { return av_match_list(name, list, ',') > 0; }
@@ -157,8 +160,10 @@ int Demuxer::read_any(AVPacket* packet) {
 void Demuxer::bound_read(const AVFormatContext* format) {
     if (!format->pb || !is_one_of(format->iformat->name, kUnframedFormats)) return;
     reading_ = format;
-    stop_at_ = avio_tell(format->pb) + limits_.max_frame_pixels;
+    stop_at_ = avio_tell(format->pb) + largest_picture();
 }
+
+int64_t Demuxer::largest_picture() const { return std::max(kLargestPicture, limits_.max_frame_pixels); }
 
 bool Demuxer::should_stop() {
     was_stopped_ = was_stopped_ || (reading_ && reading_->pb && avio_tell(reading_->pb) > stop_at_);
@@ -167,7 +172,7 @@ bool Demuxer::should_stop() {
 
 std::string Demuxer::describe(int error) const {
     if (!was_stopped_) return error_text(error);
-    return "holds no picture in " + std::to_string(limits_.max_frame_pixels) + " bytes";
+    return "holds no picture in " + std::to_string(largest_picture()) + " bytes";
 }
 
 double Demuxer::promised_end_s() const {

@@ -51,6 +51,7 @@ private:
     Status probe();
     // Ends a read of `format` that goes on for longer than a picture can be.
     void bound_read(const AVFormatContext* format);
+    int64_t largest_picture() const;
     bool should_stop();
 
     const Limits limits_;
