@@ -152,12 +152,15 @@ void Index::join_clocks() {
     }
 }
 
-// Decoding times become times of presentation: a frame comes out when later packets go in.
+// Decoding times become times of presentation: a frame comes out when later packets go in. The first stays where it is.
 void Index::delay(std::vector<ShownTime>* times) const {
+    const int64_t begin = times->front().begin;
     for (int i = 0; i < decoder_delay; ++i) {
         times->push_back({end_of(*times), times->back().duration});
         times->erase(times->begin());
     }
+    const int64_t late = times->front().begin - begin;
+    for (ShownTime& time : *times) time.begin -= late;
 }
 
 size_t Index::part_of(int32_t packet) const {

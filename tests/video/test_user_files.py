@@ -35,7 +35,6 @@ def load(path: str | Path, backend: BackendName = "native") -> VideoResult:
         ("encrypted_hevc.mp4", "is encrypted"),
         ("unknown_codec.mp4", "no decoder for its codec, vvz1"),
         ("script.mp4", "files of the format concat are not read"),
-        ("playlist.m3u8", "files of the format hls are not read"),
     ],
 )
 def test_a_refusal_names_its_cause(name: str, reason: str, corpus: Path) -> None:
