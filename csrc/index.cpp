@@ -29,11 +29,14 @@ int64_t half_range(int clock_bits) {
     return clock_bits < 63 ? int64_t{1} << (clock_bits - 1) : std::numeric_limits<int64_t>::max();
 }
 
+// From the last frame but one to the last.
+int64_t last_step(const std::vector<ShownTime>& times) {
+    return times.size() > 1 ? times.back().begin - times[times.size() - 2].begin : 1;
+}
+
 // After the last frame; one that does not say how long it lasts takes as long as the one before.
 int64_t end_of(const std::vector<ShownTime>& times) {
-    const ShownTime& last = times.back();
-    const int64_t step = times.size() > 1 ? last.begin - times[times.size() - 2].begin : 1;
-    return last.begin + (last.duration > 0 ? last.duration : step);
+    return times.back().begin + (times.back().duration > 0 ? times.back().duration : last_step(times));
 }
 
 }  // namespace
@@ -156,7 +159,7 @@ void Index::join_clocks() {
 void Index::delay(std::vector<ShownTime>* times) const {
     const int64_t begin = times->front().begin;
     for (int i = 0; i < decoder_delay; ++i) {
-        times->push_back({end_of(*times), times->back().duration});
+        times->push_back({times->back().begin + last_step(*times), times->back().duration});
         times->erase(times->begin());
     }
     const int64_t late = times->front().begin - begin;
