@@ -53,11 +53,13 @@ class Row:
     reason: str
 
 
-def ffmpeg_frames(path: Path, size: tuple[int, int], deadline_s: float) -> tuple[np.ndarray, np.ndarray]:
+def ffmpeg_frames(
+    path: Path, size: tuple[int, int], deadline_s: float, turn: str = "-autorotate"
+) -> tuple[np.ndarray, np.ndarray]:
     """All frames in order, [n, height, width, 3] uint8 resized to (height, width) `size`, and times [n] (NaN: none)."""
     height, width = size
     picture = f"scale={width}:{height}:flags=bicubic,showinfo"
-    command = ["ffmpeg", "-nostdin", "-copyts", "-i", b"file:" + os.fsencode(path), "-an", "-sn", "-vf", picture]
+    command = ["ffmpeg", "-nostdin", "-copyts", turn, "-i", b"file:" + os.fsencode(path), "-an", "-sn", "-vf", picture]
     command += ["-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
     try:
         done = subprocess.run(command, capture_output=True, check=False, timeout=deadline_s)
@@ -104,7 +106,8 @@ def sweep_file(path: Path, name: str, deadline_s: float) -> Row:
     reason = result.message.replace(f"{path}: ", "").removesuffix(f" [{result.code}]")
     _, grid_h, grid_w = result.grid_thw if result.status != "failed" else (0, 2, 2)
     size = (grid_h * GEOMETRY.patch_size, grid_w * GEOMETRY.patch_size)
-    theirs, times_s = ffmpeg_frames(path, size, 3 * deadline_s)
+    turn = "-noautorotate" if "is not applied" in result.note else "-autorotate"
+    theirs, times_s = ffmpeg_frames(path, size, 3 * deadline_s, turn)
     if result.status == "failed":
         return Row(name, "refused" if len(theirs) else "right", outcome, len(theirs), 0, 0, reason)
     frames = unpatchify(batch.pixel_values, result.grid_thw, GEOMETRY)[: result.num_frames]
