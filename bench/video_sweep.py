@@ -30,6 +30,7 @@ import torch
 
 from tempsamp_fast.video import Geometry, Sampling, VideoResult, load_videos
 from tempsamp_fast.video.patches import unpatchify
+from tempsamp_fast.video.result import printable
 
 GEOMETRY = Geometry(min_pixels=28 * 28, max_pixels=16 * 28 * 28, total_pixels=None)
 EVERY_FRAME = Sampling("hf_qwen3", fps=1e6)
@@ -59,7 +60,9 @@ def ffmpeg_frames(
     """All frames in order, [n, height, width, 3] uint8 resized to (height, width) `size`, and times [n] (NaN: none)."""
     height, width = size
     picture = f"scale={width}:{height}:flags=bicubic,showinfo"
-    command = ["ffmpeg", "-nostdin", "-copyts", turn, "-i", b"file:" + os.fsencode(path), "-an", "-sn", "-vf", picture]
+    command: list[str | bytes] = ["ffmpeg", "-nostdin", "-copyts", *([] if turn else ["-noautorotate"])]
+    command += ["-i", b"file:" + os.fsencode(path)]
+    command += ["-an", "-sn", "-vf", picture]
     command += ["-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
     try:
         done = subprocess.run(command, capture_output=True, check=False, timeout=deadline_s)
@@ -103,11 +106,10 @@ def sweep_file(path: Path, name: str, deadline_s: float) -> Row:
     batch = load_videos([(path, EVERY_FRAME)], GEOMETRY, dtype=torch.uint8, on_error="partial", deadline_s=deadline_s)
     (result,) = batch.results
     outcome = f"{result.status} {result.code}"
-    reason = result.message.replace(f"{path}: ", "").removesuffix(f" [{result.code}]")
+    reason = result.message.removeprefix(f"{printable(result.path)}: ").removesuffix(f" [{result.code}]")
     _, grid_h, grid_w = result.grid_thw if result.status != "failed" else (0, 2, 2)
     size = (grid_h * GEOMETRY.patch_size, grid_w * GEOMETRY.patch_size)
-    turn = "-noautorotate" if "is not applied" in result.note else "-autorotate"
-    theirs, times_s = ffmpeg_frames(path, size, 3 * deadline_s, turn)
+    theirs, times_s = ffmpeg_frames(path, size, 3 * deadline_s, turn="is not applied" not in result.note)
     if result.status == "failed":
         return Row(name, "refused" if len(theirs) else "right", outcome, len(theirs), 0, 0, reason)
     frames = unpatchify(batch.pixel_values, result.grid_thw, GEOMETRY)[: result.num_frames]

@@ -32,11 +32,11 @@ def test_a_frame_too_many_or_another_one_is_wrong(lost: int, corpus: Path, monke
     """As if the command line had decoded one frame less, or two of them in each other's place."""
     read = video_sweep.ffmpeg_frames
 
-    def without_one(*arguments: object) -> tuple[np.ndarray, np.ndarray]:
-        return tuple(np.delete(column, lost, axis=0) for column in read(*arguments))  # type: ignore[arg-type, return-value]
+    def without_one(*arguments: object, **options: bool) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(np.delete(column, lost, axis=0) for column in read(*arguments, **options))  # type: ignore[arg-type, return-value]
 
-    def exchanged(*arguments: object) -> tuple[np.ndarray, np.ndarray]:
-        pictures, times_s = read(*arguments)  # type: ignore[arg-type]
+    def exchanged(*arguments: object, **options: bool) -> tuple[np.ndarray, np.ndarray]:
+        pictures, times_s = read(*arguments, **options)  # type: ignore[arg-type]
         order = np.arange(len(pictures))
         order[[lost, 30]] = 30, lost
         return pictures[order], times_s
