@@ -35,7 +35,7 @@ def load_frame_folder(folder: Path, sampling: Sampling, geometry: Geometry) -> V
         size = geometry.frame_size(len(indices), height, width)
     except ValueError as error:
         raise VideoError(folder, "BAD_GEOMETRY", str(error)) from error
-    Limits().check(folder, height * width, len(images), len(images) / fps, 3 * size[0] * size[1] * len(indices))
+    Limits().check(folder, height * width, len(images), 3 * size[0] * size[1] * len(indices))
     resized = []
     for index in indices:
         picture = _picture(folder, images[index])
