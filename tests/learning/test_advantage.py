@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup, VideoPatches
-from tempsamp_fast.config import AlgorithmConfig, Shaping
-from tempsamp_fast.learning.advantage import advantage_metrics, advantages_by_rule, assign_advantages, skewness
+from tempsamp_fast.config import AlgorithmConfig
+from tempsamp_fast.learning.advantage import advantages_by_rule, assign_advantages, skewness
 from tempsamp_fast.sample import Sample
 
 SAMPLE = Sample("clip/0", Path("clip.mp4"), "a square", 10.0, ((2.0, 6.0),))
@@ -108,7 +107,7 @@ def test_what_every_rule_makes_of_the_rewards_of_a_step() -> None:
 
 
 def skewness_by_rule(groups: list[RolloutGroup], algorithm: AlgorithmConfig) -> dict[str, float]:
-    return {rule: advantage_metrics(groups, algorithm)[f"advantage/skew/{rule}"] for rule in get_args(Shaping)}
+    return {rule: skewness(values) for rule, values in advantages_by_rule(groups, algorithm).items()}
 
 
 def test_skewness_is_the_third_standardised_moment_over_all_answers_of_a_step() -> None:

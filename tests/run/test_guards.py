@@ -23,6 +23,8 @@ from tempsamp_fast.run.schedule import plan
 from tempsamp_fast.train import main
 
 GRPO = ("--phases", "tempsamp:3", "--beta", "0.04")
+LONGER_ONES = ("--on_bad_sample", "skip")
+"""Samples that these steps do not take may be longer than a row."""
 
 
 def spoil_loss(monkeypatch: pytest.MonkeyPatch, spoiled: Callable[[int], Any]) -> None:
@@ -148,7 +150,7 @@ def test_a_batch_that_does_not_fit_is_packed_again_in_shorter_rows(
         metrics = small.run.update(at, groups)
     assert math.isfinite(metrics["optim/grad_norm"]) and metrics["optim/step_skipped"] == 0
     budget = int(metrics["batch/max_tokens_per_row"])
-    other = stepper(*words, "--max_tokens_per_row", str(budget))
+    other = stepper(*words, "--max_tokens_per_row", str(budget), *LONGER_ONES)
     assert other.run.update(at, groups)["loss"] == metrics["loss"]
     assert torch.equal(other.weights(), small.weights())
 
@@ -164,7 +166,7 @@ def test_a_group_that_does_not_fit_is_run_in_stages_of_its_prompt(stepper, monke
         spoil_loss(patch, lambda call: out_of_memory if call == 0 else None)
         metrics = small.run.update(at, groups)
     assert metrics["batch/max_tokens_per_row"] == longest_prompt
-    other = stepper(*GRPO, "--max_tokens_per_row", str(longest_prompt))
+    other = stepper(*GRPO, "--max_tokens_per_row", str(longest_prompt), *LONGER_ONES)
     assert other.run.update(at, groups)["loss"] == metrics["loss"]
     assert torch.equal(other.weights(), small.weights())
 
@@ -193,7 +195,7 @@ def test_half_a_backward_pass_leaves_nothing_behind(
     handle = in_the_middle.register_hook(fails_at(failing_row))
     budget = small.run.update(first, groups)["batch/max_tokens_per_row"]
     handle.remove()
-    other = stepper(*words, "--max_tokens_per_row", str(int(budget)))
+    other = stepper(*words, "--max_tokens_per_row", str(int(budget)), *LONGER_ONES)
     other.run.update(first, groups)
     assert torch.equal(other.weights(), small.weights())
     other.run.config.train.max_tokens_per_row = small.run.config.train.max_tokens_per_row
@@ -212,7 +214,7 @@ def test_log_probs_that_do_not_fit_are_asked_again_in_shorter_rows(
     with monkeypatch.context() as patch:
         patch.setattr(update, "log_probs", lambda *of: fails() or log_probs(*of))
         metrics = small.run.update(at, groups)
-    other = stepper(*GRPO, *words, "--max_tokens_per_row", str(int(metrics["batch/max_tokens_per_row"])))
+    other = stepper(*GRPO, *words, "--max_tokens_per_row", str(int(metrics["batch/max_tokens_per_row"])), *LONGER_ONES)
     assert other.run.update(at, groups)["loss"] == metrics["loss"]
     assert torch.equal(other.weights(), small.weights())
 
