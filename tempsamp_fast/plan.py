@@ -28,6 +28,7 @@ from tempsamp_fast.model.flops import PEAK_BF16_TFLOPS
 from tempsamp_fast.planning.estimate import Memory, largest, step_flops, step_memory, step_traffic, video_grid, work_of
 from tempsamp_fast.planning.forecast import Forecast, Measured, describe, forecast, read_measured
 from tempsamp_fast.run.schedule import in_steps
+from tempsamp_fast.system.files import one_line
 
 FRAME_SIZE = (720, 1280)
 """(height, width) in pixels that videos are taken to have: the pixel budgets bind long before."""
@@ -194,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measured = read_measured(options.measured) if options.measured else None
         print(describe_plan(parse_args(words), options.gpus * options.nodes, options.gpu, measured))
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         return 2
     return 0
 

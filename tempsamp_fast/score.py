@@ -10,6 +10,7 @@ from typing import get_args
 from tempsamp_fast.data.annotations import FORMATS, load_annotations
 from tempsamp_fast.evaluation.scoring import read_predictions, score_rows
 from tempsamp_fast.sample import Task
+from tempsamp_fast.system.files import one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             samples, read_predictions(options.predictions, samples), options.task, not options.untagged
         )
     except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, f"error: {one_line(error)}\n")
     metrics = {"num_queries": len(samples), **metrics}
     if options.json:
         print(json.dumps(metrics))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tempsamp_fast.data.annotations import Annotations, read_annotations
 from tempsamp_fast.data.catalogue import DATASETS, Dataset, find_annotations
+from tempsamp_fast.system.files import one_line
 from tempsamp_fast.video import VideoError, frames
 from tempsamp_fast.video.torchcodec_backend import open_decoder, shown_span
 
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         annotations = options.annotations or find_annotations(dataset, options.videos)
         findings = check(read_annotations(annotations, options.videos), dataset)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, f"error: {one_line(error)}\n")
     print(describe(findings, options.show))
     sys.exit(1 if any(findings.problems.values()) else 0)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,10 +14,13 @@ from typing import Any
 from tempsamp_fast.data.prompts import normalise_query
 from tempsamp_fast.rewards import CLIP_S, parse_spans
 from tempsamp_fast.sample import Sample, Span
+from tempsamp_fast.system.files import parse_json
 
 logger = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi")
+LARGEST = 1e300
+"""A number that is not below it is taken for none: as an int it may be larger than any float."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def find_video(folder: str | Path, video_id: str) -> Path | None:
 
 def _file_names(video_id: str) -> list[str]:
     inside = PurePath(video_id)
-    if not inside.name or inside.is_absolute() or ".." in inside.parts:
+    if not inside.name or inside.is_absolute() or ".." in inside.parts or not video_id.isprintable():
         raise ValueError(f"video {video_id!r} is not a path inside the video folder")
     return [video_id] if inside.suffix in VIDEO_SUFFIXES else [video_id + suffix for suffix in VIDEO_SUFFIXES]
 
@@ -154,8 +155,9 @@ def _window(place: str, window: Any, duration_s: float) -> Span:
 
 
 def _number(place: str, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{place}: {name} has {value!r}, expected a finite number")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not abs(value) < LARGEST:
+        raise ValueError(f"{place}: {name} has {repr(value)[:80]}, expected a finite number")
     return float(value)
 
 
@@ -303,18 +305,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in _lines(path):
         place = f"{path}: line {number}"
-        yield number, _typed(place, "row", _parse_json(place, line), dict)
+        yield number, _typed(place, "row", parse_json(place, line), dict)
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    return _typed(str(path), "content", _parse_json(str(path), _read_text(path)), dict)
-
-
-def _parse_json(place: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: malformed JSON ({error})") from error
+    return _typed(str(path), "content", parse_json(str(path), _read_text(path)), dict)
 
 
 def _float(place: str, text: str) -> float:

@@ -14,8 +14,11 @@ from tempsamp_fast.batch import Completion, Prompt, VideoPatches
 from tempsamp_fast.data.prompts import question
 from tempsamp_fast.model.families import family_of
 from tempsamp_fast.sample import Mode, Sample, Task
+from tempsamp_fast.system.bounded import bounded
 
 VIDEO_MARKER = "<|vision_start|><|video_pad|><|vision_end|>"
+QUESTION = "[the question]"
+"""Stands for it while the chat template is rendered."""
 
 
 class Chat:
@@ -23,7 +26,7 @@ class Chat:
 
     preprocessor_files: texts by name of the checkpoint's image and video processor settings. They are not read here,
         only written beside the weights of checkpoints made from it.
-    Raises ValueError when the tokenizer has no chat template or lacks the vision tokens.
+    Raises ValueError when the tokenizer has no chat template that can be used, or lacks the vision tokens.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Chat:
                 f"video_token_id={model_config.video_token_id}"
             )
         self.tokenizer: Any = tokenizer
+        self._before, self._after = self._template()
         self.preprocessor_files = preprocessor_files
         self.timestamps_in_text = family_of(model_config).has_timestamps
         self.merged_patch = model_config.vision_config.spatial_merge_size**2
@@ -60,16 +64,30 @@ class Chat:
         return self.encode(self._question(sample, mode, task))
 
     def _question(self, sample: Sample, mode: Mode, task: Task) -> str:
-        content = [{"type": "video"}, {"type": "text", "text": question(sample.query, mode, task)}]
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        text = self._before + question(sample.query, mode, task) + self._after
         if text.count(VIDEO_MARKER) != 1:
             raise ValueError(
                 f"the chat template of {self.tokenizer.name_or_path!r} renders a video as {text!r}; "
                 f"expected one {VIDEO_MARKER}"
             )
         return text
+
+    def _template(self) -> tuple[str, str]:
+        """What the chat template puts before and after a question; rendered once, as it is a program of a stranger's.
+
+        Raises ValueError for one that fails, repeats or drops the question, takes over 10 s or 512 MiB.
+        """
+        content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
+        asked = [{"role": "user", "content": content}]
+        render = lambda: self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        try:
+            before, after = bounded(render, seconds=10, num_bytes=512 << 20).split(QUESTION)
+        except ValueError as error:
+            raise ValueError(
+                f"the chat template of {self.tokenizer.name_or_path!r} cannot be used: it must render a question once "
+                f"({error})"
+            ) from error
+        return before, after
 
     def _video_text(self, video: VideoPatches) -> str:
         frames, height, width = video.grid_thw

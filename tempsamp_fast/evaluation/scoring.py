@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from tempsamp_fast.data.prompts import normalise_query
 from tempsamp_fast.rewards import CLIP_S, best_iou, parse_highlights, parse_spans, temporal_iou
 from tempsamp_fast.sample import Sample, Span, Task
+from tempsamp_fast.system.files import parse_json
 
 RECALL_THRESHOLDS = (0.3, 0.5, 0.7)
 MAP_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
@@ -173,10 +173,7 @@ def read_predictions(path: str | Path, samples: Sequence[Sample]) -> list[dict[s
         if not line.strip():
             continue
         place = f"{path}: line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: malformed JSON ({error})") from error
+        row = parse_json(place, line)
         if not isinstance(row, dict):
             raise ValueError(f"{place}: expected an object, got {line[:80]!r}")
         key = next((key for key in ("sample_id", "qid") if key in row), None)

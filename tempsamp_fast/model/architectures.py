@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.embedded.model import tiny_config
 from tempsamp_fast.model.families import FAMILIES
+from tempsamp_fast.model.loading import check_folder, hub_for
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,10 @@ def model_config(model: ModelConfig) -> Any:
     if family and not Path(model.model).exists():
         return family.published_config(name)
     try:
-        return AutoConfig.from_pretrained(model.model, trust_remote_code=model.trust_remote_code)
+        if Path(model.model).is_dir():
+            check_folder(Path(model.model), model.allow_pickle)
+        with hub_for(model.model, model):
+            return AutoConfig.from_pretrained(model.model, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         known = ", ".join(name for each in FAMILIES.values() for name in each.published)
         raise ValueError(f"model={model.model!r}: its config.json is not here; known without it are {known}") from error
@@ -61,7 +65,7 @@ def count_parameters(config: Any, model: ModelConfig) -> Parameters:
 def _count(config_json: str, lora_rank: int, lora_targets: str) -> Parameters:
     config = AutoConfig.for_model(**json.loads(config_json))
     with torch.device("meta"):
-        built: Any = AutoModelForImageTextToText.from_config(config)
+        built: Any = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
     targets = tuple(target.strip() for target in lora_targets.split(","))
     adapters = sum(
         lora_rank * (module.in_features + module.out_features)

@@ -9,7 +9,8 @@ from typing import Any
 
 from tempsamp_fast.config import RolloutConfig, TrainConfig
 from tempsamp_fast.run.checkpoint import MODEL, checkpoints, sound_checkpoint
-from tempsamp_fast.system.ranks import barrier, is_first_rank
+from tempsamp_fast.system.files import own_folder
+from tempsamp_fast.system.ranks import barrier
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +37,18 @@ class RunFolder:
 def open_folder(train: TrainConfig, rollout: RolloutConfig) -> RunFolder:
     """Make the folder of a new run, or find what to resume; called by every rank.
 
-    Raises ValueError for a folder or a record of rollouts that belongs to another run.
+    Raises ValueError for a folder or a record of rollouts that belongs to another run, or to another user.
     """
     folder, record = Path(train.resume or train.output_dir), rollout.record_rollouts
+    if train.resume:
+        own_folder(folder, may_be_link=True)
     found = sound_checkpoint(folder) if train.resume else None
     if not train.resume and ((folder / "metrics.jsonl").exists() or checkpoints(folder)):
         raise ValueError(f"output_dir={str(folder)!r} holds a run; continue it with --resume or choose another")
     if record and not train.resume and Path(record).exists():
         raise ValueError(f"record_rollouts={record!r} exists; only a resumed run adds to a record: choose another")
     barrier()
-    if is_first_rank():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    own_folder(folder, may_be_link=True)
     if train.resume and not found:
         logger.warning("%s: stopped before its first checkpoint; starting from its beginning", folder)
     return RunFolder(folder, *found) if found else RunFolder(folder)

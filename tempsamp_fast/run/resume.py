@@ -25,7 +25,7 @@ MAY_CHANGE = {
     },
     "model": {
         "model", "gradient_checkpointing", "checkpoint_every", "checkpoint_vision", "liger_layers",
-        "trust_remote_code", "allow_pickle",
+        "offline", "trust_remote_code", "allow_pickle",
     },
 }  # fmt: skip
 """Settings of data and model that a run survives a change of: paths (samples are compared themselves) and ways to get

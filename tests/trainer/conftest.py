@@ -28,7 +28,7 @@ from tempsamp_fast.learning.advantage import assign_advantages
 from tempsamp_fast.run.log import read_metrics
 from tempsamp_fast.run.run import Run
 from tempsamp_fast.run.schedule import PhaseStep, plan
-from tempsamp_fast.system.device import free_port
+from tempsamp_fast.system.device import free_port, join_ranks
 from tempsamp_fast.train import main
 
 REPOSITORY = Path(__file__).parents[2]
@@ -225,6 +225,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
 def process_group() -> Iterator[None]:
     """What the trainer makes once per process; workers of pytest-xdist inherit a port that they must not share."""
     os.environ["MASTER_PORT"] = str(free_port())
+    join_ranks("gloo")
     deepspeed.init_distributed(verbose=False)
     yield
 
