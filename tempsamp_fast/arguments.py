@@ -127,7 +127,8 @@ def parse_args(arguments: Sequence[str]) -> Config:
         raise ValueError(f"unknown flag: {' '.join(unknown)}")
     config = Config(*settings)
     if given.resume and "offline" not in typed:
-        config.model.offline = "model" not in typed | recipe.keys()
+        is_hub_name = config.model.model != "tiny" and not Path(config.model.model).exists()
+        config.model.offline = is_hub_name and "model" not in typed | recipe.keys()
     return config
 
 

@@ -43,7 +43,8 @@ class Chat:
                 f"video_token_id={model_config.video_token_id}"
             )
         self.tokenizer: Any = tokenizer
-        self._before, self._after = self._template()
+        self._rendered: tuple[Any, str, str] | None = None
+        self._template()
         self.preprocessor_files = preprocessor_files
         self.timestamps_in_text = family_of(model_config).has_timestamps
         self.merged_patch = model_config.vision_config.spatial_merge_size**2
@@ -64,7 +65,7 @@ class Chat:
         return self.encode(self._question(sample, mode, task))
 
     def _question(self, sample: Sample, mode: Mode, task: Task) -> str:
-        text = self._before + question(sample.query, mode, task) + self._after
+        text = question(sample.query, mode, task).join(self._template())
         if text.count(VIDEO_MARKER) != 1:
             raise ValueError(
                 f"the chat template of {self.tokenizer.name_or_path!r} renders a video as {text!r}; "
@@ -77,6 +78,9 @@ class Chat:
 
         Raises ValueError for one that fails, repeats or drops the question, takes over 10 s or 512 MiB.
         """
+        template = self.tokenizer.chat_template
+        if self._rendered and self._rendered[0] == template:
+            return self._rendered[1:]
         content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
         asked = [{"role": "user", "content": content}]
         render = lambda: self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
@@ -87,6 +91,7 @@ class Chat:
                 f"the chat template of {self.tokenizer.name_or_path!r} cannot be used: it must render a question once "
                 f"({error})"
             ) from error
+        self._rendered = template, before, after
         return before, after
 
     def _video_text(self, video: VideoPatches) -> str:
