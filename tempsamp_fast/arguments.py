@@ -15,12 +15,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from tempsamp_fast.config import AlgorithmConfig, Config, DataConfig, ModelConfig, RolloutConfig, TrainConfig
-from tempsamp_fast.system.files import MOST_BYTES, read_json
+from tempsamp_fast.system.files import read_json
 
 logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent / "configs"
 SECTIONS = (DataConfig, ModelConfig, RolloutConfig, AlgorithmConfig, TrainConfig)
+MOST_CHARACTERS = 1 << 16
+"""Of a recipe."""
 RUNS_CODE = ("allow_pickle", "trust_remote_code")
 """Settings that count only when typed on the command line."""
 TYPED_AGAIN = (*RUNS_CODE, "record_rollouts", "patch_cache", "synthetic_dir", "deepspeed_config", "video_device")
@@ -39,9 +41,12 @@ def read_recipe(path: Path, inherited_by: tuple[Path, ...] = ()) -> dict[str, An
     """
     try:
         with path.open() as recipe:
-            text = recipe.read(MOST_BYTES)
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("aliases are not taken: a few of them make gigabytes")
+            text = recipe.read(MOST_CHARACTERS)
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 2 or isinstance(event, yaml.AliasEvent) or len(text) == MOST_CHARACTERS:
+                raise ValueError(f"aliases, nesting and {MOST_CHARACTERS} characters are too much for `name: value`")
         entries = yaml.safe_load(text)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from error

@@ -71,8 +71,8 @@ def read_video_settings(folder: Path) -> DataConfig:
         return DataConfig()
     found = read_json(path)
     try:
-        return DataConfig(**{name: found[name] for name in VIDEO_FIELDS if name in found})
-    except TypeError as error:
+        return DataConfig(**{name: value for name, value in found.items() if name in VIDEO_FIELDS})
+    except (TypeError, AttributeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
 
 
