@@ -46,9 +46,9 @@ def model_config(model: ModelConfig) -> Any:
     family = next((each for each in FAMILIES.values() if name in each.published), None)
     if family and not Path(model.model).exists():
         return family.published_config(name)
+    if Path(model.model).is_dir():
+        check_folder(Path(model.model), model.allow_pickle)
     try:
-        if Path(model.model).is_dir():
-            check_folder(Path(model.model), model.allow_pickle)
         with hub_for(model.model, model):
             return AutoConfig.from_pretrained(model.model, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -64,8 +64,9 @@ def count_parameters(config: Any, model: ModelConfig) -> Parameters:
 @lru_cache(maxsize=8)
 def _count(config_json: str, lora_rank: int, lora_targets: str) -> Parameters:
     config = AutoConfig.for_model(**json.loads(config_json))
+    config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        built: Any = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
+        built: Any = AutoModelForImageTextToText.from_config(config)
     targets = tuple(target.strip() for target in lora_targets.split(","))
     adapters = sum(
         lora_rank * (module.in_features + module.out_features)

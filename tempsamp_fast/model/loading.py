@@ -45,15 +45,16 @@ def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tupl
     for folder in filter(Path.is_dir, map(Path, (checkpoint, weights))):
         check_folder(folder, config.allow_pickle)
     with hub_for(weights, config):
-        check_architecture(weights, config.trust_remote_code)
+        settings = check_architecture(weights, config.trust_remote_code)
+        settings._attn_implementation = "sdpa"  # of all parts: they may name a kernel on the hub
         try:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 weights,
+                config=settings,
                 dtype=dtype,
                 trust_remote_code=config.trust_remote_code,
                 use_safetensors=None if config.allow_pickle else True,
                 output_loading_info=True,
-                attn_implementation="sdpa",  # a configuration may name a kernel on the hub
             )
             model, loading = loaded
         except (OSError, SafetensorError) as error:
@@ -114,8 +115,8 @@ def _preprocessor_files(checkpoint: str) -> dict[str, str]:
     return {name: Path(file).read_text() for name, file in found.items() if file is not None}
 
 
-def check_architecture(checkpoint: str, trust_remote_code: bool = False) -> None:
-    """Raise ValueError, naming the checkpoint and the supported families, unless it can be trained here."""
+def check_architecture(checkpoint: str, trust_remote_code: bool = False) -> Any:
+    """The configuration of a checkpoint. Raises ValueError, naming it and the families, unless it can be trained here."""
     folder = Path(checkpoint)
     looks_local = folder.is_absolute() or checkpoint.startswith(".") or folder.exists()
     if looks_local and not (folder / "config.json").is_file():
@@ -128,3 +129,4 @@ def check_architecture(checkpoint: str, trust_remote_code: bool = False) -> None
         family_of(config)
     except ValueError as error:
         raise ValueError(f"model={checkpoint!r}: {error}") from None
+    return config
