@@ -58,8 +58,7 @@ def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tupl
             )
             model, loading = loaded
         except (OSError, SafetensorError) as error:
-            advice = "" if weights == checkpoint or Path(weights).is_dir() else f"; its base is {weights!r}: {FETCH}"
-            raise ValueError(f"model={checkpoint!r}: cannot be loaded: {error}{advice}") from error
+            raise ValueError(f"model={checkpoint!r}: cannot be loaded: {error}") from error
     with hub_for(checkpoint, config):
         tokenizer, preprocessor_files = _load_tokenizer(checkpoint, config), _preprocessor_files(checkpoint)
     if loading["missing_keys"]:
@@ -80,10 +79,14 @@ def _load_tokenizer(checkpoint: str, config: ModelConfig) -> Any:
 @contextmanager
 def hub_for(name: str, config: ModelConfig) -> Iterator[None]:
     """Inside, the hub is reached for `name` if that is what was typed, and otherwise only its cache is read."""
-    was = hub.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE = was or config.offline or name != config.model or Path(name).exists()
+    was, is_here = hub.HF_HUB_OFFLINE, Path(name).exists()
+    hub.HF_HUB_OFFLINE = was or config.offline or name != config.model or is_here
     try:
         yield
+    except (OSError, ValueError) as error:
+        if hub.HF_HUB_OFFLINE and not is_here:
+            raise ValueError(f"{error}; {FETCH}") from error
+        raise
     finally:
         hub.HF_HUB_OFFLINE = was
 
@@ -116,7 +119,7 @@ def _preprocessor_files(checkpoint: str) -> dict[str, str]:
 
 
 def check_architecture(checkpoint: str, trust_remote_code: bool = False) -> Any:
-    """The configuration of a checkpoint. Raises ValueError, naming it and the families, unless it can be trained here."""
+    """A checkpoint's configuration. Raises ValueError, naming it and the families, unless it can be trained here."""
     folder = Path(checkpoint)
     looks_local = folder.is_absolute() or checkpoint.startswith(".") or folder.exists()
     if looks_local and not (folder / "config.json").is_file():
