@@ -18,6 +18,10 @@ from tempsamp_fast.run.checkpoint import latest_checkpoint
 from tempsamp_fast.run.log import read_metrics
 from tempsamp_fast.train import main
 
+WRITTEN = (
+    *("metrics.jsonl", "groups.jsonl", "results.json", "config.json", "machine.json", "error.log", "summary.json"),
+    *("heartbeat/rank_0000.json", "plots/reward.png", "eval/2_tempsamp_answer_answer.jsonl"),
+)
 MORE = ("--phases", "sft:2,tempsamp:4")
 
 
@@ -36,8 +40,7 @@ def set_in_record(run: Path, section: str, **settings: Any) -> None:
 def test_a_resumed_run_writes_through_no_link(run: Path, tmp_path: Path) -> None:
     """Every file that it adds to, replaces, or makes beside one."""
     victims = []
-    for name in ("metrics.jsonl", "groups.jsonl", "results.json", "config.json", "machine.json", "error.log",
-                 "heartbeat/rank_0000.json", "summary.json", "plots/reward.png", "eval/2_tempsamp_answer_answer.jsonl"):  # fmt: skip
+    for name in WRITTEN:
         for path in (run / name, run / f"{name}.partial"):
             victims.append(tmp_path / f"victim{len(victims)}")
             if path.is_file():
@@ -106,9 +109,12 @@ def test_a_resumed_run_asks_the_hub_for_nothing(
 
     asked: list[Any] = []
     download = hub.hf_hub_download
-    monkeypatch.setattr(
-        hub, "hf_hub_download", lambda *a, **o: (asked.append(constants.HF_HUB_OFFLINE), download(*a, **o))
-    )
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        asked.append(constants.HF_HUB_OFFLINE)
+        return download(*arguments, **options)
+
+    monkeypatch.setattr(hub, "hf_hub_download", counted)
     set_in_record(run, "model", model="someone/model")
     main(["--resume", str(run), *MORE])
     assert asked == [] and read_metrics(run)[-1]["step"] == 6
