@@ -258,7 +258,7 @@ BOMBS = {
 def test_a_chat_template_cannot_be_a_bomb(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from tempsamp_fast.data import chat
 
-    monkeypatch.setattr(chat, "bounded", lambda work, seconds, num_bytes: bounded(work, 2.0, num_bytes))
+    monkeypatch.setattr(chat, "bounded", lambda work, seconds, num_bytes: bounded(work, 0.7, num_bytes))
     tokenizer = small_tokenizer()
     tokenizer.chat_template = BOMBS[what]
     with pytest.raises(ValueError, match="chat template"):

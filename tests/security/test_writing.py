@@ -156,9 +156,9 @@ def test_folders_that_are_made_are_for_this_user_alone(tmp_path: Path, run: Path
 
 def test_a_query_with_dollars_is_drawn_as_it_is(tmp_path: Path) -> None:
     frames = np.zeros((2, 3, 8, 8), dtype=np.uint8)
-    for query in (r"pays $\frac{1 for $x", "$$", r"$\undefined$"):
-        path = plot_timeline(frames, [0.0, 1.0], 2.0, {query: (0.0, 1.0)}, query, tmp_path / "answer.png")
-        assert path.read_bytes().startswith(b"\x89PNG")
+    query = r"pays $\frac{1 for $$ and $\undefined$"
+    path = plot_timeline(frames, [0.0, 1.0], 2.0, {query: (0.0, 1.0)}, query, tmp_path / "answer.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_log_is_added_to_the_file_that_was_opened(tmp_path: Path, target: Path) -> None:
