@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+pytest_plugins = ["tests.trainer_fixtures"]
+
 if not torch.cuda.is_available():
     # Triton decides at decoration time whether a kernel is compiled or interpreted, so this cannot wait for a fixture.
     os.environ.setdefault("TRITON_INTERPRET", "1")

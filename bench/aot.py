@@ -30,17 +30,19 @@ from tempsamp_kernels.advantages import SHAPINGS
 from tempsamp_kernels.head import chunk_rows
 from tempsamp_kernels.objectives import token_loss
 from tempsamp_kernels.sequences import Sequences
-from tempsamp_kernels.tiles import tile_statistics
-from tempsamp_kernels.tokens import HeadOptions, RowStatistics, Tokens
+from tempsamp_kernels.tokens import HeadOptions, RowStatistics, Tokens, aligned
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block, CUDA programming guide
 VOCAB = 152064  # Qwen2.5-VL-7B
+ODD_VOCABS = (50257, 151665, 128257, 248320)  # GPT-2's, Qwen's without padding, Llama's with a token more; Qwen3.5's
 INSTRUCTION_CLASSES = {
     "tensor_core": r"(HMMA|HGMMA|IMMA|QGMMA|UTC\w*MMA)",
     "exp_log": r"MUFU",
+    "fp64": r"(DADD|DMUL|DFMA|DSETP|DMNMX)",
     "fp32": r"(FFMA|FADD|FMUL|FMNMX|FSEL|FSETP|FMNMX3)",
     "global_load": r"(LDG|UTMALDG|LDGSTS|UBLKCP)",
     "global_load_16_byte": r"LDG\S*\.128",
@@ -69,16 +71,26 @@ class Workload:
 WORKLOADS = (Workload(8, 1024, 1.0, 0.2), Workload(150, 37, 0.7, 0.3))
 
 
-def chunk(workload: Workload) -> tuple[torch.Tensor, Tokens]:
+def chunk(workload: Workload, vocab_size: int = VOCAB, with_entropy: bool = False) -> tuple[torch.Tensor, Tokens]:
     """fp32 logits of one chunk of the workload's tokens, and what the row kernels read beside them."""
-    num_rows = chunk_rows(workload.batch * workload.length, VOCAB, "cuda")
+    num_rows = chunk_rows(workload.batch * workload.length, vocab_size, "cuda")
     token = meta(num_rows, dtype=torch.float32)
-    return meta(num_rows, VOCAB, dtype=torch.float32), Tokens(token.long(), *[token] * 6)
+    logits = meta(num_rows, aligned(vocab_size), dtype=torch.float32)[:, :vocab_size]
+    return logits, Tokens(token.long(), *[token] * (8 if with_entropy else 6))
 
 
-def row_loss(workload: Workload, loss_type: str, kl_type: str = "k3", dtype=torch.bfloat16, **head) -> None:
+def row_loss(
+    workload: Workload,
+    loss_type: str,
+    kl_type: str = "k3",
+    dtype: torch.dtype = torch.bfloat16,
+    vocab_size: int = VOCAB,
+    with_entropy: bool = False,
+    **head,
+) -> None:
     loss = token_loss(loss_type, kl_type, epsilon_high=workload.epsilon)
-    rows.row_loss(*chunk(workload), HeadOptions(**head), loss, dtype)
+    scale = meta(1, dtype=torch.float32) if dtype == torch.float16 else None
+    rows.row_loss(*chunk(workload, vocab_size, with_entropy), HeadOptions(**head), loss, dtype, scale)
 
 
 def row_statistics(workload: Workload, **head) -> None:
@@ -90,13 +102,6 @@ def row_gradient(workload: Workload, with_entropy: bool, **head) -> None:
     statistics = RowStatistics(*[tokens.advantage] * 3)
     d_entropy = tokens.advantage if with_entropy else None
     rows.row_gradient(logits, tokens, HeadOptions(**head), statistics, tokens.advantage, d_entropy, torch.bfloat16)
-
-
-def tiles(workload: Workload, **head) -> None:
-    num_tokens, hidden_size = workload.batch * workload.length, 2048  # Qwen2.5-VL-3B
-    token = meta(num_tokens, dtype=torch.float32)
-    weight = meta(VOCAB, hidden_size)
-    tile_statistics(meta(num_tokens, hidden_size), weight, Tokens(token.long(), *[token] * 6), HeadOptions(**head))
 
 
 def row_sum(workload: Workload) -> None:
@@ -136,17 +141,32 @@ CASES: dict[str, Callable[[Workload], None]] = {
     **{f"row_loss/{kl_type}": partial(row_loss, loss_type="grpo", kl_type=kl_type) for kl_type in ("k1", "k2")},
     "row_loss/k3_corrected, softcap": partial(row_loss, loss_type="grpo", kl_type="k3_corrected", softcap=30.0),
     "row_loss/bias": partial(row_loss, loss_type="grpo", bias=meta(VOCAB, dtype=torch.float32)),
+    "row_loss/entropy": partial(row_loss, loss_type="grpo", with_entropy=True),
+    "row_loss/fp16": partial(row_loss, loss_type="grpo", dtype=torch.float16),
     "row_loss/fp32": partial(row_loss, loss_type="grpo", dtype=torch.float32),
+    **{f"row_loss/V {size}": partial(row_loss, loss_type="grpo", vocab_size=size) for size in ODD_VOCABS},
+    "row_loss/V 50257, bias": partial(
+        row_loss, loss_type="grpo", vocab_size=50257, bias=meta(50257, dtype=torch.float32)
+    ),
     "row_statistics": row_statistics,
     "row_statistics/softcap": partial(row_statistics, softcap=30.0),
     "row_gradient": partial(row_gradient, with_entropy=False),
     "row_gradient/entropy, softcap": partial(row_gradient, with_entropy=True, softcap=30.0),
-    "tiles": tiles,
-    "tiles/softcap, bias": partial(tiles, softcap=30.0, bias=meta(VOCAB, dtype=torch.float32)),
     "row_sum": row_sum,
     **{f"advantages/{shaping}": partial(advantages, shaping=shaping) for shaping in SHAPINGS},
     "logits": logits_loss,
 }
+
+
+WITH_FP64 = (
+    "row_loss/k3_corrected, softcap",
+    "row_loss/sapo",
+    "row_gradient/entropy, softcap",
+    "advantages/nonlinear",
+    "advantages/orarl",
+    "logits",
+)
+"""Cases whose kernels are compiled with fp64 scalars too: every kernel that takes any."""
 
 
 @dataclass
@@ -166,8 +186,11 @@ class OfflineDriver:
 
 
 @contextmanager
-def compile_only(arch: int) -> Iterator[dict[str, list]]:
-    """Inside, a kernel launch compiles for `arch`, adds the result under "kernel(constexprs)" and runs nothing."""
+def compile_only(arch: int, with_fp64: bool = False) -> Iterator[dict[str, list]]:
+    """Inside, a kernel launch compiles for `arch`, adds the result under "kernel(constexprs)" and runs nothing.
+
+    `with_fp64` also compiles it as torch.compile would launch it.
+    """
     compiled: dict[str, list] = {}
     launch = JITFunction.run
 
@@ -178,6 +201,8 @@ def compile_only(arch: int) -> Iterator[dict[str, list]]:
         shown = ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in constexprs.items())
         result = launch(kernel, *args, grid=grid, warmup=True, **kwargs)
         compiled.setdefault(f"{kernel.__name__}({shown})", []).append(result)
+        if with_fp64 and "fp32" in result.src.signature.values():
+            compiled[f"{kernel.__name__}({shown}), fp64 scalars"] = [with_fp64_scalars(result, arch)]
         return result
 
     JITFunction.run = compile_launch
@@ -186,6 +211,16 @@ def compile_only(arch: int) -> Iterator[dict[str, list]]:
         yield compiled
     finally:
         JITFunction.run = launch
+
+
+def with_fp64_scalars(compiled, arch: int):
+    """The same kernel as torch.compile launches it, whose Python floats are fp64."""
+    source = compiled.src
+    wide = {name: "fp64" if kind == "fp32" else kind for name, kind in source.signature.items()}
+    options = {"num_warps": compiled.metadata.num_warps, "num_stages": compiled.metadata.num_stages}
+    return triton.compile(
+        ASTSource(source.fn, wide, source.constants, source.attrs), target=GPUTarget("cuda", arch, 32), options=options
+    )
 
 
 def entry_kernels() -> set[str]:
@@ -233,7 +268,9 @@ def main() -> None:
         parser.error("TRITON_INTERPRET=1 replaces the compiler: unset it")
     table: dict[str, dict] = {}
     for arch, name in product(arguments.arch, arguments.cases):
-        with compile_only(arch) as compiled:
+        with compile_only(arch, with_fp64=name in WITH_FP64) as compiled:
+            for workload in WORKLOADS:
+                CASES[name](workload)
             for workload in WORKLOADS:
                 CASES[name](workload)
         for label, results in compiled.items():

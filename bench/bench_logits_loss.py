@@ -14,7 +14,7 @@ from statistics import median
 import pytest
 import torch
 from liger_kernel.transformers.grpo_loss import triton_grpo_loss as liger_loss
-from tempsamp_kernels.logits_loss import triton_grpo_loss
+from tempsamp_kernels import triton_grpo_loss
 from torch import Tensor
 
 CUDA = torch.cuda.is_available()

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.video.corpus import Case, build_corpus, read
+from tests.video.corpus import CASES, Case, build_corpus, read
+from tests.video.user_files import PARTS, USER_CASES
 from tests.video.verdict import judge, recoverable, truth
 
 TIMEOUT_S = 20.0
@@ -123,7 +124,9 @@ def main() -> None:
     table: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder_name:
         folder = Path(folder_name)
-        for case in build_corpus(folder):
+        build_corpus(folder)
+        build_corpus(folder, USER_CASES, PARTS)
+        for case in CASES + USER_CASES:
             wanted = 0 if case.expect == "refused" else len(truth(folder / (case.pristine or case.name), case.size)[1])
             row: dict[str, Any] = {"file": case.name, "frames": wanted}
             for name in PEERS:

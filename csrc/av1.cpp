@@ -7,9 +7,12 @@ namespace {
 
 constexpr ReferenceUse kEverything = {255, 255};
 
+// Of a frame header: a key frame that is shown at once.
+bool is_shown_key(BitReader reader) { return reader.bits(4) == 1; }
+
 }  // namespace
 
-ReferenceUse Av1Reader::read(const uint8_t* data, int size) {
+ReferenceUse Av1Reader::read(const uint8_t* data, int size, bool* starts_with_key) {
     constexpr int kSequence = 1, kFrameHeader = 3, kFrame = 6;
     bool has_frame = false;
     ReferenceUse use;
@@ -29,6 +32,7 @@ ReferenceUse Av1Reader::read(const uint8_t* data, int size) {
         if (type == kSequence) sequence_ = read_sequence(reader);
         if (type == kFrameHeader || type == kFrame) {
             const ReferenceUse frame = read_frame(reader);
+            if (!has_frame) *starts_with_key = sequence_.is_still || is_shown_key(reader);
             use.reads |= frame.reads & ~use.writes;
             use.writes |= frame.writes;
             has_frame = true;
@@ -41,7 +45,8 @@ ReferenceUse Av1Reader::read(const uint8_t* data, int size) {
 Av1Reader::Sequence Av1Reader::read_sequence(BitReader reader) {
     Sequence sequence;
     reader.bits(3 + 1);
-    if (reader.bits(1)) return sequence;  // a still picture
+    sequence.is_still = reader.bits(1);
+    if (sequence.is_still) return sequence;
     if (reader.bits(1)) {
         reader.bits(32);
         reader.bits(32);

@@ -15,13 +15,14 @@ struct ReferenceUse {
 
 class Av1Reader {
 public:
-    // Of a temporal unit, or of the header objects of a container.
-    ReferenceUse read(const uint8_t* data, int size);
+    // Of a temporal unit, or of the header objects of a container. `starts_with_key` is set when there is a frame.
+    ReferenceUse read(const uint8_t* data, int size, bool* starts_with_key);
 
 private:
     // Of the sequence header (AV1 5.5.1), what has to be known to read a frame header.
     struct Sequence {
         bool is_readable = false;
+        bool is_still = false;  // every frame is a key frame, without a header that says so
         unsigned force_screen_content_tools = kSelect;
         unsigned force_integer_mv = kSelect;
         bool has_order_hint = false;

@@ -104,16 +104,12 @@ py::list decode_requests(const std::vector<py::dict>& fields, int64_t max_frame_
     return answers_of(results);
 }
 
-// [2, num_frames]: pts (dts where some have no pts) and duration of the shown frames.
+// [2, num_frames], or [2, 0] where frames have no times.
 py::array_t<int64_t> clock_of(const Index& index) {
-    py::array_t<int64_t> ticks({py::ssize_t{2}, static_cast<py::ssize_t>(index.shown.size())});
-    const bool has_pts = std::all_of(index.shown.begin(), index.shown.end(), [&](int32_t packet) {
-        return index.packets[packet].pts != IndexedPacket::kNone;
-    });
-    for (size_t i = 0; i < index.shown.size(); ++i) {
-        const IndexedPacket& packet = index.packets[index.shown[i]];
-        ticks.mutable_at(0, i) = has_pts ? packet.pts : packet.dts;
-        ticks.mutable_at(1, i) = index.packets[index.shown[i]].duration;
+    py::array_t<int64_t> ticks({py::ssize_t{2}, static_cast<py::ssize_t>(index.shown_times.size())});
+    for (size_t i = 0; i < index.shown_times.size(); ++i) {
+        ticks.mutable_at(0, i) = index.shown_times[i].begin;
+        ticks.mutable_at(1, i) = index.shown_times[i].duration;
     }
     return ticks;
 }
@@ -155,10 +151,11 @@ PYBIND11_MODULE(_video, m) {
     m.doc() = "Indexing and decoding of video files into patches, without the interpreter lock.";
 
     py::class_<Index, std::shared_ptr<Index>>(m, "Index", "The packets of a file and what its header says.")
-        .def_readonly("path", &Index::path)
+        .def_property_readonly("path", [](const Index& i) { return py::bytes(i.path); })
         .def_readonly("format", &Index::format)
         .def_readonly("codec", &Index::codec)
         .def_readonly("has_times", &Index::has_times, "Whether every packet has its own time stamp.")
+        .def_readonly("has_false_times", &Index::has_false_times, "Whether its times are in the order of decoding.")
         .def_readonly("is_truncated", &Index::is_truncated)
         .def_readonly("read_s", &Index::read_s, "Seconds that reading the file took, 0 for a kept index.")
         .def_readonly("trouble", &Index::trouble, "What went wrong while the file was read.")
@@ -181,9 +178,12 @@ PYBIND11_MODULE(_video, m) {
         .def_property_readonly("frame_rate", [](const Index& i) { return av_q2d(i.frame_rate); },
                                "Frames per second as the header gives it, 0 where it does not.")
         .def_property_readonly("num_keys", [](const Index& i) { return i.keys.size(); })
+        .def_property_readonly("num_frames", [](const Index& i) { return i.shown.size(); })
+        .def_property_readonly("num_restarts", &Index::num_restarts, "How often the clock of the file starts again.")
+        .def_readonly("unapplied_degrees", &Index::unapplied_degrees, "A rotation for display that is no quarter turn.")
         .def_property_readonly("clock", clock_of,
-                               "[2, num_frames] int64 ticks: pts (dts where some have no pts) and duration of the "
-                               "shown frames, in order of presentation; in decoding order without `has_times`.")
+                               "[2, num_frames] int64 ticks: begin and duration of each frame in order of "
+                               "presentation, on one clock for the whole file; [2, 0] where frames have no times.")
         .def_property_readonly("packets", packets_of, "Columns of all packets in decoding order.");
 
     m.def("index", &index_paths, py::arg("paths"), py::arg("deadlines_s"), py::kw_only(), py::arg("max_frame_pixels"),

@@ -5,6 +5,18 @@
 
 namespace video {
 
+// The first start code (0 0 1) at or after `from`, or `size`.
+inline int find_start_code(const uint8_t* data, int size, int from) {
+    for (int i = from; i + 3 <= size; ++i) {
+        if (data[i + 2] > 1) {
+            i += 2;
+        } else if (data[i] == 0 && data[i + 1] == 0 && data[i + 2] == 1) {
+            return i;
+        }
+    }
+    return size;
+}
+
 // Bits, the most significant first; past the end every bit is 0.
 class BitReader {
 public:

@@ -25,6 +25,7 @@ void skip_scaling_list(BitReader& reader, int size) {
 SequenceTraits read_sequence(const uint8_t* data, int size) {
     BitReader reader(data, size);
     SequenceTraits sequence;
+    sequence.is_read = true;
     const unsigned profile = reader.bits(8);
     reader.bits(16);
     sequence.id = reader.exp_golomb();
@@ -59,18 +60,6 @@ SequenceTraits read_sequence(const uint8_t* data, int size) {
     return sequence;
 }
 
-// The first start code at or after `from`, or `size`.
-int find_start_code(const uint8_t* data, int size, int from) {
-    for (int i = from; i + 3 <= size; ++i) {
-        if (data[i + 2] > 1) {
-            i += 2;
-        } else if (data[i] == 0 && data[i + 1] == 0 && data[i + 2] == 1) {
-            return i;
-        }
-    }
-    return size;
-}
-
 // Whether supplemental information, `data` past the NAL header, has a recovery point message (H.264 D.1.8).
 bool has_recovery_point(const uint8_t* data, int size) {
     constexpr unsigned kRecoveryPoint = 6;
@@ -95,8 +84,8 @@ void merge(PacketTraits* traits, bool is_reference, int temporal_id) {
 
 }  // namespace
 
-BitstreamReader::BitstreamReader(const AVCodecParameters* codec) : codec_id_(codec->codec_id) {
-    can_drop_ = knows_entries() || codec_id_ == AV_CODEC_ID_AV1;
+BitstreamReader::BitstreamReader(const AVCodecParameters* codec) : codec_id_(codec->codec_id), types_(codec) {
+    can_drop_ = has_nal_units() || codec_id_ == AV_CODEC_ID_AV1;
     const uint8_t* extra = codec->extradata;
     const int size = codec->extradata_size;
     constexpr int kAv1ConfigurationBytes = 4;  // before the sequence header (AV1CodecConfigurationRecord)
@@ -106,8 +95,9 @@ BitstreamReader::BitstreamReader(const AVCodecParameters* codec) : codec_id_(cod
     } else if (codec_id_ == AV_CODEC_ID_HEVC && size >= 23 && (extra[0] || extra[1] || extra[2] > 1)) {
         length_size_ = (extra[21] & 3) + 1;
     } else if (codec_id_ == AV_CODEC_ID_AV1 && size > kAv1ConfigurationBytes) {
-        av1_.read(extra + kAv1ConfigurationBytes, size - kAv1ConfigurationBytes);
-    } else if (knows_entries()) {
+        bool ignored = false;
+        av1_.read(extra + kAv1ConfigurationBytes, size - kAv1ConfigurationBytes, &ignored);
+    } else if (has_nal_units()) {
         read(extra, size);
     }
 }
@@ -128,13 +118,20 @@ void BitstreamReader::read_avcc(const uint8_t* data, int size) {
 
 PacketTraits BitstreamReader::read(const uint8_t* data, int size) {
     PacketTraits traits;
-    if (codec_id_ == AV_CODEC_ID_VP8) {
-        traits.hidden = size > 0 && !(data[0] >> 4 & 1);
+    if (codec_id_ == AV_CODEC_ID_AV1) {
+        traits.use = av1_.read(data, size, &traits.is_entry);
         return traits;
     }
-    if (codec_id_ == AV_CODEC_ID_AV1) traits.use = av1_.read(data, size);
-    if (!knows_entries()) return traits;
-    traits.is_entry = false;
+    if (!has_nal_units()) {
+        const PictureType type = types_.read(data, size);
+        traits.is_entry = type.is_intra;
+        // A decoder leaves out what refers to a picture from before the stream.
+        const bool lacks_reference = type.is_bidirectional && num_references_ < 2 && !type.is_in_closed_group;
+        traits.is_hidden = !type.is_shown || lacks_reference;
+        traits.is_bidirectional = type.is_bidirectional;
+        if (!type.is_bidirectional && type.is_shown) ++num_references_;
+        return traits;
+    }
     if (length_size_ > 0) {
         for (int at = 0; at + length_size_ < size;) {
             uint32_t length = 0;
@@ -198,6 +195,7 @@ void BitstreamReader::read_h264_slice(const uint8_t* data, int size, PacketTrait
     const unsigned picture_id = reader.exp_golomb();
     if (picture_id >= sequence_of_picture_.size()) return;
     const SequenceTraits& sequence = sequences_[sequence_of_picture_[picture_id]];
+    if (!sequence.is_read) return;
     if (sequence.has_colour_planes) reader.bits(2);
     const unsigned frame_number = reader.bits(sequence.frame_number_bits);
     if (sequence.is_frames_only) {
@@ -224,12 +222,13 @@ void BitstreamReader::read_h264_slice(const uint8_t* data, int size, PacketTrait
 }
 
 void BitstreamReader::read_hevc_nal(const uint8_t* data, int, PacketTraits* traits) {
-    constexpr int kFirstEntry = 16, kLastEntry = 21;
+    constexpr int kFirstRadl = 6, kLastRadl = 7, kFirstEntry = 16, kLastEntry = 21;
     const int type = data[0] >> 1 & 63;
     const int layer = (data[0] & 1) << 5 | data[1] >> 3;
     const int temporal_id = (data[1] & 7) - 1;
     if (layer > 0) can_drop_ = false;
     if (type >= kFirstEntry && type <= kLastEntry) traits->is_entry = true;
+    if (type >= kFirstRadl && type <= kLastRadl) traits->is_decodable_leading = true;
     if (type < 32) merge(traits, type > 14 || type % 2 == 1, temporal_id);
 }
 

@@ -7,6 +7,7 @@
 #include "av1.h"
 #include "ffmpeg.h"
 #include "picture_order.h"
+#include "picture_type.h"
 
 namespace video {
 
@@ -15,16 +16,19 @@ struct PacketTraits {
     ReferenceUse use = {1, 1};
     bool has_slices = false;
     uint8_t temporal_id = 0;
-    bool hidden = false;  // decodes to no picture of its own
-    bool is_entry = true;  // decoding may start here, as far as the bits tell
+    bool is_hidden = false;  // decodes to no picture of its own
+    bool is_entry = false;   // the bits prove that decoding may start here
+    bool is_decodable_leading = false;  // shown before the key that it follows, without a need for what is before that
     bool is_second_field = false;  // completes the frame of the packet before
     bool lacks_field = false;      // the second field of its frame has to follow
+    bool is_bidirectional = false;  // shown before the reference that was decoded last
     bool has_picture = false;      // a picture starts in it
     PictureOrder order;
 };
 
 // What reading the header of an H.264 slice takes of its sequence parameter set.
 struct SequenceTraits {
+    bool is_read = false;  // the set is there at all
     unsigned id = 0;
     bool is_frames_only = true;
     bool has_colour_planes = false;
@@ -49,7 +53,7 @@ private:
     void read_h264_slice(const uint8_t* data, int size, PacketTraits* traits);
     void read_hevc_nal(const uint8_t* data, int size, PacketTraits* traits);
 
-    bool knows_entries() const { return codec_id_ == AV_CODEC_ID_H264 || codec_id_ == AV_CODEC_ID_HEVC; }
+    bool has_nal_units() const { return codec_id_ == AV_CODEC_ID_H264 || codec_id_ == AV_CODEC_ID_HEVC; }
 
     // A field whose frame still lacks the other one.
     struct OpenField {
@@ -63,6 +67,8 @@ private:
     std::array<uint8_t, 256> sequence_of_picture_ = {};  // seq_parameter_set_id by pic_parameter_set_id
     OpenField open_field_;
     Av1Reader av1_;
+    PictureTypeReader types_;
+    int64_t num_references_ = 0;  // pictures so far that are not bidirectional
     int length_size_ = 0;  // 0: start codes
     bool can_drop_ = false;
 };

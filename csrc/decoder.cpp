@@ -26,12 +26,20 @@ private:
     FramePtr frame_;
 };
 
+// The tag of the container where FFmpeg does not know what it stands for.
+std::string name_of(const AVCodecParameters& codec) {
+    if (codec.codec_id != AV_CODEC_ID_NONE) return avcodec_get_name(codec.codec_id);
+    char tag[AV_FOURCC_MAX_STRING_SIZE] = {};
+    av_fourcc_make_string(tag, codec.codec_tag);
+    return tag;
+}
+
 }  // namespace
 
 Status open_software_decoder(const AVStream* stream, const Limits& limits, std::unique_ptr<Decoder>* decoder) {
     const AVCodec* codec = avcodec_find_decoder(stream->codecpar->codec_id);
-    const char* codec_name = avcodec_get_name(stream->codecpar->codec_id);
-    if (!codec) return {Code::kDecodeFailed, std::string("has no decoder for ") + codec_name};
+    const std::string codec_name = name_of(*stream->codecpar);
+    if (!codec) return {Code::kUnsupported, "there is no decoder for its codec, " + codec_name};
     CodecPtr context(avcodec_alloc_context3(codec));
     FramePtr frame(av_frame_alloc());
     if (!context || !frame) return out_of_memory();
@@ -40,7 +48,7 @@ Status open_software_decoder(const AVStream* stream, const Limits& limits, std::
     context->thread_count = 1;
     context->max_pixels = limits.padded_pixels();  // for a frame that grows in mid-stream
     if (error >= 0) error = avcodec_open2(context.get(), codec, nullptr);
-    if (error < 0) return {Code::kDecodeFailed, std::string(codec_name) + " decoder: " + error_text(error)};
+    if (error < 0) return {Code::kDecodeFailed, codec_name + " decoder: " + error_text(error)};
     *decoder = std::make_unique<SoftwareDecoder>(std::move(context), std::move(frame));
     return {};
 }

@@ -35,6 +35,10 @@ Status FrameReader::read(const std::vector<int32_t>& frames, const Take& take, s
     const std::vector<Run> runs = plan();
     for (const Run& run : runs) {
         if (Status status = read_run(run, run.key); !status.ok()) return status;
+        if (!is_out_of_order_) continue;
+        states_->assign(frames.size(), FrameState::kMissing);
+        if (Status opened = open(); !opened.ok()) return opened;
+        return count_frames(frames);
     }
     // What is broken for good costs one decode from the start of the file, after everything else is safe.
     for (const Run& run : runs) {
@@ -49,11 +53,16 @@ Status FrameReader::open() {
     demuxer_ = std::make_unique<Demuxer>(limits_, watch_);
     if (Status opened = demuxer_->open(index_.path); !opened.ok()) return opened;
     if (!decoder_) {
+        // Where an H.264 stream does not say how many frames to hold back, the decoder would learn it by losing one.
+        AVCodecParameters* codec = demuxer_->stream()->codecpar;
+        const bool may_hold_back = codec->codec_id == AV_CODEC_ID_H264 && index_.has_times;
+        if (may_hold_back) codec->video_delay = std::max(codec->video_delay, index_.reorder_depth);
         if (Status opened = open_decoder_(demuxer_->stream(), limits_, &decoder_); !opened.ok()) return opened;
     }
     packet_.reset(av_packet_alloc());
     if (!packet_) return out_of_memory();
     current_ = -1;
+    expected_ = 0;
     is_pending_ = at_end_ = false;
     return {};
 }
@@ -120,7 +129,6 @@ Status FrameReader::count_frames(const std::vector<int32_t>& frames) {
     Status status;
     while (status.ok() && sent < num_packets && !frames.empty() && place <= frames.back()) {
         if (demuxer_->read(packet_.get()) < 0) break;
-        if (packet_->size == 0) continue;
         ++counts_.decoded;
         packet_->pts = packet_->dts = static_cast<int64_t>(sent);
         place_at[sent] = place;
@@ -151,8 +159,12 @@ Status FrameReader::read_run(const Run& run, int key) {
     if (Status moved = move_to(first); !moved.ok()) return moved;
     broken_.clear();
     Status status;
+    int64_t latest = -1;  // packet of a frame
     const Decoder::Take take = [&](const AVFrame& frame) -> Status {
         if (is_flagged(frame)) broken_.push_back(static_cast<int32_t>(frame.pts));
+        const bool is_back = latest >= 0 && frame.pts >= 0 && index_.time_of(frame.pts) <= index_.time_of(latest);
+        if (is_back && broken_.empty()) is_out_of_order_ = true;
+        latest = frame.pts;
         const Wanted* wanted = find_wanted(frame.pts);
         if (!wanted || (*states_)[wanted->place] == FrameState::kGood) return {};
         (*states_)[wanted->place] = FrameState::kGood;
@@ -219,15 +231,14 @@ const FrameReader::Wanted* FrameReader::find_wanted(int64_t packet) const {
 
 Status FrameReader::read_packet() {
     is_pending_ = false;
-    do {
-        if (demuxer_->read(packet_.get()) < 0) {
-            at_end_ = true;
-            current_ = -1;
-            return watch_.status();
-        }
-    } while (packet_->size == 0);
+    if (demuxer_->read(packet_.get()) < 0) {
+        at_end_ = true;
+        current_ = -1;
+        return watch_.status();
+    }
     is_pending_ = true;
-    current_ = index_.find(packet_->pts);
+    current_ = index_.find(*packet_, expected_);
+    if (current_ >= 0) expected_ = static_cast<int32_t>(current_) + 1;
     return {};
 }
 
@@ -259,6 +270,7 @@ bool FrameReader::try_seek(int32_t key) {
     const bool by_byte = (demuxer_->is_format("mpegts") || demuxer_->is_format("mpeg")) && packet.byte_position >= 0;
     const bool by_dts = demuxer_->is_format("mov") && packet.dts != IndexedPacket::kNone;
     at_end_ = false;
+    expected_ = -1;
     if (!demuxer_->seek(by_byte ? packet.byte_position : by_dts ? packet.dts : packet.pts, by_byte)) return false;
     for (int strangers = 0; strangers < kMaxStrangers; ++strangers) {
         if (!read_packet().ok() || at_end_) return false;

@@ -69,11 +69,13 @@ private:
     std::unique_ptr<Decoder> decoder_;
     PacketPtr packet_;
     int64_t current_ = -1;  // index of packet_, -1: not one of the index
+    int32_t expected_ = 0;  // index of the next packet, -1: not known
     bool is_pending_ = false;
     bool at_end_ = false;
 
     std::vector<Wanted> wanted_;  // by packet
     std::vector<int32_t> broken_;  // packets that failed in this run
+    bool is_out_of_order_ = false;  // frames come out in another order than their times say
     const Take* take_ = nullptr;
     std::vector<FrameState>* states_ = nullptr;
     ReadCounts counts_;

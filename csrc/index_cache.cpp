@@ -14,7 +14,7 @@ namespace video {
 namespace {
 
 // Raised with every change of what is stored or of how a packet is judged.
-constexpr uint32_t kVersion = 4;
+constexpr uint32_t kVersion = 5;
 
 uint64_t fnv1a(const std::string& text) {
     uint64_t hash = 14695981039346656037u;
@@ -102,6 +102,10 @@ void visit_contents(Visitor& visit, IndexType& index) {
     visit(index.width);
     visit(index.height);
     visit(index.orientation);
+    visit(index.unapplied_degrees);
+    visit(index.clock_bits);
+    visit(index.decoder_delay);
+    visit(index.has_false_times);
     visit(index.time_base);
     visit(index.frame_rate);
     visit(index.is_truncated);

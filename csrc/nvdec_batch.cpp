@@ -41,6 +41,10 @@ PictureKind look_at_file(const Index& index, const Limits& limits, const Watch& 
         kind.status.message = "its packets have no times of their own";
         return kind;
     }
+    if (index.num_restarts() > 0) {
+        kind.status.message = "its clock starts again";
+        return kind;
+    }
     if (index.shown.empty()) return kind;
     std::vector<FrameState> states;
     FrameReader reader(index, limits, watch);

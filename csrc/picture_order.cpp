@@ -80,6 +80,12 @@ void compare_counts(const std::vector<Count>& counts, std::vector<size_t>* losse
 
 }  // namespace
 
+bool is_shown_before(const PictureOrder& next, const PictureOrder& picture) {
+    if (!next.is_known || !picture.is_known || next.is_idr || next.count < 0 || picture.count < 0) return false;
+    return (picture.count - next.count + next.count_range) % next.count_range - 1 < next.count_range / 2 - 1 &&
+           picture.count != next.count;
+}
+
 std::vector<size_t> find_losses(const std::vector<PictureOrder>& pictures) {
     std::vector<size_t> losses;
     compare_frame_numbers(pictures, &losses);

@@ -18,6 +18,9 @@ struct PictureOrder {
     int count_range = 16;
 };
 
+// Whether `next`, decoded right after `picture`, is shown before it; false where the counts do not tell.
+bool is_shown_before(const PictureOrder& next, const PictureOrder& picture);
+
 // Packets, ascending, that come after a lost one in decoding or in presentation. `pictures` are in decoding order.
 std::vector<size_t> find_losses(const std::vector<PictureOrder>& pictures);
 

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 class Index:
-    path: str
+    path: bytes
     format: str
     codec: str
     has_times: bool
+    has_false_times: bool
     is_truncated: bool
     trouble: str
     read_s: float
@@ -19,17 +20,20 @@ class Index:
     time_base: tuple[int, int]
     frame_rate: float
     num_keys: int
+    num_frames: int
+    num_restarts: int
+    unapplied_degrees: int
     clock: np.ndarray
     packets: dict[str, np.ndarray]
 
 def index(
-    paths: Sequence[str],
+    paths: Sequence[str | bytes],
     deadlines_s: Sequence[float],
     *,
     max_frame_pixels: int,
     max_num_frames: int,
     num_threads: int,
-    index_folder: str = "",
+    index_folder: str | bytes = "",
 ) -> list[tuple[Index | None, tuple[str, str]]]: ...
 def decode(
     requests: Sequence[Mapping[str, Any]], *, max_frame_pixels: int, num_threads: int, simd: str = ""

@@ -27,10 +27,16 @@ RUNS_CODE = ("allow_pickle", "trust_remote_code")
 """Settings that count only when typed on the command line."""
 TYPED_AGAIN = (*RUNS_CODE, "record_rollouts", "patch_cache", "synthetic_dir", "deepspeed_config", "video_device")
 """Those that must be typed again to resume: the record may be a stranger's, and these run, write or open something."""
-FIELDS: dict[str, Any] = {field.name: field for section in SECTIONS for field in dataclasses.fields(section)}
-DEFAULT_RECIPE = RECIPES / "tiny_cpu.yaml"
-DESCRIPTION = """--config NAME_OR_FILE.yaml takes the settings of a recipe first, by default those of tiny_cpu, in place
-of the defaults below; flags win. --resume RUN takes those the run was started with."""
+FIELDS: dict[str, Any] = {
+    name: field
+    for section in SECTIONS
+    for field in dataclasses.fields(section)
+    for name in (field.name, *(alias.removeprefix("--") for alias in field.metadata["aliases"]))
+}
+"""By their names, former ones too."""
+DESCRIPTION = """--config NAME_OR_FILE.yaml takes the settings of a recipe first, in place of the defaults below; flags
+win. Without it that is tiny_cpu for the tiny model on the embedded data, else own_videos. --resume RUN takes those the
+run was started with."""
 
 
 def read_recipe(path: Path, inherited_by: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -105,7 +111,7 @@ def _flags(settings: dict[str, Any]) -> list[str]:
 def parse_args(arguments: Sequence[str]) -> Config:
     """Settings from command line words; `--config FILE.yaml` counts as flags typed first.
 
-    Without `--config` the embedded tiny recipe is the base, or with `--resume RUN` what that run was started with.
+    Without `--config` the base is `default_recipe`, or with `--resume RUN` what that run was started with.
     Raises ValueError for unknown flags and for values of the wrong type or out of range.
     """
     from transformers import HfArgumentParser
@@ -120,21 +126,49 @@ def parse_args(arguments: Sequence[str]) -> Config:
     try:
         given, words = files.parse_known_args(list(arguments))
         typed = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
-        recipe = read_recipe(_config_file(given.config)) if given.config else {}
-        base = read_recipe(DEFAULT_RECIPE) if not given.config and not given.resume else recipe
-        saved = _saved_flags(given.resume, typed | recipe.keys()) if given.resume else []
-        resume = [f"--resume={given.resume}"] if given.resume else []
-        flags = [*saved, *resume, *_flags(base), *words]
+        config = given.config or (None if given.resume else default_recipe(words))
+        recipe = read_recipe(_config_file(config)) if config else {}
+        typed |= recipe.keys()
+        saved = [*_saved_flags(given.resume, typed), f"--resume={given.resume}"] if given.resume else []
+        flags = [*saved, *_flags(recipe), *words]
         *settings, unknown = parser.parse_args_into_dataclasses(args=flags, return_remaining_strings=True)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
     if unknown:
         raise ValueError(f"unknown flag: {' '.join(unknown)}")
-    config = Config(*settings)
+    made = Config(*settings)
     if given.resume and "offline" not in typed:
-        is_hub_name = config.model.model != "tiny" and not Path(config.model.model).exists()
-        config.model.offline = is_hub_name and "model" not in typed | recipe.keys()
-    return config
+        is_hub_name = made.model.model != "tiny" and not Path(made.model.model).expanduser().exists()
+        made.model.offline = is_hub_name and "model" not in typed
+    return made
+
+
+def default_recipe(words: Sequence[str]) -> Path:
+    """`tiny_cpu` for the embedded model on the embedded data, `own_videos` as soon as `words` ask for either's own."""
+    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name, embedded in (("model", "tiny"), ("annotations", "synthetic")):
+        asked.add_argument(f"--{name}", default=embedded)
+    given, _ = asked.parse_known_args(list(words))
+    return Path("tiny_cpu" if (given.model, given.annotations) == ("tiny", "synthetic") else "own_videos")
+
+
+def describe_settings(arguments: Sequence[str], config: Config) -> str:
+    """Which recipe the command line words took and what it comes to in the main, in a few short lines."""
+    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    asked.add_argument("--config")
+    given, words = asked.parse_known_args(list(arguments))
+    run = config.train.resume
+    recipe = given.config or (f"of {run}" if run else f"{default_recipe(words)} (--config takes another)")
+    model, data, rollout, train = config.model, config.data, config.rollout, config.train
+    pixels = f"{data.min_pixels or 'default'} to {data.max_pixels or 'default'} pixels"
+    return "\n".join([
+        f"recipe   {recipe}",
+        f"         {model.model} on {data.annotations}, videos {data.videos}, into {run or train.output_dir}",
+        f"         {train.phases}, learning rate {train.learning_rate:g}, beta {config.algorithm.beta:g}",
+        f"         {data.fps:g} frames per second, at most {data.max_frames}, of {pixels}; crops {data.random_crop:g}",
+        f"         {rollout.num_generations} answers of at most {rollout.max_completion_length} tokens; ZeRO "
+        f"{train.zero_stage}, offload {train.offload}",
+    ])  # fmt: skip
 
 
 def _config_file(given: Path) -> Path:

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tempsamp_fast.sample import Mode, Sample, Span, Task
-
-__all__ = ["Completion", "Mode", "Prompt", "RolloutGroup", "Sample", "Span", "Task", "VideoPatches", "VisionFeatures"]
+from tempsamp_fast.sample import Mode, Sample
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,8 @@ class Prompt:
     input_ids: Tensor
     """[prompt_len] int64, video placeholders already expanded to one id per merged patch."""
     video: VideoPatches
+    opening: str = ""
+    """What the chat template has written of the answer already: `<think>` and a line break, or nothing."""
     is_replacement: bool = False
     """Whether it takes the place of a sample whose video is bad."""
 

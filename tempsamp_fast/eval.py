@@ -1,6 +1,6 @@
 """Evaluate a checkpoint on a data set and print its scores beside the published ones.
 
-`python -m tempsamp_fast.eval --model DIR --annotations charades-test --videos DIR --output FOLDER`; on several GPUs
+`python -m tempsamp_fast.eval --model RUN --annotations charades-test --videos DIR --output FOLDER`; on several GPUs
 `torchrun --nproc-per-node N -m tempsamp_fast.eval ...` with the same words. Answers are kept as they come: an
 evaluation that was interrupted continues when it is started again, on any number of GPUs.
 """
@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from tempsamp_fast.config import MODES, DataConfig
-from tempsamp_fast.data.catalogue import DATASETS, dataset_name, load_samples
+from tempsamp_fast.data.catalogue import DATASETS, dataset_name, load_samples, require_clip_scores
+from tempsamp_fast.data.text_files import parse_json
 from tempsamp_fast.evaluation.published import DEFAULT_TABLES, MIXED, comparison
 from tempsamp_fast.evaluation.scoring import grounding_scores, oracle_ious, score_rows
 from tempsamp_fast.run.log import write_json
 from tempsamp_fast.sample import Mode, Sample, Task
 from tempsamp_fast.system.device import join_ranks, prepare_environment
-from tempsamp_fast.system.files import one_line, open_to_append, own_folder, parse_json, read_json, write_file
+from tempsamp_fast.system.files import one_line, open_to_append, own_folder, read_json, write_file
 
 HOW_FRAMES_ARE_TAKEN = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "sampling")
 HOW_THEY_ARE_READ = ("video_backend", "video_device", "patch_cache")
@@ -111,10 +112,12 @@ def evaluate(options: argparse.Namespace) -> str:
     """Ask, score and compare as the command line says; the table on rank 0, nothing on the others."""
     from tempsamp_fast.evaluation.answerer import Answerer
     from tempsamp_fast.evaluation.asking import answer_row
+    from tempsamp_fast.planning.look import look_for_videos
     from tempsamp_fast.rollout.generate import SamplingParams
-    from tempsamp_fast.run.checkpoint import read_video_settings
+    from tempsamp_fast.run.checkpoint import model_folder, read_video_settings
     from tempsamp_fast.system.ranks import barrier, of_all_ranks
 
+    options.model = model_folder(options.model)
     modes: list[Any] = options.mode.split("+")
     samples = load_samples(options.annotations, options.videos)[: options.max_samples]
     overridable = (*HOW_FRAMES_ARE_TAKEN, *HOW_THEY_ARE_READ, "task")
@@ -122,9 +125,10 @@ def evaluate(options: argparse.Namespace) -> str:
     data = dataclasses.replace(
         read_video_settings(Path(options.model)),
         **given,
-        on_bad_video="skip" if options.skip_bad_videos else "raise",
+        on_bad_sample="skip" if options.skip_bad_videos else "raise",
     )
     _check(options, modes, data.task, samples)
+    look_for_videos(samples, options.videos, data.on_bad_sample)
     params = SamplingParams(options.temperature, options.top_p, options.top_k, options.max_completion_length)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world_size > 1:
@@ -162,10 +166,8 @@ def _check(options: argparse.Namespace, modes: Sequence[str], task: Task, sample
         raise ValueError(f"--mode {options.mode}: choose answer, think or answer+think")
     if options.mixed_cot and (set(modes) != set(MODES) or task != "grounding"):
         raise ValueError(f"--mixed_cot needs --mode answer+think and the task grounding, not {options.mode} and {task}")
-    if task == "highlight" and not all(sample.clip_scores for sample in samples):
-        raise ValueError(
-            f"--task highlight: {options.annotations} has no clip scores; it takes QVHighlights annotations"
-        )
+    if task == "highlight":
+        require_clip_scores(options.annotations, samples)
 
 
 def _share(samples: Sequence[Sample], rank: int, world_size: int) -> list[Sample]:
@@ -195,7 +197,12 @@ def _report(
     options: argparse.Namespace, samples: Sequence[Sample], rows_by_mode: dict[Mode, list[dict[str, Any]]], task: Task
 ) -> str:
     scores: list[dict[str, Any]] = [
-        {"mode": mode, **score_rows(samples, rows, task, not options.untagged)} for mode, rows in rows_by_mode.items()
+        {
+            "mode": mode,
+            **score_rows(samples, rows, task, not options.untagged),
+            "outside_video": sum(row["outside_video"] for row in rows),
+        }
+        for mode, rows in rows_by_mode.items()
     ]
     if options.mixed_cot:
         ious = [[row["iou"] if row["span"] else None for row in rows] for rows in rows_by_mode.values()]
@@ -219,10 +226,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tempsamp_fast.eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", required=True, help="checkpoint folder (RUN/checkpoints/step_*/model) or hub name")
+    add("--model", required=True, help="run folder, checkpoint folder or hub name")
     add("--base", help="hub name of the model that adapters belong on, where the hub's cache lacks it")
     add("--annotations", required=True, help=f"file or data set: {', '.join(DATASETS)}")
-    add("--videos", required=True, type=Path, help="folder of <video id>.{mp4,mkv,webm,avi}")
+    add("--videos", required=True, type=Path, help="folder of <video id>.{mp4,mkv,webm,avi,mov,m4v}")
     add("--output", required=True, type=Path, help="folder of answers and scores; one that has some is continued")
     add("--mode", default="answer", help="answer, think or answer+think")
     add("--mixed_cot", action="store_true", help="also the better mode of each query: an upper bound, needs both modes")
@@ -251,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value}: must be at least 1")
         text = evaluate(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return 2
     if text:

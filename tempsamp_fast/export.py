@@ -20,19 +20,19 @@ prepare_environment()
 from tempsamp_fast.config import ModelConfig  # noqa: E402
 from tempsamp_fast.model.loading import DTYPES, load_model  # noqa: E402
 from tempsamp_fast.model.lora import base_checkpoint  # noqa: E402
-from tempsamp_fast.run.checkpoint import MODEL, VIDEO_SETTINGS, latest_checkpoint  # noqa: E402
+from tempsamp_fast.run.checkpoint import VIDEO_SETTINGS, model_folder  # noqa: E402
 from tempsamp_fast.system.files import one_line, write_file  # noqa: E402
 
 
 def export(source: Path, out: Path, dtype: torch.dtype, base: str | None = None) -> None:
-    """Write the model of a run's newest checkpoint, or of a checkpoint's `model/` folder, into the new folder `out`.
+    """Write the model of a run's newest checkpoint, or of a checkpoint, into the new folder `out`.
 
     base: the hub name to fetch where the model is adapters on it; otherwise the hub's cache must have it.
     Raises ValueError for a source without a model and for an `out` that exists.
     """
     if out.exists():
         raise ValueError(f"{out}: exists already")
-    folder = latest_checkpoint(source)[0] / MODEL if (source / "checkpoints").is_dir() else source
+    folder = Path(model_folder(str(source)))
     has_adapters = base_checkpoint(str(folder)) is not None
     model, chat = load_model(
         str(folder), ModelConfig(model=base or str(folder)), torch.float32 if has_adapters else dtype

@@ -17,7 +17,7 @@ from tempsamp_fast.video import BackendName
 
 
 def infer(
-    model_folder: str,
+    model: str,
     video: Path,
     query: str,
     mode: Mode = "answer",
@@ -26,30 +26,37 @@ def infer(
     video_backend: BackendName = "auto",
     base: str | None = None,
 ) -> dict[str, Any]:
-    """The model's greedy answer to one query: `span` in seconds (None if it does not parse), `text`, `duration_s`.
+    """The greedy answer to one query: `span` in seconds (None if it does not parse), `text`, `duration_s`.
+
+    model: a run folder, whose newest checkpoint answers, a checkpoint folder, or a hub name.
+
+    `outside_video` says that the span goes on beyond the video.
 
     Frames are taken as the checkpoint was trained (`video.json` beside its weights), by `video_backend`; `base` is as
     of `Answerer`. Raises ValueError naming a bad checkpoint, video or query.
     """
     from tempsamp_fast.evaluation.answerer import Answerer
-    from tempsamp_fast.rewards import parse_span
+    from tempsamp_fast.rewards import is_outside, parse_span
     from tempsamp_fast.rollout.generate import SamplingParams
-    from tempsamp_fast.run.checkpoint import read_video_settings
+    from tempsamp_fast.run.checkpoint import model_folder, read_video_settings
 
+    checkpoint = model_folder(model)
     if not query.strip():
         raise ValueError("query is empty")
     params = SamplingParams(temperature=0.0, max_completion_length=max_completion_length)
-    settings = replace(read_video_settings(Path(model_folder)), video_backend=video_backend)
-    answerer = Answerer(model_folder, settings, params, base=base)
+    settings = replace(read_video_settings(Path(checkpoint)), video_backend=video_backend)
+    answerer = Answerer(checkpoint, settings, params, base=base)
     sample = Sample(video.stem, video, query, duration_s=0.0, windows=())
     (prompt,) = answerer.loader.prompts([sample], [mode])
     (completion,) = answerer.answer([prompt])
-    grid_t = prompt.video.grid_thw[0]
+    span, second = parse_span(completion.text, require_tags), prompt.video.second_per_grid
+    duration_s = prompt.video.grid_thw[0] * second
     return {
         "video": str(video),
         "query": query,
-        "span": parse_span(completion.text, require_tags),
-        "duration_s": round(grid_t * prompt.video.second_per_grid, 2),
+        "span": span,
+        "duration_s": round(duration_s, 2),
+        "outside_video": is_outside(span, duration_s + second),  # the file may last for up to a patch more
         "text": completion.text,
     }
 
@@ -57,7 +64,7 @@ def infer(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; prints the answer as one JSON object. Exit code 2 on bad input."""
     parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.infer", description=__doc__)
-    parser.add_argument("--model", required=True, help="checkpoint folder (RUN/checkpoints/step_*/model) or hub name")
+    parser.add_argument("--model", required=True, help="run folder, checkpoint folder or hub name")
     parser.add_argument("--base", help="hub name of the model that adapters belong on, where the hub's cache lacks it")
     parser.add_argument("--video", required=True, type=Path)
     parser.add_argument("--query", required=True)
@@ -70,33 +77,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_environment()
     mode: Mode = "think" if options.think else "answer"
     try:
-        answer = infer(
-            options.model,
-            options.video,
-            options.query,
-            mode,
-            options.max_completion_length,
-            not options.untagged,
-            options.video_backend,
-            options.base,
-        )
+        if options.plot:
+            options.plot.parent.mkdir(parents=True, exist_ok=True)
+        how = options.max_completion_length, not options.untagged, options.video_backend, options.base
+        answer = infer(options.model, options.video, options.query, mode, *how)
         print(json.dumps(answer))
         if options.plot:
             _plot(answer, options.plot)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return 2
     return 0
 
 
 def _plot(answer: dict[str, Any], path: Path, num_frames: int = 8) -> None:
+    from tempsamp_fast.data.frame_folder import thumbnails
     from tempsamp_fast.report.plots import plot_timeline
-    from tempsamp_fast.video import frames
 
     duration_s = answer["duration_s"]
     times_s = [duration_s * (index + 0.5) / num_frames for index in range(num_frames)]
-    spans = {"predicted": answer["span"]} if answer["span"] else {}
-    plot_timeline(frames(answer["video"], times_s, height=96), times_s, duration_s, spans, answer["query"], path)
+    pictures = thumbnails(answer["video"], times_s, height=96)
+    plot_timeline(pictures, times_s, duration_s, {"predicted": answer["span"]}, answer["query"], path)
 
 
 if __name__ == "__main__":

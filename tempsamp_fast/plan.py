@@ -1,7 +1,8 @@
 """What a run will take: `python -m tempsamp_fast.plan --config RECIPE --gpus 8 --nodes 2`, or `train.py --dry-run`.
 
-Everything is an estimate by arithmetic, from settings, annotations and the model's shape: no weights are read, no video
-is opened, and the data need not be there. Step times are expected only from figures measured on one GPU (`--measured`).
+Everything is an estimate by arithmetic, from settings, annotations and the model's shape: no weights are read, of the
+videos at most the header of one, and the data need not be there. Step times are expected only from figures measured on
+one GPU (`--measured`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,18 +22,29 @@ import torch
 from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.config import Config, DataConfig, parse_phases, prompts_per_step
 from tempsamp_fast.data.catalogue import DATASETS, find_annotations, load_training_data
-from tempsamp_fast.embedded.videos import SyntheticConfig, draw_videos
+from tempsamp_fast.embedded.data import embedded_videos
+from tempsamp_fast.embedded.videos import draw_videos
 from tempsamp_fast.learning.engine import effective_zero
 from tempsamp_fast.model.architectures import count_parameters, model_config
 from tempsamp_fast.model.families import geometry_of
 from tempsamp_fast.model.flops import PEAK_BF16_TFLOPS
-from tempsamp_fast.planning.estimate import Memory, largest, step_flops, step_memory, step_traffic, video_grid, work_of
+from tempsamp_fast.planning.estimate import (
+    FRAME_SIZE,
+    Memory,
+    largest,
+    num_frames,
+    step_flops,
+    step_memory,
+    step_traffic,
+    video_grid,
+    work_of,
+)
 from tempsamp_fast.planning.forecast import Forecast, Measured, describe, forecast, read_measured
+from tempsamp_fast.planning.look import look_at_prompts, look_for_all_videos
+from tempsamp_fast.run.checkpoint import model_folder
 from tempsamp_fast.run.schedule import in_steps
 from tempsamp_fast.system.files import one_line
 
-FRAME_SIZE = (720, 1280)
-"""(height, width) in pixels that videos are taken to have: the pixel budgets bind long before."""
 SHORTEST_ANSWER = {"answer": 20, "think": 45}
 """Tokens of the shortest useful answers: the span in its tags, and the template that thinks before it."""
 GIB = 2**30
@@ -47,20 +60,24 @@ class Data:
     note: str
 
 
-def training_data(data: DataConfig) -> Data:
-    """From the annotations where they are, from published counts where they are not."""
-    if data.annotations == "synthetic":
-        train, val, test = data.num_synthetic_videos()
-        videos = draw_videos(SyntheticConfig(num_train=train, num_val=val, num_test=test))["train"]
-        durations = [video.annotation["duration"] for video in videos for _ in video.annotation["sentences"]]
-        return Data(len(durations), tuple(durations), "the embedded data set")
+def are_here(data: DataConfig) -> bool:
+    """Whether the training annotations, if a file, can be read on this machine."""
     dataset = DATASETS.get(data.annotations)
     assert data.videos is not None
     try:
-        is_here = bool(find_annotations(dataset, Path(data.videos))) if dataset else Path(data.annotations).is_file()
+        return bool(find_annotations(dataset, Path(data.videos))) if dataset else Path(data.annotations).is_file()
     except ValueError:
-        is_here = False
-    if is_here:
+        return False
+
+
+def training_data(data: DataConfig) -> Data:
+    """From the annotations where they are, from published counts where they are not."""
+    if data.annotations == "synthetic":
+        videos = draw_videos(embedded_videos(data))["train"]
+        durations = [video.annotation["duration"] for video in videos for _ in video.annotation["sentences"]]
+        return Data(len(durations), tuple(durations), "the embedded data set")
+    dataset = DATASETS.get(data.annotations)
+    if are_here(data):
         samples, _ = load_training_data(dataclasses.replace(data, eval_annotations=None, eval_videos=None))
         return Data(len(samples), tuple(sample.duration_s for sample in samples), f"read from {data.annotations}")
     missing = f"{data.annotations} is not here"
@@ -76,8 +93,7 @@ def video_grids(data: DataConfig, found: Data, config: Any) -> list[tuple[int, i
     """The grids of all samples; where durations are not known, of every possible number of frames."""
     geometry = geometry_of(config, data.min_pixels, data.max_pixels, data.total_pixels)
     if found.durations_s:
-        wanted = [int(duration * data.fps) // 2 * 2 for duration in found.durations_s]
-        counts = [min(max(count, data.min_frames), data.max_frames) for count in wanted]
+        counts = [num_frames(duration_s, data) for duration_s in found.durations_s]
     else:
         counts = list(range(data.min_frames, data.max_frames + 1, 2))
     by_count = {count: video_grid(geometry, count, FRAME_SIZE) for count in set(counts)}
@@ -91,10 +107,42 @@ def value_size(config: Config) -> int:
     return 4 if config.model.dtype == "float32" or on_cpu else 2
 
 
-def peak_memory(config: Config, world_size: int) -> Memory:
-    """Of the phase that takes most, with every answer as long as it may be."""
+def decided(config: Config, world_size: int) -> Config:
+    """The settings with a run folder as `model` taken for its newest checkpoint, and `zero_stage="auto"` chosen.
+
+    That is the least stage whose `peak_memory` leaves a tenth of the card free; 0 without a card.
+    """
+    config = copy.deepcopy(config)
+    config.model.model = model_folder(config.model.model)
+    if config.train.zero_stage == "auto":
+        config.train.zero_stage = "0"
+        card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf
+        found = training_data(config.data) if card < math.inf else None
+        asked = config.train.offload
+        for stage, offload in (("0", asked), ("2", asked), ("3", asked), ("3", "all")):
+            tried: dict[str, Any] = {"zero_stage": stage, "offload": offload}
+            config.train = dataclasses.replace(config.train, **tried)
+            if found is None or peak_memory(config, world_size, found).total < 0.9 * card:
+                break
+    return config
+
+
+def look_before(config: Config) -> None:
+    """Say what `decided` settings would stumble over: missing videos, a prompt longer than a row.
+
+    Raises ValueError for it where `on_bad_sample` does, and for a folder of videos that is not there.
+    """
+    data = config.data
+    if data.annotations != "synthetic" and are_here(data):
+        train, held_out = load_training_data(data)
+        look_for_all_videos(data, train, held_out)
+        look_at_prompts([*train, *held_out], data, model_config(config.model), config.train.max_tokens_per_row)
+
+
+def peak_memory(config: Config, world_size: int, found: Data | None = None) -> Memory:
+    """Of the phase that takes most, with every answer as long as it may be. found: None reads the annotations."""
     shape = model_config(config.model)
-    grid = largest(video_grids(config.data, training_data(config.data), shape))
+    grid = largest(video_grids(config.data, found or training_data(config.data), shape))
     parameters, methods = count_parameters(shape, config.model), {p.method for p in parse_phases(config.train.phases)}
     works = [
         work_of(grid, shape, method, config.rollout.num_generations, config.rollout.max_completion_length)
@@ -170,7 +218,7 @@ def describe_plan(config: Config, world_size: int, gpu: str | None = None, measu
     chosen = f"{stage}, offload {'+'.join(sorted(offloaded)) or 'none'} (chosen)"
     rows = [(chosen, config), *((str(stage), with_stage(config, stage)) for stage in range(4))]
     for name, settings in rows:
-        memory = peak_memory(settings, world_size)
+        memory = peak_memory(settings, world_size, found)
         figures = [memory.weights, memory.reference, memory.gradients, memory.optimizer, memory.buffers]
         cells = [*figures, memory.activations, memory.total, memory.off_gpu]
         widths = (9, 11, 11, 11, 9, 13, 8, 9)
@@ -193,7 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.gpus < 1 or options.nodes < 1:
             raise ValueError(f"--gpus {options.gpus} --nodes {options.nodes}: must be at least 1")
         measured = read_measured(options.measured) if options.measured else None
-        print(describe_plan(parse_args(words), options.gpus * options.nodes, options.gpu, measured))
+        world_size = options.gpus * options.nodes
+        print(describe_plan(decided(parse_args(words), world_size), world_size, options.gpu, measured))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return 2

@@ -7,12 +7,12 @@ use it there in `TASK_REWARDS`.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tempsamp_fast.sample import Sample, Span, Task
+from tempsamp_fast.times import joined, read_times
 
 Reward = Callable[..., list[float]]
 
@@ -22,14 +22,7 @@ CLIP_S = 2
 # The innermost closed block: an unclosed <answer> before it does not stretch it.
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.IGNORECASE | re.DOTALL)
 
-# Seconds, MM:SS or HH:MM:SS, perhaps with a unit. The pair must not be part of a longer number or word.
-_TIME = r"(\d+(?::[0-5]?\d){0,2}(?:\.\d+)?)(?:\s*(?:seconds?|secs?|s))?"
-# Looked ahead at, so that pairs that share a time are all found.
-_PAIR = re.compile(rf"(?<![\w.:-])(?=({_TIME}\s*(?:to|and|[-–])\s*{_TIME})(?![\w:]|\.\d))", re.IGNORECASE | re.ASCII)
-
 _THINK_THEN_ANSWER = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.IGNORECASE | re.DOTALL)
-
-_NUMBER = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
 
 
 def answer_text(text: str, require_tags: bool = True) -> str:
@@ -41,17 +34,19 @@ def answer_text(text: str, require_tags: bool = True) -> str:
 def parse_spans(text: str, require_tags: bool = True) -> list[Span]:
     """Every `A to B`, `A and B` or `A - B` of the last answer block, in order.
 
-    Of pairs that share a time, as in `5 and 12 to 20`, the later one counts. Times are seconds, MM:SS or HH:MM:SS,
-    never rounded; a pair whose end is not after its start is returned as written. `require_tags=False` reads the whole
-    text where there is no answer block.
+    Of pairs that share a time, as in `5 and 12 to 20`, the later one counts. What counts as a time is told in
+    `times`; none is rounded. A pair whose end is not after its start is returned as written. `require_tags=False` reads
+    the whole text where there is no answer block.
     """
+    answer = answer_text(text, require_tags)
+    times = read_times(answer)
     spans: list[Span] = []
-    free_until = math.inf
-    for pair in reversed(list(_PAIR.finditer(answer_text(text, require_tags)))):
-        if pair.end(1) <= free_until:
-            spans.append((_seconds(pair[2]), _seconds(pair[3])))
-            free_until = pair.start()
-    return [span for span in reversed(spans) if all(map(math.isfinite, span))]
+    index = len(times) - 2
+    while index >= 0:
+        span = joined(answer, times[index], times[index + 1])
+        spans += [span] if span else []
+        index -= 2 if span else 1
+    return spans[::-1]
 
 
 def parse_span(text: str, require_tags: bool = True) -> Span | None:
@@ -60,25 +55,20 @@ def parse_span(text: str, require_tags: bool = True) -> Span | None:
     return spans[-1] if spans else None
 
 
-def _seconds(time: str) -> float:
-    seconds = 0.0
-    for part in time.split(":"):
-        seconds = 60 * seconds + float(part)
-    return seconds
-
-
 def parse_highlights(text: str, require_tags: bool = True) -> dict[float, float] | None:
     """Saliency by timestamp in seconds, from the last answer block; None when it does not follow the prompt's form.
 
     A timestamp without its score (an answer cut off, lists of different lengths) is dropped; of a repeated timestamp
-    the first counts.
+    the first counts. Neither is there anything to read where one of the numbers has no sure reading (`82,84`).
     """
     before, saliency, after = answer_text(text, require_tags).lower().partition("saliency scores")
     if not saliency or "timestamps" not in before:
         return None
-    timestamps, scores = ([float(number) for number in _NUMBER.findall(part)] for part in (before, after))
+    timestamps, scores = ([time.seconds for time in read_times(part)] for part in (before, after))
     highlights: dict[float, float] = {}
     for timestamp, score in zip(timestamps, scores, strict=False):
+        if timestamp is None or score is None:
+            return None
         highlights.setdefault(timestamp, score)
     return highlights
 
@@ -97,6 +87,11 @@ def temporal_iou(a: Span, b: Span) -> float:
     if a[1] <= a[0] or b[1] <= b[0]:
         return 0.0
     return max(0.0, min(a[1], b[1]) - max(a[0], b[0])) / (max(a[1], b[1]) - min(a[0], b[0]))
+
+
+def is_outside(span: Span | None, duration_s: float) -> bool:
+    """Whether an answered span goes on beyond the video, by more than two decimals round."""
+    return span is not None and max(span) > duration_s + 0.005
 
 
 def best_iou(span: Span | None, windows: Sequence[Span]) -> float:

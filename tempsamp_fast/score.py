@@ -1,10 +1,12 @@
-"""Score predictions: `python -m tempsamp_fast.score --predictions FILE --annotations FILE` (`--json`: one object)."""
+"""Score predictions: `python -m tempsamp_fast.score --predictions RUN_OR_FILE --annotations FILE [--json]`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
 from tempsamp_fast.data.annotations import FORMATS, load_annotations
@@ -13,13 +15,25 @@ from tempsamp_fast.sample import Task
 from tempsamp_fast.system.files import one_line
 
 
+def answers_file(given: str) -> Path:
+    """The newest answers of a run folder, told on stderr; a file is itself. Raises ValueError for any other folder."""
+    path = Path(given)
+    if not path.is_dir():
+        return path
+    files = sorted((path / "eval").glob("*.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+    if not files:
+        raise ValueError(f"--predictions {given}: no run folder with answers (eval/*.jsonl)")
+    print(f"scoring {files[-1]}", file=sys.stderr)
+    return files[-1]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, print the metrics."""
     parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.score", description="Score predicted spans.")
     parser.add_argument(
         "--predictions",
         required=True,
-        help="JSON lines: sample_id or qid (or vid and query), and text, or as in `score_rows`",
+        help="run folder (its newest answers) or JSON lines: sample_id or qid (or vid and query), and text or spans",
     )
     parser.add_argument("--annotations", required=True, help="annotation file with the ground truth")
     parser.add_argument("--format", default="auto", choices=["auto", *FORMATS], help="format of the annotation file")
@@ -30,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         samples = load_annotations(options.annotations, format=options.format)
         metrics = score_rows(
-            samples, read_predictions(options.predictions, samples), options.task, not options.untagged
+            samples, read_predictions(answers_file(options.predictions), samples), options.task, not options.untagged
         )
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {one_line(error)}\n")

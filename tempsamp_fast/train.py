@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,17 +13,19 @@ from pathlib import Path
 
 from tempsamp_fast.system.device import join_ranks, prepare_environment, training_device
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while importing there is nothing to tell
 prepare_environment()
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-from tempsamp_fast.arguments import parse_args  # noqa: E402
-from tempsamp_fast.learning.advantage import assign_advantages, skewness_by_rule  # noqa: E402
+from tempsamp_fast.arguments import describe_settings, parse_args  # noqa: E402
+from tempsamp_fast.learning.advantage import advantage_metrics, assign_advantages  # noqa: E402
 from tempsamp_fast.learning.groups import reward_metrics  # noqa: E402
 from tempsamp_fast.learning.update import mean_over_ranks  # noqa: E402
-from tempsamp_fast.plan import describe_plan  # noqa: E402
+from tempsamp_fast.plan import decided, describe_plan, look_before  # noqa: E402
 from tempsamp_fast.run.results import Results  # noqa: E402
 from tempsamp_fast.run.run import Run  # noqa: E402
 from tempsamp_fast.system.files import one_line, write_file  # noqa: E402
@@ -40,7 +43,7 @@ def train(run: Run) -> None:
     """The whole job: sample, score, advantage, update, and an evaluation and a checkpoint after each phase."""
     algorithm, results = run.config.algorithm, Results(run)
     with run.log() as log, run.heartbeat, run.graceful_stop, run.steps() as steps:
-        if run.first_step == 0:
+        if run.first_step == 0 and run.config.train.eval_start:
             results.evaluate("start", 0, log)
         run.watch.restart()
         for at, prompts in steps:
@@ -49,11 +52,9 @@ def train(run: Run) -> None:
             assign_advantages(groups, at.phase.method, algorithm)
             metrics = run.update(at, groups)
 
-            metrics |= reward_metrics(groups) | run.watch.total()
+            metrics |= reward_metrics(groups, run.chat.eos_token_id) | run.epochs(at) | run.watch.total()
             if at.phase.method == "tempsamp":
-                metrics |= {
-                    f"advantage/skew/{rule}": skew for rule, skew in skewness_by_rule(groups, algorithm).items()
-                }
+                metrics |= advantage_metrics(groups, algorithm)
             num_bad_videos = sum(of_all_ranks(sum(prompt.is_replacement for prompt in prompts)))
             log.log(at.step, str(at.phase), mean_over_ranks(metrics) | {"data/bad_videos": num_bad_videos})
             log.log_groups(at.step, str(at.phase), groups)
@@ -64,7 +65,7 @@ def train(run: Run) -> None:
             if at.is_last_of_phase or run.is_save_step(at) or is_stopping:
                 run.save(at.step + 1)
             if is_stopping:
-                logger.warning("stopped by SIGTERM after step %d; go on with --resume %s", at.step, run.folder)
+                logger.warning("stopped after step %d as asked; go on with --resume %s", at.step, run.folder)
                 return
             run.watch.restart()
     results.finish()
@@ -76,10 +77,18 @@ def main(arguments: Sequence[str]) -> None:
     disable_progress_bar()
     folder = None
     try:
-        config = parse_args(arguments)
+        world_size, is_first = int(os.environ["WORLD_SIZE"]), os.environ["RANK"] == "0"
+        config = decided(parse_args(arguments), world_size)
+        if is_first:
+            logger.info("%s", describe_settings(arguments, config))
+        if "ACCELERATE_USE_CPU" in os.environ and world_size == 1:
+            logger.warning(
+                "started by accelerate as one process, on a CPU whatever its --num_processes: torchrun starts several"
+            )
         if config.train.dry_run:
-            if os.environ["RANK"] == "0":
-                print(describe_plan(config, int(os.environ["WORLD_SIZE"])))
+            if is_first:
+                print(describe_plan(config, world_size))
+                look_before(config)
             return
         folder = Path(config.train.resume or config.train.output_dir)
         training_device()
@@ -93,7 +102,12 @@ def main(arguments: Sequence[str]) -> None:
         advice = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else ""
         sys.stderr.write(f"error: {one_line(error)}{advice}\n")
         sys.exit(LOST_RANK_EXIT if isinstance(error, RankLostError) else 2)
+    except KeyboardInterrupt:
+        go_on = f"; go on with --resume {folder}" if folder and (folder / "config.json").exists() else ""
+        sys.stderr.write(f"error: Ctrl-C{go_on}\n")
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main(sys.argv[1:])

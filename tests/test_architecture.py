@@ -31,12 +31,13 @@ FLOORS = (
     {"video"},
     {"arguments"},
     {"config", "batch", "rewards", "system"},
-    {"sample"},
+    {"sample", "times"},
 )
 """The packages and modules of tempsamp_fast from the street to the cellar: an import goes to a floor below, or stays
 in its package. The facts about model families lie beneath the data, which writes prompts by them."""
-WITHOUT_TORCH = ("sample", "rewards", "config", "arguments", "score", "evaluation.scoring", "evaluation.published",
-                 "data.annotations", "data.catalogue", "data.prompts", "data.subsets")  # fmt: skip
+WITHOUT_TORCH = ("sample", "times", "rewards", "config", "arguments", "score", "evaluation.scoring",
+                 "evaluation.published", "data.annotations", "data.catalogue", "data.prompts",
+                 "data.subsets")  # fmt: skip
 """What scores answers and reads files: it imports neither torch nor what is built on it."""
 TOP_MODULES = 14
 KERNEL_IMPORTS = {"torch", "triton", "tempsamp_kernels"}
@@ -130,17 +131,21 @@ def test_scoring_and_reading_need_no_torch(name: str) -> None:
             reached.add(module)
             waiting += [each for each in imports(module) if each in modules()]
     libraries = set().union(*(top_level(imports(module)) for module in reached))
-    assert not libraries & {"torch", "transformers", "deepspeed", "triton"}
+    assert not libraries & {"torch", "transformers", "deepspeed", "triton", "matplotlib"}
 
 
 def test_the_type_of_a_model_is_looked_at_in_one_place() -> None:
     """A new family is a record of model/families.py: nothing else compares with a type, or lists the types."""
-    mentions = {
+    families = REPOSITORY / "tempsamp_fast/model/families.py"
+    names = "|".join(re.findall(r'^    name="(\w+)",', families.read_text(), re.MULTILINE))
+    asked = re.compile(rf'model_type|Qwen\w*(Config|ForConditional)|[=!]= "({names})"|in \([^)]*"({names})"')
+    geometry = REPOSITORY / "tempsamp_fast/video/geometry.py"  # has the rules of two processors, by whose they are
+    assert names.count("|") >= 1
+    assert [
         str(path.relative_to(REPOSITORY))
         for path in (REPOSITORY / "tempsamp_fast").rglob("*.py")
-        if path.name != "families.py" and re.search(r"model_type|Qwen\w*(Config|ForConditional)", path.read_text())
-    }
-    assert mentions == set()
+        if path not in (families, geometry) and asked.search(path.read_text())
+    ] == []
 
 
 def test_nothing_imports_the_training_script() -> None:
@@ -195,7 +200,10 @@ def test_no_file_is_longer_than_400_lines() -> None:
         if path.suffix in {".py", ".cpp", ".h", ".cu"}
     ]
     assert files
-    assert {str(path): lines for path in files if (lines := len(path.read_text().splitlines())) > 400} == {}
+    lengths = {path: len(path.read_text().splitlines()) for path in files}
+    assert {str(path): lines for path, lines in lengths.items() if lines > 400} == {}
+    package = REPOSITORY / "tempsamp_fast"
+    assert sum(lines > 300 for path, lines in lengths.items() if package in path.parents) <= 3
 
 
 def test_rewards_are_imported_at_once() -> None:
@@ -215,6 +223,9 @@ def test_a_wheel_in_an_empty_folder_finds_its_files(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
+    packed = {path.relative_to(tmp_path / "installed") for path in (tmp_path / "installed/tempsamp_fast").rglob("*.*")}
+    kept = {path.relative_to(REPOSITORY) for path in (REPOSITORY / "tempsamp_fast").rglob("*.*")}
+    assert packed == {path for path in kept if path.suffix not in (".pyc", ".so")}
     (tmp_path / "empty").mkdir()
     code = (
         "from tempsamp_fast.arguments import RECIPES, parse_args\n"

@@ -41,7 +41,7 @@ SETTINGS = {
     "phases": "sft:2,tempsamp:3",
     "eval_modes": "answer",
     "save_steps": 1,
-    "on_bad_video": "skip",
+    "on_bad_sample": "skip",
 }
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 TIMEOUT_S = 240

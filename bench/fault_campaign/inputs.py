@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
 from bench.fault_campaign.children import World, fresh, start
 
 Case = Callable[[], dict[str, Any]]
@@ -32,6 +34,18 @@ CONFIG: dict[str, tuple[str, ...]] = {
     "recording and replaying": ("--record_rollouts=a", "--replay_rollouts=b"),
     "recording over a file": (f"--record_rollouts={__file__}",),
     "CUDA graphs under vLLM": ("--cuda_graphs=true", "--rollout_backend=vllm"),
+    "a model of no folder": ("--model=runs/nowhere",),
+    "a seed of 64 bits": ("--seed=9223372036854775808",),
+    "an empty name": ("--eval_annotations=",),
+    "a folder of videos that is not there": ("--videos=nowhere",),
+}
+DEEPSPEED: dict[str, Any] = {
+    "a stage for a section": {"zero_optimization": 2},
+    "a batch size": {"train_batch_size": 16},
+    "an optimizer of 8 bits": {"optimizer": {"type": "Adam8bit"}},
+    "a rate of its own": {"optimizer": {"type": "AdamW", "params": {"lr": 0.5}}},
+    "fp16": {"fp16": {"enabled": True}},
+    "bf16 for a run in fp32": {"bf16": {"enabled": True}},
 }
 ENTRY: dict[str, Any] = {"duration": 8.0, "timestamps": [[1.0, 3.0]], "sentences": ["a square appears"]}
 ANNOTATIONS: dict[str, str] = {
@@ -57,6 +71,7 @@ ANNOTATIONS: dict[str, str] = {
     "a path out of the folder": json.dumps({"../../etc/passwd": ENTRY}),
     "an absolute path": json.dumps({"/etc/passwd": ENTRY}),
 }
+LONG = "word " * 180_000
 VIDEOS: dict[str, bytes | None] = {
     "missing": None,
     "empty": b"",
@@ -174,6 +189,11 @@ def input_cases(world: World) -> Iterator[tuple[str, Case]]:
     """`(name, case)`."""
     for name, words in CONFIG.items():
         yield f"config: {name}", partial(_config, world, words)
+    for name, content in DEEPSPEED.items():
+        yield f"DeepSpeed file: {name}", partial(_deepspeed, world, content)
+    yield "before the run: a missing video", partial(_sample, world, {"lost": ENTRY}, "lost.mp4")
+    yield "before the run: a long query", partial(_sample, world, {"long": ENTRY | {"sentences": [LONG]}}, "'long/0'")
+    yield "weights of NaN", partial(_nan, world)
     for name, text in ANNOTATIONS.items():
         yield f"annotations: {name}", partial(_annotations, world, text)
     for name, content in VIDEOS.items():
@@ -206,6 +226,33 @@ def _config(world: World, words: tuple[str, ...]) -> dict[str, Any]:
     return _verdict(world, [*world.flags(run), *words], named)
 
 
+def _deepspeed(world: World, content: Any) -> dict[str, Any]:
+    run, path = fresh(world.folder / "input"), world.folder / "my_deepspeed.json"
+    path.write_text(json.dumps(content))
+    return _verdict(world, world.flags(run, deepspeed_config=path), "my_deepspeed.json")
+
+
+def _sample(world: World, entries: dict[str, Any], named: str) -> dict[str, Any]:
+    """One more sample beside the good ones, of which none may have been trained on."""
+    run, path, videos = fresh(world.folder / "input"), world.folder / "mine.json", fresh(world.folder / "my_videos")
+    shutil.copytree(world.clips / "videos", videos)
+    shutil.copy(next(videos.glob("*.mp4")), videos / "long.mp4")
+    path.write_text(json.dumps(json.loads((world.clips / "annotations/train.json").read_text()) | entries))
+    settings = {"videos": videos, "on_bad_sample": "raise", "max_eval_samples": 0}
+    verdict = _verdict(world, world.flags(run, annotations=path, **settings), named)
+    if (run / "metrics.jsonl").exists():
+        verdict["outcome"] = "the run began"
+    return verdict
+
+
+def _nan(world: World) -> dict[str, Any]:
+    run, model = fresh(world.folder / "input"), fresh(world.folder / "my_model")
+    shutil.copytree(world.model, model)
+    weights = {name: tensor * float("nan") for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    return _verdict(world, world.flags(run, model=model, phases="sft:2", max_eval_samples=0), "NaN in the weights")
+
+
 def _annotations(world: World, text: str) -> dict[str, Any]:
     run, path = fresh(world.folder / "input"), world.folder / "mine.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
@@ -227,7 +274,7 @@ def _video(world: World, content: bytes | None, backend: str) -> dict[str, Any]:
         path.write_bytes(content)
     annotations = world.folder / "mine.json"
     annotations.write_text(json.dumps({"clip": ENTRY}))
-    settings = {"videos": folder, "video_backend": backend, "on_bad_video": "raise", "max_eval_samples": 0}
+    settings = {"videos": folder, "video_backend": backend, "on_bad_sample": "raise", "max_eval_samples": 0}
     return _verdict(world, world.flags(run, annotations=annotations, **settings), "clip.mp4")
 
 

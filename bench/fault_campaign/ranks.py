@@ -12,7 +12,7 @@ from typing import Any
 from bench.fault_campaign.children import Child, World, difference, fresh, record, start
 from tempsamp_fast.system.device import free_port
 
-SETTINGS = {"stall_timeout_s": 8, "on_bad_video": "raise"}
+SETTINGS = {"stall_timeout_s": 8, "on_bad_sample": "raise"}
 WAIT_FOR = {"rollout": "tempsamp/answer", "first steps": "sft/answer"}
 """Moments, by what metrics.jsonl holds then."""
 

@@ -2,9 +2,8 @@
 
 from tempsamp_kernels.advantages import grouped_advantages
 from tempsamp_kernels.grpo import fused_linear_grpo_loss
-from tempsamp_kernels.liger import FusedLinearGRPOLoss
-from tempsamp_kernels.logits import fused_selective_log_softmax
-from tempsamp_kernels.logits_loss import triton_grpo_loss
+from tempsamp_kernels.liger import FusedLinearGRPOLoss, triton_grpo_loss
+from tempsamp_kernels.logits import fused_selective_log_softmax, logits_logprob
 from tempsamp_kernels.logprob import linear_logprob
 from tempsamp_kernels.metrics import LossMetrics
 
@@ -15,5 +14,6 @@ __all__ = [
     "fused_selective_log_softmax",
     "grouped_advantages",
     "linear_logprob",
+    "logits_logprob",
     "triton_grpo_loss",
 ]

@@ -7,10 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tempsamp_kernels.tokens import choose_impl
+from tempsamp_kernels.inputs import check_choice
+from tempsamp_kernels.launch import choose_impl, launch
+from tempsamp_kernels.objectives import least, most
 
 NO_SPREAD = tl.constexpr(1e-6)
 """Equal float32 rewards may have a standard deviation up to this: seven times 0.1 has 8e-9."""
+ORARL_EPS = tl.constexpr(1e-6)
+"""In the denominators of OraRL (arXiv 2608.20492)."""
 SHAPINGS = ("grpo", "mixed", "downscale", "anchor", "nonlinear", "orarl")
 
 
@@ -60,15 +64,9 @@ def grouped_advantages(
     Normalising is `(r - mean) / (unbiased std + eps)`. Raises ValueError for an unknown `shaping`, mismatched shapes
     and statistics that the rule does not take.
     """
-    if shaping not in SHAPINGS:
-        raise ValueError(f"shaping {shaping!r} is not one of {SHAPINGS}")
-    for name, value in (
-        ("group_ids", group_ids),
-        ("is_off_policy", is_off_policy),
-        ("format_rewards", format_rewards),
-        ("group_mean", group_mean),
-        ("group_std", group_std),
-    ):
+    check_choice("shaping", shaping, SHAPINGS)
+    vectors = {"group_ids": group_ids, "is_off_policy": is_off_policy, "format_rewards": format_rewards}
+    for name, value in {**vectors, "group_mean": group_mean, "group_std": group_std}.items():
         if value is not None and value.shape != rewards.shape:
             raise ValueError(f"{name} must be {tuple(rewards.shape)} like rewards; got {tuple(value.shape)}")
     if (group_mean is None) != (group_std is None):
@@ -76,36 +74,27 @@ def grouped_advantages(
     if group_mean is not None and shaping in ("downscale", "anchor", "orarl"):
         raise ValueError(f"shaping {shaping!r} needs the rewards of whole groups: it takes no group_mean and group_std")
     impl = choose_impl(impl, rewards)
-    rewards = rewards.detach().float().contiguous()
+    rewards = rewards.detach().float()
     fields = (format_rewards, group_mean, group_std)
-    form, mean, std = (None if field is None else field.detach().to(rewards).contiguous() for field in fields)
-    off_policy = is_off_policy.to(rewards.device, torch.bool).contiguous()
-    group_ids = group_ids.to(rewards.device).contiguous()
+    form, mean, std = (None if field is None else field.detach().to(rewards) for field in fields)
+    off_policy, group_ids = is_off_policy.to(rewards.device, torch.bool), group_ids.to(rewards.device)
     if impl == "torch":
         rewards = shape_rewards(rewards, tau, alpha_1, alpha_2) if shaping == "nonlinear" else rewards
         return _torch(rewards, group_ids, off_policy, shaping, form, lambda_off, downscale, eps, mean, std)
-    advantages = torch.empty_like(rewards)
-    if len(rewards):
-        group_advantage_kernel[(len(rewards),)](
-            rewards, form, group_ids, off_policy.view(torch.int8), mean, std, advantages, len(rewards),
-            float(tau), float(alpha_1), float(alpha_2), float(lambda_off), float(downscale), float(eps),
-            SHAPING=shaping, BLOCK=128,
-        )  # fmt: skip
+    advantages = torch.empty(rewards.shape, device=rewards.device)
+    launch(
+        group_advantage_kernel, (len(rewards),), rewards_ptr=rewards, format_ptr=form, group_ids_ptr=group_ids,
+        off_policy_ptr=off_policy.view(torch.int8), mean_ptr=mean, std_ptr=std, advantages_ptr=advantages,
+        num_rows=len(rewards), tau=float(tau), alpha_1=float(alpha_1), alpha_2=float(alpha_2),
+        lambda_off=float(lambda_off), downscale=float(downscale), eps=float(eps), SHAPING=shaping, BLOCK=128,
+    )  # fmt: skip
     return advantages
 
 
 def _torch(
-    rewards: Tensor,
-    group_ids: Tensor,
-    off_policy: Tensor,
-    shaping: str,
-    format_rewards: Tensor | None,
-    lambda_off: float,
-    downscale: float,
-    eps: float,
-    group_mean: Tensor | None,
-    group_std: Tensor | None,
-) -> Tensor:
+    rewards: Tensor, group_ids: Tensor, off_policy: Tensor, shaping: str, format_rewards: Tensor | None,
+    lambda_off: float, downscale: float, eps: float, group_mean: Tensor | None, group_std: Tensor | None,
+) -> Tensor:  # fmt: skip
     group = group_ids[:, None] == group_ids[None, :]
     if shaping == "downscale":
         rewards = torch.where(off_policy, downscale * _extreme(rewards, group, largest=True), rewards)
@@ -139,55 +128,52 @@ def _moments(values: Tensor, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return count, mean, torch.where(members, values - mean[:, None], 0.0).square().sum(1)
 
 
+def _unbiased_std(squares: Tensor, count: Tensor) -> Tensor:
+    return (squares / (count - 1).clamp(min=1)).sqrt()
+
+
 def _normalised(values: Tensor, members: Tensor, eps: float) -> Tensor:
     count, mean, squares = _moments(values, members)
-    std = (squares / (count - 1).clamp(min=1)).sqrt()
-    spread = _extreme(values, members, largest=True) > _extreme(values, members, largest=False)
-    return torch.where(spread, (values - mean) / (std + eps), 0.0)
+    std = _unbiased_std(squares, count)
+    return torch.where(_is_flat(values, members), 0.0, (values - mean) / (std + eps))
+
+
+def _is_flat(values: Tensor, members: Tensor) -> Tensor:
+    """[B] bool: all members of the row are equal, or there are none."""
+    return _extreme(values, members, largest=True) <= _extreme(values, members, largest=False)
 
 
 def _orarl(values: Tensor, group: Tensor, off_policy: Tensor) -> Tensor:
     """OraRL: on-policy rows around their mean with a gain on the good ones, a bounded bonus for off-policy rows."""
     on_policy = group & ~off_policy[None, :]
     count, mean, squares = _moments(values, on_policy)
-    varies = _extreme(values, on_policy, largest=True) > _extreme(values, on_policy, largest=False)
+    varies = ~_is_flat(values, on_policy)
     all_count, _, all_squares = _moments(values, group)
-    variance_ratio = (all_squares / all_count.clamp(min=1)) / (squares / count.clamp(min=1)).clamp(min=1e-30)
-    gain = torch.where(varies, variance_ratio.pow(0.125).clamp(1, 4), 1.0)
+    std_ratio = _unbiased_std(all_squares, all_count) / (_unbiased_std(squares, count) + ORARL_EPS.value)
+    gain = torch.where(varies, std_ratio.pow(0.25).clamp(1, 4), 1.0)
     centred = torch.where(varies, values - mean, 0.0)
     centred = torch.where(centred > 0, centred * gain, centred)
     centred = centred - _moments(centred, on_policy)[1]
     largest = torch.where(count > 0, _extreme(centred, on_policy, largest=True), 0.0)
-    surplus = ((values - mean) / values.clamp(min=1e-6)).clamp(0, 1)
+    surplus = ((values - mean) / (values + ORARL_EPS.value)).clamp(0, 1)
     bonus = torch.minimum(2 * surplus.square(), (1.2 * largest).clamp(0.05, 1))
-    has_contrast = (count > 0) & (_extreme(values, group, largest=True) > _extreme(values, group, largest=False))
+    has_contrast = (count > 0) & ~_is_flat(values, group)
     return torch.where(has_contrast, torch.where(off_policy, bonus, centred), 0.0)
 
 
 @triton.jit
 def _members(
-    rewards_ptr,
-    format_ptr,
-    group_ids_ptr,
-    off_policy_ptr,
-    group_id,
-    top,
-    rows,
-    num_rows,
-    tau,
-    alpha_1,
-    alpha_2,
-    downscale,
-    SHAPING: tl.constexpr,
-):
+    rewards_ptr, format_ptr, group_ids_ptr, off_policy_ptr, group_id, top, rows, num_rows, tau, alpha_1, alpha_2,
+    downscale, SHAPING: tl.constexpr,
+):  # fmt: skip
     """Shaped rewards of a block of rows, which of them are in the group, and which of those are on-policy."""
     inside = rows < num_rows
     value = tl.load(rewards_ptr + rows, mask=inside, other=0.0)
     member = inside & (tl.load(group_ids_ptr + rows, mask=inside, other=0) == group_id)
     off_policy = tl.load(off_policy_ptr + rows, mask=inside, other=0) != 0
     if SHAPING == "nonlinear":
-        above = tau + alpha_1 * tl.log(1 + tl.maximum(value - tau, 0.0))
-        below = tau - (tl.exp(alpha_2 * tl.maximum(tau - value, 0.0)) - 1) / (tl.exp(alpha_2) - 1)
+        above = tau + alpha_1 * tl.log(1 + most(value - tau, 0.0))
+        below = tau - (tl.exp(alpha_2 * most(tau - value, 0.0)) - 1) / (tl.exp(alpha_2) - 1)
         value = tl.where(value >= tau, above, below)
     if SHAPING == "downscale":
         value = tl.where(off_policy, downscale * top, value)
@@ -198,25 +184,20 @@ def _members(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def group_advantage_kernel(
-    rewards_ptr,
-    format_ptr,
-    group_ids_ptr,
-    off_policy_ptr,
-    mean_ptr,
-    std_ptr,
-    advantages_ptr,
-    num_rows,
-    tau,
-    alpha_1,
-    alpha_2,
-    lambda_off,
-    downscale,
-    eps,
-    SHAPING: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program per row, which reads its whole group: a few rows, and no order of them is assumed."""
+    rewards_ptr, format_ptr, group_ids_ptr, off_policy_ptr, mean_ptr, std_ptr, advantages_ptr, num_rows, tau, alpha_1,
+    alpha_2, lambda_off, downscale, eps, SHAPING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per row, which reads its whole group: a few rows, and no order of them is assumed.
+
+    A group with a reward that is no number has no other advantages: its sum says so where a GPU's maximum does not.
+    """
     row = tl.program_id(0)
+    tau, alpha_1, alpha_2 = tl.cast(tau, tl.float32), tl.cast(alpha_1, tl.float32), tl.cast(alpha_2, tl.float32)
+    lambda_off, downscale, eps = (
+        tl.cast(lambda_off, tl.float32),
+        tl.cast(downscale, tl.float32),
+        tl.cast(eps, tl.float32),
+    )
     group_id = tl.load(group_ids_ptr + row)
     top = -float("inf")
     if SHAPING == "downscale":
@@ -244,7 +225,8 @@ def group_advantage_kernel(
         on_total += tl.sum(tl.where(on_policy, value, 0.0), axis=0)
         on_high = tl.maximum(on_high, tl.max(tl.where(on_policy, value, float("-inf")), axis=0))
         on_low = tl.minimum(on_low, tl.min(tl.where(on_policy, value, float("inf")), axis=0))
-    mean, on_mean = total / count, on_total / tl.maximum(on_count, 1.0)
+    mean, on_mean = total / count, on_total / most(on_count, 1.0)
+    is_flat, on_is_flat = (high <= low) & (total == total), (on_high <= on_low) & (on_total == on_total)
 
     squares, on_squares = 0.0, 0.0
     for start in range(0, num_rows, BLOCK):
@@ -260,13 +242,13 @@ def group_advantage_kernel(
         std = tl.load(std_ptr + row)
         advantage = tl.where(std < NO_SPREAD, 0.0, (own - tl.load(mean_ptr + row)) / (std + eps))
     elif SHAPING == "anchor":
-        scale = tl.where(on_high > on_low, 1 / (tl.sqrt(on_squares / tl.maximum(on_count - 1, 1.0)) + eps), 0.0)
-        best = tl.where(on_high > on_low, on_high - on_mean, 0.0)
+        scale = tl.where(on_is_flat, 0.0, 1 / (tl.sqrt(on_squares / most(on_count - 1, 1.0)) + eps))
+        best = tl.where(on_is_flat, 0.0, on_high - on_mean)
         advantage = tl.where(is_off_policy, lambda_off * best, own - on_mean) * scale
     elif SHAPING == "orarl":
-        varies = on_high > on_low
-        variance_ratio = (squares / count) / tl.maximum(on_squares / tl.maximum(on_count, 1.0), 1e-30)
-        gain = tl.where(varies, tl.minimum(tl.exp(0.125 * tl.log(tl.maximum(variance_ratio, 1.0))), 4.0), 1.0)
+        all_std = tl.sqrt(squares / most(count - 1, 1.0))
+        std_ratio = all_std / (tl.sqrt(on_squares / most(on_count - 1, 1.0)) + ORARL_EPS)
+        gain = tl.where(on_is_flat, 1.0, least(tl.exp(0.25 * tl.log(most(std_ratio, 1.0))), 4.0))
         surplus_total = 0.0
         for start in range(0, num_rows, BLOCK):
             value, _, on_policy = _members(
@@ -276,15 +258,15 @@ def group_advantage_kernel(
             centred = value - on_mean
             centred = tl.where(centred > 0, centred * gain, centred)
             surplus_total += tl.sum(tl.where(on_policy, centred, 0.0), axis=0)
-        offset = surplus_total / tl.maximum(on_count, 1.0)
+        offset = surplus_total / most(on_count, 1.0)
         centred = own - on_mean
-        centred = tl.where(varies, tl.where(centred > 0, centred * gain, centred) - offset, 0.0)
-        largest = tl.where(varies, (on_high - on_mean) * gain - offset, 0.0)
-        surplus = tl.minimum(tl.maximum((own - on_mean) / tl.maximum(own, 1e-6), 0.0), 1.0)
-        bonus = tl.minimum(2 * surplus * surplus, tl.minimum(tl.maximum(1.2 * largest, 0.05), 1.0))
+        centred = tl.where(on_is_flat, 0.0, tl.where(centred > 0, centred * gain, centred) - offset)
+        largest = tl.where(on_is_flat, 0.0, (on_high - on_mean) * gain - offset)
+        surplus = least(most((own - on_mean) / (own + ORARL_EPS), 0.0), 1.0)
+        bonus = least(2 * surplus * surplus, least(most(1.2 * largest, 0.05), 1.0))
         advantage = tl.where(is_off_policy, bonus, centred)
-        advantage = tl.where(high > low, tl.where(on_count > 0, advantage, 0.0), 0.0)
+        advantage = tl.where(is_flat | (on_count == 0), 0.0, advantage)
     else:
-        std = tl.sqrt(squares / tl.maximum(count - 1, 1.0))
-        advantage = tl.where(high > low, (own - mean) / (std + eps), 0.0)
+        std = tl.sqrt(squares / most(count - 1, 1.0))
+        advantage = tl.where(is_flat, 0.0, (own - mean) / (std + eps))
     tl.store(advantages_ptr + row, advantage)

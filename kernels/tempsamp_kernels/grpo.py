@@ -10,139 +10,33 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tempsamp_kernels.advantages import grouped_advantages
-from tempsamp_kernels.head import ChunkedHead, HeadGradients, check_head, check_token_ids
+from tempsamp_kernels.head import ChunkedHead, HeadGradients, finish, gradient_scale
+from tempsamp_kernels.inputs import (
+    check_choice,
+    check_head,
+    check_positive,
+    check_token_ids,
+    check_vector,
+    count_rows,
+    known_logps,
+    on_host,
+    spread,
+)
+from tempsamp_kernels.launch import choose_impl
 from tempsamp_kernels.logprob import KERNELS, forward_sweep, gradient_sweep
 from tempsamp_kernels.metrics import LossMetrics, summarise
-from tempsamp_kernels.objectives import OBJECTIVE_OF_LOSS_TYPE, SELF, TokenLoss, token_loss
-from tempsamp_kernels.reference import token_log_ratio, token_terms
-from tempsamp_kernels.sequences import Sequences, Vespo
-from tempsamp_kernels.tokens import NUM_TERMS, TERMS, HeadOptions, Tokens, check_temperature, choose_impl, per_token
-
-
-@dataclass(frozen=True)
-class LossPlan:
-    """Everything about a loss that is not differentiable."""
-
-    tokens: Tokens
-    mask: Tensor
-    """[N] bool: where False, the hidden state is taken as zero, whatever it holds."""
-    options: HeadOptions
-    loss: TokenLoss
-    chunk_size: int | None
-    num_live: int
-    """Tokens from here on have no gradient and leave the backward GEMMs."""
-    sequences: Sequences | None = None
-    """Set where the tokens of a row depend on each other: all log-probs come first then, at 8NHV instead of 6NHV."""
-
-
-class FusedLinearLoss(torch.autograd.Function):
-    """`(hidden, weight, bias, plan, wants_grad) -> (loss, terms [NUM_TERMS, N])`; the loss is the sum of its terms."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: LossPlan, wants_grad: bool
-    ) -> tuple[Tensor, Tensor]:
-        head = ChunkedHead(hidden, weight, plan.mask, plan.chunk_size)
-        gradients = head.gradients(*(wants_grad and needed for needed in ctx.needs_input_grad[:3]))
-        num_live = plan.num_live if gradients.any() else 0
-        terms = torch.empty(NUM_TERMS, len(hidden), device=hidden.device)
-        live, dead = slice(0, num_live), slice(num_live, None)
-        if plan.sequences is None:
-            _learn(head.part(live), plan, terms[:, live], gradients)
-            _watch(head.part(dead), plan, terms[:, dead], plan.tokens.map(lambda field: field[dead]))
-        else:
-            rows = forward_sweep(head, plan.tokens, plan.options)
-            terms, d_logp = plan.sequences.terms(rows, plan.tokens, plan.loss)
-            cut = lambda values: values[live]
-            gradient_sweep(
-                head.part(live), plan.tokens.map(cut), plan.options, rows.map(cut), d_logp[live], None, gradients
-            )
-        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-        ctx.mark_non_differentiable(terms)
-        return terms[TERMS.index("loss")].sum(), terms
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (
-            None if gradient is None else torch.mul(gradient, d_loss, out=torch.empty_like(gradient, dtype=dtype))
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return (*scaled, None, None)
-
-
-def _learn(head: ChunkedHead, plan: LossPlan, terms: Tensor, gradients: HeadGradients) -> None:
-    """One pass, 6NHV FLOPs: logits, loss and its gradient while they are at hand, dX and dW."""
-    kernels = KERNELS[plan.options.impl]
-    tokens = plan.tokens.map(lambda field: field[: head.num_tokens]).padded(head.num_padded)
-
-    def consume(logits: Tensor, chunk: slice) -> Tensor:
-        inputs = tokens.map(lambda field: field[chunk])
-        found, d_logits = kernels.row_loss(logits, inputs, plan.options, plan.loss, head.gemm_dtype)
-        target = terms[:, chunk]
-        target.copy_(found[:, : target.shape[1]])
-        return d_logits
-
-    head.sweep(consume, gradients)
-
-
-def _watch(head: ChunkedHead, plan: LossPlan, terms: Tensor, tokens: Tokens) -> None:
-    """Terms of tokens without a gradient: 2NHV FLOPs."""
-    rows = forward_sweep(head, tokens, plan.options)
-    terms.copy_(token_terms(rows.logp, rows.entropy, token_log_ratio(rows.logp, tokens), tokens, plan.loss)[0])
-
-
-def row_lengths(mask: Tensor, row_ids: Tensor, num_row_ids: int) -> Tensor:
-    """[N] fp32: unmasked tokens in the row of each token, at least 1."""
-    counts = torch.zeros(num_row_ids, device=mask.device).index_add_(0, row_ids, mask.float())
-    return counts.clamp(min=1)[row_ids]
-
-
-def token_weights(
-    loss_type: str,
-    mask: Tensor,
-    lengths: Tensor,
-    num_rows: float | Tensor,
-    num_items_in_batch: float | Tensor | None,
-    max_completion_length: int | None,
-) -> Tensor:
-    """[N] fp32: what each token's loss counts for; the normalisers of Liger and TRL, 0 where masked."""
-    weight = mask.float()
-    if loss_type in ("grpo", "sapo", "sft"):
-        return weight / lengths / num_rows
-    if loss_type == "luspo":
-        return weight / num_rows
-    if loss_type == "dr_grpo":
-        if max_completion_length is None:
-            raise ValueError("loss_type 'dr_grpo' needs max_completion_length")
-        return weight / (num_rows * max_completion_length)
-    num_items = weight.sum() if loss_type == "bnpo" or num_items_in_batch is None else num_items_in_batch
-    if isinstance(num_items, Tensor):
-        return weight / num_items.to(mask.device, non_blocking=True).clamp(min=1)
-    return weight / max(num_items, 1)
-
-
-def on_host(*tensors: Tensor | None) -> bool:
-    """Whether all values can be looked at without waiting for a device."""
-    return all(tensor is None or tensor.device.type == "cpu" for tensor in tensors)
-
-
-def live_tokens(mask: Tensor | None, advantage: Tensor, always: bool, shared_by: Tensor | None = None) -> Tensor | None:
-    """[N] bool on the CPU: tokens that may have a gradient, or None where only the device could tell.
-
-    Without a KL term (`always` False) that takes a nonzero advantage: the token's own, or that of any token in its row
-    where `shared_by` [N] says which tokens share a ratio.
-    """
-    if not on_host(advantage, mask, shared_by):
-        return None
-    counts = torch.ones(len(advantage), dtype=torch.bool) if mask is None else mask.bool()
-    live = counts if always else counts & (advantage != 0)
-    if shared_by is None or not len(live):
-        return live
-    learns = torch.zeros(int(shared_by.max()) + 1, dtype=torch.bool)
-    learns[shared_by[live]] = True
-    return counts & learns[shared_by]
+from tempsamp_kernels.objectives import OBJECTIVE_OF_LOSS_TYPE, TokenLoss, Vespo, bounded_log, token_loss
+from tempsamp_kernels.reference import evaluate, token_log_ratio
+from tempsamp_kernels.sequences import LEVELS, Sequences
+from tempsamp_kernels.tokens import NUM_TERMS, SKIP, TERMS, HeadOptions, Tokens
+from tempsamp_kernels.weights import (
+    capped,
+    live_tokens,
+    row_lengths,
+    slopes,
+    token_mask,
+    token_weights,
+)
 
 
 def fused_linear_grpo_loss(
@@ -180,6 +74,22 @@ def fused_linear_grpo_loss(
     live_rows: Tensor | None = None,
     chunk_size: int | None = None,
     impl: str | None = None,
+    advantages_level: str | None = None,
+    row_mask: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    importance_cap: float | None = None,
+    importance_mode: str = "truncate",
+    entropy_coef: float = 0.0,
+    entropy_threshold: float | Tensor | None = None,
+    cispo_low: float | None = None,
+    log_ratio_clamp: float | None = None,
+    kl_clamp: float | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
     **shaping_options: Any,
 ) -> tuple[Tensor, LossMetrics]:
     """Policy loss of packed tokens, from hidden states to a scalar with gradients for head and hidden states.
@@ -189,22 +99,36 @@ def fused_linear_grpo_loss(
         weight: [V, H] head.
         token_ids: [N] int64; an unmasked one outside the vocabulary raises on a CPU and gives NaN on a GPU.
         row_ids: [N] int64: the completion each token belongs to, numbered from 0.
-        advantages: [B], one per completion, or [N]; a length of N means one per token, here and in `temperature`. Not
-            for "sft".
+        advantages: [B], one per completion, or [N], one per token; not for "sft". With as many completions as tokens
+            `advantages_level` "row" or "token" says which; without it, here and in `temperature` and
+            `importance_weights`, "row" where `is_off_policy`, `rewards` or `row_mask` say that there are N
+            completions, else "token".
         rewards, group_ids, is_off_policy, format_rewards, shaping, shaping_options: in place of `advantages`, the
             arguments of `grouped_advantages` ([B] each); `shaping_options` are its remaining keywords (`tau`, ...).
         is_off_policy: [B] bool, also without `rewards`: completions that the policy did not sample.
         old_logps: [N]; without them the ratio is exp(logp - logp.detach()).
         ref_logps: [N]; without them there is no KL term.
         mask: [N] bool, tokens that count; the others may hold anything, NaN included.
+        row_mask: [B] bool, completions that count; tokens of the others are masked, their place in `num_rows` stays.
         bias: [V].
         temperature: a positive number, [B] or [N].
         softcap, logit_scale: as in `linear_logprob`.
         loss_type: "grpo", "bnpo", "dr_grpo", "dapo", "luspo" (clipped ratio), "cispo", "sapo", "vespo" as in TRL and
             Liger 0.8.5, or "sft": negative log-likelihood, mean over rows of the mean over tokens.
-        importance_sampling_level: "token", or "sequence" for the geometric mean over the row (GSPO), at 8NHV FLOPs.
+        importance_sampling_level: "token"; "sequence", the geometric mean over the row (GSPO); or "sequence_token",
+            that mean with the gradient of each token's own log-prob (GSPO-token). The latter two cost 8NHV FLOPs.
+        importance_weights: [B] or [N] positive factors of the policy term, as `exp(old_logps - rollout_logps)` of
+            rollouts sampled by another engine; for "vespo" a factor of the row's ratio. `importance_cap` bounds them:
+            "truncate" (TIS) takes the cap for a larger one, "mask" (MIS) 0.
         beta: weight of the KL term; kl_type: "k1", "k2", "k3" (default) or "k3_corrected" (times the ratio).
-        epsilon_low, epsilon_high, delta, dual_clip: bounds of the ratio; for "cispo" `epsilon_high` is the bound.
+        entropy_coef: weight of an entropy bonus, normalised as the loss type normalises its policy term.
+        entropy_threshold: number, scalar tensor, [B] or [N]: tokens of less entropy have neither policy term nor bonus
+            (arXiv 2506.01939), as `torch.quantile(entropy[mask], 0.8)` of a log-prob pass.
+        epsilon_low, epsilon_high, delta, dual_clip: bounds of the ratio; for "cispo" `epsilon_high` is the upper bound
+            itself, `cispo_low` the lower one if there is to be one.
+        log_ratio_clamp, kl_clamp: bounds of the log-probs' differences (20 in verl) and of the KL (10), with no
+            gradient beyond; none by default.
+        sapo_temperature_pos, ..., vespo_lambda_neg: parameters of "sapo" and "vespo".
         off_policy_ratio: "detach" gives off-policy completions ratio exp(logp - logp.detach()) whatever `old_logps`
             say; "old" treats them like the others. off_policy_kl: whether they pay the KL term.
         num_rows: normaliser of "grpo", "dr_grpo", "sapo", "luspo" and "sft"; by default the completions present in
@@ -220,75 +144,68 @@ def fused_linear_grpo_loss(
     Returns:
         `(loss, metrics)`: float32 scalar, and `LossMetrics` on the device.
 
-    Gradients are made in the forward pass at 6NHV FLOPs (4NHV with a frozen head) without keeping the logits.
+    Gradients are made in the forward pass at 6NHV FLOPs (4NHV with a frozen head), one chunk of logits in memory.
     Raises ValueError for shapes, dtypes, names and combinations that do not fit.
     """
-    check_head(hidden, weight, token_ids, bias)
-    check_temperature(temperature)
-    objective = token_loss(loss_type, kl_type, epsilon_low, epsilon_high, delta, dual_clip)
-    for name, value, choices in (
-        ("importance_sampling_level", importance_sampling_level, ("token", "sequence")),
-        ("off_policy_ratio", off_policy_ratio, ("detach", "old")),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} {value!r} is not one of {choices}")
-    clips = OBJECTIVE_OF_LOSS_TYPE[loss_type] == "clipped"
-    for name, bound in (("delta", delta), ("dual_clip", dual_clip)):
-        if bound is not None and not clips:
-            raise ValueError(f"loss_type {loss_type!r} takes no {name}; got {bound}")
-    if importance_sampling_level == "sequence" and loss_type in ("cispo", "sapo", "vespo", "sft"):
-        raise ValueError(f"loss_type {loss_type!r} has no importance_sampling_level 'sequence'")
+    check_head(hidden, weight, token_ids, bias, chunk_size)
+    for name, value in {"temperature": temperature, "softcap": softcap, "num_rows": num_rows}.items():
+        check_positive(name, value)
+    _check_choices(loss_type, importance_sampling_level, delta, dual_clip, cispo_low)
+    check_choice("off_policy_ratio", off_policy_ratio, ("detach", "old"))
+    check_choice("importance_mode", importance_mode, ("truncate", "mask"))
+    if advantages_level is not None:
+        check_choice("advantages_level", advantages_level, ("row", "token"))
+    objective = token_loss(
+        loss_type, kl_type, epsilon_low, epsilon_high, delta, dual_clip, sapo_temperature_pos, sapo_temperature_neg,
+        cispo_low, log_ratio_clamp, kl_clamp,
+    )  # fmt: skip
     impl = choose_impl(impl, hidden)
+    num_tokens, device = len(hidden), hidden.device
+
+    # An advantage for every token, where it was given.
+    check_vector("row_ids", row_ids, num_tokens, torch.int64)
     if rewards is not None:
-        if advantages is not None or group_ids is None or is_off_policy is None:
-            raise ValueError("rewards need group_ids and is_off_policy, and take the place of advantages")
-        advantages = grouped_advantages(
-            rewards,
-            group_ids,
-            is_off_policy,
-            shaping=shaping,
-            format_rewards=format_rewards,
-            impl=impl if rewards.is_cuda else None,
-            **shaping_options,
-        )
-    else:
-        given = {"group_ids": group_ids, "format_rewards": format_rewards}
-        unused = sorted([*(name for name, value in given.items() if value is not None), *shaping_options])
-        if unused:
-            raise ValueError(f"without rewards there is no use for {', '.join(unused)}")
+        if advantages is not None or advantages_level == "token" or group_ids is None or is_off_policy is None:
+            raise ValueError("rewards need group_ids and is_off_policy, and take the place of advantages, one per row")
+        grouping = {"shaping": shaping, "format_rewards": format_rewards, **shaping_options}
+        impl_of_rewards = impl if rewards.is_cuda else None
+        advantages = grouped_advantages(rewards, group_ids, is_off_policy, impl=impl_of_rewards, **grouping)
+        advantages_level = "row"
+    elif group_ids is not None or format_rewards is not None or shaping_options:
+        given = {"group_ids": group_ids, "format_rewards": format_rewards, **shaping_options}
+        unused = ", ".join(sorted(name for name, value in given.items() if value is not None))
+        raise ValueError(f"without rewards there is no use for {unused}")
+    by_row: dict[str, Any] = {"is_off_policy": is_off_policy, "row_mask": row_mask}
+    by_row_or_token: dict[str, Any] = {"temperature": temperature, "importance_weights": importance_weights}
+    (by_row if advantages_level == "row" else by_row_or_token)["advantages"] = advantages
+    num_completions = count_rows(by_row, by_row_or_token, num_tokens)
+    num_row_ids = max(1, num_tokens if num_completions is None else num_completions)
+    if on_host(row_ids) and num_tokens and not 0 <= int(row_ids.min()) <= int(row_ids.max()) < num_row_ids:
+        found = f"{int(row_ids.min())} to {int(row_ids.max())}"
+        raise ValueError(f"row_ids must be below {num_row_ids}, numbered from 0; got {found}")
     if loss_type == "sft":
         if advantages is not None:
             raise ValueError("loss_type 'sft' takes neither advantages nor rewards")
-        advantages = torch.ones(len(row_ids), device=row_ids.device)
+        advantages = torch.ones(num_tokens, device=row_ids.device)
+        advantages_level = "token"
     elif advantages is None:
         raise ValueError("advantages or rewards are missing")
+    home = advantages.device if on_host(row_ids) else row_ids.device
+    advantage = spread("advantages", advantages, row_ids.to(home), num_completions, advantages_level)
 
-    num_tokens, device = len(hidden), hidden.device
-    for name, field in (("row_ids", row_ids), ("mask", mask)):
-        if field is not None and field.shape != (num_tokens,):
-            raise ValueError(f"{name} must be ({num_tokens},) like token_ids; got {tuple(field.shape)}")
-    by_row = {} if is_off_policy is None else {"is_off_policy": len(is_off_policy)}
-    if rewards is not None or (loss_type != "sft" and len(advantages) != num_tokens):
-        by_row["advantages"] = len(advantages)
-    if len(set(by_row.values())) > 1:
-        raise ValueError(f"these must hold one value per completion, as many as each other: {by_row}")
-    num_row_ids = max(1, *(by_row.values() or [num_tokens]))
-    if on_host(row_ids) and num_tokens and int(row_ids.max()) >= num_row_ids:
-        raise ValueError(f"row_ids must be below {num_row_ids}; got {int(row_ids.max())}")
-    has_kl = beta != 0 and ref_logps is not None
-    shares_ratio = importance_sampling_level == "sequence"
-    if "advantages" in by_row:
-        advantages = advantages.to(device if not on_host(row_ids) else advantages.device, non_blocking=True)
-        advantages = advantages[row_ids.to(advantages.device, non_blocking=True)]
-    if live_rows is None and on_host(row_ids):
-        always = has_kl or loss_type == "sft"
-        live_rows = live_tokens(mask, advantages, always, shared_by=row_ids if shares_ratio else None)
-    elif live_rows is not None and (not on_host(live_rows) or live_rows.shape != (num_tokens,)):
+    # Which tokens count, and which of them can have a gradient: known without waiting where all of it is on the host.
+    mask = token_mask(mask, row_mask, row_ids, device)
+    has_kl, shares_ratio = beta != 0 and ref_logps is not None, importance_sampling_level != "token"
+    if live_rows is None:
+        always = has_kl or entropy_coef != 0 or loss_type == "sft"
+        live_rows = live_tokens(mask, advantage, always, shared_by=row_ids if shares_ratio else None)
+    elif not on_host(live_rows) or live_rows.shape != (num_tokens,):
         raise ValueError(f"live_rows must be ({num_tokens},) bool on the CPU; got {tuple(live_rows.shape)}")
 
-    row_ids = row_ids.to(device, non_blocking=True)
-    mask = torch.ones(num_tokens, device=device) if mask is None else mask
-    mask = mask.to(device, torch.bool, non_blocking=True)
+    # What each token's terms count for.
+    check_token_ids(token_ids, mask, len(weight))
+    row_ids, mask = row_ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+    by_token = lambda name, value: spread(name, value, row_ids, num_completions)
     off_policy = torch.zeros_like(mask)
     if is_off_policy is not None:
         off_policy = is_off_policy.to(device, torch.bool, non_blocking=True)[row_ids]
@@ -296,27 +213,65 @@ def fused_linear_grpo_loss(
     if num_rows is None:
         num_rows = torch.zeros(num_row_ids, device=device).index_fill_(0, row_ids, 1.0).sum().clamp(min=1)
     counts_for = token_weights(loss_type, mask, lengths, num_rows, num_items_in_batch, max_completion_length)
-    pays_kl = counts_for if off_policy_kl else counts_for * ~off_policy
-    token_ids = token_ids.masked_fill(~mask, 0)
-    check_token_ids(token_ids, len(weight))
+    policy_weight, importance = counts_for, None
+    if importance_weights is not None:
+        importance = by_token("importance_weights", importance_weights)
+        importance = capped(importance, importance_cap, importance_mode).masked_fill(~mask, 1)
+        policy_weight = counts_for if loss_type == "vespo" else counts_for * importance
     tokens = Tokens(
-        token_ids=token_ids,
-        temperature=per_token(temperature, row_ids, num_tokens, "temperature", device),
-        advantage=per_token(advantages, None, num_tokens, "advantages", device).masked_fill(~mask, 0),
-        policy_weight=counts_for,
-        kl_weight=beta * pays_kl if has_kl else torch.zeros_like(counts_for),
+        token_ids=token_ids.masked_fill(~mask, SKIP),
+        temperature=by_token("temperature", temperature),
+        advantage=advantage.to(device, non_blocking=True).masked_fill(~mask, 0),
+        policy_weight=policy_weight,
+        kl_weight=has_kl * beta * (counts_for if off_policy_kl else counts_for * ~off_policy),
         old_logps=known_logps(old_logps, mask & ~off_policy if off_policy_ratio == "detach" else mask, "old_logps"),
         ref_logps=known_logps(ref_logps if has_kl else None, mask, "ref_logps"),
+        entropy_weight=entropy_coef * counts_for if entropy_coef else None,
+        entropy_threshold=None if entropy_threshold is None else by_token("entropy_threshold", entropy_threshold),
     )
-    sequences = None
-    if shares_ratio:
-        sequences = Sequences(row_ids, num_row_ids, mask, lengths, impl)
-    elif loss_type == "vespo" and old_logps is not None:
-        sequences = Sequences(row_ids, num_row_ids, mask, lengths, impl, Vespo())
+
+    sequences = Sequences(row_ids, num_row_ids, mask, lengths, impl, None, importance_sampling_level == "sequence")
+    if loss_type == "vespo":
+        vespo = Vespo(vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg)
+        if importance is not None and importance_weights is not None:  # a row's own weight counts once
+            parts = lengths if len(importance_weights) == num_completions else 1
+            vespo = replace(vespo, log_weight=sequences.row_sum(bounded_log(importance) / parts))
+        sequences = replace(sequences, vespo=vespo)
+    is_needed = shares_ratio or (loss_type == "vespo" and (old_logps is not None or importance is not None))
     options = HeadOptions(bias, softcap, logit_scale, impl)
-    plan = LossPlan(tokens, mask, options, objective, chunk_size, num_tokens, sequences)
+    plan = LossPlan(tokens, mask, options, objective, chunk_size, num_tokens, sequences if is_needed else None)
     loss, terms = run(plan, hidden, weight, bias, live_rows)
     return loss, summarise(terms, mask, off_policy)
+
+
+def _check_choices(
+    loss_type: str, level: str, delta: float | None, dual_clip: float | None, cispo_low: float | None
+) -> None:
+    """Raise ValueError for unknown names and for options that a loss type does not have."""
+    check_choice("loss_type", loss_type, tuple(sorted(OBJECTIVE_OF_LOSS_TYPE)))
+    check_choice("importance_sampling_level", level, LEVELS)
+    takes = {"clipped": ("delta", "dual_clip"), "cispo": ("cispo_low",)}.get(OBJECTIVE_OF_LOSS_TYPE[loss_type], ())
+    for name, bound in {"delta": delta, "dual_clip": dual_clip, "cispo_low": cispo_low}.items():
+        if bound is not None and name not in takes:
+            raise ValueError(f"loss_type {loss_type!r} takes no {name}; got {bound}")
+    if level != "token" and loss_type in ("vespo", "sft"):
+        raise ValueError(f"loss_type {loss_type!r} has no importance_sampling_level {level!r}")
+
+
+@dataclass(frozen=True)
+class LossPlan:
+    """Everything about a loss that is not differentiable."""
+
+    tokens: Tokens
+    mask: Tensor
+    """[N] bool: where False, the hidden state is taken as zero, whatever it holds."""
+    options: HeadOptions
+    loss: TokenLoss
+    chunk_size: int | None
+    num_live: int
+    """Tokens from here on have no gradient and leave the backward GEMMs."""
+    sequences: Sequences | None = None
+    """Set where the tokens of a row depend on each other: all log-probs come first then."""
 
 
 def run(
@@ -339,10 +294,69 @@ def run(
     return loss, terms[:, place]
 
 
-def known_logps(logps: Tensor | None, known: Tensor, name: str) -> Tensor:
-    """[N] fp32 log-probs, `SELF` where there are none or `known` [N] bool is False."""
-    if logps is None:
-        return torch.full(known.shape, SELF, device=known.device)
-    if logps.shape != known.shape:
-        raise ValueError(f"{name} must be {tuple(known.shape)}; got {tuple(logps.shape)}")
-    return logps.detach().to(known.device, torch.float32, non_blocking=True).masked_fill(~known, SELF)
+class FusedLinearLoss(torch.autograd.Function):
+    """`(hidden, weight, bias, plan, wants_grad) -> (loss, terms [NUM_TERMS, N])`; the loss is the sum of its terms."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: LossPlan, wants_grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        head = ChunkedHead(hidden, weight, plan.mask, plan.chunk_size)
+        gradients = HeadGradients(head, *(wants_grad and needed for needed in ctx.needs_input_grad[:3]))
+        num_live = plan.num_live if gradients.any() else 0
+        terms = torch.empty(NUM_TERMS, len(hidden), device=hidden.device)
+        live, dead = slice(0, num_live), slice(num_live, None)
+        if plan.sequences is None:
+            scale = gradient_scale(slopes(plan.tokens), head.gemm_dtype)
+            _learn(head.part(live), plan, terms[:, live], gradients, scale)
+            _watch(head.part(dead), plan, terms[:, dead], plan.tokens.map(lambda field: field[dead]))
+        else:
+            terms, scale = _learn_together(head, plan, live, gradients)
+        ctx.save_for_backward(*gradients.state(head), scale)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(terms)
+        return terms[TERMS.index("loss")].sum(), terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        *state, scale = ctx.saved_tensors
+        return (*finish(state, ctx.dtypes, d_loss if scale is None else d_loss / scale[0]), None, None)
+
+
+def _learn(
+    head: ChunkedHead, plan: LossPlan, terms: Tensor, gradients: HeadGradients, gradient_scale: Tensor | None
+) -> None:
+    """One pass, 6NHV FLOPs: logits, loss and its gradient while they are at hand, dX and dW."""
+    kernels = KERNELS[plan.options.impl]
+    tokens = plan.tokens.map(lambda field: field[: head.num_tokens]).padded(head.num_padded)
+
+    def consume(logits: Tensor, chunk: slice) -> Tensor:
+        inputs = tokens.map(lambda field: field[chunk])
+        found, d_logits = kernels.row_loss(logits, inputs, plan.options, plan.loss, head.gemm_dtype, gradient_scale)
+        target = terms[:, chunk]
+        target.copy_(found[:, : target.shape[1]])
+        return d_logits
+
+    head.sweep(consume, gradients)
+
+
+def _watch(head: ChunkedHead, plan: LossPlan, terms: Tensor, tokens: Tokens) -> None:
+    """Terms of tokens without a gradient: 2NHV FLOPs."""
+    rows, _ = forward_sweep(head, tokens, plan.options)
+    terms.copy_(evaluate(rows, token_log_ratio(rows.logp, tokens), tokens, plan.loss)[0])
+
+
+def _learn_together(
+    head: ChunkedHead, plan: LossPlan, live: slice, gradients: HeadGradients
+) -> tuple[Tensor, Tensor | None]:
+    """All log-probs before the first gradient: 8NHV FLOPs, or 6NHV where one chunk holds the logits of all tokens."""
+    assert plan.sequences is not None
+    rows, kept = forward_sweep(head, plan.tokens, plan.options)
+    terms, d_logp, d_entropy = plan.sequences.terms(rows, plan.tokens, plan.loss)
+    cut = lambda values: values[live]
+    part = head.part(live)
+    kept = kept if part.num_tokens == head.num_tokens else None
+    d_entropy = None if d_entropy is None else cut(d_entropy)
+    of_part = plan.tokens.map(cut), plan.options, rows.map(cut), cut(d_logp), d_entropy
+    return terms, gradient_sweep(part, *of_part, gradients, kept)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from copy import copy
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from tempsamp_kernels.tokens import aligned
 
 ROW_MULTIPLE = 32
 LOGITS_BYTES = {"cuda": 5 << 28, "cpu": 1 << 28}
@@ -25,27 +26,23 @@ def chunk_rows(num_tokens: int, vocab_size: int, device_type: str) -> int:
     return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    device_type = hidden.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return hidden.dtype
+def multiplies_into_fp32(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the device multiplies operands of this dtype into fp32 without rounding the product: tensor cores."""
+    return device_type != "cpu" and dtype in (torch.bfloat16, torch.float16)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b in fp32, whatever the operands' dtype."""
-    if a.dtype == torch.float32:
+def mm(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+    """a @ b, accumulated in fp32 and rounded once, to `dtype`."""
+    if a.dtype == dtype:
         return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out).to(dtype)
 
 
-def _addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
+def addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, accumulated in fp32."""
     if a.dtype == torch.float32:
         torch.addmm(total, a, b, out=total)
@@ -53,24 +50,80 @@ def _addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
-@dataclass
 class HeadGradients:
-    """fp32 accumulators; None where nothing asks for that gradient."""
+    """What a loss asks for of d loss / d hidden [N, H], weight [V, H] and bias [V], added up over chunks in fp32.
 
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+    With a single chunk of bf16 operands dW waits for `finish`: there it is multiplied once and written as it is asked
+    for, without a copy in fp32. The gradient of the logits keeps their memory until then.
+    """
+
+    def __init__(self, head: ChunkedHead, hidden: bool, weight: bool, bias: bool) -> None:
+        zeros = lambda wanted, *size: torch.zeros(size, device=head.weight.device) if wanted else None
+        self.wants_weight = weight
+        self.hidden, self.bias = zeros(hidden, *head.hidden.shape), zeros(bias, len(head.weight))
+        self.weight: Tensor | None = None
+        self.factors: tuple[Tensor | None, Tensor | None] = None, None
 
     def any(self) -> bool:
-        return self.hidden is not None or self.weight is not None or self.bias is not None
+        return self.wants_weight or self.hidden is not None or self.bias is not None
+
+    def add(self, head: ChunkedHead, chunk: slice, x: Tensor, d_logits: Tensor) -> None:
+        """One chunk's part, from its hidden states [rows, H] and d loss / d logits [rows, V] in the GEMM's dtype."""
+        if self.bias is not None:
+            self.bias += d_logits.sum(0, dtype=torch.float32)
+        if self.hidden is not None:
+            target = self.hidden[chunk.start : min(chunk.stop, head.num_tokens)]
+            if len(target) == head.rows:
+                mm(d_logits, head.weight, out=target)
+            else:
+                target.copy_(mm(d_logits, head.weight)[: len(target)])
+        if not self.wants_weight:
+            return
+        if head.num_padded == head.rows and head.gemm_dtype == torch.bfloat16:
+            self.factors = d_logits, x
+        elif self.weight is None:
+            self.weight = mm(d_logits.t(), x)
+        else:
+            addmm_(self.weight, d_logits.t(), x)
+
+    def state(self, head: ChunkedHead) -> tuple[Tensor | None, ...]:
+        """What `finish` needs, to be saved until a backward pass."""
+        if self.wants_weight and self.weight is None and self.factors[0] is None:
+            self.weight = torch.zeros(head.weight.shape, device=head.weight.device)
+        return (self.hidden, self.weight, self.bias, *self.factors)
+
+
+def finish(
+    state: tuple[Tensor | None, ...], dtypes: list[torch.dtype | None], factor: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of a `HeadGradients.state` times `factor`, each rounded once, to its dtype."""
+
+    def scaled(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+        if gradient is None or factor is None:
+            return None if gradient is None else gradient.to(dtype)
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+
+    hidden, weight, bias, d_logits, x = state
+    d_hidden, d_weight, d_bias = map(scaled, (hidden, weight, bias), dtypes)
+    if d_logits is not None and x is not None and dtypes[1] is not None:
+        d_weight = mm(d_logits.t(), x if factor is None else x * factor, dtypes[1])
+    return d_hidden, d_weight, d_bias
+
+
+def gradient_scale(d_logp: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A power of two, [1], that brings gradients of about `d_logp` [N] into the range of float16; None for others."""
+    if dtype != torch.float16:
+        return None
+    room = 64 / functional.pad(d_logp.abs(), (0, 1)).amax(0, keepdim=True)
+    return torch.where(room.isfinite(), room.log2().floor().exp2(), 1.0)
 
 
 class ChunkedHead:
     """`hidden [N, H] @ weight [V, H].T` in chunks of equal row count.
 
     Operands keep the compute dtype (autocast's, or that of `hidden`) where the device multiplies it into fp32 without
-    rounding the product: bf16 on CUDA. Everything else is multiplied in fp32. All chunks have the same shape, which
-    makes a token's log-prob and dX the same bits at any position; with a `chunk_size`, among any number of tokens.
+    rounding the product; everything else is multiplied in fp32. All chunks have the same shape, which makes a token's
+    log-prob and dX the same bits at any position; with a `chunk_size`, among any number of tokens.
     Rows where `mask` [N] is False count as zeros, whatever they hold.
     """
 
@@ -82,9 +135,11 @@ class ChunkedHead:
         chunk_size: int | None,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
-        self.chunk_size, self.compute_dtype = chunk_size, compute_dtype or _compute_dtype(hidden)
-        multiplies_into_fp32 = hidden.device.type != "cpu" and self.compute_dtype == torch.bfloat16
-        self.gemm_dtype = torch.bfloat16 if multiplies_into_fp32 else torch.float32
+        device_type = hidden.device.type
+        given = torch.get_autocast_dtype(device_type) if _autocasts(device_type) else hidden.dtype
+        self.chunk_size, self.compute_dtype = chunk_size, compute_dtype or given
+        on_tensor_cores = multiplies_into_fp32(device_type, self.compute_dtype)
+        self.gemm_dtype = self.compute_dtype if on_tensor_cores else torch.float32
         self.weight = weight.detach().to(self.compute_dtype).to(self.gemm_dtype)
         self._take(hidden, mask)
 
@@ -114,60 +169,32 @@ class ChunkedHead:
             x = x.masked_fill(~self.mask[chunk, None], 0)
         return functional.pad(x.to(self.compute_dtype).to(self.gemm_dtype), (0, 0, 0, self.rows - len(x)))
 
-    def gradients(self, hidden: bool, weight: bool, bias: bool) -> HeadGradients:
-        vocab_size, hidden_size = self.weight.shape
+    def buffer(self) -> Tensor:
+        """Memory for one chunk's logits [rows, V] fp32, its rows `aligned` for any vocabulary."""
+        vocab_size = len(self.weight)
+        return torch.empty(self.rows, aligned(vocab_size), device=self.weight.device)[:, :vocab_size]
 
-        def zeros(wanted: bool, *shape: int) -> Tensor | None:
-            return torch.zeros(shape, dtype=torch.float32, device=self.weight.device) if wanted else None
-
-        return HeadGradients(
-            zeros(hidden, *self.hidden.shape), zeros(weight, vocab_size, hidden_size), zeros(bias, vocab_size)
-        )
-
-    def sweep(self, consume: Callable[[Tensor, slice], Tensor | None], gradients: HeadGradients | None = None) -> None:
+    def sweep(
+        self,
+        consume: Callable[[Tensor, slice], Tensor | None],
+        gradients: HeadGradients | None = None,
+        kept: Tensor | None = None,
+    ) -> Tensor | None:
         """Give each chunk's raw logits [rows, V] fp32 to `consume`, which may overwrite them.
 
-        With `gradients`, it returns d loss / d logits in the GEMM's dtype, to be multiplied into them.
+        With `gradients`, it returns d loss / d logits in the GEMM's dtype, to be multiplied into them. `kept` are the
+        raw logits of the last chunk, as an earlier sweep returned them, for this one not to compute them again.
         """
-        if self.num_tokens == 0:
-            return
-        with _without_autocast(self.hidden.device.type):
-            buffer = torch.empty(self.rows, len(self.weight), dtype=torch.float32, device=self.weight.device)
+        buffer, device_type = None, self.hidden.device.type
+        with torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext():
             for chunk in self.chunks():
                 x = self.inputs(chunk)
-                d_logits = consume(_mm(x, self.weight.t(), out=buffer), chunk)
-                if gradients is None or d_logits is None:
-                    continue
-                if gradients.bias is not None:
-                    gradients.bias += d_logits.sum(0, dtype=torch.float32)
-                if gradients.hidden is not None:
-                    target = gradients.hidden[chunk]
-                    target.copy_(_mm(d_logits, self.weight)[: len(target)])
-                if gradients.weight is not None:
-                    _addmm_(gradients.weight, d_logits.t(), x)
-
-
-def check_head(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None) -> None:
-    """Raise ValueError where shapes or dtypes do not make a head."""
-    if not hidden.dtype.is_floating_point or hidden.dtype == torch.float64:
-        raise ValueError(f"hidden must be float32, bfloat16 or float16; got {hidden.dtype}")
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"weight must be [V, H] with H = {hidden.shape[-1]}; got {tuple(weight.shape)} "
-            "(gather a sharded head, and pass the inner weight of a wrapped one)"
-        )
-    if type(weight.data) is not Tensor:
-        raise ValueError(f"weight must be a plain tensor; got {type(weight.data).__name__}: pass its full tensor")
-    if token_ids.shape != hidden.shape[:-1]:
-        raise ValueError(f"token_ids must be {tuple(hidden.shape[:-1])} like hidden; got {tuple(token_ids.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be {tuple(weight.shape[:1])}; got {tuple(bias.shape)}")
-
-
-def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError for an id outside the vocabulary, where it can be seen without waiting for a device."""
-    if token_ids.device.type != "cpu" or not token_ids.numel():
-        return
-    least, largest = (int(extreme) for extreme in token_ids.aminmax())
-    if least < 0 or largest >= vocab_size:
-        raise ValueError(f"token_ids must be in [0, {vocab_size}); got {least if least < 0 else largest}")
+                if kept is not None and chunk.stop == self.num_padded:
+                    logits = kept
+                else:
+                    buffer = self.buffer() if buffer is None else buffer
+                    logits = mm(x, self.weight.t(), out=buffer)
+                d_logits = consume(logits, chunk)
+                if gradients is not None and d_logits is not None:
+                    gradients.add(self, chunk, x, d_logits)
+        return buffer

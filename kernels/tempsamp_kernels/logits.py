@@ -3,119 +3,146 @@
 Forward reads the logits once; backward reads them once and writes their gradient once, over the logits if asked to.
 """
 
-import torch
-from torch.nn import functional as F
+from __future__ import annotations
 
-from tempsamp_kernels.logits_kernels import logits_gradient_kernel, logits_logprob_kernel
-from tempsamp_kernels.tokens import check_temperature, choose_impl
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from tempsamp_kernels import reference, rows
+from tempsamp_kernels.inputs import check_positive, check_token_ids
+from tempsamp_kernels.launch import choose_impl
+from tempsamp_kernels.tokens import SKIP, HeadOptions, RowStatistics, Tokens
 
 ROWS_PER_CHUNK = 256
+PLAIN = HeadOptions()
 
 
-def _row_chunks(*tensors: torch.Tensor):
-    """Views of at most ROWS_PER_CHUNK rows of one batch entry, for [B, T, ...] tensors of any strides."""
-    for entries in zip(*tensors, strict=True):
-        yield from zip(*(entry.split(ROWS_PER_CHUNK) for entry in entries), strict=True)
+def _chunks(logits: Tensor, tokens: Tokens) -> Iterator[tuple[slice, Tensor, Tokens]]:
+    """At most ROWS_PER_CHUNK rows of one batch entry at a time, for logits [B, T, V] of any strides."""
+    length = logits.shape[1]
+    for entry, of_entry in enumerate(logits):
+        for start in range(0, length, ROWS_PER_CHUNK):
+            z = of_entry[start : start + ROWS_PER_CHUNK]
+            chunk = slice(entry * length + start, entry * length + start + len(z))
+            yield chunk, z, tokens.map(lambda field: field[chunk])  # noqa: B023
 
 
-def _logprob_torch(logits, token_ids, inv_temperature):
-    logp, lse, margin = (torch.empty(token_ids.shape, dtype=torch.float32, device=logits.device) for _ in range(3))
-    for z, ids, logp_rows, lse_rows, margin_rows in _row_chunks(logits, token_ids, logp, lse, margin):
-        live, index = ids >= 0, ids.clamp(min=0).unsqueeze(-1)
-        z = z.float() * inv_temperature
-        target = z.gather(-1, index).squeeze(-1)
-        peak = z.scatter_(-1, index, -torch.inf).amax(-1).clamp(min=-1e30)
-        log_total = z.sub_(peak.unsqueeze(-1)).exp_().sum(-1).log()
-        margin_rows.copy_((peak - target + log_total).where(live, 0))
-        logp_rows.copy_((-F.softplus(margin_rows)).where(live, 0))
-        lse_rows.copy_((target - logp_rows).where(live, 0))
-    return logp, lse, margin
+def _statistics(logits: Tensor, tokens: Tokens, impl: str) -> RowStatistics:
+    if impl == "triton":
+        return rows.row_statistics(logits, tokens, PLAIN)
+    found = RowStatistics(*torch.empty(3, len(tokens.token_ids), device=logits.device))
+    for chunk, z, inputs in _chunks(logits, tokens):
+        scaled = reference.scale_logits_(z.to(torch.float32, copy=True), inputs, PLAIN)
+        of_chunk = reference.softmax_statistics(scaled, inputs.token_ids, with_entropy=False)
+        for name in ("logp", "entropy", "lse"):
+            getattr(found, name)[chunk] = getattr(of_chunk, name)
+    return found
 
 
-def _gradient_torch(logits, grad_logits, token_ids, lse, margin, grad_logp, inv_temperature):
-    rows = _row_chunks(logits, grad_logits, token_ids, lse, margin, grad_logp)
-    for z, grad_rows, ids, lse_rows, margin_rows, grad_logp_rows in rows:
-        scale = (grad_logp_rows * inv_temperature).unsqueeze(-1)
-        gradient = -scale * torch.exp(z.float() * inv_temperature - lse_rows.unsqueeze(-1))
-        gradient.scatter_(-1, ids.clamp(min=0).unsqueeze(-1), scale * torch.sigmoid(margin_rows).unsqueeze(-1))
-        grad_rows.copy_(gradient.where(((ids >= 0) & (grad_logp_rows != 0)).unsqueeze(-1), 0))
-
-
-def _logprob_triton(logits, token_ids, inv_temperature):
-    logp, lse, margin = (torch.empty(token_ids.shape, dtype=torch.float32, device=logits.device) for _ in range(3))
-    if token_ids.numel():
-        logits_logprob_kernel[(token_ids.numel(),)](
-            logits, token_ids, logp, lse, margin, inv_temperature,
-            logits.shape[1], logits.stride(0), logits.stride(1), logits.shape[2],
-            LANES=512, WIDTH=8, num_warps=8,
-        )  # fmt: skip
-    return logp, lse, margin
-
-
-def _gradient_triton(logits, grad_logits, token_ids, lse, margin, grad_logp, inv_temperature):
-    if token_ids.numel():
-        logits_gradient_kernel[(token_ids.numel(),)](
-            logits, grad_logits, token_ids, lse, margin, grad_logp, inv_temperature,
-            logits.shape[1], logits.stride(0), logits.stride(1), grad_logits.stride(0), grad_logits.stride(1),
-            logits.shape[2], BLOCK=4096, num_warps=8,
-        )  # fmt: skip
-
-
-_IMPLEMENTATIONS = {"triton": (_logprob_triton, _gradient_triton), "torch": (_logprob_torch, _gradient_torch)}
+def _write_gradient(logits: Tensor, gradient: Tensor, tokens: Tokens, found: RowStatistics, d_logp: Tensor) -> None:
+    for (chunk, z, inputs), (_, target, _) in zip(_chunks(logits, tokens), _chunks(gradient, tokens), strict=True):
+        of_chunk = found.map(lambda values: values[chunk])  # noqa: B023
+        z = z.to(torch.float32, copy=True)
+        d_logits = reference.row_gradient(z, inputs, PLAIN, of_chunk, d_logp[chunk], None, torch.float32)
+        target.copy_(d_logits.masked_fill_((d_logp[chunk] == 0)[:, None], 0))
 
 
 class _RowLogProb(torch.autograd.Function):
-    """log p(token) of every row of logits [B, T, V], fp32 [B, T]; rows with a negative token id give 0."""
+    """log p(token) of every row of logits [B, T, V], flat fp32 [B * T]; 0 for rows to skip."""
 
     @staticmethod
-    def forward(ctx, logits, token_ids, temperature, inplace, impl):
-        logprob, ctx.gradient = _IMPLEMENTATIONS[impl]
-        ctx.inv_temperature, ctx.inplace = 1.0 / temperature, inplace
-        logp, lse, margin = logprob(logits, token_ids, ctx.inv_temperature)
-        ctx.save_for_backward(logits, token_ids, lse, margin)
-        return logp
+    def forward(ctx: Any, logits: Tensor, tokens: Tokens, inplace: bool, impl: str) -> Tensor:
+        found = _statistics(logits, tokens, impl)
+        ctx.save_for_backward(logits, found.logp, found.entropy, found.lse)
+        ctx.tokens, ctx.inplace, ctx.impl = tokens, inplace, impl
+        return found.logp
 
     @staticmethod
-    def backward(ctx, grad_logp):
-        logits, token_ids, lse, margin = ctx.saved_tensors
-        grad_logits = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        ctx.gradient(logits, grad_logits, token_ids, lse, margin, grad_logp.contiguous(), ctx.inv_temperature)
+    @once_differentiable
+    def backward(ctx: Any, d_logp: Tensor) -> tuple[Tensor | None, ...]:
+        logits, *statistics = ctx.saved_tensors
+        found = RowStatistics(*statistics)
+        d_logp = d_logp.masked_fill(ctx.tokens.token_ids == SKIP, 0)
+        gradient = logits.detach() if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+        if ctx.impl == "triton":
+            rows.row_gradient(logits, ctx.tokens, PLAIN, found, d_logp, None, gradient.dtype, out=gradient)
+        else:
+            _write_gradient(logits, gradient, ctx.tokens, found, d_logp)
         if ctx.inplace:
             # Whoever still needs the logits, this function included, gets autograd's error instead of their gradient.
             torch.autograd.graph.increment_version(logits)
-        return grad_logits, None, None, None, None
+        return gradient, None, None, None
 
 
-def completion_logps(logits, completion_ids, completion_mask, temperature, inplace, impl):
-    """fp32 [B, L] log-probabilities from logits [B, L + 1, V], of which the last position predicts nothing."""
-    impl = choose_impl(impl, logits)
-    if completion_ids.shape != (logits.shape[0], logits.shape[1] - 1):
-        raise ValueError(f"logits {tuple(logits.shape)} must be [B, L + 1, V] for ids {tuple(completion_ids.shape)}")
-    check_temperature(temperature)
-    token_ids = completion_ids if completion_mask is None else completion_ids.where(completion_mask.bool(), -1)
-    token_ids = F.pad(token_ids, (0, 1), value=-1)
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
-    return _RowLogProb.apply(logits, token_ids, temperature, inplace, impl)[:, :-1]
+def _rows_share_memory(logits: Tensor) -> bool:
+    """Whether two rows of [B, T, V] may have an element in common, as those of an expanded tensor do."""
+    reach = logits.shape[2]
+    for stride, size in sorted(zip(logits.stride()[:2], logits.shape[:2], strict=True)):
+        if size > 1 and stride < reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
-def fused_selective_log_softmax(
-    logits: torch.Tensor,
-    input_ids: torch.Tensor,
-    temperature: float = 0.9,
-    mask: torch.Tensor | None = None,
+def logits_logprob(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
     *,
     inplace: bool = False,
     impl: str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
+    """Log-prob of each token under its own row of logits / temperature, fp32 [...], 0 where `mask` [...] is 0.
+
+    Args:
+        logits: [..., V], any float dtype and strides; rows of masked tokens may hold anything.
+        token_ids: [...] int64.
+        inplace: let the backward overwrite the logits with their gradient (then it can run only once); not done under
+            torch.compile, nor where rows share memory.
+
+    Raises ValueError where the shapes disagree, the temperature is not positive, an unmasked id lies outside the
+    vocabulary (on a GPU it gives NaN), or `impl` is unknown.
+    """
+    impl = choose_impl(impl, logits)
+    check_positive("temperature", temperature)
+    for name, value in {"token_ids": token_ids, "mask": mask}.items():
+        if value is not None and value.shape != logits.shape[:-1]:
+            raise ValueError(f"{name} must be {tuple(logits.shape[:-1])} for these logits; got {tuple(value.shape)}")
+    if not logits.dtype.is_floating_point or token_ids.dtype != torch.int64:
+        raise ValueError(f"logits must be floats and ids torch.int64; got {logits.dtype}, {token_ids.dtype}")
+    mask = None if mask is None else mask.bool()
+    check_token_ids(token_ids, mask, logits.shape[-1])
+    flat_ids = (token_ids if mask is None else token_ids.masked_fill(~mask, SKIP)).reshape(-1)
+    batch = logits if logits.ndim == 3 else logits.reshape(1, -1, logits.shape[-1])
+    if batch.stride(-1) != 1:
+        batch = batch.contiguous()
+    inplace = inplace and not torch.compiler.is_compiling() and not _rows_share_memory(batch)
+    tokens = Tokens.of_ids(flat_ids, torch.full(flat_ids.shape, float(temperature), device=logits.device))
+    return _RowLogProb.apply(batch, tokens, inplace, impl).view(token_ids.shape)
+
+
+def fused_selective_log_softmax(
+    logits: Tensor,
+    input_ids: Tensor,
+    temperature: float = 0.9,
+    mask: Tensor | None = None,
+    *,
+    inplace: bool = False,
+    impl: str | None = None,
+) -> Tensor:
     """Log-probabilities of the last L input ids under logits / temperature, fp32 [B, L], 0 where `mask` is 0.
 
     The contract of Liger-Kernel's function of the same name, with a gradient: logits [B, L + 1, V] as returned by
-    `model(..., logits_to_keep=L + 1)`, input_ids and mask [B, >= L] of which the last L columns count.
-    `inplace=True` lets the backward overwrite the logits with their gradient.
-    Raises ValueError where the shapes disagree, the temperature is not positive or `impl` is unknown.
+    `model(..., logits_to_keep=L + 1)`, of which the last position predicts nothing, input_ids and mask [B, >= L] of
+    which the last L columns count. The rest is as in `logits_logprob`.
     """
     length = logits.shape[1] - 1
-    completion_ids = input_ids[:, -length:] if length else input_ids[:, :0]
-    mask = None if mask is None else mask[:, mask.shape[1] - length :]
-    return completion_logps(logits, completion_ids, mask, temperature, inplace, impl)
+    last = lambda values: functional.pad(values[:, values.shape[1] - length :], (0, 1))
+    counts = last(torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool())
+    return logits_logprob(logits, last(input_ids), temperature, counts, inplace=inplace, impl=impl)[:, :-1]

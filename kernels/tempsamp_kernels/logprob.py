@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -13,29 +12,35 @@ from torch.autograd.function import once_differentiable
 
 from tempsamp_kernels import reference
 from tempsamp_kernels import rows as triton_rows
-from tempsamp_kernels.head import ChunkedHead, HeadGradients, check_head, check_token_ids
-from tempsamp_kernels.tiles import tile_statistics, tiles_beat_gemm
-from tempsamp_kernels.tokens import HeadOptions, RowStatistics, Tokens, check_temperature, choose_impl, per_token
+from tempsamp_kernels.head import ChunkedHead, HeadGradients, finish, gradient_scale
+from tempsamp_kernels.inputs import check_head, check_positive, check_token_ids
+from tempsamp_kernels.launch import choose_impl
+from tempsamp_kernels.tokens import HeadOptions, RowStatistics, Tokens
 
 Gather = Callable[[Tensor, Tensor | None], AbstractContextManager[object]]
 KERNELS = {"torch": reference, "triton": triton_rows}
 """What each chunk's logits are given to, by `impl`."""
 
 
-def forward_sweep(head: ChunkedHead, tokens: Tokens, options: HeadOptions) -> RowStatistics:
-    """Softmax statistics of all tokens: one GEMM, 2NHV FLOPs."""
+def forward_sweep(head: ChunkedHead, tokens: Tokens, options: HeadOptions) -> tuple[RowStatistics, Tensor | None]:
+    """Softmax statistics of all tokens by one GEMM, 2NHV FLOPs, and the raw logits of the last chunk.
+
+    The latter only where the kernels leave them as they are.
+    """
     kernels = KERNELS[options.impl]
     tokens = tokens.padded(head.num_padded)
-    found = []
+    found: list[RowStatistics] = []
 
     def consume(logits: Tensor, chunk: slice) -> None:
         found.append(kernels.row_statistics(logits, tokens.map(lambda field: field[chunk]), options))
 
-    head.sweep(consume)
-    if not found:
-        return RowStatistics(*(tokens.temperature.new_empty(0) for _ in range(3)))
-    joined = (torch.cat(column)[: head.num_tokens] for column in zip(*map(astuple, found), strict=True))
-    return RowStatistics(*joined)
+    logits = head.sweep(consume)
+    empty = tokens.temperature.new_empty(0)
+    joined = (
+        torch.cat([empty, *(getattr(each, name) for each in found)])[: head.num_tokens]
+        for name in ("logp", "entropy", "lse")
+    )
+    return RowStatistics(*joined), logits if options.impl == "triton" else None
 
 
 def gradient_sweep(
@@ -46,8 +51,15 @@ def gradient_sweep(
     d_logp: Tensor,
     d_entropy: Tensor | None,
     gradients: HeadGradients,
-) -> None:
-    """Recompute the logits and push d loss / d logp and / d entropy [N] through them: three GEMMs, 6NHV FLOPs."""
+    kept: Tensor | None = None,
+) -> Tensor | None:
+    """Push d loss / d logp and / d entropy [N] through the logits: 6NHV FLOPs, less 2HV for each row of `kept` ones.
+
+    Returns the scale [1] that the gradients have been multiplied by, if any.
+    """
+    scale = gradient_scale(d_logp if d_entropy is None else d_logp.abs() + d_entropy.abs(), head.gemm_dtype)
+    if scale is not None:
+        d_logp, d_entropy = d_logp * scale, None if d_entropy is None else d_entropy * scale
     kernels = KERNELS[options.impl]
     tokens = tokens.padded(head.num_padded)
     rows, d_logp = rows.map(head.padded), head.padded(d_logp)
@@ -60,7 +72,8 @@ def gradient_sweep(
             logits, tokens.map(cut), options, rows.map(cut), d_logp[chunk], d_entropy_chunk, head.gemm_dtype
         )
 
-    head.sweep(consume, gradients)
+    head.sweep(consume, gradients, kept)
+    return scale
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -77,14 +90,11 @@ class _LinearLogprob(torch.autograd.Function):
         wants_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         head = ChunkedHead(hidden, weight, None, chunk_size)
-        may_use_tiles = options.impl == "triton" and not wants_grad and chunk_size is None
-        if may_use_tiles and tiles_beat_gemm(hidden.shape[1], head.gemm_dtype):
-            found = tile_statistics(hidden.to(head.gemm_dtype), head.weight, tokens, options)
-        else:
-            found = forward_sweep(head, tokens, options)
+        found, logits = forward_sweep(head, tokens, options)
         ctx.save_for_backward(hidden, weight, bias, found.logp, found.entropy, found.lse)
         ctx.tokens, ctx.options, ctx.chunk_size, ctx.compute_dtype = tokens, options, chunk_size, head.compute_dtype
         ctx.gather = gather
+        ctx.logits = logits if wants_grad else None
         ctx.set_materialize_grads(False)
         return found.logp, found.entropy
 
@@ -93,14 +103,16 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, *statistics = ctx.saved_tensors
         rows = RowStatistics(*statistics)
-        if d_logp is None:
-            d_logp = torch.zeros_like(rows.logp)
+        d_logp = torch.zeros_like(rows.logp) if d_logp is None else d_logp
         with nullcontext() if ctx.gather is None else ctx.gather(weight, bias):
             head = ChunkedHead(hidden, weight, None, ctx.chunk_size, ctx.compute_dtype)
-            gradients = head.gradients(*ctx.needs_input_grad[:3])
-            gradient_sweep(head, ctx.tokens, ctx.options, rows, d_logp, d_entropy, gradients)
-        wanted = zip((gradients.hidden, gradients.weight, gradients.bias), (hidden, weight, bias), strict=True)
-        return (*(None if grad is None else grad.to(like.dtype) for grad, like in wanted), *[None] * 5)
+            gradients = HeadGradients(head, *ctx.needs_input_grad[:3])
+            # The gradient takes the memory of the logits: a second backward makes them again.
+            kept, ctx.logits = ctx.logits, None
+            scale = gradient_sweep(head, ctx.tokens, ctx.options, rows, d_logp, d_entropy, gradients, kept)
+        dtypes = [None if like is None else like.dtype for like in (hidden, weight, bias)]
+        found = finish(gradients.state(head), dtypes, None if scale is None else 1 / scale[0])
+        return (*found, *[None] * 5)
 
 
 def linear_logprob(
@@ -123,12 +135,11 @@ def linear_logprob(
         weight: [V, H], any floating dtype; under autocast both are cast to its dtype.
         token_ids: [...] int64; one outside the vocabulary raises on a CPU and gives NaN on a GPU.
         bias: [V].
-        temperature: a positive number, or one per token [...].
+        temperature: a positive number, or one per token, in any shape that expands to [...].
         softcap: `z -> softcap * tanh(z / softcap)`, applied after `logit_scale` and before the temperature.
         logit_scale: factor of the raw logits.
-        chunk_size: tokens per chunk of logits; by default equal chunks within a memory budget, or no logits at all
-            where no gradient is wanted and the shape favours it (`tiles_beat_gemm`). A fixed size makes log-probs
-            comparable to the bit between calls.
+        chunk_size: tokens per chunk of logits; by default equal chunks within a memory budget. A fixed size makes
+            log-probs comparable to the bit between calls.
         gather: makes the context in which a sharded weight and bias are whole (ZeRO-3). The caller holds one around
             this call; the backward enters another.
         impl: "triton", "torch", or None for the one that suits the device.
@@ -136,27 +147,24 @@ def linear_logprob(
     Returns:
         `(logp, entropy)`, both [...] float32.
 
-    Costs 2NHV FLOPs forward and 6NHV backward (4NHV with a frozen weight); keeps [N] statistics only.
+    Costs 2NHV FLOPs forward and 6NHV backward (4NHV with a frozen weight). The Triton kernels keep the logits of the
+    last chunk until the backward, which spares it 2HV per row: all of a batch that fits one chunk costs 6NHV.
     The contract is TRL's and verl's fused log-prob. Raises ValueError for shapes, dtypes or names that do not fit.
     """
-    check_head(hidden, weight, token_ids, bias)
-    check_token_ids(token_ids, len(weight))
-    check_temperature(temperature)
+    check_head(hidden, weight, token_ids, bias, chunk_size)
+    check_token_ids(token_ids, None, len(weight))
+    check_positive("temperature", temperature)
+    check_positive("softcap", softcap)
     impl = choose_impl(impl, hidden)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    num_tokens = len(flat)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.expand(token_ids.shape).reshape(-1)
-    zeros = torch.zeros(num_tokens, device=hidden.device)
-    tokens = Tokens(
-        token_ids=token_ids.reshape(-1),
-        temperature=per_token(temperature, None, num_tokens, "temperature", hidden.device),
-        advantage=zeros,
-        policy_weight=zeros,
-        kl_weight=zeros,
-        old_logps=zeros,
-        ref_logps=zeros,
-    )
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((), float(temperature), device=hidden.device)
+    try:
+        spread = temperature.detach().expand(token_ids.shape).to(hidden.device, torch.float32, non_blocking=True)
+    except RuntimeError:
+        shapes = f"{tuple(token_ids.shape)} like token_ids; got {tuple(temperature.shape)}"
+        raise ValueError(f"temperature must be a number or expand to {shapes}") from None
+    tokens = Tokens.of_ids(token_ids.reshape(-1), spread.reshape(-1).contiguous())
     options = HeadOptions(bias, softcap, logit_scale, impl)
     logp, entropy = _LinearLogprob.apply(
         flat, weight, bias, tokens, options, chunk_size, gather, torch.is_grad_enabled()

@@ -1,18 +1,18 @@
-"""The plain PyTorch twins of the kernels: complete, chunk by chunk, and fast enough to train small models on a CPU."""
+"""The plain PyTorch twins of the row kernels: complete, chunk by chunk, and fast enough to train small models."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from tempsamp_kernels.objectives import SELF, TokenLoss
-from tempsamp_kernels.tokens import NUM_TERMS, HeadOptions, RowStatistics, Tokens
+from tempsamp_kernels.objectives import TokenLoss, difference, on_tensors, token_terms
+from tempsamp_kernels.tokens import SKIP, HeadOptions, RowStatistics, Tokens
 
 
 def scale_logits_(logits: Tensor, tokens: Tokens, head: HeadOptions) -> Tensor:
     """Bias, scale, softcap and temperature on raw logits [C, V] fp32, in place."""
     if head.bias is not None:
-        logits += head.bias
+        logits += head.bias[: logits.shape[1]]
     if head.logit_scale != 1.0:
         logits *= head.logit_scale
     if head.softcap is not None:
@@ -20,26 +20,34 @@ def scale_logits_(logits: Tensor, tokens: Tokens, head: HeadOptions) -> Tensor:
     return logits.div_(tokens.temperature[:, None])
 
 
-def softmax_statistics(scaled: Tensor, token_ids: Tensor) -> RowStatistics:
-    """Log-prob, entropy and log-sum-exp of each row of `scaled` logits [C, V].
+def target_index(token_ids: Tensor) -> Tensor:
+    """[C, 1]: a column for every row, also for one to skip."""
+    return token_ids.masked_fill(token_ids == SKIP, 0)[:, None]
+
+
+def softmax_statistics(scaled: Tensor, token_ids: Tensor, with_entropy: bool = True) -> RowStatistics:
+    """Log-prob, entropy and log-sum-exp of each row of `scaled` logits [C, V]; 0 for a row to skip.
 
     The target is left out of the sum: where it leads, `logp = -log1p(sum of the others' odds)` keeps its digits
-    where `target - lse` would round to exactly 0.
+    where `target - lse` would round to exactly 0. Without entropy the logits are overwritten.
     """
-    index = token_ids[:, None]
+    index = target_index(token_ids)
     target = scaled.gather(1, index)[:, 0]
-    others = scaled.scatter(1, index, -torch.inf)
+    others = scaled.scatter(1, index, -torch.inf) if with_entropy else scaled.scatter_(1, index, -torch.inf)
     peak = others.amax(1).clamp(min=-1e30)
     others.sub_(peak[:, None]).clamp_(min=-1e4)
-    weights = others.exp()
+    weights = others.exp() if with_entropy else others.exp_()
     total = weights.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
-    mean_shifted = others.mul_(weights).sum(1) / total
     lead = target - peak
     behind = lead - (total + lead.clamp(max=0).exp()).log()
     logp = torch.where(lead > 0, -torch.log1p(total * (-lead.clamp(min=0)).exp()), behind)
-    gap = total.log() - lead
-    entropy = -logp.exp() * logp - torch.expm1(logp) * (total.log() - logp - gap - mean_shifted)
-    return RowStatistics(logp, entropy, target - logp)
+    entropy = torch.zeros_like(logp)
+    if with_entropy:
+        mean_shifted = others.mul_(weights).sum(1) / total
+        gap = total.log() - lead
+        entropy = -logp.exp() * logp - torch.expm1(logp) * (total.log() - logp - gap - mean_shifted)
+    found = RowStatistics(logp, entropy, target - logp)
+    return found.map(lambda values: values.masked_fill(token_ids == SKIP, 0.0))
 
 
 def softmax_gradient_(
@@ -59,44 +67,31 @@ def softmax_gradient_(
         probs = log_probs.exp()
         log_probs.add_(rows.entropy[:, None]).mul_((d_entropy * factor)[:, None]).add_((d_logp * factor)[:, None])
         log_probs.mul_(probs.neg_())
-    scaled.scatter_(1, tokens.token_ids[:, None], (at_target * factor)[:, None])
+    scaled.scatter_(1, target_index(tokens.token_ids), (at_target * factor)[:, None])
     return scaled if slope is None else scaled.mul_(slope)
 
 
-def token_terms(
-    logp: Tensor, entropy: Tensor, log_ratio: Tensor, tokens: Tokens, loss: TokenLoss
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Evaluate the loss of each token.
+def evaluate(
+    rows: RowStatistics, log_ratio: Tensor, tokens: Tokens, loss: TokenLoss
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Evaluate the loss of each token, in fields of any one shape [...].
 
-    Returns the terms [NUM_TERMS, C] (see `tokens.TERMS`) and d loss / d logp and / d log_ratio [C].
+    Returns the terms [NUM_TERMS, ...] (see `tokens.TERMS`), d loss / d logp, / d log_ratio and / d entropy, the last
+    one None without an entropy bonus.
     """
-    value, d_logp, d_log_ratio = loss.objective.torch(logp, log_ratio, tokens.advantage, *loss.bounds)
-    delta = torch.where(tokens.ref_logps == SELF, 0.0, tokens.ref_logps - logp)
-    kl, kl_d_logp, kl_d_log_ratio = loss.kl.torch(delta, log_ratio)
-    ratio = log_ratio.exp()
-    lower, upper = loss.bounds[:2]
-    terms = torch.stack(
-        [
-            logp,
-            entropy,
-            tokens.policy_weight * value + tokens.kl_weight * kl,
-            kl,
-            ratio,
-            ((ratio < lower) & (tokens.advantage < 0)).float(),
-            ((ratio > upper) & (tokens.advantage > 0)).float(),
-        ]
-    )
-    assert len(terms) == NUM_TERMS
-    return (
-        terms,
-        tokens.policy_weight * d_logp + tokens.kl_weight * kl_d_logp,
-        tokens.policy_weight * d_log_ratio + tokens.kl_weight * kl_d_log_ratio,
-    )
+    weight, threshold = tokens.entropy_weight, tokens.entropy_threshold
+    *values, d_logp, d_log_ratio, d_entropy = on_tensors(token_terms)(
+        rows.logp, rows.entropy, log_ratio, tokens.ref_logps, tokens.advantage, tokens.policy_weight, tokens.kl_weight,
+        torch.zeros_like(rows.logp) if weight is None else weight, -torch.inf if threshold is None else threshold,
+        **loss.numbers(), OBJECTIVE=on_tensors(loss.objective), KL=on_tensors(loss.kl),
+    )  # fmt: skip
+    terms = torch.stack([rows.logp, rows.entropy, *values])
+    return terms, d_logp, d_log_ratio, None if weight is None else d_entropy
 
 
 def token_log_ratio(logp: Tensor, tokens: Tokens) -> Tensor:
     """log(pi / pi_old) of each token; 0 where the old log-prob is the current one."""
-    return torch.where(tokens.old_logps == SELF, 0.0, logp - tokens.old_logps)
+    return on_tensors(difference)(logp, tokens.old_logps)
 
 
 def row_statistics(logits: Tensor, tokens: Tokens, head: HeadOptions) -> RowStatistics:
@@ -119,11 +114,21 @@ def row_gradient(
 
 
 def row_loss(
-    logits: Tensor, tokens: Tokens, head: HeadOptions, loss: TokenLoss, dtype: torch.dtype
+    logits: Tensor,
+    tokens: Tokens,
+    head: HeadOptions,
+    loss: TokenLoss,
+    dtype: torch.dtype,
+    gradient_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss terms [NUM_TERMS, C] of raw logits [C, V] fp32 and their gradient as `dtype`; the logits are overwritten."""
+    """Loss terms [NUM_TERMS, C] of raw logits [C, V] fp32 and their gradient as `dtype`; the logits are overwritten.
+
+    The gradient, not the loss, is multiplied by `gradient_scale` [1].
+    """
     scaled = scale_logits_(logits, tokens, head)
     rows = softmax_statistics(scaled, tokens.token_ids)
-    log_ratio = token_log_ratio(rows.logp, tokens)
-    terms, d_logp, d_log_ratio = token_terms(rows.logp, rows.entropy, log_ratio, tokens, loss)
-    return terms, softmax_gradient_(scaled, tokens, head, rows, d_logp + d_log_ratio, None).to(dtype)
+    terms, d_logp, d_log_ratio, d_entropy = evaluate(rows, token_log_ratio(rows.logp, tokens), tokens, loss)
+    d_logp = d_logp + d_log_ratio
+    if gradient_scale is not None:
+        d_logp, d_entropy = d_logp * gradient_scale, None if d_entropy is None else d_entropy * gradient_scale
+    return terms, softmax_gradient_(scaled, tokens, head, rows, d_logp, d_entropy).to(dtype)

@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import log
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tempsamp_kernels.objectives import TokenLoss
-from tempsamp_kernels.reference import token_log_ratio, token_terms
+from tempsamp_kernels.launch import launch
+from tempsamp_kernels.objectives import TokenLoss, Vespo
+from tempsamp_kernels.reference import evaluate, token_log_ratio
 from tempsamp_kernels.tokens import RowStatistics, Tokens
 
-LOG_SMALLEST_WEIGHT = log(1e-8)
-
-
-@dataclass(frozen=True)
-class Vespo:
-    """Gamma weight of a row's importance ratio w: `w^k * exp(lambda * (1 - w))`, by the advantage's sign."""
-
-    k_pos: float = 2.0
-    lambda_pos: float = 3.0
-    k_neg: float = 3.0
-    lambda_neg: float = 2.0
-    log_weight: Tensor | float = 0.0
-    """Added to the row's log-ratio: [B], or a number for all rows."""
-
-    def weight(self, row_log_ratio: Tensor, advantage: Tensor) -> Tensor:
-        log_w = row_log_ratio.clamp(LOG_SMALLEST_WEIGHT, 20.0)
-        k = torch.where(advantage >= 0, self.k_pos, self.k_neg)
-        rate = torch.where(advantage >= 0, self.lambda_pos, self.lambda_neg).clamp(min=1e-4)
-        return (rate + k * log_w - rate * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+LEVELS = ("token", "sequence", "sequence_token")
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -62,6 +43,8 @@ class Sequences:
     impl: str
     vespo: Vespo | None = None
     """None: the geometric mean of a row's ratios replaces each of them (GSPO, arXiv 2507.18071)."""
+    spreads_gradient: bool = True
+    """False: a shared ratio has the gradient of each token's own log-prob (GSPO-token, section 4.3 there)."""
 
     def reordered(self, order: Tensor) -> Sequences:
         return replace(self, row_ids=self.row_ids[order], mask=self.mask[order], lengths=self.lengths[order])
@@ -71,18 +54,22 @@ class Sequences:
         sums = values.new_zeros(self.num_row_ids)
         if self.impl == "torch":
             return sums.index_add_(0, self.row_ids, values)
-        row_sum_kernel[(self.num_row_ids,)](values.contiguous(), self.row_ids, sums, len(values), BLOCK=1024)
+        launch(
+            row_sum_kernel, (self.num_row_ids,), values_ptr=values, row_ids_ptr=self.row_ids, sums_ptr=sums,
+            num_tokens=len(values), BLOCK=1024,
+        )  # fmt: skip
         return sums
 
-    def terms(self, rows: RowStatistics, tokens: Tokens, loss: TokenLoss) -> tuple[Tensor, Tensor]:
-        """Terms [NUM_TERMS, N] of the loss and its derivative with respect to each log-prob [N]."""
+    def terms(self, rows: RowStatistics, tokens: Tokens, loss: TokenLoss) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Terms [NUM_TERMS, N] of the loss, and its derivatives with respect to log-prob and entropy [N]."""
         log_ratio = token_log_ratio(rows.logp, tokens)
         if self.vespo is not None:
             row_log_ratio = self.row_sum(log_ratio.clamp(-20.0, 20.0) * self.mask) + self.vespo.log_weight
             weight = self.vespo.weight(row_log_ratio[self.row_ids], tokens.advantage)
             tokens = replace(tokens, advantage=tokens.advantage * weight)
-            terms, d_logp, d_log_ratio = token_terms(rows.logp, rows.entropy, log_ratio, tokens, loss)
-            return terms, d_logp + d_log_ratio
-        log_ratio = self.row_sum(log_ratio * self.mask)[self.row_ids] / self.lengths
-        terms, d_logp, d_log_ratio = token_terms(rows.logp, rows.entropy, log_ratio, tokens, loss)
-        return terms, d_logp + self.row_sum(d_log_ratio)[self.row_ids] / self.lengths * self.mask
+        else:
+            log_ratio = self.row_sum(log_ratio * self.mask)[self.row_ids] / self.lengths
+        terms, d_logp, d_log_ratio, d_entropy = evaluate(rows, log_ratio, tokens, loss)
+        if self.vespo is None and self.spreads_gradient:
+            d_log_ratio = self.row_sum(d_log_ratio)[self.row_ids] / self.lengths * self.mask
+        return terms, d_logp + d_log_ratio, d_entropy

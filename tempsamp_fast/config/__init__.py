@@ -17,26 +17,6 @@ from tempsamp_fast.config.rollout import RolloutConfig
 from tempsamp_fast.config.setting import parse_range
 from tempsamp_fast.config.train import TrainConfig, prompts_per_row, prompts_per_step
 
-__all__ = [
-    "METHODS",
-    "MODES",
-    "AlgorithmConfig",
-    "AttentionCore",
-    "Config",
-    "DataConfig",
-    "LigerLayers",
-    "Method",
-    "ModelConfig",
-    "Phase",
-    "RolloutConfig",
-    "Shaping",
-    "TrainConfig",
-    "parse_phases",
-    "parse_range",
-    "prompts_per_row",
-    "prompts_per_step",
-]
-
 
 @dataclass
 class Config:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from tempsamp_fast.config.setting import parse_range, require, setting
+from tempsamp_fast.config.setting import parse_range, require, require_texts, setting
 from tempsamp_fast.sample import Task
 
 
@@ -18,7 +18,7 @@ class DataConfig:
         "synthetic", "training file, data set name (charades-train, ...), or 'synthetic': the embedded data set"
     )
     eval_annotations: str | None = setting(None, "held-out file or data set name")
-    videos: str | None = setting(None, "folder of <video id>.{mp4,mkv,webm,avi}")
+    videos: str | None = setting(None, "folder of <video id>.{mp4,mkv,webm,avi,mov,m4v}")
     eval_videos: str | None = setting(None, "folder of the held-out videos where it is another (out of domain)")
     few_shot_videos: int | None = setting(None, "train on this many videos, drawn at random")
     few_shot_seed: int = setting(0, "which ones; smaller subsets lie within larger ones")
@@ -30,12 +30,15 @@ class DataConfig:
     synthetic_videos: str = setting("700,20,220", "embedded videos: train,val,test")
     task: Task = setting("grounding", "what is asked of a video: the span of a query, or its highlights with scores")
     max_eval_samples: int | None = setting(None, "evaluate the first N queries only")
-    on_bad_video: Literal["raise", "skip"] = setting(
-        "raise", "a video that cannot be read ends the run, or is replaced by the next sample and counted"
+    on_bad_sample: Literal["raise", "skip"] = setting(
+        "raise",
+        "a video that is missing or cannot be read, or a prompt longer than max_tokens_per_row, ends the run (before "
+        "it starts where that can be told), or is replaced by the next sample and counted; formerly on_bad_video",
+        former_name="on_bad_video",
     )
     max_bad_videos: int | None = setting(
         None,
-        "training samples that each process may replace for a bad video, per epoch and anew when resumed; "
+        "training samples that each process may replace for a bad one, per epoch and anew when resumed; "
         "data/bad_videos in metrics.jsonl has those of each step, of all ranks",
     )
     video_backend: Literal["auto", "native", "torchcodec"] = setting(
@@ -63,8 +66,9 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
+        require_texts(self)
         require(0 < self.fps < math.inf, "fps", self.fps, "positive")
-        require(1 <= self.min_frames <= self.max_frames, "min_frames", self.min_frames, "between 1 and max_frames")
+        require(2 <= self.min_frames <= self.max_frames, "min_frames", self.min_frames, "between 2 and max_frames")
         require(0 <= self.random_crop <= 1, "random_crop", self.random_crop, "in [0, 1]")
         bad = self.max_bad_videos
         require(bad is None or bad >= 0, "max_bad_videos", bad, "zero or more")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tempsamp_fast.config.setting import require, setting
+from tempsamp_fast.config.setting import require, require_texts, setting
 
 LigerLayers = Literal["auto", "on", "off"]
 AttentionCore = Literal["auto", "split", "varlen", "flex"]
@@ -16,7 +16,7 @@ class ModelConfig:
     """Which model learns, and what of it."""
 
     model: str = setting("tiny", "checkpoint folder, hub name, or 'tiny' for the embedded model")
-    tiny_family: str = setting("qwen2_5_vl", "of the embedded model: qwen2_5_vl or qwen3_vl")
+    tiny_family: str = setting("qwen2_5_vl", "of the embedded model: a record of model/families.py, by its name")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
     freeze_vision: bool = setting(False, "train the language model alone; each video is then encoded once a step")
     lora_rank: int = setting(0, "train adapters of this rank on the language model; 0: all weights")
@@ -41,6 +41,7 @@ class ModelConfig:
     allow_pickle: bool = setting(False, "also load weights and state from pickles, which can run any code")
 
     def __post_init__(self) -> None:
+        require_texts(self)
         require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "at least 1")
         require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "zero (off) or more")
         require(self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "positive")

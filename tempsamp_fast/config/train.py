@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tempsamp_fast.config.phases import MODES, Phase, parse_phases
-from tempsamp_fast.config.setting import require, setting
+from tempsamp_fast.config.setting import require, require_texts, setting
+
+MAX_SEED = 2**40
+"""Generators take 64 bits, of which the step or the epoch needs some."""
 
 
 @dataclass
@@ -36,8 +39,10 @@ class TrainConfig:
     weight_decay: float = setting(0.0, "of AdamW")
     adam_beta2: float = setting(0.999, "second-moment decay of AdamW")
     max_grad_norm: float = setting(1.0, "clips the norm of the whole gradient; 0: off")
-    zero_stage: Literal["0", "1", "2", "3"] = setting(
-        "0", "what DeepSpeed partitions over ranks: nothing, optimizer, gradients too, weights too"
+    zero_stage: Literal["auto", "0", "1", "2", "3"] = setting(
+        "0",
+        "what DeepSpeed partitions over ranks: nothing, optimizer, gradients too, weights too; auto: the least that "
+        "the plan fits into the card, with offload all where nothing else does",
     )
     offload: Literal["none", "optimizer", "all"] = setting(
         "none", "to CPU memory: the optimizer's state (zero_stage 1 and up), or parameters too (zero_stage 3)"
@@ -47,15 +52,18 @@ class TrainConfig:
     )
     eval_modes: str = setting("answer", "modes evaluated after each phase, such as answer+think")
     eval_batch_size: int = setting(64, "queries asked together in an evaluation, per rank")
-    save_steps: int = setting(0, "0: at the end of each phase only")
+    eval_start: bool = setting(True, "evaluate before the first step too")
+    save_steps: int = setting(0, "0: at the end of each phase, and every save_minutes")
+    save_minutes: float = setting(30.0, "checkpoint after the step at which this time has passed; 0: off")
     keep_checkpoints: int = setting(2, "newest checkpoints that are kept")
     max_skipped_steps: int = setting(5, "steps in a row whose loss or gradient may be non-finite; they are skipped")
     stall_timeout_s: float = setting(1800.0, "seconds after which a silent rank, or no progress of any, ends the run")
-    stop_grace_s: float = setting(30.0, "seconds from SIGTERM until the process ends even without its checkpoint")
+    stop_grace_s: float = setting(30.0, "seconds from SIGTERM or Ctrl-C until the end, even without a checkpoint")
     local_rank: int = setting(0, "set by the deepspeed launcher")
 
     def __post_init__(self) -> None:
         parse_phases(self.phases)
+        require_texts(self)
         for name in (
             "prompts_per_device", "sft_prompts_per_device", "gradient_accumulation_steps", "max_tokens_per_row",
             "eval_batch_size", "keep_checkpoints",
@@ -68,7 +76,9 @@ class TrainConfig:
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "zero or more")
         require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
         require(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, "zero (off) or more")
-        require(self.save_steps >= 0, "save_steps", self.save_steps, "zero or more")
+        require(abs(self.seed) < MAX_SEED, "seed", self.seed, f"between -{MAX_SEED} and {MAX_SEED}")
+        for name in ("save_steps", "save_minutes"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "zero or more")
         require(self.max_skipped_steps >= 0, "max_skipped_steps", self.max_skipped_steps, "zero or more")
         for name in ("stall_timeout_s", "stop_grace_s"):
             require(getattr(self, name) > 0, name, getattr(self, name), "positive")

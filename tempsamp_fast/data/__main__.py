@@ -1,4 +1,4 @@
-"""Is a data set complete? `python -m tempsamp_fast.data check charades-test --videos DIR [--annotations FILE]`."""
+"""Is a data set complete? `python -m tempsamp_fast.data check FILE_OR_NAME --videos DIR`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from pathlib import Path
 
 from tempsamp_fast.data.annotations import Annotations, read_annotations
 from tempsamp_fast.data.catalogue import DATASETS, Dataset, find_annotations
+from tempsamp_fast.data.frame_folder import fps_of, images_of
+from tempsamp_fast.data.loader import LENGTH_TOLERANCE
 from tempsamp_fast.system.files import one_line
 from tempsamp_fast.video import VideoError, frames
 from tempsamp_fast.video.torchcodec_backend import open_decoder, shown_span
 
 LENGTH_TOLERANCE_S = 1.0
-LENGTH_TOLERANCE = 0.05
-"""A video may differ from its annotated duration by either, the larger of the two."""
+"""A video may differ from its annotated duration by this or by `LENGTH_TOLERANCE`, the larger of the two."""
 
 
 @dataclass
@@ -39,8 +40,7 @@ def check(annotations: Annotations, dataset: Dataset) -> Findings:
     """Look at every sample's video: is it there, do its first and last frame decode, is it as long as annotated?"""
     samples, dropped = annotations.samples, annotations.dropped
     by_video = {sample.video: sample for sample in samples}
-    late_ends = sum(end > sample.duration_s for sample in samples for _, end in sample.windows)
-    findings = Findings(len(by_video), len(samples) + len(dropped), late_ends, dropped)
+    findings = Findings(len(by_video), len(samples) + len(dropped), annotations.num_late_ends, dropped)
     findings.problems["counts"] = [
         f"{found} {name}, published are {published}"
         for name, found, published in (
@@ -49,8 +49,8 @@ def check(annotations: Annotations, dataset: Dataset) -> Findings:
         )
         if published not in (None, found)
     ]
-    present = [video for video in by_video if video.is_file()]
-    findings.problems["missing"] = [str(video) for video in by_video if not video.is_file()]
+    present = [video for video in by_video if video.exists()]
+    findings.problems["missing"] = [str(video) for video in by_video if not video.exists()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         lengths = dict(zip(present, pool.map(_length_s, present), strict=True))
     findings.problems["unreadable"] = [str(error) for error in lengths.values() if isinstance(error, VideoError)]
@@ -65,6 +65,8 @@ def check(annotations: Annotations, dataset: Dataset) -> Findings:
 def _length_s(video: Path) -> float | VideoError:
     """What the file shows, in seconds, if its first and last frame decode; else why not."""
     try:
+        if video.is_dir():
+            return len(images_of(video)) / fps_of(video)
         begin, end = shown_span(open_decoder(video).metadata)
         frames(video, [0.0, end - begin], height=16)
     except VideoError as error:
@@ -93,19 +95,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.data", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="check")
     command = commands.add_parser("check", help="what is missing, unreadable or inconsistent")
-    command.add_argument("name", choices=DATASETS, metavar="NAME", help=", ".join(DATASETS))
+    command.add_argument("name", metavar="FILE_OR_NAME", help=f"annotation file, or {', '.join(DATASETS)}")
     command.add_argument("--videos", required=True, type=Path, help="folder of the video files")
     command.add_argument(
-        "--annotations", type=Path, help="annotation file; default: its usual name in or above --videos"
+        "--annotations", type=Path, help="file of a published set; default: its usual name in or above --videos"
     )
     command.add_argument("--show", type=int, default=10, help="findings of each kind to name")
     options = parser.parse_args(arguments)
-    dataset = DATASETS[options.name]
+    dataset = DATASETS.get(options.name)
     try:
+        if dataset is None and not Path(options.name).is_file():
+            raise ValueError(f"{options.name!r}: no such file, and no data set of {', '.join(DATASETS)}")
         if not options.videos.is_dir():
             raise ValueError(f"--videos {options.videos}: no such folder")
-        annotations = options.annotations or find_annotations(dataset, options.videos)
-        findings = check(read_annotations(annotations, options.videos), dataset)
+        usual = find_annotations(dataset, options.videos) if dataset and not options.annotations else options.name
+        findings = check(read_annotations(options.annotations or usual, options.videos), dataset or Dataset(()))
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {one_line(error)}\n")
     print(describe(findings, options.show))

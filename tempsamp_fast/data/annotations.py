@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
-from tempsamp_fast.data.prompts import normalise_query
+from tempsamp_fast.data.prompts import SHORTEST_S, normalise_query
+from tempsamp_fast.data.text_files import (
+    as_float,
+    as_number,
+    get,
+    json_object,
+    json_rows,
+    read_text,
+    shown,
+    text_lines,
+    typed,
+)
+from tempsamp_fast.data.video_folder import VideoFolder
 from tempsamp_fast.rewards import CLIP_S, parse_spans
 from tempsamp_fast.sample import Sample, Span
-from tempsamp_fast.system.files import parse_json
 
 logger = logging.getLogger(__name__)
-
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi")
-LARGEST = 1e300
-"""A number that is not below it is taken for none: as an int it may be larger than any float."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,11 @@ class Annotations:
     """In file order."""
     dropped: list[str]
     """Why a query is not among them, a line for each that names the file and the place."""
+
+    @property
+    def num_late_ends(self) -> int:
+        """Windows that end beyond the video."""
+        return sum(end > sample.duration_s for sample in self.samples for _, end in sample.windows)
 
 
 def load_annotations(path: str | Path, videos: str | Path | None = None, format: str = "auto") -> list[Sample]:
@@ -43,7 +56,9 @@ def load_annotations(path: str | Path, videos: str | Path | None = None, format:
         num_queries = len(annotations.samples) + len(annotations.dropped)
         dropped, first = len(annotations.dropped), annotations.dropped[0]
         logger.warning("%s: dropped %d of %d queries, the first: %s", path, dropped, num_queries, first)
-    _log_late_ends(Path(path), annotations.samples)
+    if late := annotations.num_late_ends:
+        num_windows = sum(len(sample.windows) for sample in annotations.samples)
+        logger.warning("%s: %d of %d windows end beyond their video; kept as they are", path, late, num_windows)
     return annotations.samples
 
 
@@ -51,26 +66,27 @@ def read_annotations(path: str | Path, videos: str | Path | None = None, format:
     """The samples of the annotation file `path`, and what of it had to be dropped.
 
     `format` is a name of `FORMATS` or `auto`, which tells them apart by their suffix and keys. `Sample.video` is the
-    file `find_video` sees in the folder `videos`, or `<videos>/<id>.mp4` where it sees none: reading annotations needs
-    no videos. A window that ends beyond the video is kept as it is, as the evaluations of the paper's lineage do.
+    file that a `VideoFolder` finds in the folder `videos`, or `<videos>/<id>.mp4` where it finds none: reading
+    annotations needs no videos. A window that ends beyond the video is kept as it is, as the evaluations of the paper's
+    lineage do.
 
     Dropped, as published loaders do, are queries that are empty, have no window or a video of no length, and those with
     a window that starts before 0 or not before the video's end, or does not end after its start.
 
     Raises FileNotFoundError for a missing file, and ValueError naming the file, the video, the field and the value for
-    malformed JSON, a missing field, a wrong type, a number that is not finite, an id that comes twice, or a path that
-    leaves `videos`; also where nothing is left.
+    malformed JSON, a missing field, a wrong type, a number that is not finite, half a surrogate pair, an id or a JSON
+    key that comes twice, or a path that leaves `videos`; also where nothing is left. What it quotes is cut to a line.
     """
     path = Path(path)
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"format {format!r}: choose from auto, {', '.join(FORMATS)}")
     reader = FORMATS[_detect_format(path) if format == "auto" else format]
-    folder = Path(videos) if videos is not None else None
+    folder = VideoFolder(videos)
     ids: set[str] = set()
     samples, dropped = [], []
     for record in reader(path):
         if record.sample_id in ids:
-            raise ValueError(f"{record.place}: a sample of id {record.sample_id!r} came before")
+            raise ValueError(f"{record.place}: a sample of id {shown(record.sample_id)} came before")
         ids.add(record.sample_id)
         try:
             samples.append(_sample(record, folder))
@@ -83,18 +99,8 @@ def read_annotations(path: str | Path, videos: str | Path | None = None, format:
 
 
 def find_video(folder: str | Path, video_id: str) -> Path | None:
-    """`<folder>/<video_id>` with the first of `VIDEO_SUFFIXES` that exists, or as it is when it has a suffix of them.
-
-    Raises ValueError for an id that would leave `folder`.
-    """
-    return next((file for name in _file_names(video_id) if (file := Path(folder, name)).is_file()), None)
-
-
-def _file_names(video_id: str) -> list[str]:
-    inside = PurePath(video_id)
-    if not inside.name or inside.is_absolute() or ".." in inside.parts or not video_id.isprintable():
-        raise ValueError(f"video {video_id!r} is not a path inside the video folder")
-    return [video_id] if inside.suffix in VIDEO_SUFFIXES else [video_id + suffix for suffix in VIDEO_SUFFIXES]
+    """As `VideoFolder.find`, for one video."""
+    return VideoFolder(folder).find(video_id)
 
 
 @dataclass(frozen=True)
@@ -115,100 +121,77 @@ class _UnusableQuery(ValueError):
     """Well-formed, but nothing to learn from or to be tested on."""
 
 
-def _sample(record: _Record, folder: Path | None) -> Sample:
+def _sample(record: _Record, folder: VideoFolder) -> Sample:
     place = record.place
-    duration_s = _number(place, "duration", record.duration)
+    duration_s = as_number(place, "duration", record.duration)
     if duration_s <= 0:
         raise _UnusableQuery(f"{place}: duration {duration_s} is not positive")
-    query = _typed(place, "query", record.query, str)
+    if duration_s < SHORTEST_S:
+        raise _UnusableQuery(f"{place}: duration {duration_s} is below {SHORTEST_S} s")
+    query = typed(place, "query", record.query, str)
+    for name, text in (("query", query), ("id", record.sample_id), ("video", record.video_id)):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{place}: {name} {shown(text)} has half a surrogate pair, which is no text")
     if not normalise_query(query):
-        raise _UnusableQuery(f"{place}: query {query!r} is empty")
-    windows = _typed(place, "windows", record.windows, list)
+        raise _UnusableQuery(f"{place}: query {shown(query)} is empty")
+    windows = typed(place, "windows", record.windows, list)
     if not windows:
         raise _UnusableQuery(f"{place}: no true window")
     try:
-        missing = Path(folder or "", _file_names(record.video_id)[0])
+        video = folder.path(record.video_id)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     return Sample(
         sample_id=record.sample_id,
-        video=(folder and find_video(folder, record.video_id)) or missing,
+        video=video,
         query=query.strip(),
         duration_s=duration_s,
         windows=tuple(_window(place, window, duration_s) for window in windows),
         clip_scores=record.clip_scores,
-        difficulty=None if record.difficulty is None else _number(place, "difficulty", record.difficulty),
+        difficulty=None if record.difficulty is None else as_number(place, "difficulty", record.difficulty),
     )
 
 
 def _window(place: str, window: Any, duration_s: float) -> Span:
-    if len(_typed(place, "window", window, (list, tuple))) != 2:
-        raise ValueError(f"{place}: window {window!r} is not a pair of start and end")
-    start, end = (_number(place, f"window {window!r}", time) for time in window)
+    if len(typed(place, "window", window, (list, tuple))) != 2:
+        raise ValueError(f"{place}: window {shown(window)} is not a pair of start and end")
+    name = f"window {shown(window)}"
+    start, end = (as_number(place, name, time) for time in window)
     if start < 0:
-        raise _UnusableQuery(f"{place}: window {window!r} starts before 0")
+        raise _UnusableQuery(f"{place}: {name} starts before 0")
     if end <= start:
-        raise _UnusableQuery(f"{place}: window {window!r} does not end after its start")
+        raise _UnusableQuery(f"{place}: {name} does not end after its start")
     if start >= duration_s:
-        raise _UnusableQuery(f"{place}: window {window!r} starts at or beyond the duration {duration_s}")
+        raise _UnusableQuery(f"{place}: {name} starts at or beyond the duration {duration_s}")
     return start, end
 
 
-def _number(place: str, name: str, value: Any) -> float:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not abs(value) < LARGEST:
-        raise ValueError(f"{place}: {name} has {repr(value)[:80]}, expected a finite number")
-    return float(value)
-
-
-def _typed(place: str, name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
-    if not isinstance(value, kind):
-        expected = kind.__name__ if isinstance(kind, type) else " or ".join(each.__name__ for each in kind)
-        raise ValueError(f"{place}: {name} is {value!r}, expected a {expected}")
-    return value
-
-
-def _get(place: str, fields: dict[str, Any], *names: str) -> Any:
-    """The first of `names` that `fields` has."""
-    for name in names:
-        if name in fields:
-            return fields[name]
-    raise ValueError(f"{place}: no field {' or '.join(map(repr, names))}, only {', '.join(fields)}")
-
-
-def _log_late_ends(path: Path, samples: Sequence[Sample]) -> None:
-    num_windows = sum(len(sample.windows) for sample in samples)
-    num_late = sum(end > sample.duration_s for sample in samples for _, end in sample.windows)
-    if num_late:
-        logger.warning("%s: %d of %d windows end beyond their video; kept as they are", path, num_late, num_windows)
-
-
 def _read_by_video(path: Path, queries_key: str, windows_key: str) -> Iterator[_Record]:
-    for video_id, fields in _json_object(path).items():
-        place = f"{path}: video {video_id!r}"
-        _typed(place, "entry", fields, dict)
-        queries = _typed(place, queries_key, _get(place, fields, queries_key), list)
-        windows = _typed(place, windows_key, _get(place, fields, windows_key), list)
+    for video_id, fields in json_object(path).items():
+        place = f"{path}: video {shown(video_id)}"
+        typed(place, "entry", fields, dict)
+        queries = typed(place, queries_key, get(place, fields, queries_key), list)
+        windows = typed(place, windows_key, get(place, fields, windows_key), list)
         if len(queries) != len(windows):
             raise ValueError(f"{place}: {len(queries)} {queries_key} but {len(windows)} {windows_key}")
-        duration = _get(place, fields, "duration", "video_duration")
+        duration = get(place, fields, "duration", "video_duration")
         for index, (query, window) in enumerate(zip(queries, windows, strict=True)):
             yield _Record(f"{place}, query {index}", f"{video_id}/{index}", video_id, query, duration, [window])
 
 
 def _read_charades_text(path: Path) -> Iterator[_Record]:
     durations = _charades_durations(path)
-    for number, line in _lines(path):
+    for number, line in text_lines(path):
         place = f"{path}: line {number}"
         times, separator, query = line.partition("##")
         if not separator or len(times.split()) != 3:
-            raise ValueError(f"{place}: {line!r} is not `VIDEO start end##sentence`")
+            raise ValueError(f"{place}: {shown(line)} is not `VIDEO start end##sentence`")
         video_id, *window = times.split()
         if video_id not in durations:
-            raise ValueError(f"{place}: video {video_id!r} is not in the Charades_v1_*.csv beside the file")
-        windows = [[_float(place, time) for time in window]]
+            raise ValueError(f"{place}: video {shown(video_id)} is not in the Charades_v1_*.csv beside the file")
+        windows = [[as_float(place, time) for time in window]]
         yield _Record(
-            f"{place}, video {video_id!r}", f"{video_id}/{number}", video_id, query, durations[video_id], windows
+            f"{place}, video {shown(video_id)}", f"{video_id}/{number}", video_id, query, durations[video_id], windows
         )
 
 
@@ -221,122 +204,117 @@ def _charades_durations(path: Path) -> dict[str, float]:
         )
     durations = {}
     for table in tables:
-        with table.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                durations[_get(str(table), row, "id")] = _float(str(table), _get(str(table), row, "length"))
+        try:
+            for row in csv.DictReader(io.StringIO(read_text(table), newline="")):
+                durations[get(str(table), row, "id")] = as_float(str(table), get(str(table), row, "length"))
+        except csv.Error as error:
+            raise ValueError(f"{table}: malformed table ({error})") from error
     return durations
 
 
 def _read_qvhighlights(path: Path) -> Iterator[_Record]:
-    for number, row in _json_rows(path):
-        place = f"{path}: line {number}"
-        video_id = _typed(place, "vid", _get(place, row, "vid"), str)
-        place = f"{place}, video {video_id!r}"
-        duration = _get(place, row, "duration")
+    for place, _, row in json_rows(path):
+        video_id = typed(place, "vid", get(place, row, "vid"), str)
+        place = f"{place}, video {shown(video_id)}"
+        duration = get(place, row, "duration")
         yield _Record(
             place=place,
-            sample_id=str(_get(place, row, "qid")),
+            sample_id=str(typed(place, "qid", get(place, row, "qid"), (int, str))),
             video_id=video_id,
-            query=_get(place, row, "query"),
+            query=get(place, row, "query"),
             duration=duration,
-            windows=_get(place, row, "relevant_windows"),
-            clip_scores=_clip_scores(place, row, _number(place, "duration", duration)),
+            windows=get(place, row, "relevant_windows"),
+            clip_scores=_clip_scores(place, row, as_number(place, "duration", duration)),
         )
 
 
 def _clip_scores(place: str, row: dict[str, Any], duration_s: float) -> dict[int, tuple[int, ...]]:
-    clips = _typed(place, "relevant_clip_ids", _get(place, row, "relevant_clip_ids"), list)
-    scores = _typed(place, "saliency_scores", _get(place, row, "saliency_scores"), list)
+    """None where there is no saliency at all, as in the files that moment_detr's form was made of for other data."""
+    if "saliency_scores" not in row:
+        return {}
+    clips = typed(place, "relevant_clip_ids", get(place, row, "relevant_clip_ids"), list)
+    scores = typed(place, "saliency_scores", get(place, row, "saliency_scores"), list)
     if len(clips) != len(scores):
         raise ValueError(f"{place}: {len(clips)} relevant_clip_ids but {len(scores)} saliency_scores")
     for clip, annotators in zip(clips, scores, strict=True):
         if type(clip) is not int or not 0 <= clip * CLIP_S < duration_s:
-            raise ValueError(f"{place}: relevant_clip_ids has {clip!r}, expected an index of a {CLIP_S}-second clip")
-        if not annotators or any(score not in range(5) for score in _typed(place, "saliency", annotators, list)):
-            raise ValueError(f"{place}: saliency_scores has {annotators!r}, expected a list of whole numbers 0 to 4")
+            raise ValueError(
+                f"{place}: relevant_clip_ids has {shown(clip)}, expected an index of a {CLIP_S}-second clip"
+            )
+        if not annotators or any(score not in range(5) for score in typed(place, "saliency", annotators, list)):
+            raise ValueError(
+                f"{place}: saliency_scores has {shown(annotators)}, expected a list of whole numbers 0 to 4"
+            )
     return {clip: tuple(annotators) for clip, annotators in zip(clips, scores, strict=True)}
 
 
 def _read_timelens(path: Path) -> Iterator[_Record]:
-    for number, row in _json_rows(path):
-        place = f"{path}: line {number}"
-        videos = _typed(place, "videos", _get(place, row, "videos"), list)
+    for place, number, row in json_rows(path):
+        videos = typed(place, "videos", get(place, row, "videos"), list)
         if len(videos) != 1 or not isinstance(videos[0], str):
-            raise ValueError(f"{place}: videos is {videos!r}, expected a list of one path")
-        place = f"{place}, video {videos[0]!r}"
-        answer = _typed(place, "answer", _get(place, row, "answer"), str)
+            raise ValueError(f"{place}: videos is {shown(videos)}, expected a list of one path")
+        place = f"{place}, video {shown(videos[0])}"
+        answer = typed(place, "answer", get(place, row, "answer"), str)
         windows = [list(span) for span in parse_spans(answer)]
-        query, duration = _get(place, row, "problem"), _get(place, row, "duration")
+        query, duration = get(place, row, "problem"), get(place, row, "duration")
         yield _Record(
             place, f"{videos[0]}/{number}", videos[0], query, duration, windows, difficulty=row.get("difficulty")
         )
 
 
 def _read_timelens_100k(path: Path) -> Iterator[_Record]:
-    for number, row in _json_rows(path):
-        place = f"{path}: line {number}"
-        video = _typed(place, "video_path", _get(place, row, "video_path"), str)
-        place = f"{place}, video {video!r}"
-        for index, event in enumerate(_typed(place, "events", _get(place, row, "events"), list)):
-            fields = _typed(place, "event", event, dict)
-            query, windows = _get(place, fields, "query"), _get(place, fields, "span")
+    for place, number, row in json_rows(path):
+        video = typed(place, "video_path", get(place, row, "video_path"), str)
+        place = f"{place}, video {shown(video)}"
+        for index, event in enumerate(typed(place, "events", get(place, row, "events"), list)):
+            fields = typed(place, "event", event, dict)
+            query, windows = get(place, fields, "query"), get(place, fields, "span")
             yield _Record(
                 f"{place}, query {index}",
                 f"{video}/{number}/{index}",
                 video,
                 query,
-                _get(place, row, "duration"),
+                get(place, row, "duration"),
                 windows,
             )
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file ({error})") from error
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Every line that is not blank, with its number from 1."""
-    return ((number, line) for number, line in enumerate(_read_text(path).split("\n"), start=1) if line.strip())
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in _lines(path):
-        place = f"{path}: line {number}"
-        yield number, _typed(place, "row", parse_json(place, line), dict)
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    return _typed(str(path), "content", parse_json(str(path), _read_text(path)), dict)
-
-
-def _float(place: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ValueError(f"{place}: {text!r} is not a number") from error
+def _read_time_r1(path: Path) -> Iterator[_Record]:
+    for place, number, row in json_rows(path):
+        video = typed(place, "video", get(place, row, "video"), str)
+        place = f"{place}, video {shown(video)}"
+        for name in ("video_start", "video_end"):
+            if row.get(name) is not None:
+                raise ValueError(f"{place}: {name} is {shown(row[name])}: cut the file there, stretches are not read")
+        query, duration = get(place, row, "sentence"), get(place, row, "duration")
+        windows = [get(place, row, "timestamp")]
+        yield _Record(place, f"{video}/{number}", video, query, duration, windows, difficulty=row.get("difficulty"))
 
 
 FORMATS: dict[str, Callable[[Path], Iterator[_Record]]] = {
     "captions": partial(_read_by_video, queries_key="sentences", windows_key="timestamps"),
     "charades_text": _read_charades_text,
     "qvhighlights": _read_qvhighlights,
+    "time_r1": _read_time_r1,
     "timelens": _read_timelens,
     "timelens_100k": _read_timelens_100k,
     "timelens_bench": partial(_read_by_video, queries_key="queries", windows_key="spans"),
 }
-"""Readers by name. `captions` is the JSON of Charades-STA and of ActivityNet Captions; `timelens_100k` is TimeLens-100K
-as published, `timelens` the rows of question and answer that TempSamp-R1's release made from it."""
+"""Readers by name. `captions` is the JSON of Charades-STA and of ActivityNet Captions; `qvhighlights` is moment_detr's
+form, with saliency or without; `timelens_100k` is TimeLens-100K as published, `timelens` the rows of question and
+answer that TempSamp-R1's release made from it; `time_r1` is the list of Time-R1. Rows are JSON lines or one JSON list;
+any file may be compressed by gzip."""
 
 
 def _detect_format(path: Path) -> str:
     """A name of `FORMATS`, by the suffix and the keys of the first entry."""
-    if path.suffix == ".txt":
+    suffix = PurePath(path.name.lower().removesuffix(".gz")).suffix
+    if suffix == ".txt":
         return "charades_text"
-    if path.suffix == ".jsonl":
-        keys = set[str]().union(*(row for _, row in islice(_json_rows(path), 1)))
-        return "timelens" if "problem" in keys else "timelens_100k" if "events" in keys else "qvhighlights"
-    content = _json_object(path)
-    return "timelens_bench" if any("queries" in entry for entry in islice(content.values(), 1)) else "captions"
+    is_rows = suffix == ".jsonl" or read_text(path).lstrip().startswith("[")
+    keys = set[str]().union(*(row for _, _, row in islice(json_rows(path), 1))) if is_rows else set[str]()
+    if keys or suffix == ".jsonl":
+        of_key = {"problem": "timelens", "events": "timelens_100k", "sentence": "time_r1"}
+        return next((name for key, name in of_key.items() if key in keys), "qvhighlights")
+    entries = islice(json_object(path).values(), 1)
+    return "timelens_bench" if any(isinstance(entry, dict) and "queries" in entry for entry in entries) else "captions"

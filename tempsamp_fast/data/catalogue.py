@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tempsamp_fast.config import DataConfig, parse_range
 from tempsamp_fast.data.annotations import load_annotations
 from tempsamp_fast.data.subsets import few_shot, shared_videos, within
+from tempsamp_fast.rewards import highlight_targets
 from tempsamp_fast.sample import Sample
 
 logger = logging.getLogger(__name__)
@@ -70,10 +72,17 @@ def load_samples(annotations: str, videos: Path) -> list[Sample]:
     return load_annotations(path, videos)
 
 
+def require_clip_scores(annotations: str, samples: Sequence[Sample]) -> None:
+    """What the task `highlight` learns from and is scored by. Raises ValueError where a sample has none."""
+    if not all(sample.clip_scores for sample in samples):
+        raise ValueError(f"--task highlight: {annotations} has no clip scores; it takes QVHighlights annotations")
+
+
 def load_training_data(data: DataConfig) -> tuple[list[Sample], list[Sample]]:
     """What a run learns from, filtered and few-shot as `data` says, and the held-out samples it is tested on.
 
-    Raises ValueError when nothing is left to learn from, and when an out-of-domain pair (`eval_videos`) shares videos.
+    Highlights are not learnt from queries whose clips all have score 0. Raises ValueError when nothing is left to learn
+    from, when clip scores are missing for `highlight`, and when an out-of-domain pair (`eval_videos`) shares videos.
     """
     assert data.videos is not None
     every = load_samples(data.annotations, Path(data.videos))
@@ -82,6 +91,9 @@ def load_training_data(data: DataConfig) -> tuple[list[Sample], list[Sample]]:
         "window_s": parse_range("window_range", data.window_range),
         "difficulty": parse_range("difficulty_range", data.difficulty_range),
     }
+    if data.task == "highlight":
+        require_clip_scores(data.annotations, every)
+        every = [sample for sample in every if highlight_targets(sample)]
     train = within(every, **ranges)
     if not train:
         raise ValueError(f"annotations={data.annotations!r}: none of {len(every)} samples lies within {ranges}")
@@ -92,6 +104,8 @@ def load_training_data(data: DataConfig) -> tuple[list[Sample], list[Sample]]:
     if data.eval_annotations is None:
         return train, []
     held_out = load_samples(data.eval_annotations, Path(data.eval_videos or data.videos))
+    if data.task == "highlight":
+        require_clip_scores(data.eval_annotations, held_out)
     if shared := shared_videos(train, held_out):
         message = f"{len(shared)} videos are in training and in test: {', '.join(shared[:5])}"
         if data.eval_videos is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tempsamp_fast.batch import Completion, Prompt, VideoPatches
-from tempsamp_fast.data.prompts import question
+from tempsamp_fast.data.prompts import normalise_query, question
+from tempsamp_fast.data.text_files import shown
 from tempsamp_fast.model.families import family_of
 from tempsamp_fast.sample import Mode, Sample, Task
 from tempsamp_fast.system.bounded import bounded
@@ -26,7 +28,9 @@ class Chat:
 
     preprocessor_files: texts by name of the checkpoint's image and video processor settings. They are not read here,
         only written beside the weights of checkpoints made from it.
-    Raises ValueError when the tokenizer has no chat template that can be used, or lacks the vision tokens.
+    generation_eos: `eos_token_id` of the checkpoint's generation_config.
+    Raises ValueError when the tokenizer has no chat template that can be used, no end of sequence, or lacks the vision
+    tokens.
     """
 
     def __init__(
@@ -34,6 +38,7 @@ class Chat:
         tokenizer: PreTrainedTokenizerBase,
         model_config: Any,
         preprocessor_files: Mapping[str, str] = MappingProxyType({}),
+        generation_eos: int | Sequence[int] | None = None,
     ) -> None:
         if not tokenizer.chat_template:
             raise ValueError(f"tokenizer of {tokenizer.name_or_path!r} has no chat template")
@@ -43,56 +48,117 @@ class Chat:
                 f"video_token_id={model_config.video_token_id}"
             )
         self.tokenizer: Any = tokenizer
-        self._rendered: tuple[Any, str, str] | None = None
-        self._template()
+        self._rendered: dict[tuple[Any, Mode], tuple[str, str]] = {}
+        self._template("answer")
         self.preprocessor_files = preprocessor_files
         self.timestamps_in_text = family_of(model_config).has_timestamps
         self.merged_patch = model_config.vision_config.spatial_merge_size**2
-        self.eos_token_id: int = tokenizer.eos_token_id
-        added = tokenizer.added_tokens_decoder
+        self._num_embeddings: int = model_config.text_config.vocab_size
+        self._added = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items()}
         # Qwen3's <think> is an added token too, but not a special one.
-        special = [token for token in added if added[token].special and token != self.eos_token_id]
-        padding = range(len(tokenizer), model_config.text_config.vocab_size)  # checkpoints round the vocabulary up
-        self.banned_token_ids = [*special, *padding]
+        special = [token for token, added in tokenizer.added_tokens_decoder.items() if added.special]
+        self.end_token_ids = self._ends(generation_eos, special)
+        """What ends an answer."""
+        self.eos_token_id = self.end_token_ids[0]
+        padding = range(len(tokenizer), self._num_embeddings)  # checkpoints round the vocabulary up
+        never = {*special, *padding} - {*self.end_token_ids}
+        self.banned_token_ids = sorted(token for token in never if token < self._num_embeddings)
+
+    def _ends(self, generation_eos: int | Sequence[int] | None, special: Sequence[int]) -> list[int]:
+        """The special token behind an assistant's turn, that of the tokenizer, those of the generation_config."""
+        name, eos = self.tokenizer.name_or_path, self.tokenizer.eos_token_id
+        if eos is None:
+            raise ValueError(f"tokenizer of {name!r} has no eos_token: set it, or no answer would ever end")
+        said = "an answer"
+        turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": said}]
+        try:
+            _, _, behind = self._render(turns).rpartition(said)
+        except ValueError:  # a template that takes no such turns
+            behind = ""
+        first = self.tokenizer(behind.strip(), add_special_tokens=False).input_ids[:1]
+        ours = [token for token in first if token in special]
+        theirs = [generation_eos] if isinstance(generation_eos, int) else [*(generation_eos or ())]
+        ends = [token for token in dict.fromkeys([*ours, eos, *theirs]) if token < self._num_embeddings]
+        if not ends:
+            raise ValueError(f"tokenizer of {name!r}: eos_token {eos} is beyond the model's {self._num_embeddings} ids")
+        return ends
 
     def prompt(self, sample: Sample, mode: Mode, task: Task, video: VideoPatches) -> Prompt:
         """The question about `video` in the model's chat format, placeholders expanded to one id per merged patch."""
-        text = self._question(sample, mode, task).replace(VIDEO_MARKER, self._video_text(video))
-        return Prompt(sample, mode, self.encode(text), video)
+        text, opening = self._question(sample, mode, task)
+        ids = self.encode(text.replace(VIDEO_MARKER, self._video_text(video)))
+        return Prompt(sample, mode, ids, video, opening)
 
     def unexpanded(self, sample: Sample, mode: Mode, task: Task) -> Tensor:
         """[num_tokens] int64: the same question with one placeholder for the video, for engines that expand it."""
-        return self.encode(self._question(sample, mode, task))
+        return self.encode(self._question(sample, mode, task)[0])
 
-    def _question(self, sample: Sample, mode: Mode, task: Task) -> str:
-        text = question(sample.query, mode, task).join(self._template())
+    def check(self, modes: Iterable[Mode]) -> None:
+        """Raise ValueError, naming the template, for a mode that it cannot be asked in."""
+        for mode in modes:
+            self._question(Sample("", Path(), "a query", 1.0, ()), mode, "grounding")
+
+    def _question(self, sample: Sample, mode: Mode, task: Task) -> tuple[str, str]:
+        """The prompt as text, and what of the answer stands at its end already."""
+        asked = question(self._as_text(sample), mode, task)
+        text = asked.join(self._template(mode))
+        name = self.tokenizer.name_or_path
         if text.count(VIDEO_MARKER) != 1:
             raise ValueError(
-                f"the chat template of {self.tokenizer.name_or_path!r} renders a video as {text!r}; "
-                f"expected one {VIDEO_MARKER}"
+                f"the chat template of {name!r} renders a video and a question as {shown(text)}; "
+                f"expected one {VIDEO_MARKER} and the question"
             )
-        return text
+        _, think, opening = text.rpartition(asked)[2].rpartition("<think>")
+        is_open = bool(think) and "</think>" not in opening
+        if is_open and mode == "answer":
+            raise ValueError(
+                f"the chat template of {name!r} opens <think> whatever it is told, so that the mode answer cannot be "
+                "asked; choose the mode think, or a checkpoint that can answer directly"
+            )
+        if think and not is_open and mode == "think":
+            raise ValueError(
+                f"the chat template of {name!r} closes </think> whatever it is told, so that the mode think cannot be "
+                "asked; choose the mode answer, or a checkpoint that can think"
+            )
+        return text, think + opening if is_open else ""
 
-    def _template(self) -> tuple[str, str]:
-        """What the chat template puts before and after a question; rendered once, as it is a program of a stranger's.
+    def _as_text(self, sample: Sample) -> str:
+        """The query, in which no token of the tokenizer's own is left: those are broken by a space."""
+        query = normalise_query(sample.query)
+        for token in sorted(self._added.values(), key=len, reverse=True):
+            if len(token) > 1:
+                query = query.replace(token, f"{token[0]} {token[1:]}")
+        try:
+            left = set(self.tokenizer(query, add_special_tokens=False).input_ids) & self._added.keys()
+        except (TypeError, UnicodeEncodeError):
+            left = {-1}
+        if left:
+            raise ValueError(f"sample {shown(sample.sample_id)}: query {shown(query)} cannot be asked as plain text")
+        return query
+
+    def _template(self, mode: Mode) -> tuple[str, str]:
+        """What the chat template puts before and after a question; rendered once a mode, as it is a stranger's program.
 
         Raises ValueError for one that fails, repeats or drops the question, takes over 10 s or 512 MiB.
         """
-        template = self.tokenizer.chat_template
-        if self._rendered and self._rendered[0] == template:
-            return self._rendered[1:]
-        content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
-        asked = [{"role": "user", "content": content}]
-        render = lambda: self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        key = self.tokenizer.chat_template, mode
+        if key in self._rendered:
+            return self._rendered[key]
+        asked = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}]
         try:
-            before, after = bounded(render, seconds=10, num_bytes=512 << 20).split(QUESTION)
+            text = self._render(asked, add_generation_prompt=True, enable_thinking=mode == "think")
+            before, after = text.split(QUESTION)
         except ValueError as error:
             raise ValueError(
                 f"the chat template of {self.tokenizer.name_or_path!r} cannot be used: it must render a question once "
                 f"({error})"
             ) from error
-        self._rendered = template, before, after
-        return before, after
+        return self._rendered.setdefault(key, (before, after))
+
+    def _render(self, turns: list[Any], **options: bool) -> str:
+        """What the chat template makes of `turns`. Raises ValueError for one that fails, takes over 10 s or 512 MiB."""
+        render = lambda: self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        return bounded(render, seconds=10, num_bytes=512 << 20)
 
     def _video_text(self, video: VideoPatches) -> str:
         frames, height, width = video.grid_thw
@@ -102,14 +168,27 @@ class Chat:
         return "".join(f"<{t:.1f} seconds><|vision_start|>{pads}<|vision_end|>" for t in video.timestamps_s.tolist())
 
     def encode(self, text: str) -> Tensor:
-        """[num_tokens] int64, nothing added."""
-        return torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.int64)
+        """[num_tokens] int64, nothing added. Raises ValueError for a token that the model has no embedding of."""
+        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.int64)
+        for token in ids[ids >= self._num_embeddings][:1].tolist():
+            raise ValueError(
+                f"tokenizer of {self.tokenizer.name_or_path!r}: {self.tokenizer.decode([token])!r} has the id {token} "
+                f"and the model {self._num_embeddings} embeddings; resize them to {len(self.tokenizer)}"
+            )
+        return ids
 
-    def completion(self, ids: Tensor, sampled_logps: Tensor | None = None) -> Completion:
-        """A sampled answer with its text."""
-        return Completion(ids, self.tokenizer.decode(ids, skip_special_tokens=True), sampled_logps=sampled_logps)
+    def completion(self, ids: Tensor, sampled_logps: Tensor | None = None, opening: str = "") -> Completion:
+        """A sampled answer with its text, that which the prompt had written of it included."""
+        said = ids[:-1] if len(ids) and int(ids[-1]) in self.end_token_ids else ids
+        text = opening + self.tokenizer.decode(said, skip_special_tokens=True)
+        return Completion(ids, text, sampled_logps=sampled_logps)
 
-    def off_policy_completion(self, text: str) -> Completion:
-        """A given answer, tokenised without special tokens and ended by the end-of-sequence id (paper section 3.2)."""
+    def off_policy_completion(self, text: str, opening: str = "") -> Completion:
+        """A given answer, tokenised without special tokens and ended by the end-of-sequence id (paper section 3.2).
+
+        Of an answer that the prompt has opened, the ids hold the rest; one without thoughts closes them first.
+        """
+        if opening:
+            text = text.removeprefix("<think>").lstrip() if text.startswith("<think>") else f"</think> {text}"
         ids = torch.cat([self.encode(text), torch.tensor([self.eos_token_id])])
-        return Completion(ids, text, is_off_policy=True)
+        return Completion(ids, opening + text, is_off_policy=True)

@@ -20,11 +20,15 @@ from torch import Tensor
 from tempsamp_fast.batch import Prompt, VideoPatches
 from tempsamp_fast.config import DataConfig
 from tempsamp_fast.data.chat import Chat
+from tempsamp_fast.data.frame_folder import load_frame_folder
+from tempsamp_fast.data.prompts import SHORTEST_S
 from tempsamp_fast.sample import Mode, Sample
 from tempsamp_fast.system.device import training_device
-from tempsamp_fast.video import Geometry, Sampling, load_videos, normalise_rows
+from tempsamp_fast.video import Geometry, Sampling, VideoError, load_videos, normalise_rows
 from tempsamp_fast.video.patch_cache import PatchCache
 
+LENGTH_TOLERANCE = 0.05
+"""Share of its annotated duration that a video may be longer or shorter, but at least a second."""
 logger = logging.getLogger(__name__)
 
 
@@ -47,7 +51,7 @@ def crop(sample: Sample, video: VideoPatches, generator: torch.Generator) -> tup
     """
     grid_t, height, width = video.grid_thw
     second = video.second_per_grid
-    latest_start = int(min(start for start, _ in sample.windows) / second)
+    latest_start = int(min(sample.duration_s - SHORTEST_S, *(start for start, _ in sample.windows)) / second)
     earliest_end = math.ceil(max(end for _, end in sample.windows) / second)
     first = int(torch.randint(min(latest_start, grid_t - 1) + 1, (), generator=generator))
     last = int(torch.randint(min(earliest_end, grid_t), grid_t + 1, (), generator=generator))
@@ -80,20 +84,24 @@ class PromptLoader:
     tower: the fingerprint of a frozen vision tower whose features `keep_features` may put in place of patches; empty:
         they are not kept.
 
-    With `on_bad_video="skip"` a sample whose video fails is replaced by the next good one and listed in `skipped`;
-    more than `max_bad_videos` of them in one epoch raise ValueError. With `raise` its VideoError names the file.
+    max_prompt_tokens: a longer prompt is as bad as a video that fails.
+
+    With `on_bad_sample="skip"` a bad sample is replaced by the next good one, and its video or name listed in
+    `skipped`; more than `max_bad_videos` of them in one epoch raise ValueError. With `raise` its error names it.
     """
 
-    def __init__(self, chat: Chat, geometry: Geometry, config: DataConfig, tower: str = ""):
-        self.chat = chat
-        self.geometry = geometry
-        self.config = config
+    def __init__(
+        self, chat: Chat, geometry: Geometry, config: DataConfig, tower: str = "", max_prompt_tokens: int | None = None
+    ):
+        self.chat, self.geometry, self.config = chat, geometry, config
+        self.max_prompt_tokens = max_prompt_tokens
         self.sampling = Sampling(config.sampling, config.fps, config.min_frames, config.max_frames)
-        self.skipped: dict[Path, str] = {}
+        self.skipped: dict[Path | str, str] = {}
+        """Why, by video, or by the sample's id where the prompt is too long."""
         self.replaced: Counter[int] = Counter()
-        """Training samples that this process replaced for a bad video, by epoch."""
+        """Training samples that this process replaced for a bad one, by epoch."""
+        self._told: set[Path] = set()
         self._videos: OrderedDict[Path, VideoPatches] = OrderedDict()
-        self._cached_bytes = 0
         folder = Path(config.patch_cache) if config.patch_cache else None
         self._disk = PatchCache(folder, geometry) if folder else None
         self._features_disk = PatchCache(folder, geometry, tower) if folder and tower else None
@@ -118,14 +126,18 @@ class PromptLoader:
                 self._encoded.append((path, dataclasses.replace(video, features=video.features.to("cpu"))))
 
     def prompts(self, samples: Sequence[Sample], modes: Sequence[Mode]) -> list[Prompt]:
-        """One prompt per sample whose video could be read, in order."""
+        """One prompt per good sample, in order."""
         with self._lock:
             self._decode([sample.video for sample in samples])
             made: dict[Path, VideoPatches] = {}
+            for sample in samples:
+                if sample.video not in self.skipped:
+                    self._compare_lengths(sample)
             prompts = [
-                self.chat.prompt(sample, mode, self.config.task, self._whole(sample.video, made))
+                prompt
                 for sample, mode in zip(samples, modes, strict=True)
                 if sample.video not in self.skipped
+                and (prompt := self._prompt(sample, mode, self._whole(sample.video, made)))
             ]
             self._evict()
         return prompts
@@ -133,7 +145,7 @@ class PromptLoader:
     def training_prompts(
         self, samples: Sequence[Sample], positions: Sequence[int], modes: Sequence[Mode], seed: int
     ) -> list[Prompt]:
-        """The prompts at these positions of the training order: bad videos replaced by the samples that follow, a share
+        """The prompts at these positions of the training order: bad samples replaced by those that follow, a share
         `random_crop` of the videos cropped.
         """
         chosen = [sample_index(position, len(samples), seed) for position in positions]
@@ -142,20 +154,67 @@ class PromptLoader:
             made: dict[Path, VideoPatches] = {}
             prompts = []
             for index, position, mode in zip(chosen, positions, modes, strict=True):
-                sample = self._good(samples, index)
-                is_replacement = sample is not samples[index]
-                if is_replacement:
+                prompt = self._first_good(samples, index, position, mode, seed, made)
+                if prompt.is_replacement:
                     self._count_bad(position // len(samples), samples[index])
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
-                if torch.rand((), generator=generator) < self.config.random_crop:
-                    sample, stretch = crop(sample, self._videos[sample.video], generator)
-                    video = self._normalised(stretch)
-                else:
-                    video = self._whole(sample.video, made)
-                prompt = self.chat.prompt(sample, mode, self.config.task, video)
-                prompts.append(dataclasses.replace(prompt, is_replacement=is_replacement))
+                prompts.append(prompt)
             self._evict()
         return prompts
+
+    def _first_good(
+        self,
+        samples: Sequence[Sample],
+        index: int,
+        position: int,
+        mode: Mode,
+        seed: int,
+        made: dict[Path, VideoPatches],
+    ) -> Prompt:
+        """Of the samples from `index` on."""
+        for offset in range(len(samples)):
+            sample = samples[(index + offset) % len(samples)]
+            self._decode([sample.video])
+            if sample.video in self.skipped:
+                continue
+            self._compare_lengths(sample)
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+            if torch.rand((), generator=generator) < self.config.random_crop:
+                sample, stretch = crop(sample, self._videos[sample.video], generator)
+                video = self._normalised(stretch)
+            else:
+                video = self._whole(sample.video, made)
+            if prompt := self._prompt(sample, mode, video):
+                return dataclasses.replace(prompt, is_replacement=offset > 0)
+        raise ValueError(
+            f"none of the {len(samples)} samples has a readable video and a prompt that fits a row; "
+            f"{next(iter(self.skipped.values()))}"
+        )
+
+    def _compare_lengths(self, sample: Sample) -> None:
+        """Warn once of a video that does not last as long as it is annotated to."""
+        video = self._videos[sample.video]
+        length_s, annotated_s = video.grid_thw[0] * video.second_per_grid, sample.duration_s
+        tolerance_s = max(1.0 + video.second_per_grid, LENGTH_TOLERANCE * annotated_s)
+        if annotated_s > 0 and abs(length_s - annotated_s) > tolerance_s and sample.video not in self._told:
+            self._told.add(sample.video)
+            logger.warning(
+                "%s: lasts about %.1f s, but is annotated as %.1f s: spans may point beside what they name",
+                sample.video, length_s, annotated_s,
+            )  # fmt: skip
+
+    def _prompt(self, sample: Sample, mode: Mode, video: VideoPatches) -> Prompt | None:
+        """None where it is too long and `on_bad_sample` is to skip it."""
+        prompt = self.chat.prompt(sample, mode, self.config.task, video)
+        if self.max_prompt_tokens is None or len(prompt.input_ids) <= self.max_prompt_tokens:
+            return prompt
+        reason = (
+            f"sample {sample.sample_id[:80]!r} of {sample.video}: its prompt of {len(prompt.input_ids)} tokens is "
+            f"longer than max_tokens_per_row={self.max_prompt_tokens}"
+        )
+        if self.config.on_bad_sample == "raise":
+            raise ValueError(f"{reason}; raise that, or leave such samples out with --on_bad_sample skip")
+        self.skipped[sample.sample_id] = reason
+        return None
 
     def _whole(self, path: Path, made: dict[Path, VideoPatches]) -> VideoPatches:
         """Prompts made together about one video share it: `made` holds what they have already."""
@@ -168,22 +227,12 @@ class PromptLoader:
             return video
         return dataclasses.replace(video, pixel_values=normalise_rows(video.pixel_values, self.geometry))
 
-    def _good(self, samples: Sequence[Sample], index: int) -> Sample:
-        for offset in range(len(samples)):
-            sample = samples[(index + offset) % len(samples)]
-            self._decode([sample.video])
-            if sample.video not in self.skipped:
-                return sample
-        raise ValueError(
-            f"none of the {len(samples)} samples has a readable video; {next(iter(self.skipped.values()))}"
-        )
-
     def _count_bad(self, epoch: int, sample: Sample) -> None:
         self.replaced[epoch] += 1
         number, most = self.replaced[epoch], self.config.max_bad_videos
         logger.warning("epoch %d: sample %r replaced (%d so far): %s", epoch, sample.sample_id, number, sample.video)
         if most is not None and number > most:
-            reason = self.skipped[sample.video]
+            reason = self.skipped.get(sample.video) or self.skipped[sample.sample_id]
             raise ValueError(f"epoch {epoch} has {number} bad videos (max_bad_videos={most}); the last one: {reason}")
 
     def _decode(self, paths: Sequence[Path]) -> None:
@@ -199,7 +248,14 @@ class PromptLoader:
                 self._videos.move_to_end(path)
             elif stored := next((found for disk in disks if (found := disk.get(path, self.sampling))), None):
                 self._keep(path, stored)
-        missing = [path for path in wanted if path not in self._videos]
+        for path in [path for path in wanted if path not in self._videos and path.is_dir()]:
+            try:
+                self._keep(path, load_frame_folder(path, self.sampling, self.geometry))
+            except VideoError as error:
+                if self.config.on_bad_sample == "raise":
+                    raise
+                self.skipped[path] = str(error)
+        missing = [path for path in wanted if path not in self._videos and path not in self.skipped]
         if not missing:
             return
         # Kept in host memory, decoded in a stream of its own: training does not wait for it, nor it for training.
@@ -210,7 +266,7 @@ class PromptLoader:
                 backend=self.config.video_backend,
                 device=self._device,
                 dtype=torch.uint8,
-                on_error=self.config.on_bad_video,
+                on_error=self.config.on_bad_sample,
                 index_folder=self._index_folder,
             )
             for path, video, result in zip(missing, batch.split(), batch.results, strict=True):
@@ -224,12 +280,11 @@ class PromptLoader:
                     self._disk.put(path, self.sampling, self._videos[path])
 
     def _keep(self, path: Path, video: VideoPatches) -> None:
-        if path in self._videos:
-            self._cached_bytes -= self._videos.pop(path).nbytes
         self._videos[path] = video
-        self._cached_bytes += video.nbytes
+        self._videos.move_to_end(path)
 
     def _evict(self) -> None:
-        while self._cached_bytes > self.config.video_cache_gib * 2**30:
+        excess = sum(video.nbytes for video in self._videos.values()) - self.config.video_cache_gib * 2**30
+        while excess > 0:
             _, video = self._videos.popitem(last=False)
-            self._cached_bytes -= video.nbytes
+            excess -= video.nbytes

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
+from tempsamp_fast.config.setting import require
+
 Item = TypeVar("Item")
 
 _END = object()
@@ -21,8 +23,7 @@ class Prefetch(Generic[Item]):
     """
 
     def __init__(self, items: Iterable[Item], depth: int) -> None:
-        if depth < 1:
-            raise ValueError(f"depth={depth}: must be at least 1")
+        require(depth >= 1, "depth", depth, "at least 1")
         self.blocked_s = 0.0
         """Seconds that the consumer has waited for items so far."""
         self._items = iter(items)

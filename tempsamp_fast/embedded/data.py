@@ -21,15 +21,19 @@ def with_embedded_data(data: DataConfig) -> DataConfig:
     """Settings whose `annotations="synthetic"` are files; called by every rank. Others come back as they are."""
     if data.annotations != "synthetic":
         return data
-    train, val, test = data.num_synthetic_videos()
-    config = SyntheticConfig(num_train=train, num_val=val, num_test=test)
-    folder = made_by_first_rank(lambda: _generate(Path(data.synthetic_dir), config))
+    folder = made_by_first_rank(lambda: _generate(Path(data.synthetic_dir), embedded_videos(data)))
     return dataclasses.replace(
         data,
         annotations=str(folder / "annotations/train.json"),
         eval_annotations=str(folder / "annotations/test.json"),
         videos=str(folder / "videos"),
     )
+
+
+def embedded_videos(data: DataConfig) -> SyntheticConfig:
+    """What `synthetic_videos` asks for."""
+    train, val, test = data.num_synthetic_videos()
+    return SyntheticConfig(num_train=train, num_val=val, num_test=test)
 
 
 def embedded_checkpoint(folder: Path, samples: Sequence[Sample], task: Task, family: str, seed: int) -> str:

@@ -11,15 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenize
 from tempsamp_fast.model.families import family_named
 
 END_OF_TEXT = "<|endoftext|>"
-SPECIAL_TOKENS = [
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>"]
+SPECIAL_TOKENS += ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 
 CHAT_TEMPLATE = """{%- for message in messages -%}
 <|im_start|>{{ message.role }}

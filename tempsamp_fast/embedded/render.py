@@ -176,18 +176,8 @@ def write_video(clip: Clip, path: Path) -> None:
         amplitude, period = swing(clip)
         shown_at = f"(N+{amplitude}*sin(2*PI*N/{period}))/({clip.frame_rate})/TB"
         command += ["-vf", f"settb=1/1000,setpts='{shown_at}'", "-fps_mode", "vfr", "-enc_time_base", "1:1000"]
-    command += [
-        "-c:v",
-        clip.codec.encoder,
-        *clip.codec.options,
-        "-g",
-        str(clip.keyframe_interval),
-        "-pix_fmt",
-        "yuv420p",
-        "-threads",
-        "1",
-    ]
-    command += ["-fflags", "+bitexact", "-flags:v", "+bitexact", str(path)]
+    command += ["-c:v", clip.codec.encoder, *clip.codec.options, "-g", str(clip.keyframe_interval)]
+    command += ["-pix_fmt", "yuv420p", "-threads", "1", "-fflags", "+bitexact", "-flags:v", "+bitexact", str(path)]
     with tempfile.TemporaryFile() as messages:  # a pipe here would make subprocess feed stdin 512 bytes at a time
         result = subprocess.run(
             command, input=render(clip).reshape(-1).data, stdout=subprocess.DEVNULL, stderr=messages

@@ -39,7 +39,7 @@ class Answerer:
         device = training_device()
         model, self._chat = load_model(checkpoint, ModelConfig(model=base or checkpoint), resolve_dtype("auto", device))
         geometry = geometry_of(model.config, data.min_pixels, data.max_pixels, data.total_pixels)
-        self.loader = PromptLoader(self._chat, geometry, data)
+        self.loader = PromptLoader(self._chat, geometry, data, max_prompt_tokens=max_tokens_per_row)
         self._policy = Policy(model).eval().to(device)
         self._params, self._seed, self._max_tokens_per_row = params, seed, max_tokens_per_row
 
@@ -51,11 +51,14 @@ class Answerer:
             1,
             self._params,
             seed=(self._seed, 0),
-            eos_token_ids=[self._chat.eos_token_id],
+            eos_token_ids=self._chat.end_token_ids,
             banned_token_ids=self._chat.banned_token_ids,
             max_tokens_per_row=self._max_tokens_per_row,
         )
-        return [self._chat.completion(answer.ids) for (answer,) in answers]
+        return [
+            self._chat.completion(answer.ids, opening=prompt.opening)
+            for prompt, (answer,) in zip(prompts, answers, strict=True)
+        ]
 
     def answer_all(self, samples: Sequence[Sample], mode: Mode, batch_size: int) -> Iterator[dict[Sample, str]]:
         """Texts by sample, batch after batch, the next batch's videos decoded meanwhile.

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from tempsamp_fast.batch import Prompt
 from tempsamp_fast.data.loader import PromptLoader
 from tempsamp_fast.learning.groups import Sampler
-from tempsamp_fast.rewards import best_iou, parse_span
+from tempsamp_fast.rewards import best_iou, is_outside, parse_span
 from tempsamp_fast.sample import Mode, Sample
 from tempsamp_fast.system.files import own_folder, write_file
-from tempsamp_fast.system.ranks import num_ranks, of_all_ranks, own_rank
+from tempsamp_fast.system.progress import Progress
+from tempsamp_fast.system.ranks import is_first_rank, num_ranks, of_all_ranks, own_rank
+
+PROGRESS_S = 10.0
 
 
 def evaluate(
@@ -27,19 +31,28 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """One row per sample, in order, shared out over the ranks: what was asked, the answer's text, its span and IoU.
 
-    A video that had to be skipped leaves an empty text, which scores 0 like any answer that does not parse.
+    A sample that had to be skipped leaves an empty text, which scores 0 like any answer that does not parse, and a row
+    that says so.
     """
     texts: dict[str, str] = {}
     own = samples[own_rank() :: num_ranks()]
-    # Every rank samples equally often, as partitioned parameters need it, if only an answer that others have too.
-    for start in range(0, math.ceil(len(samples) / num_ranks()), batch_size):
-        batch = own[start : start + batch_size]
-        prompts = loader.prompts(batch, [mode] * len(batch)) or _first_prompt(samples, mode, loader)
-        answers = sampler(prompts, [1] * len(prompts)) if prompts else []
-        for prompt, (completion,) in zip(prompts, answers, strict=True):
-            texts[prompt.sample.sample_id] = completion.text
+    with Progress(len(samples), every_s=PROGRESS_S) if is_first_rank() else nullcontext() as progress:
+        # Every rank samples equally often, as partitioned parameters need it, if only an answer that others have too.
+        for start in range(0, math.ceil(len(samples) / num_ranks()), batch_size):
+            batch = own[start : start + batch_size]
+            prompts = loader.prompts(batch, [mode] * len(batch)) or _first_prompt(samples, mode, loader)
+            answers = sampler(prompts, [1] * len(prompts)) if prompts else []
+            for prompt, (completion,) in zip(prompts, answers, strict=True):
+                texts[prompt.sample.sample_id] = completion.text
+            if progress:
+                progress.update(f"evaluation/{mode}", {}, by=batch_size * num_ranks())
     texts = {sample_id: text for part in of_all_ranks(texts) for sample_id, text in part.items()}
-    return [answer_row(sample, texts.get(sample.sample_id, ""), require_tags) for sample in samples]
+    skipped: dict[str, Any] = {"skipped": True}
+    return [
+        answer_row(sample, texts.get(sample.sample_id, ""), require_tags)
+        | ({} if sample.sample_id in texts else skipped)
+        for sample in samples
+    ]
 
 
 def _first_prompt(samples: Sequence[Sample], mode: Mode, loader: PromptLoader) -> list[Prompt]:
@@ -59,6 +72,7 @@ def answer_row(sample: Sample, text: str, require_tags: bool = True) -> dict[str
         "text": text,
         "span": span,
         "iou": best_iou(span, sample.windows),
+        "outside_video": is_outside(span, sample.duration_s),
     }
 
 

@@ -86,12 +86,12 @@ def comparison(
     ]
     lines = [f"{test or 'own data'}: {num_queries} queries, in per cent"]
     lines.append(_line("", "mode", [METRICS[name] for name in names]))
-    lines += [
-        _line("ours", row["mode"], [f"{100 * row[name]:.1f}" if name in row else "" for name in names]) for row in ours
-    ]
+    for row in ours:
+        in_per_cent = {name: 100 * row[name] for name in names if name in row}
+        lines.append(_line("ours", row["mode"], _cells(names, in_per_cent)))
     if theirs:
         lines.append(f"published: {source()}")
-        lines += [_line(row.label, row.mode, _cells(names, row.metrics)) for row in theirs]
+        lines += [_line(published.label, published.mode, _cells(names, published.metrics)) for published in theirs]
     if MIXED in [row["mode"] for row in ours] + [row.mode for row in theirs]:
         lines.append(MIXED_NOTE)
     return "\n".join(lines)

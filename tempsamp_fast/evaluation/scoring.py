@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from tempsamp_fast.data.prompts import normalise_query
+from tempsamp_fast.data.text_files import json_rows, shown
 from tempsamp_fast.rewards import CLIP_S, best_iou, parse_highlights, parse_spans, temporal_iou
 from tempsamp_fast.sample import Sample, Span, Task
-from tempsamp_fast.system.files import parse_json
 
 RECALL_THRESHOLDS = (0.3, 0.5, 0.7)
 MAP_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
@@ -163,30 +163,32 @@ def best_constant_span(samples: Sequence[Sample], num_steps: int = 48, num_round
 def read_predictions(path: str | Path, samples: Sequence[Sample]) -> list[dict[str, Any]]:
     """One row of the JSON lines file `path` per sample, in the samples' order.
 
-    A row names its sample by `sample_id` or `qid`, or by `vid` (the video's id) and `query`. Raises
+    A row names its sample by `sample_id` or `qid`, or by `vid` (the video's id) and `query`. Where a video has the same
+    query several times, its rows are taken in the order of the samples; a single one answers them all. Raises
     ValueError naming the rows that name no sample or the same one twice, and the samples without a row.
     """
     by_id = {sample.sample_id: sample for sample in samples}
-    by_query = {(sample.video_id, normalise_query(sample.query)): sample for sample in samples}
+    by_query: dict[tuple[str, str], list[str]] = {}
+    for sample in samples:
+        by_query.setdefault((sample.video_id, normalise_query(sample.query)), []).append(sample.sample_id)
     rows: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}: line {number}"
-        row = parse_json(place, line)
-        if not isinstance(row, dict):
-            raise ValueError(f"{place}: expected an object, got {line[:80]!r}")
+    for place, _, row in json_rows(Path(path)):
         key = next((key for key in ("sample_id", "qid") if key in row), None)
         if key is not None:
-            sample, name = by_id.get(str(row[key])), f"{key} {row[key]!r}"
+            ids, name = [str(row[key])] if str(row[key]) in by_id else [], f"{key} {shown(row[key])}"
         else:
             vid, query = str(row.get("vid")), normalise_query(str(row.get("query")))
-            sample, name = by_query.get((vid, query)), f"vid {vid!r} with query {query!r}"
-        if sample is None:
+            ids, name = by_query.get((vid, query), []), f"vid {shown(vid)} with query {shown(query)}"
+        if not ids:
             raise ValueError(f"{place}: {name} is not in the annotations")
-        if sample.sample_id in rows:
+        free = next((sample_id for sample_id in ids if sample_id not in rows), None)
+        if free is None:
             raise ValueError(f"{place}: {name} has a prediction already")
-        rows[sample.sample_id] = row
+        rows[free] = row
+    for ids in by_query.values():
+        given = [rows[sample_id] for sample_id in ids if sample_id in rows]
+        if len(given) == 1 and not {"sample_id", "qid"} & given[0].keys():
+            rows |= dict.fromkeys(ids, given[0])
     missing = [sample.sample_id for sample in samples if sample.sample_id not in rows]
     if missing:
         raise ValueError(f"{path}: no prediction for {len(missing)} of {len(samples)} samples: {_some(missing)}")
@@ -229,10 +231,10 @@ def _row_saliency(row: Mapping[str, Any], require_tags: bool) -> dict[float, flo
     if row.get("text") is not None:
         return parse_highlights(str(row["text"]), require_tags)
     if "pred_saliency_scores" not in row:
-        raise ValueError(f"prediction {dict(row)} has no text or pred_saliency_scores")
+        raise ValueError(f"prediction {shown(dict(row))} has no text or pred_saliency_scores")
     scores = row["pred_saliency_scores"]
     if not isinstance(scores, list) or not all(map(_is_number, scores)):
-        raise ValueError(f"prediction {dict(row)}: pred_saliency_scores is not a list of numbers")
+        raise ValueError(f"prediction {shown(dict(row))}: pred_saliency_scores is not a list of numbers")
     return {float(CLIP_S * clip): float(score) for clip, score in enumerate(scores)}
 
 
@@ -241,18 +243,19 @@ def _row_spans(row: Mapping[str, Any], require_tags: bool) -> list[Span]:
         return parse_spans(str(row["text"]), require_tags)
     key = next((key for key in ("pred_relevant_windows", "spans", "span") if key in row), None)
     if key is None:
-        raise ValueError(f"prediction {dict(row)} has no text, span, spans or pred_relevant_windows")
+        raise ValueError(f"prediction {shown(dict(row))} has no text, span, spans or pred_relevant_windows")
     spans = row[key] if key != "span" else [row[key]] if row[key] is not None else []
     if not isinstance(spans, list):
-        raise ValueError(f"prediction {dict(row)}: {key} is not a list")
+        raise ValueError(f"prediction {shown(dict(row))}: {key} is not a list")
     numbers = ("start", "end", "confidence") if key == "pred_relevant_windows" else ("start", "end")
     for span in spans:
         if not isinstance(span, list) or len(span) != len(numbers) or not all(map(_is_number, span)):
-            raise ValueError(f"prediction {dict(row)}: {key} has {span!r}, expected the numbers {', '.join(numbers)}")
+            expected = f"expected the numbers {', '.join(numbers)}"
+            raise ValueError(f"prediction {shown(dict(row))}: {key} has {shown(span)}, {expected}")
     if key == "pred_relevant_windows":
         spans = sorted(spans, key=lambda span: -span[2])
     return [(float(start), float(end)) for start, end, *_ in spans]
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max

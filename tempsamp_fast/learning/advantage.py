@@ -66,13 +66,23 @@ def advantages_by_rule(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfi
     return {rule: _advantages(on_policy if rule == "grpo" else groups, rule, algorithm) for rule in get_args(Shaping)}
 
 
-def skewness_by_rule(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> dict[str, float]:
-    """Skewness of `advantages_by_rule` (paper figure 4)."""
-    return {rule: skewness(values) for rule, values in advantages_by_rule(groups, algorithm).items()}
+def advantage_metrics(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> dict[str, float]:
+    """Of groups with advantages: `advantage/skew/<rule>`, the skewness of `advantages_by_rule` (paper figure 4), and
+    `advantage/flipped`, of the sampled answers with a positive advantage among themselves the share whose advantage
+    became negative in the group with the true answer; left out where none is positive.
+    """
+    by_rule = advantages_by_rule(groups, algorithm)
+    metrics = {f"advantage/skew/{rule}": skewness(values) for rule, values in by_rule.items()}
+    in_group = torch.cat([group.advantages[~group.is_off_policy()] for group in groups if group.advantages is not None])
+    positive = by_rule["grpo"] > 0
+    if positive.any():
+        metrics["advantage/flipped"] = float((in_group[positive] < 0).float().mean())
+    return metrics
 
 
-def skewness(values: Tensor) -> float:
+def skewness(values: Tensor | Sequence[float]) -> float:
     """Third standardised moment of [n] values; 0 where all are equal."""
-    centred = values.double() - values.double().mean()
+    values = torch.as_tensor(values, dtype=torch.float64)
+    centred = values - values.mean()
     variance = centred.square().mean()
     return 0.0 if variance == 0 else float(centred.pow(3).mean() / variance**1.5)

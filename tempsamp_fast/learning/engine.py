@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tempsamp_fast.config import Phase, TrainConfig
 from tempsamp_fast.model.packing import PackedRow, idle_row
+from tempsamp_fast.model.policy import Head
 from tempsamp_fast.system.files import read_json
 from tempsamp_fast.system.ranks import is_first_rank, max_over_ranks, num_ranks
 from tempsamp_fast.system.stopwatch import Stopwatch
@@ -22,10 +23,15 @@ STATE = "state"
 """DeepSpeed's tag of the only checkpoint in an engine folder."""
 SETTINGS = ("betas", "weight_decay")
 """Of an optimizer's parameter groups: what a run may be resumed with another value of; each step has its own rate."""
+OBJECTS = ("zero_optimization", "optimizer", "scheduler", "bf16", "fp16")
+OURS = {
+    "train_batch_size": "prompts_per_device and --gradient_accumulation_steps",
+    "train_micro_batch_size_per_gpu": "prompts_per_device",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+}
+"""Of DeepSpeed's settings, those that a run decides itself, and by what."""
 Forward = Callable[..., Any]
 """`(row, head) -> head(hidden, weight)`, as of `Policy`."""
-Head = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
-"""`(hidden [M, H], lm_head weight [V, H]) -> (loss, metrics)`."""
 
 
 def deepspeed_config(train: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -33,7 +39,8 @@ def deepspeed_config(train: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
 
     That is a JSON file, or the name of one in configs/.
     Accumulation is driven row by row by `optimizer_step`, so DeepSpeed is told of single steps.
-    Raises ValueError naming a file that cannot be read, or that asks for its own accumulation.
+    As in files made for Hugging Face's trainer, "auto" in it means ours.
+    Raises ValueError naming a file that cannot be read, and what in it contradicts the run's own settings.
     """
     generated: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -55,13 +62,13 @@ def deepspeed_config(train: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
     }
-    merged = _merged(generated, _given_settings(train.deepspeed_config))
-    stage, accumulation = merged["zero_optimization"]["stage"], merged["gradient_accumulation_steps"]
-    if stage not in (0, 1, 2, 3) or accumulation != 1:
-        raise ValueError(
-            f"deepspeed_config={train.deepspeed_config!r}: has ZeRO stage {stage} and gradient_accumulation_steps "
-            f"{accumulation}; choose stage 0 to 3, and accumulate with --gradient_accumulation_steps"
-        )
+    given = _given_settings(train.deepspeed_config)
+    wrong = _contradictions(given, generated)
+    if wrong:
+        raise ValueError(f"deepspeed_config={train.deepspeed_config!r}: {'; '.join(wrong)}")
+    given.pop("scheduler", None)
+    merged = _merged(generated, given)
+    stage = merged["zero_optimization"]["stage"]
     least_stage = {"none": 0, "optimizer": 1, "all": 3}[train.offload]
     if stage < least_stage:
         raise ValueError(f"offload={train.offload!r}: needs --zero_stage {least_stage} or more; this run has {stage}")
@@ -87,8 +94,45 @@ def _given_settings(name: str | None) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"deepspeed_config={name!r}: {error}") from error
     if not isinstance(given, dict):
-        raise ValueError(f"deepspeed_config={name!r}: expected an object, found {given!r}")
-    return given
+        raise ValueError(f"deepspeed_config={name!r}: expected an object, found {given!r:.80}")
+    return _without_auto(given)
+
+
+def _without_auto(given: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_auto(value) if isinstance(value, dict) else value
+        for name, value in given.items()
+        if value != "auto"
+    }
+
+
+def _contradictions(given: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """What a DeepSpeed file says that a run cannot follow, each with what to set in its place."""
+    zero, optimizer, scheduler = (given.get(name, {}) for name in ("zero_optimization", "optimizer", "scheduler"))
+    sections: dict[str, Any] = {name: given[name] for name in OBJECTS if name in given}
+    if isinstance(zero, dict):
+        parts = ("offload_optimizer", "offload_param")
+        sections |= {f"zero_optimization.{part}": zero[part] for part in parts if zero.get(part) is not None}
+    if isinstance(optimizer, dict) and "params" in optimizer:
+        sections["optimizer.params"] = optimizer["params"]
+    wrong = [
+        f"{name} is {value!r:.80}, expected an object" for name, value in sections.items() if type(value) is not dict
+    ]
+    if wrong:
+        return wrong
+    stage, kind = zero.get("stage", 0), optimizer.get("type", "AdamW")
+    rate = optimizer.get("params", {}).get("lr", ours["optimizer"]["params"]["lr"])
+    checks = {
+        f"zero_optimization.stage is {stage!r:.80}, choose 0 to 3": type(stage) is int and 0 <= stage <= 3,
+        f"optimizer.type is {kind!r:.80}, choose AdamW": kind in ("AdamW", "Adam"),
+        f"optimizer.params.lr is {rate!r:.80}, set --learning_rate": rate == ours["optimizer"]["params"]["lr"],
+        "scheduler has settings of its own, use --lr_schedule and --warmup_ratio": not scheduler.get("params"),
+        "fp16 is enabled, runs are in bf16 or fp32 (--dtype)": not given.get("fp16", {}).get("enabled"),
+    }
+    for name, setting in OURS.items():
+        value = given.get(name, ours.get(name))
+        checks[f"{name} is {value!r:.80}, use --{setting}"] = value == ours.get(name)
+    return [text for text, holds in checks.items() if not holds]
 
 
 def _offload(what: str) -> dict[str, Any]:
@@ -108,10 +152,22 @@ def build_engine(policy: nn.Module, train: TrainConfig, dtype: torch.dtype, *, l
     load_universal: its state will be loaded from a universal checkpoint.
     """
     import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfigError
 
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     settings = _merged(deepspeed_config(train, dtype), {"checkpoint": {"load_universal": load_universal}})
-    engine, _, _, _ = deepspeed.initialize(model=policy, model_parameters=trainable, config=settings)
+    if settings["bf16"]["enabled"] is not (dtype == torch.bfloat16):
+        raise ValueError(
+            f"deepspeed_config={train.deepspeed_config!r}: bf16.enabled is {settings['bf16']['enabled']!r}, but the "
+            f"run is in {str(dtype).removeprefix('torch.')}: leave it out, or set --dtype"
+        )
+    try:
+        engine, _, _, _ = deepspeed.initialize(model=policy, model_parameters=trainable, config=settings)
+    except (AssertionError, TypeError, AttributeError, KeyError, DeepSpeedConfigError) as error:
+        if train.deepspeed_config is None:
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"deepspeed_config={train.deepspeed_config!r}: DeepSpeed refuses it: {reason:.200}") from error
     return engine
 
 
@@ -225,6 +281,7 @@ def optimizer_step(
 ) -> tuple[list[Any], float]:
     """Accumulate the gradients of all rows, then update once. Every rank must have as many rows: see `in_step`.
 
+    heads: each gives (loss, metrics).
     Returns the metrics of each row, and the norm of the whole gradient before clipping. Where it is not finite, or a
     row's loss is not, no rank updates, and the norm is infinite or NaN. Raises RowsTooLargeError on every rank, nothing
     updated, when a row of any rank did not fit the memory.
@@ -292,8 +349,7 @@ def _forward_backward(engine: Any, row: PackedRow, head: Head, is_last: bool) ->
             _end_backward(engine.optimizer)
     del loss
     idle = idle_row(engine.module.config, has_features=engine.module.has_frozen_tower)
-    poison, _ = engine(idle.to(engine.device), _not_a_number)
-    engine.backward(poison)
+    engine.backward(engine(idle.to(engine.device), lambda hidden, weight: torch.nan * (hidden @ weight.T).sum()))
     return None, False
 
 
@@ -309,10 +365,6 @@ def _end_backward(optimizer: Any) -> None:
     optimizer.extra_large_param_to_reduce.clear()
     optimizer.params_already_reduced = [False] * len(optimizer.params_already_reduced)
     optimizer._release_ipg_buffers()
-
-
-def _not_a_number(hidden: Tensor, weight: Tensor) -> tuple[Tensor, None]:
-    return torch.nan * (hidden @ weight.T).sum(), None
 
 
 def _plain_gradient_norm(engine: Any) -> Tensor | None:

@@ -6,6 +6,7 @@ import fcntl
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean, pstdev
 
 import torch
 
@@ -17,6 +18,8 @@ from tempsamp_fast.rewards import REWARDS, TASK_REWARDS
 from tempsamp_fast.sample import Task
 from tempsamp_fast.system.files import open_to_append
 
+TIED = 1e-6
+"""Sums of rewards that differ by less are the same."""
 Sampler = Callable[[Sequence[Prompt], Sequence[int]], list[list[Completion]]]
 """`(prompts, number of completions of each) -> completions by prompt`, all on-policy."""
 
@@ -53,7 +56,9 @@ def _off_policy(prompt: Prompt, method: Method, chat: Chat, algorithm: Algorithm
         return []
     style = "template" if method == "sft" else algorithm.cot_off_policy
     text = off_policy_text(prompt.sample, prompt.mode, style, task)
-    return [] if text is None else [chat.off_policy_completion(text)]
+    if text is None and method == "sft":
+        raise ValueError(f"sample {prompt.sample.sample_id!r}: there is no true answer to learn")
+    return [] if text is None else [chat.off_policy_completion(text, prompt.opening)]
 
 
 def score(group: RolloutGroup, task: Task, algorithm: AlgorithmConfig) -> None:
@@ -75,7 +80,7 @@ class RecordedRollouts:
     def __init__(self, path: str | Path, chat: Chat):
         self.path = Path(path)
         self.chat = chat
-        self._answers: dict[tuple[int, str, str], list[Completion]] = {}
+        self._answers: dict[tuple[int, str, str], list[list[int]]] = {}
 
     def write(self, step: int, prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]]) -> None:
         """Append the answers of one step; several ranks may write to one file."""
@@ -93,27 +98,29 @@ class RecordedRollouts:
         if not self._answers:
             with self.path.open() as file:
                 for row in map(json.loads, file):
-                    self._answers[row["step"], row["sample_id"], row["mode"]] = [
-                        self.chat.completion(torch.tensor(ids)) for ids in row["ids"]
-                    ]
+                    self._answers[row["step"], row["sample_id"], row["mode"]] = row["ids"]
         found = []
         for prompt, number in zip(prompts, num_completions, strict=True):
             key = (step, prompt.sample.sample_id, prompt.mode)
-            completions = self._answers.get(key)
-            if completions is None or len(completions) < number:
-                have = 0 if completions is None else len(completions)
+            answers = self._answers.get(key, [])
+            if len(answers) < number:
+                have = len(answers)
                 raise ValueError(
                     f"replay_rollouts={str(self.path)!r}: {have} answers for step {step}, sample "
                     f"{prompt.sample.sample_id!r}, mode {prompt.mode}; need {number}"
                 )
-            found.append(completions[:number])
+            given = (torch.tensor(ids) for ids in answers[:number])
+            found.append([self.chat.completion(ids, opening=prompt.opening) for ids in given])
         return found
 
 
-def reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+def reward_metrics(groups: Sequence[RolloutGroup], eos_token_id: int | None = None) -> dict[str, float]:
     """Means over on-policy answers (`reward/tiou`, ..., their sum `reward/on_policy_mean`), off-policy ones apart.
 
-    `reward/format` is the mean over think prompts, which alone earn it.
+    `reward/format` is the mean over think prompts, which alone earn it. `reward/std` is the mean over groups of the
+    standard deviation of on-policy sums, `reward/tied_groups` the share of groups whose answers, the off-policy one
+    included, all earned the same. `completion/*` describes sampled answers: their lengths, and `cut_share`, how many
+    do not end with `eos_token_id`. What has no answers is left out.
     """
     every = [completion for group in groups for completion in group.completions]
     metrics = {}
@@ -128,5 +135,21 @@ def reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
                 for name in dict.fromkeys(name for each in chosen for name in each.rewards):
                     values = [each.rewards[name] for each in chosen if name in each.rewards]
                     metrics[f"reward/{name}"] = sum(values) / len(values)
-    metrics["completion/mean_length"] = sum(len(completion.ids) for completion in every) / len(every)
+    totals_by_group = [
+        [sum(completion.rewards.values()) for completion in group.completions if completion.rewards] for group in groups
+    ]
+    sampled_by_group = [[each for each in group.completions if not each.is_off_policy] for group in groups]
+    deviations = [
+        pstdev(sum(each.rewards.values()) for each in sampled) for sampled in sampled_by_group if len(sampled) > 1
+    ]
+    if deviations:
+        metrics["reward/std"] = fmean(deviations)
+        metrics["reward/tied_groups"] = fmean(max(totals) - min(totals) < TIED for totals in totals_by_group)
+    sampled = [each for group in sampled_by_group for each in group]
+    if sampled:
+        lengths = [len(each.ids) for each in sampled]
+        metrics["completion/mean_length"] = fmean(lengths)
+        metrics["completion/min_length"], metrics["completion/max_length"] = float(min(lengths)), float(max(lengths))
+        if eos_token_id is not None:
+            metrics["completion/cut_share"] = fmean(int(each.ids[-1]) != eos_token_id for each in sampled)
     return metrics

@@ -45,7 +45,23 @@ def policy_loss(
     `num_answers` and `num_tokens` count the whole optimizer step, per rank on average, so that gradients do not depend
     on how answers are spread over rows, micro-steps and ranks.
     """
-    is_sft = method == "sft"
+    options: dict[str, Any] = {"loss_type": "sft"}
+    if method != "sft":
+        options = {
+            "loss_type": algorithm.loss_type,
+            "advantages": targets.advantages,
+            "old_logps": targets.old_logps,
+            "ref_logps": targets.ref_logps,
+            "importance_sampling_level": algorithm.importance_sampling_level,
+            "temperature": temperature,
+            "beta": algorithm.beta,
+            "epsilon_low": algorithm.epsilon_low,
+            "epsilon_high": algorithm.epsilon_high,
+            "delta": algorithm.delta,
+            "off_policy_ratio": algorithm.off_policy_ratio,
+            "off_policy_kl": algorithm.off_policy_kl,
+            "max_completion_length": max_completion_length,
+        }
 
     def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Any]:
         return fused_linear_grpo_loss(
@@ -53,24 +69,12 @@ def policy_loss(
             weight,
             row.token_ids.to(hidden.device),
             row.row_ids,
-            advantages=None if is_sft else targets.advantages,
             is_off_policy=targets.is_off_policy,
-            old_logps=targets.old_logps,
-            ref_logps=targets.ref_logps,
-            loss_type="sft" if is_sft else algorithm.loss_type,
-            importance_sampling_level=algorithm.importance_sampling_level,
-            temperature=1.0 if is_sft else temperature,
-            beta=0.0 if is_sft else algorithm.beta,
-            epsilon_low=algorithm.epsilon_low,
-            epsilon_high=algorithm.epsilon_high,
-            delta=algorithm.delta,
-            off_policy_ratio=algorithm.off_policy_ratio,
-            off_policy_kl=algorithm.off_policy_kl,
             num_rows=num_answers,
             num_items_in_batch=num_tokens,
-            max_completion_length=max_completion_length,
             chunk_size=None if targets.old_logps is None else _chunk_size(row, weight),
             impl=None if algorithm.loss_impl == "auto" else algorithm.loss_impl,
+            **options,
         )
 
     return head

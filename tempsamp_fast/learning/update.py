@@ -7,6 +7,7 @@ import logging
 import math
 import operator
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -137,7 +138,10 @@ def _update(
             if index == 0:
                 raise
             raise ValueError(f"out of memory in update {index + 1} of a batch; lower max_tokens_per_row") from error
-    own_metrics = [metrics.as_dict() for metrics in row_metrics[: len(own_rows)]]
+    own_metrics = [
+        {name: value for name, value in metrics.as_dict().items() if ref is not None or name.rpartition("/")[2] != "kl"}
+        for metrics in row_metrics[: len(own_rows)]
+    ]
     all_metrics = [metrics for of_rank in of_all_ranks(own_metrics) for metrics in of_rank]
     combined = {"loss": 0.0} | combine(all_metrics)
     combined["loss"] /= num_ranks()  # each rank divides by its share of the step's answers
@@ -260,8 +264,9 @@ def combine(parts: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def mean_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
-    """Every metric averaged over the ranks that have it."""
+    """Every metric averaged over the ranks that have it; of lengths the extremes stay extremes."""
     parts = of_all_ranks(metrics)
     names = dict.fromkeys(name for part in parts for name in part)
     having = {name: [part[name] for part in parts if name in part] for name in names}
-    return {name: sum(values) / len(values) for name, values in having.items()}
+    extremes = {"completion/min_length": min, "completion/max_length": max}
+    return {name: extremes.get(name, fmean)(values) for name, values in having.items()}

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.embedded.model import tiny_config
-from tempsamp_fast.model.families import FAMILIES
-from tempsamp_fast.model.loading import check_folder, hub_for
+from tempsamp_fast.model.families import FAMILIES, family_named
+from tempsamp_fast.model.loading import check_folder, found_checkpoint, hub_for
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,18 @@ def model_config(model: ModelConfig) -> Any:
     Hub names known here are not looked up. Raises ValueError for a model that is found nowhere.
     """
     if model.model == "tiny":
+        family_named(model.tiny_family, "tiny_family")
         return tiny_config(1024, lambda token: 0, model.tiny_family)
     name = model.model.rpartition("/")[2]
     family = next((each for each in FAMILIES.values() if name in each.published), None)
     if family and not Path(model.model).exists():
         return family.published_config(name)
-    if Path(model.model).is_dir():
-        check_folder(Path(model.model), model.allow_pickle)
+    if (folder := Path(model.model).expanduser()).is_dir():
+        check_folder(folder, model.allow_pickle)
     try:
         with hub_for(model.model, model):
-            return AutoConfig.from_pretrained(model.model, trust_remote_code=model.trust_remote_code)
+            found = found_checkpoint(model.model)
+            return AutoConfig.from_pretrained(found, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         known = ", ".join(name for each in FAMILIES.values() for name in each.published)
         raise ValueError(f"model={model.model!r}: its config.json is not here; known without it are {known}") from error

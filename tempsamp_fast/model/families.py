@@ -129,10 +129,10 @@ QWEN3_VL = Family(
 FAMILIES = {family.name: family for family in (QWEN2_5_VL, QWEN3_VL)}
 
 
-def family_named(name: str) -> Family:
-    """The record of a family. Raises ValueError that names the value and the choices."""
+def family_named(name: str, setting: str = "family") -> Family:
+    """The record of a family. Raises ValueError that names the setting, the value and the choices."""
     if name not in FAMILIES:
-        raise ValueError(f"family={name!r}: choose from {', '.join(FAMILIES)}")
+        raise ValueError(f"{setting}={name!r}: choose from {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 

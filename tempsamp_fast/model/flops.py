@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from tempsamp_fast.model.families import family_of
-from tempsamp_fast.model.packing import PackedRow
+from tempsamp_fast.model.packing import GroupLayout, PackedRow
 
 PEAK_BF16_TFLOPS = {
     "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989, "GH200": 989, "H20": 148,
@@ -29,30 +30,43 @@ def device_peak_flops(device: torch.device) -> float | None:
 
 
 def forward_flops(row: PackedRow, config: Any) -> float:
-    """FLOPs of one forward pass over `row`: matrix products and attention, two per multiply-add.
+    """`layout_flops` of a row; its vision tower counts unless the row brings its features."""
+    grids = row.video_grid_thw.tolist() if row.vision is None else []
+    return layout_flops(row.layout, len(row.logit_indices), grids, config)
 
-    Counts what is attended, each prompt once, and only the predicted tokens at the head. The vision tower counts unless
-    the row brings its features. A training step is three times this; recomputation is not counted.
 
+def layout_flops(
+    layout: Sequence[GroupLayout], num_predicted: int, grids: Iterable[tuple[int, int, int]], config: Any
+) -> float:
+    """FLOPs of one forward pass over groups and their videos: matrix products and attention, two per multiply-add.
+
+    Counts what is attended, each prompt once, and only the predicted tokens at the head. A training step is three times
+    this; recomputation is not counted.
+
+    grids: patches along time, height and width of every video that the vision tower sees.
     config: the model's transformers configuration.
     """
+    hidden_size, query_size, key_size, intermediate_size = text_sizes(config)
+    layer = hidden_size * (2 * query_size + 2 * key_size) + 3 * hidden_size * intermediate_size
+    attention = 2 * query_size * _num_attended(layout)
+    head = hidden_size * config.text_config.vocab_size * num_predicted
+    num_tokens = sum(group.num_tokens for group in layout)
+    total = config.text_config.num_hidden_layers * (num_tokens * layer + attention) + head
+    return 2.0 * (total + sum(_vision_products(grid, config) for grid in grids))
+
+
+def text_sizes(config: Any) -> tuple[int, int, int, int]:
+    """Of a decoder layer: hidden size, query size, key size, intermediate size."""
     text = config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    query_size, key_size = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
-    projections = text.hidden_size * (2 * query_size + 2 * key_size)
-    layer = projections + 3 * text.hidden_size * text.intermediate_size
-    attention = 2 * query_size * _num_attended(row)
-    head = text.hidden_size * text.vocab_size * len(row.logit_indices)
-    total = text.num_hidden_layers * (row.num_tokens * layer + attention) + head
-    if row.vision is None:
-        total += sum(_vision_products(grid, config) for grid in row.video_grid_thw.tolist())
-    return 2.0 * total
+    sizes = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    return text.hidden_size, *sizes, text.intermediate_size
 
 
-def _num_attended(row: PackedRow) -> int:
-    """Pairs of a token and a token it sees, over the row."""
+def _num_attended(layout: Sequence[GroupLayout]) -> int:
+    """Pairs of a token and a token it sees."""
     pairs = 0
-    for group in row.layout:
+    for group in layout:
         for node in group.nodes:
             before = sum(group.nodes[each].length for each in node.path)
             pairs += node.length * before + node.length * (node.length + 1) // 2

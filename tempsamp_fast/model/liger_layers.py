@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 from types import FunctionType, MethodType
 from typing import Any
@@ -50,7 +49,7 @@ def apply_liger_layers(model: PreTrainedModel, choice: LigerLayers) -> None:
         return
     if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
         raise ValueError("liger_layers='on' needs a CUDA GPU, and there is none; choose auto or off")
-    rms_norm = partial(_rms_norm, offset=family_of(model.config).norm_offset)
+    rms_norm = _fused_norm(family_of(model.config).norm_offset)
     for name, module in model.named_modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = MethodType(rms_norm, module)
@@ -65,18 +64,18 @@ def apply_liger_layers(model: PreTrainedModel, choice: LigerLayers) -> None:
         layer.self_attn.forward = MethodType(_with_fused_rotation(type(layer.self_attn).forward), layer.self_attn)
 
 
-def _rms_norm(module: Any, hidden: Tensor, offset: float) -> Tensor:
-    """[..., hidden_size], scaled in the input's dtype after a float32 root mean square, as transformers' own."""
-    return LigerRMSNormFunction.apply(hidden, module.weight, module.variance_epsilon, offset, "llama", False, None)
+def _fused_norm(offset: float) -> Callable[[Any, Tensor], Tensor]:
+    """RMSNorm whose weights are `offset` larger than the module's."""
+
+    def _rms_norm(module: Any, hidden: Tensor) -> Tensor:
+        """[..., hidden_size], scaled in the input's dtype after a float32 root mean square, as transformers' own."""
+        return LigerRMSNormFunction.apply(hidden, module.weight, module.variance_epsilon, offset, "llama", False, None)
+
+    return _rms_norm
 
 
 def _swiglu(module: Any, hidden: Tensor) -> Tensor:
     return module.down_proj(LigerSiLUMulFunction.apply(module.gate_proj(hidden), module.up_proj(hidden)))
-
-
-def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """query, key [B, heads, N, dim]; cos, sin [B, N, dim]."""
-    return LigerRopeFunction.apply(query, key, cos, sin)
 
 
 def _with_fused_rotation(forward: Callable[..., Any]) -> FunctionType:
@@ -84,7 +83,7 @@ def _with_fused_rotation(forward: Callable[..., Any]) -> FunctionType:
     plain = inspect.unwrap(forward)
     if not isinstance(plain, FunctionType) or ROTARY not in plain.__code__.co_names:
         raise ValueError(f"liger_layers: {forward.__qualname__} of this transformers release does not call {ROTARY}")
-    namespace = {**plain.__globals__, ROTARY: _rotate}
+    namespace = {**plain.__globals__, ROTARY: LigerRopeFunction.apply}
     fused = FunctionType(plain.__code__, namespace, plain.__name__, plain.__defaults__, plain.__closure__)
     fused.__kwdefaults__ = plain.__kwdefaults__
     return fused

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants as hub
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import cached_file
@@ -17,9 +23,12 @@ from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.data.chat import Chat
 from tempsamp_fast.model.families import family_of
 from tempsamp_fast.model.liger_layers import apply_liger_layers
-from tempsamp_fast.model.lora import base_checkpoint, load_adapters
+from tempsamp_fast.model.lora import ADAPTER_CONFIG, base_checkpoint, load_adapters
 from tempsamp_fast.system.files import WEIGHTS, check_files, read_json
 
+logger = logging.getLogger(__name__)
+HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
+HUB_TIMEOUT_S = 4.0
 PREPROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
 FETCH = "the hub is only asked for what is typed; fetch it (hf download NAME), or type --model (train) or --base NAME"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,8 +49,13 @@ def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tupl
     Raises ValueError for a folder without a model, an architecture that is not supported, files that lead out of their
     folder, and weights that are missing or cannot be read.
     """
-    base = base_checkpoint(checkpoint)
-    weights = base or checkpoint
+    with hub_for(checkpoint, config):
+        checkpoint = found_checkpoint(checkpoint)
+    weights = base = base_checkpoint(checkpoint)
+    if base:
+        with hub_for(base, config):
+            weights = found_checkpoint(base)
+    weights = weights or checkpoint
     for folder in filter(Path.is_dir, map(Path, (checkpoint, weights))):
         check_folder(folder, config.allow_pickle)
     with hub_for(weights, config):
@@ -63,10 +77,11 @@ def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tupl
         tokenizer, preprocessor_files = _load_tokenizer(checkpoint, config), _preprocessor_files(checkpoint)
     if loading["missing_keys"]:
         raise ValueError(f"model={weights!r}: has no weights for {', '.join(sorted(loading['missing_keys']))}")
+    eos = getattr(model.generation_config, "eos_token_id", None)
     apply_liger_layers(model, config.liger_layers)
     if base:
         model = load_adapters(model, checkpoint, config.allow_pickle)
-    return model, Chat(tokenizer, model.config, preprocessor_files)
+    return model, Chat(tokenizer, model.config, preprocessor_files, eos)
 
 
 def _load_tokenizer(checkpoint: str, config: ModelConfig) -> Any:
@@ -118,11 +133,57 @@ def _preprocessor_files(checkpoint: str) -> dict[str, str]:
     return {name: Path(file).read_text() for name, file in found.items() if file is not None}
 
 
+def found_checkpoint(name: str) -> str:
+    """A folder, or a hub name that can be asked for now; where the hub cannot be reached, the copy in its cache.
+
+    Raises ValueError for a path that is no folder with a config.json, and within `HUB_TIMEOUT_S` for a hub name that is
+    neither to be reached nor cached.
+    """
+    folder = Path(name).expanduser()
+    beside = folder.parent != Path() and (folder.parent.exists() or folder.parent == Path("runs"))
+    is_path = beside or not re.fullmatch(HUB_NAME, name)
+    if folder.exists() or is_path:
+        if not folder.is_dir():
+            raise ValueError(f"model={name!r}: no such folder")
+        if not any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
+            raise ValueError(f"model={name!r}: no config.json in this folder")
+        return str(folder)
+    unreachable = _why_unreachable(name)
+    if not unreachable:
+        return name
+    cached = try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        logger.warning("model=%r: %s; taking the copy in %s", name, unreachable, Path(cached).parent)
+        return str(Path(cached).parent)
+    raise ValueError(f"model={name!r}: no such folder, nor a copy in the hub's cache, and {unreachable}")
+
+
+def _why_unreachable(name: str) -> str:
+    """Empty where the hub answers at once, whatever it says. Names are looked up without a time limit: in a thread."""
+    if hub.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    url = f"{hub.ENDPOINT}/api/models/{name}"
+    reasons = [f"{hub.ENDPOINT} did not answer within {HUB_TIMEOUT_S:g} s"]
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(url, timeout=HUB_TIMEOUT_S).close()
+            reasons.append("")
+        except urllib.error.HTTPError as error:
+            reasons.append("" if error.code < 500 else f"{hub.ENDPOINT} cannot be used: {error}")
+        except (OSError, ValueError) as error:
+            reasons.append(f"{hub.ENDPOINT} cannot be reached: {error}")
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(HUB_TIMEOUT_S)
+    return reasons[-1]
+
+
 def check_architecture(checkpoint: str, trust_remote_code: bool = False) -> Any:
     """A checkpoint's configuration. Raises ValueError, naming it and the families, unless it can be trained here."""
     folder = Path(checkpoint)
-    looks_local = folder.is_absolute() or checkpoint.startswith(".") or folder.exists()
-    if looks_local and not (folder / "config.json").is_file():
+    if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"model={checkpoint!r}: no config.json in this folder")
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)

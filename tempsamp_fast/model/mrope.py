@@ -36,19 +36,24 @@ def mrope_positions(
     """
     blocks = _vision_blocks(grids, seconds_per_grid, config)
     is_vision = input_ids == config.video_token_id
-    if int(is_vision.sum()) != sum(block.shape[1] for block in blocks):
-        raise ValueError(
-            f"input_ids holds {int(is_vision.sum())} video placeholders, but grids {list(grids)} need "
-            f"{sum(block.shape[1] for block in blocks)}"
-        )
+    found, needed = int(is_vision.sum()), sum(block.shape[1] for block in blocks)
+    if found != needed:
+        raise ValueError(f"input_ids holds {found} video placeholders, but grids {list(grids)} need {needed}")
     positions = torch.empty(3, len(input_ids), dtype=torch.int64)
     index = next_position = 0
-    for start, block in zip(_block_starts(is_vision, blocks), blocks, strict=True):
+    for block in blocks:
+        start = index + int(is_vision[index:].int().argmax())
+        stop = start + block.shape[1]
+        if not bool(is_vision[start:stop].all()):
+            raise ValueError(
+                f"input_ids has a gap in the {block.shape[1]} video placeholders that start at index {start}: "
+                "the placeholders of one block must be contiguous"
+            )
         _fill_text(positions, index, start, next_position)
         next_position += start - index
-        positions[:, start : start + block.shape[1]] = block + next_position
+        positions[:, start:stop] = block + next_position
         next_position += int(block.max()) + 1
-        index = start + block.shape[1]
+        index = stop
     _fill_text(positions, index, len(input_ids), next_position)
     return positions, next_position + len(input_ids) - index
 
@@ -70,20 +75,6 @@ def _vision_blocks(grids: Sequence[GridTHW], seconds_per_grid: Sequence[float], 
 def _grid_positions(times: Tensor, height: int, width: int) -> Tensor:
     axes = (times.long(), torch.arange(height), torch.arange(width))
     return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
-
-
-def _block_starts(is_vision: Tensor, blocks: Sequence[Tensor]) -> list[int]:
-    starts, index = [], 0
-    for block in blocks:
-        index += int(is_vision[index:].int().argmax())
-        if not bool(is_vision[index : index + block.shape[1]].all()):
-            raise ValueError(
-                f"input_ids has a gap in the {block.shape[1]} video placeholders that start at index {index}: "
-                "the placeholders of one block must be contiguous"
-            )
-        starts.append(index)
-        index += block.shape[1]
-    return starts
 
 
 def _fill_text(positions: Tensor, start: int, stop: int, first_position: int) -> None:

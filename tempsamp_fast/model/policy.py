@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from tempsamp_fast.batch import VideoPatches, VisionFeatures
 from tempsamp_fast.config import AttentionCore
+from tempsamp_fast.config.setting import require
 from tempsamp_fast.model.attention import PackedAttention, PrefillAttention, packed_attention, use_packed_attention
 from tempsamp_fast.model.families import FAMILIES
 from tempsamp_fast.model.packing import GroupLayout, PackedRow
@@ -63,8 +64,7 @@ class Policy(nn.Module):
         attention_core: AttentionCore = "auto",
     ) -> None:
         super().__init__()
-        if checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every={checkpoint_every}: must be at least 1")
+        require(checkpoint_every >= 1, "checkpoint_every", checkpoint_every, "at least 1")
         self.model = model
         self.attention_core = attention_core
         check_architecture(self.base_model)
@@ -73,6 +73,7 @@ class Policy(nn.Module):
             _set_checkpointing(layer, gradient_checkpointing and index % checkpoint_every == 0)
         for block in self.base_model.model.visual.blocks:
             _set_checkpointing(block, gradient_checkpointing and checkpoint_vision)
+        self.train()  # `from_pretrained` leaves a model in evaluation mode, in which nothing is recomputed
 
     @property
     def base_model(self) -> PreTrainedModel:
@@ -99,7 +100,10 @@ class Policy(nn.Module):
         if isinstance(row, PackedRow) and row.branch_chunks:
             hidden = self._run_in_stages(row, embeds, deepstack)
         else:
-            hidden = self._run_text(embeds, row.position_ids, attention or self._attention(row, embeds), deepstack)
+            if attention is None:
+                assert isinstance(row, PackedRow), "only a PackedRow says by itself how its tokens attend"
+                attention = self._core(row.layout, embeds)
+            hidden = self._run_text(embeds, row.position_ids, attention, deepstack)
         hidden = hidden.flatten(0, 1)[row.logit_indices]
         return hidden if head is None else head(hidden, self.base_model.lm_head.weight)
 
@@ -159,10 +163,6 @@ class Policy(nn.Module):
             outputs.append(checkpoint(self._run_text, *chunk, use_reentrant=False))
             start = tokens.stop
         return torch.cat(outputs, dim=1)
-
-    def _attention(self, row: PolicyInput, embeds: Tensor) -> PackedAttention:
-        assert isinstance(row, PackedRow), "only a PackedRow says by itself how its tokens attend"
-        return self._core(row.layout, embeds)
 
     def _core(self, layout: Sequence[GroupLayout], embeds: Tensor) -> PackedAttention:
         return packed_attention(layout, dtype=embeds.dtype, device=embeds.device, core=self.attention_core)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,15 @@ class _BranchBlock:
     tokens: slice
     mask: Tensor
     """[block_len, prefix_len + block_len] additive: everything in the prefix, own branch causally."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor], scaling: float
+    ) -> Tensor:
+        """prefix: its keys and values. Returns [1, heads, block_len, dim]."""
+        prefix_key, prefix_value = prefix
+        key = torch.cat([prefix_key, key[:, :, self.tokens]], dim=2)
+        value = torch.cat([prefix_value, value[:, :, self.tokens]], dim=2)
+        return _sdpa(query[:, :, self.tokens], key, value, scaling, attn_mask=self.mask)
 
 
 class SplitAttention:
@@ -48,14 +57,13 @@ class SplitAttention:
                 self._parts.append((prefix, blocks))
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        attend = _sdpa(query, key, scaling)
         outputs = []
         for spans, blocks in self._parts:
-            prefix_key, prefix_value = _gathered(key, spans), _gathered(value, spans)
+            prefix = _gathered(key, spans), _gathered(value, spans)
             if blocks:
-                outputs += _attend_blocks(attend, query, key, value, prefix_key, prefix_value, blocks)
+                outputs += [block.attend(query, key, value, prefix, scaling) for block in blocks]
             else:
-                outputs.append(attend(_gathered(query, spans), prefix_key, prefix_value, is_causal=True))
+                outputs.append(_sdpa(_gathered(query, spans), *prefix, scaling, is_causal=True))
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
@@ -78,7 +86,7 @@ class BranchAttention:
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         prefix = self._prefix_keys[layer_index], self._prefix_values[layer_index]
-        outputs = _attend_blocks(_sdpa(query, key, scaling), query, key, value, *prefix, self._blocks)
+        outputs = [block.attend(query, key, value, prefix, scaling) for block in self._blocks]
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
@@ -105,25 +113,9 @@ def _attend_equal_windows(query: Tensor, key: Tensor, value: Tensor, size: int, 
     return scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2).flatten(0, 1)
 
 
-def _sdpa(query: Tensor, key: Tensor, scaling: float) -> Callable[..., Tensor]:
-    return partial(scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
-
-
-def _attend_blocks(
-    attend: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    blocks: Sequence[_BranchBlock],
-) -> list[Tensor]:
-    outputs = []
-    for block in blocks:
-        block_key = torch.cat([prefix_key, key[:, :, block.tokens]], dim=2)
-        block_value = torch.cat([prefix_value, value[:, :, block.tokens]], dim=2)
-        outputs.append(attend(query[:, :, block.tokens], block_key, block_value, attn_mask=block.mask))
-    return outputs
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float, **mask: Any) -> Tensor:
+    enable_gqa = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=enable_gqa, **mask)
 
 
 def _branch_blocks(

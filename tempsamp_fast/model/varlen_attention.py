@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,23 +19,11 @@ logger = logging.getLogger(__name__)
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
-class VarlenKernel(Protocol):
-    """Attention inside each of S sequences laid end to end; causal is aligned to the bottom right."""
+VarlenKernel = Callable[..., Tensor]
+"""Attention inside each of S sequences laid end to end; causal is aligned to the bottom right.
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        scale: float,
-        causal: bool,
-    ) -> Tensor:
-        """query [Tq, heads, dim], key and value [Tk, kv_heads, dim], cu_* [S + 1] int32 -> [Tq, heads, dim]."""
+`(query [Tq, heads, dim], key and value [Tk, kv_heads, dim], cu_q, cu_k [S + 1] int32, max_q, max_k, *, scale, causal)
+-> [Tq, heads, dim]`, where `cu_*` say in which tokens sequences begin and end, `max_*` how long the longest one is."""
 
 
 @cache
@@ -91,18 +79,9 @@ class VarlenAttention:
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        output = self._kernel(
-            query.contiguous(),
-            key[self._keys],
-            value[self._keys],
-            self._cu_q,
-            self._cu_k,
-            self._max_q,
-            self._max_k,
-            scale=scaling,
-            causal=True,
-        )
-        return output[None]
+        key, value = key[self._keys], value[self._keys]
+        bounds = self._cu_q, self._cu_k, self._max_q, self._max_k
+        return self._kernel(query.contiguous(), key, value, *bounds, scale=scaling, causal=True)[None]
 
 
 def _sequences(layout: Sequence[GroupLayout]) -> tuple[list[int], list[list[tuple[int, int]]]]:

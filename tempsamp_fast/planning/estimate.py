@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from tempsamp_kernels.head import chunk_rows
 
-from tempsamp_fast.config import Config, parse_phases, prompts_per_row
+from tempsamp_fast.config import Config, DataConfig, parse_phases, prompts_per_row
 from tempsamp_fast.learning.engine import effective_zero
 from tempsamp_fast.model.architectures import Parameters
 from tempsamp_fast.model.families import family_of
-from tempsamp_fast.model.flops import forward_flops
-from tempsamp_fast.model.packing import GroupLayout, PackedRow
+from tempsamp_fast.model.flops import layout_flops, text_sizes
+from tempsamp_fast.model.packing import GroupLayout
 from tempsamp_fast.video import Geometry
 
 TEXT_TOKENS = 116
 """Of a prompt besides its video: chat format, query, instructions."""
+FRAME_SIZE = (720, 1280)
+"""(height, width) in pixels that videos are taken to have: the pixel budgets bind long before."""
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 """Elements; DeepSpeed's defaults of reduce_bucket_size and stage3_max_live_parameters."""
 
@@ -46,22 +48,10 @@ class Work:
         t, h, w = self.grid_thw
         return t * h * w
 
-    def row(self, num_answers: int | None = None) -> PackedRow:
-        """As a row without storage, for `forward_flops`."""
-        count = self.num_answers if num_answers is None else num_answers
-        layout = (GroupLayout(self.prompt_len, (self.answer_len,) * count),)
-        nothing = torch.empty(0, dtype=torch.int64)
-        num_tokens, num_predicted = layout[0].num_tokens, max(1, count * self.answer_len)
-        return PackedRow(
-            input_ids=torch.empty(1, num_tokens, dtype=torch.int64, device="meta"),
-            position_ids=nothing,
-            pixel_values=nothing,
-            video_grid_thw=torch.tensor([self.grid_thw]),
-            layout=layout,
-            logit_indices=torch.empty(num_predicted, dtype=torch.int64, device="meta"),
-            token_ids=nothing,
-            row_ids=nothing,
-        )
+    def forward_flops(self, num_answers: int, model_config: Any) -> float:
+        """Of one pass over the prompt and so many answers."""
+        layout = GroupLayout(self.prompt_len, (self.answer_len,) * num_answers)
+        return layout_flops([layout], max(1, num_answers * self.answer_len), [self.grid_thw], model_config)
 
 
 @dataclass(frozen=True)
@@ -89,15 +79,24 @@ def video_grid(geometry: Geometry, num_frames: int, frame_size: tuple[int, int])
     return geometry.grid_thw(num_frames, geometry.frame_size(num_frames, *frame_size))
 
 
+def num_frames(duration_s: float, data: DataConfig) -> int:
+    """Frames that are taken of a video."""
+    return min(max(int(duration_s * data.fps) // 2 * 2, data.min_frames), data.max_frames)
+
+
+def text_and_video_tokens(grid_thw: tuple[int, int, int], model_config: Any, text_tokens: int = TEXT_TOKENS) -> int:
+    """Tokens of a prompt whose text, but for what is written between frames, has `text_tokens`."""
+    t, h, w = grid_thw
+    return text_tokens + t * family_of(model_config).text_tokens_per_frame + t * h * w // 4
+
+
 def work_of(
     grid_thw: tuple[int, int, int], model_config: Any, method: str, num_generations: int, answer_len: int
 ) -> Work:
     """One prompt of a phase of `method`."""
-    t, h, w = grid_thw
-    text = TEXT_TOKENS + t * family_of(model_config).text_tokens_per_frame
     num_answers = 1 if method == "sft" else num_generations
     num_sampled = {"sft": 0, "grpo": num_generations, "tempsamp": num_generations - 1}[method]
-    return Work(grid_thw, text + t * h * w // 4, answer_len, num_answers, num_sampled)
+    return Work(grid_thw, text_and_video_tokens(grid_thw, model_config), answer_len, num_answers, num_sampled)
 
 
 def step_flops(work: Work, model_config: Any, config: Config, method: str, num_prompts: int) -> float:
@@ -105,8 +104,8 @@ def step_flops(work: Work, model_config: Any, config: Config, method: str, num_p
 
     num_prompts: of this device.
     """
-    sampling = forward_flops(work.row(work.num_sampled), model_config) if work.num_sampled else 0.0
-    recomputed = _num_updates(config, method) * forward_flops(work.row(), model_config)
+    sampling = work.forward_flops(work.num_sampled, model_config) if work.num_sampled else 0.0
+    recomputed = _num_updates(config, method) * work.forward_flops(work.num_answers, model_config)
     without = num_prompts * sampling + update_flops(work, model_config, config, method, num_prompts)
     return without + (num_prompts * recomputed if config.model.gradient_checkpointing else 0.0)
 
@@ -119,7 +118,7 @@ def update_flops(work: Work, model_config: Any, config: Config, method: str, num
     updates = _num_updates(config, method)
     has_reference = method != "sft" and config.algorithm.beta > 0
     passes = 3 * updates + int(has_reference) + int(updates > 1)
-    return num_prompts * passes * forward_flops(work.row(), model_config)
+    return num_prompts * passes * work.forward_flops(work.num_answers, model_config)
 
 
 def _num_updates(config: Config, method: str) -> int:
@@ -160,17 +159,10 @@ def step_memory(
     return Memory(weights, reference, gradients, optimizer, buffers, activations, off_gpu)
 
 
-def _text_sizes(model_config: Any) -> tuple[int, int, int, int]:
-    text = model_config.text_config
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    sizes = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
-    return text.hidden_size, *sizes, text.intermediate_size
-
-
 def _kept_activations(work: Work, model_config: Any, config: Config, b: int) -> float:
     """With one layer's working set more, for the gradients that pass through it."""
     kept, model = family_of(model_config).kept[b], config.model
-    sizes, vision = _text_sizes(model_config), model_config.vision_config
+    sizes, vision = text_sizes(model_config), model_config.vision_config
     prompts = max(prompts_per_row(config.train, phase) for phase in parse_phases(config.train.phases))
     rows = min(prompts, max(1, config.train.max_tokens_per_row // work.num_tokens))
     num_tokens, num_patches = rows * work.num_tokens, rows * work.num_patches
@@ -199,7 +191,7 @@ def _head_bytes(work: Work, model_config: Any, parameters: Parameters, config: C
 
 def _sampling_bytes(work: Work, model_config: Any, config: Config, b: int) -> float:
     """Keys and values of every prompt of the step once, and of its sampled answers."""
-    key_size = _text_sizes(model_config)[2]
+    key_size = text_sizes(model_config)[2]
     per_token = 2 * b * model_config.text_config.num_hidden_layers * key_size
     phases = parse_phases(config.train.phases)
     prompts = max(prompts_per_row(config.train, phase) for phase in phases) * config.train.gradient_accumulation_steps

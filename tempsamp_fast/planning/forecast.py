@@ -10,7 +10,6 @@ from typing import Any
 
 from tempsamp_fast.config import Config, ModelConfig
 from tempsamp_fast.model.architectures import count_parameters, model_config
-from tempsamp_fast.model.flops import forward_flops
 from tempsamp_fast.planning.estimate import Work, update_flops
 from tempsamp_fast.system.files import read_json
 
@@ -102,7 +101,7 @@ def _sampling(row: dict[str, Any], has_cuda_graphs: bool) -> Sampling:
 
 def forecast(measured: Measured, work: Work, shape: Any, config: Config, method: str, num_prompts: int) -> Forecast:
     """Under `ASSUMPTIONS`. shape: the model's transformers configuration. num_prompts: of this device and step."""
-    one_row = 3 * forward_flops(work.row(), shape)
+    one_row = 3 * work.forward_flops(work.num_answers, shape)
     nearest = min(
         measured.updates,
         key=lambda each: (

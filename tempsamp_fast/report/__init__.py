@@ -1,1 +1,4 @@
-"""One self-contained HTML page about one or several runs: `python -m tempsamp_fast.report RUN [RUN...]`."""
+"""Pictures of a run, and a self-contained HTML page about several: `python -m tempsamp_fast.report RUN [RUN...]`.
+
+Scores are made in `evaluation/`, records in `run/log.py`.
+"""

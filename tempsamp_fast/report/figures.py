@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from tempsamp_fast.batch import Completion, RolloutGroup
 from tempsamp_fast.config import AlgorithmConfig
-from tempsamp_fast.learning.advantage import advantages_by_rule
+from tempsamp_fast.learning.advantage import advantages_by_rule, skewness
 from tempsamp_fast.report.plots import COLOURS, GRID, series, series_names, smooth
 from tempsamp_fast.report.runs import RunRecord, by_method
 from tempsamp_fast.sample import Mode
@@ -55,7 +55,7 @@ def miou_curves(runs: Sequence[RunRecord]) -> str | None:
 
 def best_reward(runs: Sequence[RunRecord]) -> str | None:
     """Best sampled task reward of a group over training, by method: median, and quartiles shaded (paper figure 3)."""
-    methods = _with_groups(runs)
+    methods = by_method([run for run in runs if run.groups])
     if not methods:
         return None
     figure, axes = _figure(1, 1)
@@ -117,7 +117,7 @@ def rule_comparison(runs: Sequence[RunRecord]) -> str | None:
         for label, chosen, style in (("sampled", ~off_policy, "-"), ("ground truth", off_policy, ":")):
             if chosen.any():
                 _histogram(axes, values[chosen].tolist(), limits, colour, style, label)
-        axes.set_title(f"{rule}: skewness {skewness(values.tolist()):.2f}", fontsize=9)
+        axes.set_title(f"{rule}: skewness {skewness(values):.2f}", fontsize=9)
         axes.set_xlabel("advantage")
     panels[0].set_ylabel("share of answers")
     panels[1].legend(frameon=False, fontsize=7)
@@ -131,13 +131,6 @@ def _completions(group: dict[str, Any]) -> list[Completion]:
         Completion(nothing, "", off, rewards={name: values[index] for name, values in group["rewards"].items()})
         for index, off in enumerate(group["is_off_policy"])
     ]
-
-
-def skewness(values: Sequence[float]) -> float:
-    """Third standardised moment; 0 where all values are equal."""
-    centred = np.array(values) - np.mean(values)
-    variance = np.mean(centred**2)
-    return 0.0 if variance == 0 else float(np.mean(centred**3) / variance**1.5)
 
 
 def task_rewards(group: dict[str, Any]) -> list[float]:
@@ -161,10 +154,6 @@ def _coloured(runs: Sequence[RunRecord]) -> list[tuple[RunRecord, str]]:
     return [(run, colours[run.method]) for run in runs]
 
 
-def _with_groups(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    return by_method([run for run in runs if run.groups])
-
-
 def _figure(num_rows: int, num_columns: int) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(9, 0.6 + 2.6 * num_rows), layout="constrained")
     FigureCanvasSVG(figure)
@@ -181,7 +170,7 @@ def _panels(
     runs: Sequence[RunRecord], draw: Callable[[Axes, Sequence[RunRecord], str], None], label: str
 ) -> str | None:
     """A panel for each method that has groups, drawn by `draw(axes, its runs, its colour)`; None where none has."""
-    methods = _with_groups(runs)
+    methods = by_method([run for run in runs if run.groups])
     if not methods:
         return None
     colours = method_colours(runs)

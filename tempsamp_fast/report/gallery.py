@@ -11,8 +11,10 @@ from typing import Any
 
 from PIL import Image
 
+from tempsamp_fast.data.frame_folder import thumbnails
+from tempsamp_fast.report.plots import drawn_part, times_text
 from tempsamp_fast.report.runs import RunRecord
-from tempsamp_fast.video import VideoError, frames
+from tempsamp_fast.video import VideoError
 
 NUM_FRAMES = 8
 FRAME_HEIGHT = 72
@@ -54,9 +56,9 @@ def gallery(runs: Sequence[RunRecord], colours: Mapping[str, str], num_samples: 
 def _bar(label: str, spans: Sequence[Sequence[float]], duration_s: float, colour: str, note: str) -> str:
     blocks = []
     for start, end in spans:
-        left, right = (100 * min(max(time / duration_s, 0.0), 1.0) for time in (start, max(start, end)))
+        left, right = (100 * time / duration_s for time in drawn_part((start, end), duration_s))
         blocks.append(f'<i style="left:{left:.2f}%;width:{right - left:.2f}%;background:{colour}"></i>')
-    times = ", ".join(f"{start:.2f} to {end:.2f} s" for start, end in spans)
+    times = ", ".join(map(times_text, spans))
     return (
         f'<div class="bar"><span class="label">{escape(label)}</span><span class="track">{"".join(blocks)}</span>'
         f'<span class="note">{escape(", ".join(filter(None, (times, note))))}</span></div>'
@@ -67,7 +69,7 @@ def _strip(answer: Mapping[str, Any]) -> str:
     """Frames at equal distances, above the track that the bars are drawn on; the reason where there are none."""
     times_s = [answer["duration_s"] * (index + 0.5) / NUM_FRAMES for index in range(NUM_FRAMES)]
     try:
-        pictures = frames(answer["video"], times_s, FRAME_HEIGHT)
+        pictures = thumbnails(answer["video"], times_s, FRAME_HEIGHT)
     except VideoError as error:
         return f'<p class="missing">no frames: {escape(str(error))}</p>'
     images = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import cycle, groupby
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, get_args
@@ -17,8 +17,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from tempsamp_fast.data.text_files import parse_json
 from tempsamp_fast.sample import Mode, Span
-from tempsamp_fast.system.files import own_folder, parse_json, write_file
+from tempsamp_fast.system.files import own_folder, write_file
 
 Row = Mapping[str, Any]
 rcParams["text.parse_math"] = False
@@ -66,15 +67,12 @@ def plot_reward(rows: Sequence[Row], path: Path) -> Path:
     with _figure(path, height=5.4) as figure:
         top, bottom = figure.subplots(2, sharex=True)
         means = ("reward/on_policy_mean", "reward/off_policy_mean")
-        for name, colour in zip(
-            [n for n in series_names(rows, "reward/") if n not in means], cycle(COLOURS), strict=False
-        ):
+        rewards = [name for name in series_names(rows, "reward/") if name not in means]
+        for name, colour in zip(rewards, cycle(COLOURS), strict=False):
             draw_series(top, rows, name, name.removeprefix("reward/"), colour)
-        for name, colour in zip(
-            [n for n in series_names(rows, "eval/") if n.endswith("/miou")], cycle(COLOURS), strict=False
-        ):
-            steps, values = series(rows, name)
-            bottom.plot(steps, values, "o-", color=colour, label=name.split("/")[1])
+        mious = [name for name in series_names(rows, "eval/") if name.endswith("/miou")]
+        for name, colour in zip(mious, cycle(COLOURS), strict=False):
+            bottom.plot(*series(rows, name), "o-", color=colour, label=name.split("/")[1])
         for axes, label in ((top, "on-policy reward"), (bottom, "held-out mIoU")):
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0)
@@ -87,26 +85,28 @@ def plot_reward(rows: Sequence[Row], path: Path) -> Path:
 def plot_on_and_off_policy(rows: Sequence[Row], path: Path) -> Path:
     """Mean total reward of the sampled answers against that of the answer made from the ground truth."""
     rows = [row for row in rows if "reward/off_policy_mean" in row]
-    with _figure(path) as figure:
-        axes = figure.subplots()
-        for source, colour in zip(("on", "off"), cycle(COLOURS), strict=False):
-            draw_series(axes, rows, f"reward/{source}_policy_mean", f"{source}-policy", colour)
-        axes.set(xlabel="step", ylabel="mean reward")
-        finish_axes(axes, rows)
-        label_phases(axes, rows)
-    return path
+    labels = {f"reward/{source}_policy_mean": f"{source}-policy" for source in ("on", "off")}
+    return _plot_series(rows, labels, "mean reward", path)
 
 
 def plot_skewness(rows: Sequence[Row], path: Path) -> Path:
     """Skewness of the advantages each rule gives the same rewards (paper figure 4)."""
     names = series_names(rows, "advantage/skew/")
     rows = [row for row in rows if names[0] in row]
+    labels = {name: name.rsplit("/", 1)[1] for name in names}
+    return _plot_series(rows, labels, "skewness of the advantages", path, has_zero_line=True)
+
+
+def _plot_series(
+    rows: Sequence[Row], labels: Mapping[str, str], ylabel: str, path: Path, has_zero_line: bool = False
+) -> Path:
     with _figure(path) as figure:
         axes = figure.subplots()
-        axes.axhline(0, color="#999999", linewidth=0.8)
-        for name, colour in zip(names, cycle(COLOURS), strict=False):
-            draw_series(axes, rows, name, name.rsplit("/", 1)[1], colour)
-        axes.set(xlabel="step", ylabel="skewness of the advantages")
+        if has_zero_line:
+            axes.axhline(0, color="#999999", linewidth=0.8)
+        for (name, label), colour in zip(labels.items(), cycle(COLOURS), strict=False):
+            draw_series(axes, rows, name, label, colour)
+        axes.set(xlabel="step", ylabel=ylabel)
         finish_axes(axes, rows)
         label_phases(axes, rows)
     return path
@@ -132,9 +132,16 @@ def plot_iou_distribution(answers: Mapping[str, Sequence[Row]], path: Path, mode
 
 
 def plot_timeline(
-    frames: ArrayLike, times_s: Sequence[float], duration_s: float, spans: Mapping[str, Span], query: str, path: Path
+    frames: ArrayLike,
+    times_s: Sequence[float],
+    duration_s: float,
+    spans: Mapping[str, Span | None],
+    query: str,
+    path: Path,
 ) -> Path:
-    """A bar over the video's seconds for every labelled span, and frames under it.
+    """A bar over the video's seconds for every labelled span, or the words that there is none, and frames under it.
+
+    Of a span that goes on beyond the video, the part inside is drawn.
 
     `frames` is [num_frames, 3, height, width] uint8, best taken at equal distances; `times_s` their times.
     """
@@ -144,10 +151,14 @@ def plot_timeline(
     bars = 0.3 * len(spans) + 0.1
     with _figure(path, height=bars + strip + 1.0) as figure:
         top, bottom = figure.subplots(2, height_ratios=(bars, strip), gridspec_kw={"hspace": 0.0})
-        for position, ((start, end), colour) in enumerate(zip(spans.values(), cycle(COLOURS), strict=False)):
+        for position, (span, colour) in enumerate(zip(spans.values(), cycle(COLOURS), strict=False)):
+            start, end = drawn_part(span or (0.0, 0.0), duration_s)
             top.barh(position, end - start, left=start, height=0.55, color=colour)
-            place, side = (end, "left") if end < 0.8 * duration_s else (start, "right")
-            top.text(place, position, f" {start:.2f} to {end:.2f} s ", va="center", ha=side, fontsize=8)
+            # Beside the bar where there is room, so that it is never over the row's name.
+            place, side = (end, "left") if end < 0.7 * duration_s else (start, "right")
+            if side == "right" and start < 0.3 * duration_s:
+                place, side = (start + end) / 2, "center"
+            top.text(place, position, f" {times_text(span)} ", va="center", ha=side, fontsize=8)
         top.set_title(shorten(f"“{query}”", width=110, placeholder=" …"), fontsize=11)
         top.set(xlim=(0, duration_s), ylim=(len(spans) - 0.4, -0.6), yticks=range(len(spans)), yticklabels=list(spans))
         top.tick_params(axis="y", length=0)
@@ -159,6 +170,19 @@ def plot_timeline(
         bottom.set(xlim=(0, duration_s), ylim=(0, 1))
         bottom.axis("off")
     return path
+
+
+def drawn_part(span: Sequence[float], duration_s: float) -> Span:
+    """The part of a span that lies inside the video; empty where none does, or where the end is before the start."""
+    start, end = (min(max(time, 0.0), duration_s) for time in span)
+    return start, max(start, end)
+
+
+def times_text(span: Sequence[float] | None) -> str:
+    """`1.00 to 2.50 s`, short for a time of any size."""
+    if span is None:
+        return "no answer"
+    return " to ".join(f"{time:.2f}" if time < 1e6 else f"{time:.2g}" for time in span) + " s"
 
 
 def series(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -193,14 +217,11 @@ def draw_series(axes: Axes, rows: Sequence[Row], name: str, label: str, colour: 
 
 def phase_ranges(rows: Sequence[Row]) -> list[tuple[str, int, int]]:
     """(phase, first step, step after its last one) for every phase of training."""
-    ranges: list[tuple[str, int, int]] = []
-    for row in rows:
-        if row["phase"] == EVAL_PHASE:
-            continue
-        if ranges and ranges[-1][0] == row["phase"]:
-            ranges[-1] = (row["phase"], ranges[-1][1], row["step"] + 1)
-        else:
-            ranges.append((row["phase"], row["step"], row["step"] + 1))
+    ranges = []
+    trained = (row for row in rows if row["phase"] != EVAL_PHASE)
+    for phase, group in groupby(trained, key=lambda row: row["phase"]):
+        steps = [row["step"] for row in group]
+        ranges.append((phase, steps[0], steps[-1] + 1))
     return ranges
 
 

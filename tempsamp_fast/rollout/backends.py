@@ -43,8 +43,9 @@ def build_backend(
         dtype = engine.module.base_model.dtype
         llm = colocated_llm(checkpoint, dtype, max_tokens, rollout.vllm_memory, train.seed)
         return VllmBackend(engine, chat, task, llm)
-    eos_token_ids = [chat.eos_token_id]
-    return PolicyBackend(engine, eos_token_ids, chat.banned_token_ids, train.max_tokens_per_row, rollout.cuda_graphs)
+    return PolicyBackend(
+        engine, chat.end_token_ids, chat.banned_token_ids, train.max_tokens_per_row, rollout.cuda_graphs
+    )
 
 
 class PolicyBackend:

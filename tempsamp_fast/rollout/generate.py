@@ -19,8 +19,6 @@ from tempsamp_fast.rollout.kv_cache import SharedPrefixCache
 from tempsamp_fast.rollout.token_sampling import SampleNoise, SamplingParams, choose_tokens
 from tempsamp_fast.system.ranks import max_over_ranks
 
-__all__ = ["SampledAnswer", "SamplingParams", "generate"]
-
 RETIRE_SHARE = 1 / 8
 """Finished rows are dropped once they are this share of all: dropping copies the caches of the others."""
 GRAPH_RETIRE_SHARE = 1 / 2
@@ -35,17 +33,6 @@ class SampledAnswer:
     """[completion_len] int64."""
     logps: Tensor
     """[completion_len] float32; of which distribution, `choose_tokens` says."""
-
-
-@dataclass
-class _Prefilled:
-    """What prefilling leaves of P prompts."""
-
-    logits: Tensor
-    """[P, vocab_size] of each prompt's last token."""
-    next_positions: Tensor
-    """[P] int64: where the answers start."""
-    attentions: list[PrefillAttention]
 
 
 @torch.no_grad()
@@ -72,18 +59,20 @@ def generate(
     synced: all ranks make the same number of forward passes, as ZeRO-3 needs it.
     cuda_graphs: replay the decoding passes as CUDA graphs; see `GraphDecoder`.
     Returns the answers by prompt, on the CPU.
-    Raises ValueError naming the sample of a prompt that is longer than `max_tokens_per_row`.
+    Raises ValueError naming the sample of a prompt that is longer than `max_tokens_per_row`, and FloatingPointError
+    naming one at which the logits are not finite.
     """
     if not prompts:
         raise ValueError("prompts is empty")
     counts = [num_completions] * len(prompts) if isinstance(num_completions, int) else list(num_completions)
     with eval_mode(policy):
         config = getattr(policy, "module", policy).config
-        prefilled = _prefill(policy, prompts, config, max_tokens_per_row, synced)
-        row_prompts = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(prefilled.logits.device)
-        cache = SharedPrefixCache(prefilled.attentions, row_prompts)
-        logits, positions = prefilled.logits[row_prompts], prefilled.next_positions[row_prompts]
-        prefilled.attentions.clear()
+        logits, positions, attentions = _prefill(policy, prompts, config, max_tokens_per_row, synced)
+        _require_finite(prompts, logits.isfinite().all(-1).tolist())
+        row_prompts = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(logits.device)
+        cache = SharedPrefixCache(attentions, row_prompts)
+        logits, positions = logits[row_prompts], positions[row_prompts]
+        attentions.clear()
 
         names = [
             f"{prompt.sample.sample_id} {prompt.mode} {index}"
@@ -106,7 +95,18 @@ def generate(
                 cache.retire(keep)
                 tokens, positions = tokens[keep], positions[keep]
             logits = decode(tokens, positions + index)
-        return answers.by_prompt(counts)
+        by_prompt = answers.by_prompt(counts)
+    _require_finite(prompts, [all(bool(answer.logps.isfinite().all()) for answer in group) for group in by_prompt])
+    return by_prompt
+
+
+def _require_finite(prompts: Sequence[Prompt], are_finite: Sequence[bool]) -> None:
+    for prompt, is_finite in zip(prompts, are_finite, strict=True):
+        if not is_finite:
+            raise FloatingPointError(
+                f"sample {prompt.sample.sample_id[:80]!r}: the model's logits are not finite; its weights hold NaN or "
+                "infinity, or overflow in this dtype: begin from a sound checkpoint, or with --dtype float32"
+            )
 
 
 @contextmanager
@@ -157,7 +157,10 @@ class _Answers:
         return [list(islice(answers, count)) for count in counts]
 
 
-def _prefill(policy: Any, prompts: Sequence[Prompt], config: Any, max_tokens_per_row: int, synced: bool) -> _Prefilled:
+def _prefill(
+    policy: Any, prompts: Sequence[Prompt], config: Any, max_tokens_per_row: int, synced: bool
+) -> tuple[Tensor, Tensor, list[PrefillAttention]]:
+    """Logits [P, vocab_size] of each prompt's last token, the positions [P] where its answers start, its keys."""
     parameter = next(policy.parameters())
     rows = pack_prompts(prompts, config=config, max_tokens_per_row=max_tokens_per_row)
     # Agreed upon before the first pass: a pass is a collective of its own under ZeRO-3.
@@ -171,7 +174,7 @@ def _prefill(policy: Any, prompts: Sequence[Prompt], config: Any, max_tokens_per
     for _ in range(num_passes - len(rows)):
         policy(rows[-1].to(parameter.device), next_token_logits)
     next_positions = torch.cat([_next_positions(row) for row in rows]).to(parameter.device)
-    return _Prefilled(torch.cat(logits), next_positions, attentions)
+    return torch.cat(logits), next_positions, attentions
 
 
 def _next_positions(row: PackedRow) -> Tensor:

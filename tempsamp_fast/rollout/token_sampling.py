@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tempsamp_fast.config.setting import require
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -28,14 +30,10 @@ class SamplingParams:
     max_completion_length: int = 256
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature}: must be 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: must be in (0, 1]")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k}: must be 0 (off) or more")
-        if self.max_completion_length < 1:
-            raise ValueError(f"max_completion_length={self.max_completion_length}: must be at least 1")
+        require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
+        require(self.max_completion_length >= 1, "max_completion_length", self.max_completion_length, "at least 1")
 
 
 def choose_tokens(
@@ -55,6 +53,7 @@ def choose_tokens(
     else:
         cdf = _truncate(allowed.softmax(-1), params).double().cumsum(-1)
         tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # beyond it only where logits are NaN, and so is the log-prob
     return tokens, logps.gather(-1, tokens[:, None])[:, 0]
 
 

@@ -127,7 +127,7 @@ class VllmBackend:
             top_k=params.top_k,
             max_tokens=params.max_completion_length,
             seed=int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big"),
-            stop_token_ids=[self._chat.eos_token_id],
+            stop_token_ids=self._chat.end_token_ids,
             logit_bias=dict.fromkeys(banned, BAN),
             logprobs=0,
             detokenize=False,

@@ -87,8 +87,7 @@ def save_checkpoint(
     """
     final = checkpoint_folder(run, step)
     partial = partial_folder(final)
-    is_first = is_first_rank()
-    if is_first:
+    if is_first_rank():
         own_folder(final.parent)
         for unfinished in final.parent.glob(f"*{PARTIAL}"):
             remove_any(unfinished)
@@ -98,15 +97,9 @@ def save_checkpoint(
         require_space(partial, _expected_size(run, policy), f"checkpoint {final.name}")
         save_engine(engine, partial / ENGINE, has_all_weights=not config.model.lora_rank)
         save_model(partial / MODEL, policy, chat, config.data)
-        barrier()
-        files = seal(partial)
-        if is_first:
-            stage = int(engine.zero_optimization_stage())
-            write_json(partial / STATE, {"step": step, "zero_stage": stage, **facts, "files": files})
-            for record in (partial / STATE, *(run / name for name in RECORDS)):
-                if record.exists():
-                    sync(record)
-            publish(final)
+        stage = int(engine.zero_optimization_stage())
+        _complete(final, {"step": step, "zero_stage": stage, **facts}, [run / name for name in RECORDS])
+        if is_first_rank():
             for old in checkpoints(run)[: -config.train.keep_checkpoints]:
                 remove(old)
     except (OSError, RuntimeError) as error:
@@ -114,6 +107,22 @@ def save_checkpoint(
         raise OSError(f"{final}: checkpoint not written: {str(error).splitlines()[0]}") from error
     barrier()
     return final
+
+
+def _complete(final: Path, facts: dict[str, Any], records: Sequence[Path] = ()) -> None:
+    """Hash what was written aside, keep the hashes with `facts` in its STATE, and rename it; `records` are synced too.
+
+    Called by every rank.
+    """
+    barrier()
+    partial = partial_folder(final)
+    files = seal(partial)
+    if is_first_rank():
+        write_json(partial / STATE, facts | {"files": files})
+        for record in (partial / STATE, *records):
+            if record.exists():
+                sync(record)
+        publish(final)
 
 
 def _expected_size(run: Path, policy: Policy) -> int:
@@ -130,6 +139,17 @@ def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folders = (run / "checkpoints").glob("step_*")
     return sorted(folder for folder in folders if folder.suffix == "" and (folder / STATE).is_file())
+
+
+def model_folder(given: str) -> str:
+    """The model that a name stands for: of a run folder its newest checkpoint's, of a checkpoint its own, else itself.
+
+    Raises ValueError for a run without a complete checkpoint.
+    """
+    folder = Path(given)
+    if (folder / "checkpoints").is_dir() or (folder / "machine.json").is_file():
+        return str(latest_checkpoint(folder)[0] / MODEL)
+    return str(folder / MODEL) if (folder / STATE).is_file() and (folder / MODEL).is_dir() else given
 
 
 def latest_checkpoint(run: Path) -> tuple[Path, int]:
@@ -200,12 +220,7 @@ def save_reference(folder: Path, policy: Policy, chat: Chat, data: DataConfig) -
     if is_first_rank():
         fresh_folder(partial)
     save_model(partial, policy, chat, data)
-    barrier()
-    files = seal(partial)
-    if is_first_rank():
-        write_json(partial / STATE, {"files": files})
-        sync(partial / STATE)
-        publish(folder)
+    _complete(folder, {})
     barrier()
 
 

@@ -10,27 +10,28 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from tempsamp_fast.batch import RolloutGroup
 from tempsamp_fast.config import Config
 from tempsamp_fast.system.files import open_to_append, own_folder, write_file
+from tempsamp_fast.system.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 SHOWN = {
     "reward/on_policy_mean": "reward",
-    "reward/tiou": "iou",
     "loss": "loss",
+    "reward/tiou": "iou",
     "optim/grad_norm": "grad",
     "time/step_s": "s/step",
     "perf/tokens_per_s": "tok/s",
     "perf/mfu": "mfu",
 }
+ZERO_STEPS = 5
+"""So many steps in a row without any reward are told."""
 RECORDS = ("metrics.jsonl", "groups.jsonl", "results.json", "config.json")
 """Files of a run folder that a checkpoint counts on: they are on the disk before it is."""
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "liger-kernel", "torchcodec", "trl")
@@ -90,7 +91,8 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._tensorboard = SummaryWriter(str(own_folder(folder / "tensorboard")), purge_step=first_step)
-        self._bar = tqdm(total=total_steps, initial=first_step, dynamic_ncols=True, unit="step", disable=None)
+        self._progress = Progress(total_steps, first_step)
+        self._num_zero = 0
 
     def log(self, step: int, phase: str, metrics: dict[str, float], advance: bool = True) -> None:
         """Append one row; `advance` moves the progress bar by a step."""
@@ -101,13 +103,17 @@ class RunLog:
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
         if advance:
-            self._bar.set_description(phase)
-            self._bar.set_postfix({short: f"{metrics[name]:.3g}" for name, short in SHOWN.items() if name in metrics})
-            self._bar.update()
-            if self._bar.disable:
-                logger.info(
-                    "step %d %s %s", step, phase, {SHOWN[k]: round(metrics[k], 4) for k in SHOWN if k in metrics}
-                )
+            self._progress.update(phase, {short: metrics[name] for name, short in SHOWN.items() if name in metrics})
+            self._watch_rewards(step, metrics)
+
+    def _watch_rewards(self, step: int, metrics: dict[str, float]) -> None:
+        self._num_zero = self._num_zero + 1 if metrics.get("reward/on_policy_mean") == 0 else 0
+        if self._num_zero == ZERO_STEPS:
+            logger.warning(
+                "no sampled answer earned anything in the %d steps up to step %d (cut off: %.0f %%): look at them "
+                "(--record_rollouts FILE), at max_completion_length and require_tags, or begin with an sft phase",
+                ZERO_STEPS, step, 100 * metrics.get("completion/cut_share", 0.0),
+            )  # fmt: skip
 
     def log_groups(self, step: int, phase: str, groups: Sequence[RolloutGroup]) -> None:
         """Append to RUN/groups.jsonl every group of this rank that has rewards, for the report's distributions."""
@@ -125,15 +131,15 @@ class RunLog:
         self._groups.flush()
 
     def __enter__(self) -> RunLog:
+        if self.active:
+            self._progress.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.active:
             for file in (self._metrics, self._groups):
                 file.close()
-            self._bar.close()
+            self._progress.__exit__()
             self._tensorboard.close()
 
 

@@ -46,11 +46,16 @@ class Results:
             tags = run.config.algorithm.require_tags
             answers = evaluate(run.eval_samples, mode, run.greedy, run.loader, run.config.train.eval_batch_size, tags)
             scores = score_rows(run.eval_samples, answers, run.config.data.task, tags)
-            log.log(num_steps, "eval", {f"eval/{mode}/{name}": value for name, value in scores.items()}, advance=False)
+            outside = {"outside_video": sum(row["outside_video"] for row in answers)}
+            measured = {f"eval/{mode}/{name}": value for name, value in (scores | outside).items()}
+            log.log(num_steps, "eval", measured, advance=False)
             if run.rank == 0:
                 write_rows(self.answers_path(stage, mode), answers)
-                self.rows.append({"stage": stage, "mode": mode, "num_steps": num_steps, **scores})
+                row = {"stage": stage, "mode": mode, "num_steps": num_steps, **scores}
+                row["num_skipped"] = sum("skipped" in answer for answer in answers)
+                self.rows.append(row)
                 write_json(self.path, self.rows)
+                logger.info("%s", table([row], len(answers)))
 
     def answers_path(self, stage: str, mode: str) -> Path:
         """Where the answers of one evaluation are kept."""
@@ -86,9 +91,11 @@ class Results:
 
 def table(rows: Sequence[dict[str, Any]], num_queries: int) -> str:
     """Evaluations as text, one per line with the metrics of the task."""
-    names = [name for name in rows[0] if name not in ("stage", "mode", "num_steps")]
+    names = [name for name in rows[0] if name not in ("stage", "mode", "num_steps", "num_skipped")]
     lines = [f"{num_queries} held-out queries"]
     lines.append(f"{'after':<24}{'mode':<8}" + "".join(f"{name:>12}" for name in names))
     for row in rows:
-        lines.append(f"{row['stage']:<24}{row['mode']:<8}" + "".join(f"{row[name]:>12.3f}" for name in names))
+        skipped = f"  {row['num_skipped']} skipped, counted as wrong" if row.get("num_skipped") else ""
+        figures = "".join(f"{row[name]:>12.3f}" for name in names)
+        lines.append(f"{row['stage']:<24}{row['mode']:<8}{figures}{skipped}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What of an earlier run must be the same for its continuation to be that run, and finding out before it starts."""
+"""Where a run lies, what it goes on from, and what must be as it was for the continuation to be the same run."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tempsamp_fast.config import Config, parse_phases
+from tempsamp_fast.config import Config, RolloutConfig, TrainConfig, parse_phases
 from tempsamp_fast.learning.engine import effective_zero
+from tempsamp_fast.run.checkpoint import MODEL, checkpoints, sound_checkpoint
 from tempsamp_fast.run.schedule import in_steps, plan
 from tempsamp_fast.sample import Sample
+from tempsamp_fast.system.files import own_folder, read_json
+from tempsamp_fast.system.ranks import barrier
 
 logger = logging.getLogger(__name__)
 
 MAY_CHANGE = {
     "data": {
         "annotations", "eval_annotations", "videos", "eval_videos", "synthetic_dir", "max_eval_samples",
-        "on_bad_video", "max_bad_videos", "video_backend", "video_device", "prefetch_steps", "patch_cache",
+        "on_bad_sample", "max_bad_videos", "video_backend", "video_device", "prefetch_steps", "patch_cache",
         "video_cache_gib",
     },
     "model": {
@@ -35,6 +39,45 @@ FIXED = {"train": ("seed", "prompts_per_device", "sft_prompts_per_device")}
 `gradient_accumulation_steps` may change with the number of ranks, so that a step's prompts stay as many."""
 
 
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run, and the checkpoint that it is resumed from."""
+
+    path: Path
+    resumed_from: Path | None = None
+    state: dict[str, Any] | None = None
+    """The `state.json` of that checkpoint."""
+
+    @property
+    def first_step(self) -> int:
+        return self.state["step"] if self.state else 0
+
+    @property
+    def model(self) -> str | None:
+        """The model folder of that checkpoint."""
+        return str(self.resumed_from / MODEL) if self.resumed_from else None
+
+
+def open_folder(train: TrainConfig, rollout: RolloutConfig) -> RunFolder:
+    """Make the folder of a new run, or find what to resume; called by every rank.
+
+    Raises ValueError for a folder or a record of rollouts that belongs to another run, or to another user.
+    """
+    folder, record = Path(train.resume or train.output_dir), rollout.record_rollouts
+    if train.resume:
+        own_folder(folder, may_be_link=True)
+    found = sound_checkpoint(folder) if train.resume else None
+    if not train.resume and ((folder / "metrics.jsonl").exists() or checkpoints(folder)):
+        raise ValueError(f"output_dir={str(folder)!r} holds a run; continue it with --resume or choose another")
+    if record and not train.resume and Path(record).exists():
+        raise ValueError(f"record_rollouts={record!r} exists; only a resumed run adds to a record: choose another")
+    barrier()
+    own_folder(folder, may_be_link=True)
+    if train.resume and not found:
+        logger.warning("%s: stopped before its first checkpoint; starting from its beginning", folder)
+    return RunFolder(folder, *found) if found else RunFolder(folder)
+
+
 def facts_of(config: Config, samples: Sequence[Sample], world_size: int) -> dict[str, Any]:
     """What a checkpoint keeps of its run for `check_same_run`, ready for JSON."""
     return {"world_size": world_size, "samples": samples_digest(samples), "config": config.as_dict()}
@@ -42,7 +85,12 @@ def facts_of(config: Config, samples: Sequence[Sample], world_size: int) -> dict
 
 def samples_digest(samples: Sequence[Sample]) -> str:
     """The number of training samples and a hash of what is asked and true of each, in order; not of where files lie."""
-    text = json.dumps([[each.sample_id, each.query, each.duration_s, each.windows] for each in samples])
+    asked = [
+        [each.sample_id, each.query, each.duration_s, each.windows]
+        + ([sorted(each.clip_scores.items())] if each.clip_scores else [])
+        for each in samples
+    ]
+    text = json.dumps(asked)
     return f"{len(samples)} samples, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -54,7 +102,7 @@ def check_same_run(
     state: the checkpoint's `state.json`; one of an earlier version lacks facts, which are then not compared.
     Raises ValueError that lists every setting in the way, with the run's value and the one asked for.
     """
-    then = state.get("config") or json.loads((run / "config.json").read_text())
+    then = state.get("config") or read_json(run / "config.json")
     refused = [
         *_changed_work(state, then["train"], config, samples, world_size),
         *_changed_stage(state, config),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -21,23 +23,26 @@ from tempsamp_fast.learning.universal import restored_engine
 from tempsamp_fast.learning.update import update
 from tempsamp_fast.learning.vision_features import features_key, with_vision_features
 from tempsamp_fast.model.attention import check_attention_core
-from tempsamp_fast.model.families import geometry_of
+from tempsamp_fast.model.families import family_named, geometry_of
 from tempsamp_fast.model.loading import load_model, resolve_dtype
 from tempsamp_fast.model.lora import REFERENCE, add_reference, with_adapters
 from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.planning.look import look_at_prompts, look_for_all_videos
 from tempsamp_fast.rollout.backends import build_backend
 from tempsamp_fast.rollout.generate import SamplingParams
 from tempsamp_fast.run.checkpoint import ENGINE, save_checkpoint
-from tempsamp_fast.run.folder import open_folder
 from tempsamp_fast.run.log import RunLog, drop_rows_from
 from tempsamp_fast.run.reference import reference_of
-from tempsamp_fast.run.resume import check_same_run, facts_of
+from tempsamp_fast.run.resume import check_same_run, facts_of, open_folder
 from tempsamp_fast.run.schedule import PhaseStep, first_reinforcement_step, in_steps, plan
 from tempsamp_fast.run.skipped_steps import SkippedSteps
+from tempsamp_fast.sample import Mode
 from tempsamp_fast.system.device import training_device
 from tempsamp_fast.system.heartbeat import GracefulStop, Heartbeat
-from tempsamp_fast.system.ranks import num_ranks, own_rank
+from tempsamp_fast.system.ranks import max_over_ranks, num_ranks, own_rank
 from tempsamp_fast.system.stopwatch import Stopwatch
+
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -47,22 +52,36 @@ class Run:
         self.started_s = time.monotonic()
         self.config, data, train = config, config.data, config.train
         self.device, self.rank, self.world_size = training_device(), own_rank(), num_ranks()
+        family_named(config.model.tiny_family, "tiny_family")
         start = open_folder(train, config.rollout)
         self.folder, self.resumed_from, self.first_step = start.path, start.resumed_from, start.first_step
-        self.train_samples, self.eval_samples = load_training_data(with_embedded_data(data))
+        made = with_embedded_data(data)
+        self.train_samples, self.eval_samples = load_training_data(made)
+        look_for_all_videos(made, self.train_samples, self.eval_samples)
         self.phases = in_steps(parse_phases(train.phases), train, len(self.train_samples), self.world_size)
         if start.state:
+            logger.info("resuming %s after step %d, at step %d", self.folder, self.first_step - 1, self.first_step)
             check_same_run(self.folder, start.state, config, self.train_samples, self.world_size)
 
         dtype = resolve_dtype(config.model.dtype, self.device)
         check_attention_core(config.model.attention_core, dtype, self.device)
         checkpoint = start.model or self._initial_checkpoint()
         self.policy, self.chat = self._load_policy(checkpoint, dtype)
+        held_out = train.eval_modes.split("+") if self.eval_samples else []
+        self.chat.check({mode for phase in self.phases for mode in phase.modes} | {*cast("list[Mode]", held_out)})
         self.loader = PromptLoader(
             self.chat,
             geometry_of(self.policy.config, data.min_pixels, data.max_pixels, data.total_pixels),
             data,
+            max_prompt_tokens=train.max_tokens_per_row,
             tower=features_key(self.policy, data.cache_features),
+        )
+        look_at_prompts(
+            [*self.train_samples, *self.eval_samples],
+            data,
+            self.policy.config,
+            train.max_tokens_per_row,
+            lambda sample: len(self.chat.unexpanded(sample, "think", data.task)),
         )
         if self.resumed_from:
             self.engine = restored_engine(self.policy, train, config.model, dtype, self.resumed_from / ENGINE)
@@ -74,8 +93,10 @@ class Run:
 
         self.watch = Stopwatch()
         self.heartbeat = Heartbeat(self.folder, self.rank, self.world_size, train.stall_timeout_s)
-        self.graceful_stop = GracefulStop(train.stop_grace_s)
-        self.skipped_steps = SkippedSteps(self.folder, self.rank, train.max_skipped_steps)
+        self.graceful_stop = GracefulStop(train.stop_grace_s, f"go on with --resume {self.folder}")
+        num_steps = sum(phase.num_steps for phase in self.phases)
+        self.skipped_steps = SkippedSteps(self.folder, self.rank, train.max_skipped_steps, num_steps)
+        self._saved_s = time.monotonic()
 
     def _initial_checkpoint(self) -> str:
         model, data = self.config.model, self.config.data
@@ -139,6 +160,11 @@ class Run:
         done = [*earlier, (at.phase, at.step_in_phase)]
         return sum(steps * prompts_per_step(self.config.train, phase, self.world_size) for phase, steps in done)
 
+    def epochs(self, at: PhaseStep) -> dict[str, float]:
+        """`data/epoch`: how often each training sample has been asked once the step is done."""
+        asked = self._prompts_before(at) + prompts_per_step(self.config.train, at.phase, self.world_size)
+        return {"data/epoch": asked / len(self.train_samples)}
+
     def answer(self, at: PhaseStep, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
         """Scored groups for the prompts, sampled or replayed."""
 
@@ -153,16 +179,9 @@ class Run:
             self.watch.lap("rollout")
             return answers
 
-        config = self.config
-        groups = answer(
-            self.with_features(prompts),
-            at.phase.method,
-            config.rollout.num_generations,
-            sampler,
-            self.chat,
-            config.algorithm,
-            config.data.task,
-        )
+        config, asked, method = self.config, self.with_features(prompts), at.phase.method
+        num_answers, task = config.rollout.num_generations, config.data.task
+        groups = answer(asked, method, num_answers, sampler, self.chat, config.algorithm, task)
         self.watch.lap("reward")
         return groups
 
@@ -180,15 +199,13 @@ class Run:
     ) -> list[list[Completion]]:
         """Answers of the current policy, as many for all prompts or for each; `temperature` 0 is greedy."""
         rollout = self.config.rollout
-        params = SamplingParams(
-            temperature=temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            max_completion_length=rollout.max_completion_length,
-        )
+        params = SamplingParams(temperature, rollout.top_p, rollout.top_k, rollout.max_completion_length)
         self.backend.sync_weights()
         answers = self.backend.generate(prompts, num_completions, params, seed=(self.config.train.seed, step))
-        return [[self.chat.completion(each.ids, each.logps) for each in group] for group in answers]
+        return [
+            [self.chat.completion(each.ids, each.logps, prompt.opening) for each in group]
+            for prompt, group in zip(prompts, answers, strict=True)
+        ]
 
     def greedy(self, prompts: Sequence[Prompt], num_completions: Sequence[int]) -> list[list[Completion]]:
         """The sampler of evaluation."""
@@ -199,33 +216,33 @@ class Run:
         """One optimizer step on scored groups with advantages."""
         config = self.config
         if at.phase.method != "sft" and config.algorithm.beta > 0 and self.reference is None:
-            is_first = at.step == first_reinforcement_step(self.phases)
-            self.reference = reference_of(
-                self.folder, self.engine, self.chat, config.model, config.data, config.train, is_first
-            )
+            self.reference = self._build_reference(is_first=at.step == first_reinforcement_step(self.phases))
             self.watch.lap("reference")
         self.heartbeat.at(f"update of step {at.step}")
-        metrics = update(
-            self.engine,
-            self.reference,
-            groups,
-            at.phase.method,
-            config,
-            prompts_per_row(config.train, at.phase),
-            learning_rate(config.train, at.phase, at.step_in_phase),
-            self.watch,
-        )
+        per_row, rate = prompts_per_row(config.train, at.phase), learning_rate(config.train, at.phase, at.step_in_phase)
+        method = at.phase.method
+        metrics = update(self.engine, self.reference, groups, method, config, per_row, rate, self.watch)
         self.skipped_steps.note(at, groups, metrics)
         self.heartbeat.at(f"records of step {at.step} and data of the next")
         return metrics
 
+    def _build_reference(self, is_first: bool) -> Forward:
+        config = self.config
+        return reference_of(self.folder, self.engine, self.chat, config.model, config.data, config.train, is_first)
+
     def is_save_step(self, at: PhaseStep) -> bool:
-        """Whether `save_steps` asks for a checkpoint after this step."""
-        every = self.config.train.save_steps
-        return every > 0 and (at.step + 1) % every == 0
+        """Whether `save_steps`, or `save_minutes` by the clock of rank 0, ask for a checkpoint after this step."""
+        every, minutes = self.config.train.save_steps, self.config.train.save_minutes
+        is_late = self.rank == 0 and time.monotonic() - self._saved_s >= 60 * minutes
+        is_due = minutes > 0 and bool(max_over_ranks(int(is_late), self.device))
+        return is_due or (every > 0 and (at.step + 1) % every == 0)
 
     def save(self, num_steps: int) -> None:
-        """Checkpoint after `num_steps` optimizer steps."""
+        """Checkpoint after `num_steps` optimizer steps; none where every one so far was skipped."""
+        self._saved_s = time.monotonic()
+        if self.skipped_steps.is_in_vain and self.first_step == 0:
+            logger.warning("no checkpoint: the loss or gradient of all %d steps so far was not finite", num_steps)
+            return
         self.heartbeat.at(f"checkpoint after {num_steps} steps")
         facts = facts_of(self.config, self.train_samples, self.world_size)
         save_checkpoint(self.folder, num_steps, self.engine, self.policy, self.chat, self.config, facts)

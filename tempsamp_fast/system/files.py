@@ -75,15 +75,10 @@ def read_json(path: Path) -> Any:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_BYTES:
         raise ValueError(f"{path}: cannot be read: no regular file of at most {MOST_BYTES >> 20} MiB")
-    return parse_json(f"{path}: cannot be read", path.read_text(encoding="utf-8"))
-
-
-def parse_json(place: str, text: str) -> Any:
-    """What a JSON text holds. Raises ValueError, which begins with `place`, for one that is none or nested too deep."""
     try:
-        return json.loads(text)
+        return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: malformed JSON ({error})") from error
+        raise ValueError(f"{path}: cannot be read: malformed JSON ({error})") from error
 
 
 def check_files(folder: Path) -> None:

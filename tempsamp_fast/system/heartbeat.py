@@ -12,7 +12,6 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tempsamp_fast.system.files import one_line, own_folder, write_file
@@ -69,9 +68,7 @@ class Heartbeat:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Raises RankLostError in place of an error that is only the echo of another rank's end."""
         lost = self._await_verdict() if isinstance(error, (RuntimeError, OSError)) and self.world_size > 1 else None
         self._stop.set()
@@ -88,18 +85,14 @@ class Heartbeat:
                 self._write()
             except OSError as error:
                 logger.warning("%s: the heartbeat was not written: %s", self._path(self.rank), error)
-            lost = self.lost()
-            if lost:
+            if lost := self.lost():
                 self._end(lost)
 
     def _await_verdict(self) -> str | None:
         deadline = time.monotonic() + 2 * self.interval_s
-        while time.monotonic() < deadline:
-            lost = self.lost()
-            if lost:
-                return lost
+        while (lost := self.lost()) is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        return None
+        return lost
 
     def _end(self, lost: str) -> None:
         """A thread can only end a process that hangs in a collective by leaving at once."""
@@ -161,15 +154,22 @@ class Heartbeat:
             return seen.record if seen else {"place": "", "pid": 0, "beat": 0, "count": 0, "action": "starting"}
 
 
-class GracefulStop:
-    """SIGTERM asks for a checkpoint and the end after the current step; a step longer than `grace_s` ends without one.
+RELAY_S = 0.5
+"""Within it a launcher passes on to its ranks the Ctrl-C that they got from the terminal already."""
 
-    A context manager around the training loop; a second SIGTERM changes nothing.
+
+class GracefulStop:
+    """SIGTERM or Ctrl-C asks for a checkpoint and the end after the current step; one of over `grace_s` ends without.
+
+    A context manager around the training loop. A second Ctrl-C ends at once, a second SIGTERM changes nothing.
+
+    how_to_go_on: what is said last.
     """
 
-    def __init__(self, grace_s: float):
-        self.grace_s = grace_s
+    def __init__(self, grace_s: float, how_to_go_on: str = ""):
+        self.grace_s, self.how_to_go_on = grace_s, how_to_go_on
         self.asked = False
+        self._asked_s = 0.0
         self._timer: threading.Timer | None = None
 
     def agreed(self, device: Any) -> bool:
@@ -180,24 +180,33 @@ class GracefulStop:
         return is_stopping
 
     def __enter__(self) -> GracefulStop:
-        self._previous = signal.signal(signal.SIGTERM, self._ask)
+        self._previous = [(number, signal.signal(number, self._ask)) for number in (signal.SIGTERM, signal.SIGINT)]
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._timer:
             self._timer.cancel()
-        signal.signal(signal.SIGTERM, self._previous)
+        for number, previous in self._previous:
+            signal.signal(number, previous)
 
-    def _ask(self, *_: object) -> None:
-        if not self.asked:
-            self.asked = True
-            self._timer = threading.Timer(self.grace_s, self._give_up)
-            self._timer.daemon = True
-            self._timer.start()
+    def _ask(self, number: int, _: object) -> None:
+        if self.asked:
+            if number == signal.SIGINT and time.monotonic() - self._asked_s > RELAY_S:
+                self._end("Ctrl-C again", number)
+            return
+        self.asked, self._asked_s = True, time.monotonic()
+        name = signal.Signals(number).name
+        # A handler may have interrupted a write to stderr: this one goes past its buffer.
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, f"\n{name}: stopping after this step; Ctrl-C (again) ends at once\n".encode())
+        reason = f"{name}, and the step did not end within {self.grace_s:.0f} s"
+        self._timer = threading.Timer(self.grace_s, self._end, (reason, number))
+        self._timer.daemon = True
+        self._timer.start()
 
-    def _give_up(self) -> None:
-        sys.stderr.write(f"error: SIGTERM, and the step did not end within {self.grace_s:.0f} s; nothing saved since\n")
-        os._exit(128 + signal.SIGTERM)
+    def _end(self, reason: str, number: int) -> None:
+        os.write(2, f"error: {reason}; nothing saved since the last checkpoint; {self.how_to_go_on}\n".encode())
+        os._exit(128 + number)
 
 
 def _place() -> str:

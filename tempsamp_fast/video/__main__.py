@@ -16,7 +16,7 @@ import torch
 
 from tempsamp_fast.video import Geometry, Sampling, load_videos
 from tempsamp_fast.video.backend import why_no_extension
-from tempsamp_fast.video.geometry import Family
+from tempsamp_fast.video.geometry import Processor
 from tempsamp_fast.video.probe import probe
 from tempsamp_fast.video.sampling import Mode
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in (probing, timing):
         command.add_argument("--mode", choices=get_args(Mode), default="pts")
         command.add_argument("--fps", type=float, default=2.0)
-        command.add_argument("--family", choices=get_args(Family), default="qwen2_5_vl")
+        command.add_argument("--family", choices=get_args(Processor), default="qwen2_5_vl")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.ERROR)
     sampling, geometry = Sampling(options.mode, options.fps), Geometry.of_family(options.family)

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-Family = Literal["qwen2_5_vl", "qwen3_vl"]
+Processor = Literal["qwen2_5_vl", "qwen3_vl"]
+"""Whose rule: frames bounded one by one, or all together. `model.families` says which family has which."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -17,7 +18,7 @@ MAX_ASPECT = 200
 class Geometry:
     """From frame size to patch grid, for one model. The defaults are the paper's Qwen2.5-VL run."""
 
-    family: Family = "qwen2_5_vl"
+    family: Processor = "qwen2_5_vl"
     patch_size: int = 14
     """Pixels along one side of a patch."""
     temporal_patch_size: int = 2
@@ -35,8 +36,8 @@ class Geometry:
     std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
-        if self.family not in get_args(Family):
-            raise ValueError(f"family must be one of {get_args(Family)}, got {self.family!r}")
+        if self.family not in get_args(Processor):
+            raise ValueError(f"family must be one of {get_args(Processor)}, got {self.family!r}")
         for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -50,7 +51,7 @@ class Geometry:
                 raise ValueError(f"{name} must be at least min_pixels ({self.min_pixels}), got {bound}")
 
     @staticmethod
-    def of_family(family: Family, **overrides: Any) -> Geometry:
+    def of_family(family: Processor, **overrides: Any) -> Geometry:
         """The published settings of a family (paper: Qwen2.5-VL; public release: Qwen3-VL), with fields replaced."""
         if family == "qwen3_vl":
             half = (0.5, 0.5, 0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,12 @@ from tempsamp_fast import _video
 from tempsamp_fast.video.backend import Request, usable_cores
 from tempsamp_fast.video.geometry import Geometry
 from tempsamp_fast.video.patches import patchify, unpatchify
-from tempsamp_fast.video.result import Code, Limits, VideoError, VideoResult, failure
+from tempsamp_fast.video.result import SINGLE_FRAME, Code, Limits, VideoError, VideoResult, failure
 from tempsamp_fast.video.sampling import FRAME_FACTOR, Sampling, frames_on_screen, sample_indices, sample_times
 
 NAME = "native"
-NO_PTS = np.iinfo(np.int64).min
+DEFAULT_FPS = 25.0
+"""Frames per second of a stream that tells neither times nor a rate, as FFmpeg takes it."""
 MISSING, GOOD = 0, 1
 
 
@@ -71,12 +73,12 @@ def make_plans(
     """Index the files; the frames to take of each, or why there are none. Arguments as `backend.Backend`."""
     paths = list(dict.fromkeys(path for path, _ in requests))
     answers = _video.index(
-        [str(path) for path in paths],
+        [os.fsencode(path) for path in paths],
         [deadline_s] * len(paths),
         max_frame_pixels=limits.max_frame_pixels,
         max_num_frames=limits.max_num_frames,
         num_threads=num_threads,
-        index_folder=str(index_folder or ""),
+        index_folder=os.fsencode(index_folder or ""),
     )
     indexes = dict(zip(paths, answers, strict=True))
     return [_plan(*request, indexes[request[0]], geometry, dtype, limits) for request in requests]
@@ -85,7 +87,7 @@ def make_plans(
 def read_index(path: Path, deadline_s: float, limits: Limits) -> _video.Index:
     """The packet index of one file. Raises VideoError."""
     ((index, (code, message)),) = _video.index(
-        [str(path.absolute())],
+        [os.fsencode(path.absolute())],
         [deadline_s],
         max_frame_pixels=limits.max_frame_pixels,
         max_num_frames=limits.max_num_frames,
@@ -151,6 +153,7 @@ class Plan:
     begin_s: float
     second_per_frame: float
     frame_size: tuple[int, int]
+    note: str = ""
 
     def num_patches(self, geometry: Geometry) -> int:
         return math.prod(geometry.grid_thw(len(self.frames), self.frame_size))
@@ -207,6 +210,7 @@ class Plan:
             second_per_grid=geometry.temporal_patch_size * self.second_per_frame,
             begin_s=self.begin_s,
             backend=NAME,
+            note=self.note,
         )
 
     def _verdict(self, states: np.ndarray, status: tuple[str, str]) -> tuple[Code, str]:
@@ -238,9 +242,13 @@ def _plan(
     if index is None:
         return VideoError(path, cast(Code, code), message)
     times, duration_s, begin_s = frame_times(index)
-    if len(times) < FRAME_FACTOR or not 0 < duration_s < math.inf:
+    notes = _notes(index)
+    if len(times) == 1 and sampling.start_s == 0:
+        frames, second_per_frame = np.zeros(FRAME_FACTOR, dtype=np.int64), 1 / sampling.fps
+        notes.append(SINGLE_FRAME)
+    elif len(times) < FRAME_FACTOR or not 0 < duration_s < math.inf:
         return VideoError(path, "TOO_FEW_FRAMES", f"has {len(times)} frames, at least {FRAME_FACTOR} are needed")
-    if sampling.mode == "pts":
+    elif sampling.mode == "pts":
         wanted, second_per_frame = sample_times(sampling, len(times), duration_s)
         frames = frames_on_screen(wanted, times)
     else:
@@ -251,13 +259,25 @@ def _plan(
         frame_size = geometry.frame_size(len(frames), *index.size)
     except ValueError as error:
         return VideoError(path, "BAD_GEOMETRY", str(error))
-    plan = Plan(index, frames, times[frames], begin_s, second_per_frame, frame_size)
+    plan = Plan(index, frames, times[frames], begin_s, second_per_frame, frame_size, "; ".join(notes))
     patch_bytes = plan.num_patches(geometry) * geometry.row_width * dtype.itemsize
     try:
-        limits.check(path, math.prod(index.coded_size), len(times), duration_s, patch_bytes)
+        limits.check(path, math.prod(index.coded_size), len(times), patch_bytes)
     except VideoError as error:
         return error
     return plan
+
+
+def _notes(index: _video.Index) -> list[str]:
+    """What of the file the result does not show as it stands there."""
+    notes = []
+    if index.unapplied_degrees:
+        notes.append(f"its rotation by {index.unapplied_degrees} degrees is not applied")
+    if index.has_false_times:
+        notes.append("its times are in the order of decoding: frames are in order, some a frame early or late")
+    if index.num_restarts:
+        notes.append(f"its clock starts again {index.num_restarts} times: the parts follow one another")
+    return notes
 
 
 def _frame_rate(index: _video.Index) -> float:
@@ -267,14 +287,13 @@ def _frame_rate(index: _video.Index) -> float:
 
 def frame_times(index: _video.Index) -> tuple[np.ndarray, float, float]:
     """([n] float64 seconds since the first frame in order of presentation, seconds to the end of the last, begin)."""
-    pts, durations = index.clock
-    if len(pts) == 0:
+    begins, durations = index.clock
+    if index.num_frames == 0:
         return np.empty(0), 0.0, 0.0
-    if (pts == NO_PTS).any():
-        step = 1 / (index.frame_rate or 25.0)
-        return np.arange(len(pts)) * step, len(pts) * step, 0.0
-    order = np.argsort(pts, kind="stable")
+    if len(begins) == 0:
+        step = 1 / (index.frame_rate or DEFAULT_FPS)
+        return np.arange(index.num_frames) * step, index.num_frames * step, 0.0
     numerator, denominator = index.time_base
-    seconds = pts[order] * numerator / denominator
-    end = (pts + durations)[order[-1]] * numerator / denominator
+    seconds = begins * numerator / denominator
+    end = (begins[-1] + durations[-1]) * numerator / denominator
     return seconds - seconds[0], float(end - seconds[0]), float(seconds[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,11 +34,19 @@ Code = Literal[
 `UNSUPPORTED`: the file may be good, but this backend cannot tell its frames apart."""
 
 
+SINGLE_FRAME = "has a single frame: it is repeated"
+
+
+def printable(path: Path) -> str:
+    """A path as text that any stream can write, also where its bytes are no UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 class VideoError(ValueError):
     """A video that cannot be used; the message names the file and `code` says why."""
 
     def __init__(self, path: Path, code: Code, reason: str):
-        super().__init__(f"{path}: {reason} [{code}]")
+        super().__init__(f"{printable(path)}: {reason} [{code}]")
         self.path = path
         self.code = code
 
@@ -50,17 +59,14 @@ class Limits:
     """Width times height of a coded frame; the default admits 8K (7680 x 4320)."""
     max_num_frames: int = 2_000_000
     """Frames in the file."""
-    max_duration_s: float = 24 * 3600.0
-    """Seconds between the first and the last frame."""
     max_patch_bytes: int = 4 * 2**30
     """Bytes of patches made from one video."""
 
-    def check(self, path: Path, frame_pixels: int, num_frames: int, duration_s: float, patch_bytes: int) -> None:
+    def check(self, path: Path, frame_pixels: int, num_frames: int, patch_bytes: int) -> None:
         """Raise VideoError with `LIMIT_EXCEEDED` for the first figure that is over its limit."""
         figures = {
             "max_frame_pixels": frame_pixels,
             "max_num_frames": num_frames,
-            "max_duration_s": duration_s,
             "max_patch_bytes": patch_bytes,
         }
         for name, figure in figures.items():
@@ -89,6 +95,8 @@ class VideoResult:
     """Time stamp of the first frame in the container's own clock."""
     backend: str = ""
     """What decoded it, with the reason where it was not the first choice."""
+    note: str = ""
+    """What was done with a good file that its user should know: a single frame repeated, a rotation not applied."""
 
     @property
     def num_patches(self) -> int:
@@ -108,7 +116,7 @@ class VideoResult:
 
     def error(self) -> VideoError:
         """This failure as an exception."""
-        reason = self.message.removeprefix(f"{self.path}: ").removesuffix(f" [{self.code}]")
+        reason = self.message.removeprefix(f"{printable(self.path)}: ").removesuffix(f" [{self.code}]")
         return VideoError(self.path, self.code, reason)
 
 

@@ -27,7 +27,7 @@ from torchcodec.decoders import VideoDecoder, VideoStreamMetadata
 from tempsamp_fast.video.backend import Request, usable_cores
 from tempsamp_fast.video.geometry import Geometry
 from tempsamp_fast.video.patches import normalise_rows, patchify, resize_frames
-from tempsamp_fast.video.result import Code, Limits, VideoError, VideoResult, failure
+from tempsamp_fast.video.result import SINGLE_FRAME, Code, Limits, VideoError, VideoResult, failure
 from tempsamp_fast.video.sampling import FRAME_FACTOR, TOLERANCE_S, Sampling, sample_indices, sample_times
 
 NAME = "torchcodec"
@@ -221,6 +221,7 @@ def _load_one(
         second_per_grid=geometry.temporal_patch_size * wanted.second_per_frame,
         begin_s=begin,
         backend=NAME,
+        note=SINGLE_FRAME if decoder.metadata.num_frames == 1 else "",
     )
 
 
@@ -229,6 +230,8 @@ def _wanted(path: Path, decoder: VideoDecoder, sampling: Sampling) -> Wanted:
     num_frames = metadata.num_frames or 0
     fps = metadata.average_fps_from_header or metadata.average_fps or 0.0
     begin, end = shown_span(metadata)
+    if num_frames == 1 and sampling.start_s == 0:
+        return Wanted(decoder, np.zeros(FRAME_FACTOR, dtype=np.int64), 1 / sampling.fps, by_time=False)
     if num_frames < FRAME_FACTOR or not (math.isfinite(fps) and fps > 0):
         raise VideoError(path, "TOO_FEW_FRAMES", f"has {num_frames} frames, at least {FRAME_FACTOR} are needed")
     if sampling.mode == "pts":
@@ -246,15 +249,12 @@ def _frame_size(
 ) -> tuple[int, int]:
     """(height, width) after resizing. Raises VideoError over the limits or where the model takes no such frame."""
     height, width = metadata.height or 0, metadata.width or 0
-    begin, end = shown_span(metadata)
     try:
         frame_size = geometry.frame_size(num_wanted, height, width)
     except ValueError as error:
         raise VideoError(path, "BAD_GEOMETRY", str(error)) from error
     num_patches = math.prod(geometry.grid_thw(num_wanted, frame_size))
-    limits.check(
-        path, height * width, metadata.num_frames or 0, end - begin, num_patches * geometry.row_width * dtype.itemsize
-    )
+    limits.check(path, height * width, metadata.num_frames or 0, num_patches * geometry.row_width * dtype.itemsize)
     return frame_size
 
 

@@ -67,6 +67,11 @@ def test_filters_and_few_shot_act_on_training_alone(charades):
     assert [len(samples) for samples in both] == [2, 6] and set(both[0]) < set(both[1])
 
 
+def test_another_few_shot_seed_draws_other_videos(charades):
+    drawn = {ids(load_training_data(settings(charades, few_shot_videos=1, few_shot_seed=n))[0])[0] for n in range(8)}
+    assert len(drawn) > 1
+
+
 def test_filters_that_leave_nothing_are_named(charades):
     with pytest.raises(ValueError, match=r"none of 8 samples lies within .*'duration_s': \(50.0, inf\)"):
         load_training_data(settings(charades, duration_range="50:"))

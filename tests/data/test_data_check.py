@@ -78,7 +78,7 @@ def test_dropped_queries_are_listed_and_counted_but_no_problem(folder, tmp_path,
     [
         (["qvhighlights-val", "--videos", "{}"], "no qvhighlights_val.jsonl or highlight_val_release.jsonl in"),
         (["charades-test", "--videos", "{}/nowhere"], "nowhere: no such folder"),
-        (["charades", "--videos", "{}"], "invalid choice: 'charades'"),
+        (["charades", "--videos", "{}"], "'charades': no such file, and no data set of charades-train"),
     ],
 )
 def test_bad_input_is_named_and_exits_with_2(folder, capsys, arguments, message):

@@ -51,6 +51,11 @@ def test_ranges_include_their_ends():
     assert videos(within(samples, difficulty=(0.2, 0.5))) == {"a"}
 
 
+def test_of_several_windows_the_longest_lies_in_the_range():
+    several = Sample("a/0", Path("a.mp4"), "q", 30.0, ((0.0, 5.0), (10.0, 20.0)))
+    assert within([several], window_s=(8.0, 12.0)) == [several] and within([several], window_s=(0.0, 6.0)) == []
+
+
 def test_difficulty_of_a_data_set_without_it_is_an_error():
     with pytest.raises(ValueError, match="sample 'a/0' has no difficulty"):
         within([sample("a")], difficulty=(0, 1))
@@ -59,3 +64,9 @@ def test_difficulty_of_a_data_set_without_it_is_an_error():
 def test_videos_in_training_and_test_are_named():
     assert shared_videos(SAMPLES, [sample("w1")]) == []
     assert shared_videos(SAMPLES, [sample("v7"), sample("w1"), sample("v3")]) == ["v3", "v7"]
+
+
+def test_the_longest_window_of_a_sample_lies_in_the_range():
+    several = Sample("a/0", Path("a.mp4"), "q", 30.0, ((0.0, 2.0), (4.0, 12.0), (20.0, 21.0)))
+    assert within([several], window_s=(8.0, 8.0)) == [several]
+    assert within([several], window_s=(0.0, 7.9)) == within([several], window_s=(8.1, 30.0)) == []

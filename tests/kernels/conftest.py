@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -94,24 +98,51 @@ def naive_loss(
     off_policy_ratio="detach",
     off_policy_kl=True,
     max_completion_length=None,
+    row_mask=None,
+    importance_weights=None,
+    importance_cap=None,
+    importance_mode="truncate",
+    entropy_coef=0.0,
+    entropy_threshold=-torch.inf,
+    cispo_low=None,
+    log_ratio_clamp=torch.inf,
+    kl_clamp=torch.inf,
+    sapo_temperature_pos=1.0,
+    sapo_temperature_neg=1.05,
+    vespo_k_pos=2.0,
+    vespo_lambda_pos=3.0,
+    vespo_k_neg=3.0,
+    vespo_lambda_neg=2.0,
     **head,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss as the papers write it, row by row over full logits; also ratio, KL and branch of each token."""
     logps, entropy = naive_logps(batch, **head)
     rows, total, kept = [], 0.0, {"logp": [], "ratio": [], "kl": [], "branch": []}
-    num_tokens = batch.mask.sum().clamp(min=1)
+    counts = batch.mask if row_mask is None else batch.mask & row_mask[batch.row_ids]
+    num_tokens = counts.sum().clamp(min=1)
     for row, advantage in enumerate(batch.advantages.double()):
         of_row = batch.row_ids == row
-        index = (of_row & batch.mask).nonzero()[:, 0]
+        index = (of_row & counts).nonzero()[:, 0]
         logp, count = logps[index], max(1, len(index))
         detached = batch.is_off_policy[row] and off_policy_ratio == "detach"
         log_ratio = logp - (logp.detach() if detached else batch.old_logps[index].double())
+        importance = 1.0
+        if importance_weights is not None:
+            importance = importance_weights[index].double()
+            beyond = importance > (importance_cap or torch.inf)
+            importance = importance.masked_fill(beyond, importance_cap or 0.0 if importance_mode == "truncate" else 0.0)
         if loss_type == "vespo":
-            w = log_ratio.detach().sum().clamp(-18.420680743952367, 20).exp()
-            k, rate = (2.0, 3.0) if advantage >= 0 else (3.0, 2.0)
+            log_w = log_ratio.detach().sum()
+            if importance_weights is not None:
+                log_w, importance = log_w + importance.log().sum(), 1.0
+            w = log_w.clamp(-18.420680743952367, 20).exp()
+            k, rate = (vespo_k_pos, vespo_lambda_pos) if advantage >= 0 else (vespo_k_neg, vespo_lambda_neg)
             advantage = advantage * w**k * torch.exp(rate * (1 - w))
-        if level == "sequence":
+        if level != "token":
             log_ratio = (log_ratio.sum() / count).expand_as(logp)
+        if level == "sequence_token":
+            log_ratio = log_ratio.detach() + logp - logp.detach()
+        log_ratio = log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp)
         ratio = log_ratio.exp()
         capped = ratio if delta is None else ratio.clamp(max=delta)
         clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
@@ -119,9 +150,9 @@ def naive_loss(
         if loss_type == "sft":
             loss = -logp
         elif loss_type == "cispo":
-            loss = -ratio.clamp(max=epsilon_high).detach() * advantage * logp
+            loss = -ratio.clamp(cispo_low, epsilon_high).detach() * advantage * logp
         elif loss_type == "sapo":
-            temperature = 1.0 if advantage > 0 else 1.05
+            temperature = sapo_temperature_pos if advantage > 0 else sapo_temperature_neg
             loss = -4 / temperature * torch.sigmoid(temperature * (ratio - 1)) * advantage
         elif loss_type == "vespo":
             loss = -advantage * logp
@@ -130,10 +161,13 @@ def naive_loss(
             if dual_clip is not None and advantage < 0:
                 branch = branch + 4 * (loss > -dual_clip * advantage)
                 loss = loss.clamp(max=-dual_clip * advantage)
-        gap = logp - batch.ref_logps[index].double()
+        is_kept = entropy[index].detach() >= entropy_threshold
+        loss = (loss * importance - entropy_coef * entropy[index]) * is_kept
+        gap = (logp - batch.ref_logps[index].double()).clamp(-log_ratio_clamp, log_ratio_clamp)
         kl = {"k1": gap, "k2": 0.5 * gap**2, "k3": torch.expm1(-gap) + gap}[kl_type.removesuffix("_corrected")]
         if kl_type.endswith("_corrected"):
             kl = kl * ratio
+        kl = kl.clamp(-kl_clamp, kl_clamp)
         paid = 0.0 if batch.is_off_policy[row] and not off_policy_kl else beta
         loss = loss + paid * kl
         if loss_type in ("grpo", "sapo", "sft"):
@@ -149,6 +183,32 @@ def naive_loss(
             kept[name].append(value.detach())
     details = {name: torch.cat(values) for name, values in kept.items()}
     return total, {**details, "index": torch.cat(rows), "entropy": entropy.detach()[torch.cat(rows)]}
+
+
+@contextmanager
+def nan_semantics(of: str) -> Iterator[None]:
+    """What minimum and maximum of the interpreter make of NaN: a "gpu" drops it unless told otherwise, "numpy" never.
+
+    Along an axis the interpreter drops it by itself.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if of == "gpu":
+            for name, ufunc in {"create_minnumf": np.fmin, "create_maxnumf": np.fmax}.items():
+                patch.setattr(InterpreterBuilder, name, lambda self, a, b, ufunc=ufunc: self.binary_op(a, b, ufunc))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def as_on_a_gpu() -> Iterator[None]:
+    """All kernel tests see a GPU's NaN."""
+    with nan_semantics("gpu"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def semantics():
+    """`nan_semantics`."""
+    return nan_semantics
 
 
 @pytest.fixture(scope="session")

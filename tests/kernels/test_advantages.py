@@ -34,12 +34,30 @@ def test_shaping_matches_the_published_formula():
         ("nonlinear", [-0.349, 0.415, -1.194, 1.128], 6e-4),
         ("downscale", [-0.387, 0.387, -1.161, 1.161], 6e-4),
         ("anchor", [0.0, 0.999, -0.999, 1.199], 6e-4),
-        ("orarl", [-0.0077, 0.1154, -0.1077, 0.1384], 6e-5),
+        ("orarl", [-0.0071, 0.1142, -0.1071, 0.1370], 6e-5),
     ],
 )
 def test_rules_give_the_golden_values_of_the_worked_group(shaping, expected, atol, impl):
     found = advantages([*ON_POLICY, 1.0], [False, False, False, True], impl, shaping=shaping)
     torch.testing.assert_close(found, torch.tensor(expected), atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("on_policy", "expected", "bonus"),
+    [
+        ([0.85, 0.9, 0.95], [-0.0511, -0.0011, 0.0522], 0.0200),
+        ([0.0] * 7 + [0.8], [-0.1079] * 7 + [0.7554], 0.9065),
+        ([0.9] * 7 + [0.95], [-0.0073] * 7 + [0.0510], 0.0176),
+        ([0.4] * 4 + [0.0] * 4, [0.2117] * 4 + [-0.2117] * 4, 0.2541),
+        ([0.1] * 8, [0.0] * 8, 0.05),
+        ([1.0] * 8, [0.0] * 8, 0.0),
+    ],
+)
+def test_orarl_bounds_the_bonus_of_the_off_policy_row(on_policy, expected, bonus, impl):
+    """By twice the squared surplus, by 1.2 times the best sampled advantage, and by .05 where none is above 0."""
+    found = advantages([*on_policy, 1.0], [False] * len(on_policy) + [True], impl, shaping="orarl")
+    torch.testing.assert_close(found, torch.tensor([*expected, bonus]), atol=6e-5, rtol=0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -130,6 +148,18 @@ def test_order_of_rows_and_other_groups_do_not_matter(shaping, data):
         expected = grouped_advantages(*alone, shaping=shaping, impl="torch")
         found = torch.empty(num_rows).index_put_((order,), together)[group_ids == group_id]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shaping", ["downscale", "anchor", "orarl"])
+def test_a_group_may_be_longer_than_a_block_of_the_kernel(shaping):
+    """Its largest reward is in the first block of 128 rows, its smallest in the second, other groups in between."""
+    rewards = torch.linspace(1, 0, 132)
+    group_ids = torch.arange(132) % 2
+    off_policy = torch.arange(132) % 11 == 10
+    kernel, reference = (
+        grouped_advantages(rewards, group_ids, off_policy, shaping=shaping, impl=impl) for impl in ("triton", "torch")
+    )
+    torch.testing.assert_close(kernel, reference, atol=2e-5, rtol=2e-5)
 
 
 def test_arguments_that_do_not_fit_are_refused_by_name():

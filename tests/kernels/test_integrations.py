@@ -7,9 +7,17 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from tempsamp_kernels import fused_selective_log_softmax, triton_grpo_loss
+from tempsamp_kernels import (
+    FusedLinearGRPOLoss,
+    fused_linear_grpo_loss,
+    fused_selective_log_softmax,
+    linear_logprob,
+    logits_logprob,
+    triton_grpo_loss,
+)
 from tempsamp_kernels.integrations import patch_trl, patch_verl
-from tempsamp_kernels.integrations.trl import _FusedLogProb
+from tempsamp_kernels.integrations import trl as trl_integration
+from tempsamp_kernels.integrations.trl import fused_logprob
 
 WORDS = ["<pad>", "<eos>", *"abcdefghijklmn"]
 
@@ -43,14 +51,20 @@ def trl_call(function, head, softcap, logit_scale, with_bias):
 def test_log_probs_entropy_and_gradients_equal_those_of_trl(head, softcap, logit_scale, with_bias):
     kernels = pytest.importorskip("trl.kernels", reason="needs a TRL with a fused head")
     theirs = trl_call(kernels.ChunkedLogProbFunction, head(), softcap, logit_scale, with_bias)
-    ours = trl_call(_FusedLogProb, head(), softcap, logit_scale, with_bias)
+    ours = trl_call(SimpleNamespace(apply=fused_logprob), head(), softcap, logit_scale, with_bias)
     for actual, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_trl_outputs_beyond_log_prob_and_entropy_are_refused_by_name(head):
-    with pytest.raises(ValueError, match="is_top1"):
-        _FusedLogProb.apply(*head(), 1.0, 16, None, 1.0, ("log_probs", "is_top1"))
+def test_calls_for_other_outputs_keep_trls_own_function(head):
+    """SFT, DPO and KTO: what they compute is TRL's to the bit, patched or not."""
+    kernels = pytest.importorskip("trl.kernels", reason="needs a TRL with a fused head")
+    outputs = ("log_probs", "is_top1", "mean_logits")
+    theirs = kernels.ChunkedLogProbFunction.apply(*head(), 1.0, 16, None, 1.0, outputs)
+    ours = fused_logprob(*head(), 1.0, 16, None, 1.0, outputs)
+    assert any(value is not None for value in theirs[2:])
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert (actual is None and expected is None) or torch.equal(actual, expected)
 
 
 def test_backward_gathers_a_sharded_head_again_as_trl_does(head, monkeypatch):
@@ -65,19 +79,22 @@ def test_backward_gathers_a_sharded_head_again_as_trl_does(head, monkeypatch):
 
     monkeypatch.setattr(utils, "maybe_gather_lm_head_ctx", gather)
     hidden, weight, bias, targets = head()
-    logp, *_ = _FusedLogProb.apply(hidden, weight, bias, targets, 1.0, 16)
+    logp, *_ = fused_logprob(hidden, weight, bias, targets, 1.0, 16)
     assert not entered
     logp.sum().backward()
     ((gathered_weight, gathered_bias),) = entered
     assert gathered_weight is weight and gathered_bias is bias
 
 
-def test_trl_patch_rebinds_one_name_until_undone():
+def test_trl_patch_rebinds_one_name_until_undone_and_says_what_it_costs(head):
     utils = pytest.importorskip("trl.trainer.utils")
     original = utils._ChunkedLogProbFunction
-    with patch_trl():
-        assert utils._ChunkedLogProbFunction is _FusedLogProb
+    with patch_trl(impl="torch") as patch:
+        assert utils._ChunkedLogProbFunction.apply.func is fused_logprob
+        logp, *_ = utils._ChunkedLogProbFunction.apply(*head(), 1.0, 16)
+        assert torch.equal(logp, fused_logprob(*head(), 1.0, 16)[0])
     assert utils._ChunkedLogProbFunction is original
+    assert "GRPO" in repr(patch) and "8NHV" in repr(patch) and "stay TRL's own" in repr(patch)
 
 
 def module(monkeypatch, name: str, **attributes) -> ModuleType:
@@ -89,8 +106,6 @@ def module(monkeypatch, name: str, **attributes) -> ModuleType:
 
 
 def test_older_trl_gets_our_class_in_place_of_ligers(monkeypatch):
-    from tempsamp_kernels.liger import FusedLinearGRPOLoss
-
     module(monkeypatch, "trl.trainer.utils")
     trainer = module(monkeypatch, "trl.trainer.grpo_trainer", LigerFusedLinearGRPOLoss=object)
     with patch_trl():
@@ -105,13 +120,23 @@ def test_trl_without_either_interface_is_refused(monkeypatch):
         patch_trl()
 
 
-def test_verl_gets_flat_log_probs_and_entropy_with_gradients(head, monkeypatch):
-    """Called as `verl.models.transformers.dense_common.forward_with_triton_backend` does."""
-    verl = module(monkeypatch, "verl.utils.kernel.linear_cross_entropy", linear_cross_entropy=None)
+TRITON = "verl.utils.kernel.linear_cross_entropy"
+
+
+def test_verl_gets_log_probs_and_entropy_of_both_backends_with_gradients(head, monkeypatch):
+    """Called as `verl.models.transformers.dense_common` does: flat from the Triton function, [1, N] from the class."""
+    verl = module(monkeypatch, TRITON, linear_cross_entropy=None)
+    default = module(monkeypatch, "verl.utils.experimental.torch_functional", FusedLinearForPPO=None)
+    megatron = module(monkeypatch, "verl.models.mcore.model_forward_fused", linear_cross_entropy=None)
     hidden, weight, _, labels = head()
-    with patch_verl():
+    with patch_verl(impl="torch") as patch:
+        assert megatron.linear_cross_entropy is verl.linear_cross_entropy
         logp, entropy = verl.linear_cross_entropy(hidden.unsqueeze(0), weight, labels.unsqueeze(0), 0.7, "none")
-    assert verl.linear_cross_entropy is None
+        layer = default.FusedLinearForPPO()
+        rows = layer(hidden_states=hidden[None], vocab_weights=weight, input_ids=labels[None].int(), temperature=0.7)
+    assert verl.linear_cross_entropy is default.FusedLinearForPPO is megatron.linear_cross_entropy is None
+    assert "triton and torch" in repr(patch) and "1 Megatron modules" in repr(patch)
+    torch.testing.assert_close(rows, (logp[None], entropy[None]))
     (logp.sum() + entropy.sum()).backward()
     grads, (hidden, weight, _, _) = (hidden.grad, weight.grad), head()
     logps = (hidden @ weight.T / 0.7).log_softmax(-1)
@@ -121,9 +146,18 @@ def test_verl_gets_flat_log_probs_and_entropy_with_gradients(head, monkeypatch):
     torch.testing.assert_close(grads, (hidden.grad, weight.grad), rtol=1e-4, atol=1e-4)
 
 
+def test_a_verl_without_a_fused_head_is_refused():
+    if "verl" in sys.modules:
+        pytest.skip("verl is here")
+    with pytest.raises(ValueError, match="no fused head"):
+        patch_verl()
+
+
 @pytest.mark.parametrize(("option", "value"), [("reduction", "mean"), ("dist_process_group", object())])
 def test_verl_options_without_support_are_refused_by_name(head, monkeypatch, option, value):
-    verl = module(monkeypatch, "verl.utils.kernel.linear_cross_entropy", linear_cross_entropy=None)
+    """A head split over ranks among them; a group of one rank is none."""
+    verl = module(monkeypatch, TRITON, linear_cross_entropy=None)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
     hidden, weight, _, labels = head()
     with patch_verl(), pytest.raises(ValueError, match=option):
         verl.linear_cross_entropy(hidden, weight, labels, **{option: value})
@@ -188,8 +222,9 @@ def grpo_run(folder, with_patch: bool) -> torch.Tensor:
 def test_grpo_trainer_follows_the_unpatched_run(tmp_path, monkeypatch):
     """Eight steps of a real trainer, two per generation so that ratios leave 1: loss, KL, entropy, gradient norm."""
     pytest.importorskip("trl", reason="needs TRL")
-    calls, apply = [], _FusedLogProb.apply
-    monkeypatch.setattr(_FusedLogProb, "apply", lambda *arguments: calls.append(1) or apply(*arguments))
+    calls = []
+    counted = lambda *arguments, **options: calls.append(1) or fused_logprob(*arguments, **options)
+    monkeypatch.setattr(trl_integration, "fused_logprob", counted)
     expected = grpo_run(tmp_path, with_patch=False)
     assert not calls and expected.shape == (8, 5) and expected[:, -1].any()
     torch.testing.assert_close(grpo_run(tmp_path, with_patch=True), expected, rtol=1e-3, atol=1e-5)
@@ -215,3 +250,72 @@ def test_the_recipe_for_trainers_that_hold_logits_gives_their_loss():
     torch.testing.assert_close(names["loss"], expected)
     ours, theirs = (torch.autograd.grad(loss, logits)[0] for loss in (names["loss"], expected))
     torch.testing.assert_close(ours, theirs)
+
+
+def recipe(after: str) -> str:
+    """The first block of code in kernels/README.md behind the line that starts so."""
+    readme = (Path(__file__).parents[2] / "kernels/README.md").read_text()
+    return readme.split(after)[1].split("```python\n")[1].split("```")[0]
+
+
+def test_the_recipe_for_prime_rl_gives_log_probs_and_entropy_under_a_temperature_per_token(head):
+    """Called as its models call `FusedOutputLinear`: hidden states [B, S, H], labels and temperature [B, S]."""
+    lm_head = SimpleNamespace(FusedOutputLinear=type("FusedOutputLinear", (torch.nn.Linear,), {}), PrimeLmOutput=dict)
+    exec(recipe("prime-rl (`lm_head`"), {"lm_head": lm_head, "linear_logprob": linear_logprob})
+    hidden, weight, _, targets = head()
+    layer = lm_head.FusedOutputLinear(8, 37, bias=False)
+    layer.weight.data = weight.detach()
+    temperature = torch.linspace(0.5, 1.5, 11)[None]
+    found = layer(hidden[None], labels=targets[None], temperature=temperature)
+    logps = (hidden @ weight.T / temperature[0, :, None]).log_softmax(-1)
+    torch.testing.assert_close(found["logprobs"][0], logps.gather(-1, targets[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["entropy"][0], -(logps.exp() * logps).sum(-1), rtol=1e-5, atol=1e-5)
+    found["logprobs"].sum().backward()
+    assert layer.weight.grad.any()
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 5)])
+def test_the_recipe_for_easyr1_and_openrlhf_gives_the_log_prob_of_every_row(shape):
+    """Packed rows [N, V] of EasyR1's padding-free path, padded ones [B, T, V], and OpenRLHF's temperature."""
+    functional = SimpleNamespace()
+    exec(recipe("EasyR1, padding-free"), {"functional": functional, "logits_logprob": logits_logprob})
+    logits, labels = torch.randn(*shape, 13, requires_grad=True), torch.randint(13, shape)
+    for temperature in (1.0, 0.7):
+        found = functional.log_probs_from_logits(logits, labels, temperature=temperature)
+        expected = (logits / temperature).log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        ours, theirs = (torch.autograd.grad(value.sum(), logits)[0] for value in (found, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_recipe_for_ms_swift_puts_our_class_in_ligers_place(monkeypatch):
+    """It imports the class from the package when its trainer is made, with keywords of Liger's alone."""
+    chunked_loss = pytest.importorskip("liger_kernel.chunked_loss")
+    monkeypatch.setattr(chunked_loss, "LigerFusedLinearGRPOLoss", chunked_loss.LigerFusedLinearGRPOLoss)
+    exec(recipe("ms-swift, before"), {"FusedLinearGRPOLoss": FusedLinearGRPOLoss})
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(
+        beta=0.0, compiled=False, epsilon_low=0.2, epsilon_high=0.3, temperature=0.9, use_ref_model=False,
+        loss_type="grpo", max_completion_length=9, importance_sampling_level="sequence",
+        sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
+    )  # fmt: skip
+    assert isinstance(loss, FusedLinearGRPOLoss)
+
+
+def test_the_rejection_rules_of_the_readme_are_arguments_of_the_loss(packed):
+    """The lines as they stand there, each given to the call that its comment names."""
+    batch = packed([3, 2], masked=0.0)
+    lengths, num_rows = torch.tensor([3.0, 2.0]), 2
+    rollout = batch.old_logps + torch.linspace(-0.1, 0.1, 5)
+    names = {"torch": torch, "old_logps": batch.old_logps, "rollout_logps": rollout, "num_rows": num_rows}
+    names |= {"row_ids": batch.row_ids, "lengths": lengths, "entropy": torch.rand(5), "mask": batch.mask}
+    exec(recipe("Rules about whole completions"), names)
+    for options in (
+        {"importance_weights": names["weights"], "importance_cap": 2.0},
+        {"importance_weights": names["row_weights"]},
+        {"row_mask": names["row_mask"]},
+        {"entropy_threshold": names["threshold"]},
+    ):
+        loss, _ = fused_linear_grpo_loss(*batch.inputs(), advantages=batch.advantages, **options)
+        assert loss.isfinite()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tempsamp_kernels.logits_loss import triton_grpo_loss
+from tempsamp_kernels import triton_grpo_loss
 
 # The interpreter computes with numpy, which warns about the log(0) and inf - inf of rows that are not counted.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -159,7 +159,7 @@ def test_without_old_log_probs_the_gradient_is_that_of_advantage_times_log_prob(
         ({"loss_type": "ppo"}, "loss_type"),
         ({"importance_sampling_level": "word"}, "importance_sampling_level"),
         ({"loss_type": "cispo", "delta": 2.0}, "delta"),
-        ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
+        ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
         ({"ref_logp": None}, "ref_logp"),
         ({"temperature": 0.0}, "temperature"),
         ({"impl": "cuda"}, "impl"),

@@ -41,6 +41,32 @@ def test_values_and_gradients_of_log_prob_and_entropy_equal_fp64(packed, naive_l
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_the_entropy_alone_has_the_gradient_of_fp64(packed, naive_logprobs, impl):
+    """As an entropy bonus asks for: nothing comes back through the log-prob."""
+    batch = packed([3, 4])
+    ours, truth = batch.learned(), batch.learned(torch.float64)
+    _, entropy = linear_logprob(*ours.inputs()[:3], bias=ours.bias, chunk_size=4, impl=impl)
+    entropy.sum().backward()
+    naive_logprobs(truth)[1].sum().backward()
+    for actual, value in zip(ours.gradients(), truth.gradients(), strict=True):
+        torch.testing.assert_close(actual, value.float(), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(2, 3), (2, 1), ()], ids=["per token", "per row", "one"])
+def test_each_token_has_its_own_temperature(impl, shape):
+    hidden, weight, token_ids = head(6, 5, 11)
+    temperature = torch.linspace(0.5, 2, torch.Size(shape).numel(), device=DEVICE).view(shape)
+    logp, _ = linear_logprob(hidden.view(2, 3, 5), weight, token_ids.view(2, 3), temperature=temperature, impl=impl)
+    for row in range(2):
+        for column in range(3):
+            index = 3 * row + column
+            own = float(temperature.expand(2, 3)[row, column])
+            alone, _ = linear_logprob(hidden[index], weight, token_ids[index], temperature=own, impl=impl)
+            torch.testing.assert_close(logp[row, column], alone)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("vocab_size", [2, 3, 37, 4096 * 2 + 37])
 def test_vocabularies_below_at_and_beyond_a_block_have_their_tail_masked(vocab_size, impl):
     """151,936 and 152,064 are no multiple of a block either; an unmasked tail would let probabilities sum past 1."""

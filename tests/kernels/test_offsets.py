@@ -8,8 +8,6 @@ from __future__ import annotations
 import pytest
 import torch
 from tempsamp_kernels import fused_linear_grpo_loss, fused_selective_log_softmax, linear_logprob, triton_grpo_loss
-from tempsamp_kernels.tiles import tile_statistics
-from tempsamp_kernels.tokens import HeadOptions, Tokens
 from torch import Tensor
 
 NUM_ROWS, VOCAB, HIDDEN = 14_500, 151_936, 2048
@@ -83,18 +81,6 @@ def test_grpo_loss_of_the_last_rows() -> None:
     per_token.sum().backward()
     torch.testing.assert_close(per_token[0, LAST].float(), loss, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(leaf.grad[0, LAST], rows.grad, rtol=2e-2, atol=1e-4)
-
-
-@pytest.mark.parametrize("num_tokens", [NUM_ROWS, 65_536])
-def test_tiles_of_the_last_rows(num_tokens: int) -> None:
-    require_free(4)
-    hidden, weight, ids = (tensor.detach() for tensor in random_head(num_tokens))
-    zeros, ones = torch.zeros(num_tokens, device="cuda"), torch.ones(num_tokens, device="cuda")
-    names = ("advantage", "policy_weight", "kl_weight", "old_logps", "ref_logps")
-    tokens = Tokens(token_ids=ids, temperature=ones, **dict.fromkeys(names, zeros))
-    found = tile_statistics(hidden, weight, tokens, HeadOptions(impl="triton"))
-    expected = torch_logps(hidden[-64:].float() @ weight.float().T, ids[-64:])
-    torch.testing.assert_close(found.logp[-64:], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_log_probs_of_65536_tokens_in_one_chunk() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tempsamp_kernels import reference, rows
-from tempsamp_kernels.objectives import KL_ESTIMATORS, OBJECTIVES, SELF, token_loss
+from tempsamp_kernels.objectives import KL_ESTIMATORS, OBJECTIVES, SELF, on_tensors, token_loss
 from tempsamp_kernels.tokens import HeadOptions, Tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,8 +71,9 @@ def test_an_objectives_derivatives_are_those_of_its_loss(name):
     logp = torch.linspace(-3, -0.1, 40, dtype=torch.float64).requires_grad_()
     log_ratio = torch.linspace(-0.6, 0.6, 40, dtype=torch.float64).requires_grad_()
     for advantage in (0.7, -0.7, 0.0):
-        value, d_logp, d_log_ratio = loss.objective.torch(
-            logp, log_ratio, torch.full_like(logp, advantage).detach(), *loss.bounds
+        numbers = (loss.ratio_low, loss.ratio_high, loss.option_1, loss.option_2)
+        value, d_logp, d_log_ratio = on_tensors(loss.objective)(
+            logp, log_ratio, torch.full_like(logp, advantage).detach(), *numbers
         )
         by_logp, by_ratio = torch.autograd.grad(
             value.sum(), (logp, log_ratio), allow_unused=True, materialize_grads=True
@@ -86,7 +87,7 @@ def test_an_objectives_derivatives_are_those_of_its_loss(name):
 def test_a_kl_estimators_derivatives_are_those_of_its_value(name):
     logp = torch.linspace(-2, 2, 41, dtype=torch.float64).requires_grad_()
     log_ratio = torch.linspace(-0.5, 0.5, 41, dtype=torch.float64).requires_grad_()
-    value, d_logp, d_log_ratio = KL_ESTIMATORS[name].torch(-logp, log_ratio)
+    value, d_logp, d_log_ratio = on_tensors(KL_ESTIMATORS[name])(-logp, log_ratio)
     by_logp, by_ratio = derivatives(value, logp, log_ratio)
     torch.testing.assert_close(d_logp, by_logp)
     torch.testing.assert_close(d_log_ratio, by_ratio)

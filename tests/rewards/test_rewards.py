@@ -62,6 +62,8 @@ def test_temporal_iou_is_symmetric_and_that_of_one_segment(a, b):
     [
         ([(0, 2), (4, 6)], [(0, 6)], 4 / 6),
         ([(0, 4), (2, 6)], [(0, 6)], 1),
+        ([(0, 10), (2, 4)], [(0, 10)], 1),
+        ([(0, 10), (2, 4), (6, 12)], [(1, 3), (0, 6)], 6 / 12),
         ([(0, 2), (8, 10)], [(1, 3), (9, 11)], 2 / 6),
         ([], [(0, 1)], 0),
         ([(2, 1)], [], 0),
@@ -69,6 +71,18 @@ def test_temporal_iou_is_symmetric_and_that_of_one_segment(a, b):
 )
 def test_multi_segment_iou_compares_unions(a, b, iou):
     assert multi_segment_iou(a, b) == pytest.approx(iou)
+
+
+seconds = st.integers(0, 12)
+some_spans = st.lists(st.tuples(seconds, seconds), max_size=4)
+
+
+@given(some_spans, some_spans)
+def test_multi_segment_iou_counts_each_second_once(a, b):
+    """However the spans overlap, touch, nest or end before they start."""
+    covered = [{second for start, end in each for second in range(start, end)} for each in (a, b)]
+    both, either = set.intersection(*covered), set.union(*covered)
+    assert multi_segment_iou(a, b) == pytest.approx(len(both) / len(either) if either else 0)
 
 
 @given(spans)
@@ -129,6 +143,26 @@ def test_highlight_reward_on_a_worked_example():
     answer = "<answer> The highlight timestamps are in the 82, 90 seconds. Their saliency scores are 3.0, 1.0 </answer>"
     expected = 0.6 * 0.5 + 0.4 / (1 + 85 / 13)
     assert highlight_reward([answer, "<answer> 82 </answer>"], samples=[truth] * 2) == [pytest.approx(expected), 0.0]
+
+
+@pytest.mark.parametrize(
+    "answered, f2, wmse",
+    [
+        ([(0, 2.0)], 5 / (1 + 4 * 3), (4 * 2**2 + 5**2 * 5**2) / 33),
+        ([(0, 2.0), (2, 2.0), (8, 5.0)], 1, 0),
+        ([(0, 2.0), (2, 4.0), (8, 5.0), (10, 3.0), (12, 1.0)], 15 / (5 + 4 * 3), 4 * 2**2 / 33),
+        ([(10, 2.0)], 0, (4 * 2**2 + 4 * 2**2 + 5**2 * 5**2) / 33),
+    ],
+    ids=["two missed", "all right", "two too many", "none of them"],
+)
+def test_a_missed_highlight_costs_more_than_one_too_many(answered, f2, wmse):
+    """True: 0 s and 2 s (2.0), 8 s (5.0). F2 = 5 * right / (answered + 4 * true); errors weigh as the squared truth."""
+    truth = sample(duration_s=150.0, clip_scores={0: (1, 1, 1), 1: (1, 1, 1), 4: (4, 4, 4)})
+    times, scores = (", ".join(map(str, each)) for each in zip(*answered, strict=True))
+    answer = (
+        f"<answer> The highlight timestamps are in the {times} seconds. Their saliency scores are {scores}. </answer>"
+    )
+    assert highlight_reward([answer], samples=[truth]) == [pytest.approx(0.6 * f2 + 0.4 / (1 + wmse))]
 
 
 def test_highlight_target_is_the_mean_score_plus_1_with_one_decimal():

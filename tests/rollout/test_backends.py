@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from tempsamp_fast.evaluation.asking import evaluate
+from tempsamp_fast.rollout import backends
 from tempsamp_fast.rollout.backends import PolicyBackend
-from tempsamp_fast.rollout.generate import SamplingParams, backends
+from tempsamp_fast.rollout.generate import SamplingParams
 
 
 @pytest.mark.parametrize("is_partitioned", [False, True])

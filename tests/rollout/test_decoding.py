@@ -11,8 +11,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tempsamp_fast.model.attention import text_mask
 from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.rollout import decoding
 from tempsamp_fast.rollout.decoding import Replay
-from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams, decoding, generate
+from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams, generate
 
 PARAMS = SamplingParams(max_completion_length=9)
 ENDS = list(range(20, 32))

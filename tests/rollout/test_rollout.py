@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from tempsamp_fast.learning.vision_features import with_vision_features
 from tempsamp_fast.model.mrope import mrope_positions
 from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.rollout import generate as rollout
 from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams, generate
-from tempsamp_fast.rollout.generate import generate as rollout
 from tempsamp_fast.rollout.token_sampling import choose_tokens
 
 EOS = 7
@@ -101,9 +102,11 @@ def test_prompts_may_ask_for_different_numbers_of_answers(tiny) -> None:
     assert all(map(same_ids, sample(policy, prompts, [3, 1, 2], max_tokens_per_row=60), expected))
 
 
-def test_another_seed_or_step_gives_other_answers(tiny) -> None:
+def test_another_seed_step_or_mode_gives_other_answers(tiny) -> None:
     policy, prompts = Policy(tiny.model()), prompts_of(tiny)
-    assert not same_ids(sample(policy, prompts)[0], sample(policy, prompts, seed=(0, 6))[0])
+    answers = sample(policy, prompts)[0]
+    assert not same_ids(answers, sample(policy, prompts, seed=(0, 6))[0])
+    assert not same_ids(answers, sample(policy, [replace(prompts[0], mode="think")])[0])
 
 
 def test_answers_end_with_eos_or_at_the_limit(tiny) -> None:

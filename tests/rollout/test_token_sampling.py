@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import pytest
@@ -50,6 +51,14 @@ def test_ids_of_probability_zero_are_not_drawn_at_the_ends() -> None:
     assert tokens.tolist() == [1, 1]
 
 
+def test_rare_tokens_are_told_apart_at_the_end_of_the_distribution() -> None:
+    """A hundred tokens of 1e-8 each after a certain one: sums in float32 would take sixty of them for the others."""
+    probs = torch.cat([torch.tensor([1 - 1e-6], dtype=torch.float64), torch.full((100,), 1e-8, dtype=torch.float64)])
+    uniforms = 1 - 1e-6 * (torch.arange(100, dtype=torch.float64) + 0.5) / 100
+    tokens, _ = choose_tokens(probs.log().expand(100, -1), SamplingParams(), uniforms)
+    assert len(set(tokens.tolist())) > 90
+
+
 def test_temperature_zero_is_the_largest_allowed_logit() -> None:
     banned = torch.tensor([False, True, False, False, False])
     tokens, logps = choose_tokens(PROBS.log()[None], SamplingParams(temperature=0), EVENLY[:1], banned)
@@ -90,3 +99,22 @@ def test_noise_depends_on_the_seed_and_the_name_alone() -> None:
     assert torch.equal(SampleNoise((3, 4), ["x", "b"]).uniforms(7)[1], noise[1, :7])
     assert SampleNoise((3, 5), ["b"]).uniforms(8)[0, 7] != noise[1, 7]
     assert noise[0, 7] != noise[1, 7]
+
+
+def test_the_fewest_that_reach_top_p_exactly_are_kept() -> None:
+    """Four equal tokens, their probabilities exact in binary: two make a half."""
+    logits = torch.zeros(len(EVENLY), 4)
+    for top_p, kept in ((0.25, 1), (0.5, 2), (0.75, 3), (0.76, 4), (1.0, 4)):
+        tokens, _ = choose_tokens(logits, SamplingParams(top_p=top_p), EVENLY)
+        assert len(tokens.unique()) == kept
+
+
+def test_noise_is_splitmix64_over_the_key_of_a_row() -> None:
+    """Written out with whole numbers, so that a run goes on with the draws it was started with."""
+    state, expected = int.from_bytes(hashlib.blake2b(b"(3, 4) a 0", digest_size=8).digest(), "little"), []
+    for _ in range(3):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        bits = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB % 2**64
+        expected.append(((bits ^ (bits >> 31)) >> 32) / 2**32)
+    assert SampleNoise((3, 4), ["a 0"]).uniforms(3)[0].tolist() == expected

@@ -36,7 +36,7 @@ class Setting:
         policy = Policy(tiny.model())
         self.engine = SimpleNamespace(module=policy, global_steps=0, zero_optimization_partition_weights=lambda: False)
         self.chat = SimpleNamespace(
-            eos_token_id=EOS,
+            end_token_ids=[EOS],
             banned_token_ids=BANNED,
             timestamps_in_text=tiny.family == "qwen3_vl",
             unexpanded=self._unexpanded,

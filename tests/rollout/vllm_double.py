@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from tempsamp_fast.batch import Prompt, Sample, VideoPatches, VisionFeatures
 from tempsamp_fast.model.policy import Policy
-from tempsamp_fast.rollout.generate import generate as rollout
+from tempsamp_fast.rollout import generate as rollout
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 
 from tests.video import corpus as corpus_module
+from tests.video import user_files
 from tests.video.corpus import build_corpus
+from tests.video.user_files import PARTS, USER_CASES
 
 
 @pytest.fixture(scope="session")
 def corpus(pytestconfig: pytest.Config) -> Path:
-    recipe = hashlib.sha256(Path(corpus_module.__file__).read_bytes()).hexdigest()[:12]
+    recipes = b"".join(Path(module.__file__ or "").read_bytes() for module in (corpus_module, user_files))
+    recipe = hashlib.sha256(recipes).hexdigest()[:12]
     folder = pytestconfig.cache.mkdir("video_corpus") / recipe
     draft = folder.with_suffix(".draft")
     with folder.with_suffix(".lock").open("w") as lock:
@@ -24,6 +27,7 @@ def corpus(pytestconfig: pytest.Config) -> Path:
         if not folder.exists():
             shutil.rmtree(draft, ignore_errors=True)
             build_corpus(draft)
+            build_corpus(draft, USER_CASES, PARTS)
             draft.rename(folder)
     return folder
 

@@ -9,6 +9,7 @@ import pytest
 
 from tempsamp_fast.video.backend import why_no_extension
 from tests.video.corpus import CASES, Case, draw, read
+from tests.video.user_files import PARTS, USER_CASES
 from tests.video.verdict import judge
 
 TORCHCODEC_REFUSES = {
@@ -56,7 +57,7 @@ def ids(case: Case) -> str:
 
 
 @pytest.mark.skipif(bool(why_no_extension()), reason=why_no_extension())
-@pytest.mark.parametrize("case", CASES, ids=ids)
+@pytest.mark.parametrize("case", CASES + USER_CASES, ids=ids)
 def test_native_returns_the_frame_asked_for(case: Case, corpus: Path) -> None:
     verdict = judge(case, corpus, "native")
     assert verdict.good, verdict
@@ -65,10 +66,9 @@ def test_native_returns_the_frame_asked_for(case: Case, corpus: Path) -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c.name not in TORCHCODEC_GETS_WRONG], ids=ids)
 def test_torchcodec_backend_returns_the_frame_asked_for_or_refuses(case: Case, corpus: Path) -> None:
     verdict = judge(case, corpus, "torchcodec")
-    if case.name in TORCHCODEC_REFUSES:
-        assert verdict.outcome in ("failed UNSUPPORTED", "failed OPEN_FAILED") and not verdict.wrong, verdict
-    else:
-        assert verdict.good, verdict
+    is_refused = verdict.outcome in ("failed UNSUPPORTED", "failed OPEN_FAILED") and not verdict.wrong
+    # Other releases of torchcodec may read them right.
+    assert verdict.good or (is_refused and case.name in TORCHCODEC_REFUSES), verdict
 
 
 def test_every_number_survives_drawing_and_reading() -> None:
@@ -78,4 +78,5 @@ def test_every_number_survives_drawing_and_reading() -> None:
 
 
 def test_names_of_the_corpus_are_unique() -> None:
-    assert len({case.name for case in CASES}) == len(CASES) >= 36
+    cases = CASES + USER_CASES
+    assert len({case.name for case in cases} | set(PARTS)) == len(cases) + len(PARTS)

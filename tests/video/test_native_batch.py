@@ -113,7 +113,7 @@ def test_more_frames_than_the_limit_are_refused(corpus: Path) -> None:
     assert (result.status, result.code) == ("failed", "LIMIT_EXCEEDED")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "joined.ts", "packed.mp4", "one_frame.gif"])
 def test_a_kept_index_is_the_index(corpus: Path, name: str, tmp_path: Path) -> None:
     fresh, _ = read_index(corpus / name)
     read_index(corpus / name, index_folder=str(tmp_path))
@@ -121,8 +121,20 @@ def test_a_kept_index_is_the_index(corpus: Path, name: str, tmp_path: Path) -> N
     kept, _ = read_index(corpus / name, index_folder=str(tmp_path))
     assert fresh is not None and kept is not None
     assert all(np.array_equal(column, kept.packets[key]) for key, column in fresh.packets.items())
-    for field in ("path", "format", "codec", "size", "coded_size", "time_base", "frame_rate", "has_times", "num_keys"):
+    for field in (
+        "path",
+        "format",
+        "codec",
+        "size",
+        "coded_size",
+        "time_base",
+        "frame_rate",
+        "has_times",
+        "num_keys",
+        "num_restarts",
+    ):
         assert getattr(fresh, field) == getattr(kept, field)
+    assert np.array_equal(fresh.clock, kept.clock)
 
 
 def test_a_kept_index_is_not_used_once_the_file_changes_or_the_copy_is_damaged(corpus: Path, tmp_path: Path) -> None:

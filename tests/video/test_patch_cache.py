@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from tempsamp_fast.batch import VideoPatches, VisionFeatures
 from tempsamp_fast.video import Sampling, load_videos
 from tempsamp_fast.video.patch_cache import PatchCache
 from tests.video.verdict import GEOMETRY
@@ -27,3 +30,21 @@ def test_disk_cache_forgets_a_file_that_changed_and_survives_damage(corpus: Path
     cache.put(video, SAMPLING, patches)
     video.write_bytes((corpus / "hevc.mp4").read_bytes())
     assert cache.get(video, SAMPLING) is None
+
+
+def test_an_entry_is_for_one_file_one_geometry_and_one_tower(tmp_path: Path) -> None:
+    video, other = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    for path in (video, other):
+        path.write_bytes(b"the same bytes")
+    os.utime(other, ns=(video.stat().st_atime_ns, video.stat().st_mtime_ns))
+    features = VisionFeatures(torch.ones(1, 4), (torch.zeros(1, 4),))
+    patches = VideoPatches(torch.zeros(0, 8), (1, 2, 2), 1.0, torch.zeros(1, dtype=torch.float64), features)
+    folder = tmp_path / "patches"
+    PatchCache(folder, GEOMETRY, "one tower").put(video, SAMPLING, patches)
+    kept = PatchCache(folder, GEOMETRY, "one tower").get(video, SAMPLING)
+    assert kept is not None and kept.features is not None and kept.features.embeds.equal(features.embeds)
+    assert PatchCache(folder, GEOMETRY, "another tower").get(video, SAMPLING) is None
+    assert PatchCache(folder, GEOMETRY).get(video, SAMPLING) is None
+    smaller = replace(GEOMETRY, max_pixels=GEOMETRY.min_pixels)
+    assert PatchCache(folder, smaller, "one tower").get(video, SAMPLING) is None
+    assert PatchCache(folder, GEOMETRY, "one tower").get(other, SAMPLING) is None

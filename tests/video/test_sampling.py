@@ -80,6 +80,20 @@ def test_pts_mode_looks_at_the_clock_of_a_variable_frame_rate() -> None:
     assert taken[:6].tolist() == pytest.approx([0.0, 0.5, 1.0, 1.0, 2.0, 2.0])
 
 
+def test_a_frame_is_on_screen_from_its_own_time_on_whatever_the_clocks_rounding() -> None:
+    """The time of a frame finds it, also where arithmetic lost the last digits; a millisecond before it does not."""
+    shown = np.arange(300) / 30
+    for lost in (0.0, 1e-9, 5e-7, -5e-7):
+        assert frames_on_screen(shown - lost, shown).tolist() == list(range(300))
+    assert frames_on_screen(shown[1:] - 1e-3, shown).tolist() == list(range(299))
+
+
+@pytest.mark.parametrize(("mode", "count"), [("qwen_utils", 6), ("hf_qwen2", 4), ("hf_qwen3", 5)])
+def test_an_odd_least_number_of_frames_is_rounded_as_each_source_does(mode: str, count: int) -> None:
+    """qwen-vl-utils rounds `min_frames` up; transformers rounds the result down for Qwen2, and not for Qwen3."""
+    assert len(sample_indices(Sampling(mode, 0.5, min_frames=5), 100, 25.0)[0]) == count  # type: ignore[arg-type]
+
+
 @given(NUM_FRAMES, VIDEO_FPS, SAMPLE_FPS, st.floats(0, 50), st.floats(0.1, 100))
 def test_pts_mode_stays_inside_the_window_and_is_even(
     num_frames: int, video_fps: float, fps: float, start_s: float, length_s: float

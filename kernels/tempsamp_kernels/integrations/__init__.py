@@ -1,10 +1,10 @@
 """These kernels under trainers of other projects.
 
 TRL and verl look their fused head up in a module: `patch_trl()` and `patch_verl()` rebind that name and return a
-`Patch` that puts the original back, by `undo()` or at the end of a `with` block.
+`Patch` that puts the original back, by `undo()` or at the end of a `with` block, and says where it applies.
 
-Trainers in the manner of TimeZero, Video-R1 and EasyR1, which hold the logits of the completion, need no patch but the
-three lines of kernels/README.md.
+Trainers that hold the logits, as TimeZero, Video-R1, EasyR1 and OpenRLHF do, and those with a head or a loss of their
+own, as prime-rl and ms-swift, need no patch but the lines of kernels/README.md.
 """
 
 from tempsamp_kernels.integrations.patch import Patch

@@ -1,18 +1,28 @@
-"""A reversible change of one name in somebody else's module."""
+"""Reversible changes of names in somebody else's modules."""
 
 from types import ModuleType, TracebackType
 
 
 class Patch:
-    """`module.name` is `replacement` from construction until `undo()`, or until the end of a `with` block."""
+    """`module.name` is `replacement`, for every change, from construction until `undo()` or the end of a `with` block.
 
-    def __init__(self, module: ModuleType, name: str, replacement: object) -> None:
-        self.module, self.name = module, name
-        self.original = getattr(module, name)
-        setattr(module, name, replacement)
+    Args:
+        applies_to: a sentence for the user: what runs on these kernels from now on, what does not, what it costs.
+        changes: `(module, name, replacement)` each.
+    """
+
+    def __init__(self, applies_to: str, *changes: tuple[ModuleType, str, object]) -> None:
+        self.applies_to = applies_to
+        self.originals = [(module, name, getattr(module, name)) for module, name, _ in changes]
+        for module, name, replacement in changes:
+            setattr(module, name, replacement)
 
     def undo(self) -> None:
-        setattr(self.module, self.name, self.original)
+        for module, name, original in self.originals:
+            setattr(module, name, original)
+
+    def __repr__(self) -> str:
+        return f"Patch: {self.applies_to}"
 
     def __enter__(self) -> "Patch":
         return self

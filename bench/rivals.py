@@ -1,0 +1,328 @@
+"""Other code bases' own tests and functions against the kernels that would take their place.
+
+    python -m bench.rivals --sources DIR [--only NAME...] [--minutes 60] [--output bench/results/rivals.json]
+
+DIR holds checkouts by name (Liger-Kernel, verl, prime-rl, EasyR1, OpenRLHF, ms-swift); TRL is the installed one. A
+missing one is named and counts as not run. Liger's test files run with our class in its place, for so many minutes;
+the others' log-probs and entropies are compared with ours and with fp64, where ours must be equal or nearer. Nothing of
+theirs is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import MagicMock
+from xml.etree import ElementTree
+
+import torch
+from tempsamp_kernels import FusedLinearGRPOLoss, linear_logprob, logits_logprob
+from tempsamp_kernels.integrations.trl import fused_logprob
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+THEIRS = ("rival", "verl", "prime_rl", "openrlhf", "flash_attn", "tensordict", "jaxtyping", "beartype")
+"""Packages around a rival's file; only its own code is wanted."""
+
+
+@dataclass
+class Count:
+    """Cases in which ours equals fp64 within fp32 rounding (2e-6), or is as near as theirs; the others by name."""
+
+    passed: int = 0
+    skipped: int = 0
+    note: str = ""
+    differing: list[str] = field(default_factory=list)
+
+    def add(self, case: str, ours: list[Tensor], theirs: list[Tensor], truth: list[Tensor]) -> None:
+        distance = lambda found: max(
+            float((value.double() - exact).norm() / exact.norm().clamp(min=1e-12))
+            for value, exact in zip(found, truth, strict=True)
+        )
+        if distance(ours) <= max(1.05 * distance(theirs), 2e-6):
+            self.passed += 1
+        else:
+            self.differing.append(f"{case}: {distance(ours):.1e} from fp64, theirs {distance(theirs):.1e}")
+
+
+@contextmanager
+def stubs() -> Iterator[list[str]]:
+    """Of `THEIRS`, what cannot be imported is a mock inside: the functions wanted use PyTorch alone."""
+    made: list[str] = []
+    find = sys.meta_path[:]
+
+    class Finder:
+        def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
+            if name.split(".")[0] not in THEIRS:
+                return None
+            made.append(name)
+            return importlib.util.spec_from_loader(name, Loader())
+
+    class Loader:
+        def create_module(self, spec: Any) -> ModuleType:
+            module = ModuleType(spec.name)
+            module.__getattr__ = lambda name: MagicMock()  # type: ignore[method-assign]
+            module.__path__ = []
+            return module
+
+        def exec_module(self, module: ModuleType) -> None:
+            pass
+
+    sys.meta_path.append(Finder())  # type: ignore[arg-type]
+    try:
+        yield made
+    finally:
+        sys.meta_path[:] = find
+        for name in made:
+            sys.modules.pop(name, None)
+
+
+def load(path: Path) -> ModuleType:
+    """A rival's file as a module, without the package around it."""
+    spec = importlib.util.spec_from_file_location(f"rival.{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with stubs():
+        spec.loader.exec_module(module)
+    return module
+
+
+def head(dtype: torch.dtype, num_tokens: int = 11) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(num_tokens, 8, generator=generator), torch.randn(37, 8, generator=generator)
+    ids = torch.randint(37, (num_tokens,), generator=generator)
+    return hidden.to(dtype), weight.to(dtype), ids
+
+
+def exact(
+    hidden: Tensor, weight: Tensor, ids: Tensor, scores: Callable[[Tensor], Tensor], of_entropy: bool = True
+) -> list[Tensor]:
+    """Log-prob, entropy and the gradients of a mix of both, in fp64."""
+    x, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logps = scores(x @ w.T).log_softmax(-1)
+    found = logps.gather(-1, ids[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
+    return with_gradients(found, x, w, of_entropy=of_entropy)
+
+
+def with_gradients(found: Any, *leaves: Tensor, of_entropy: bool = True) -> list[Tensor]:
+    logp, entropy = (value.reshape(-1) for value in found[:2])
+    total = (logp * torch.linspace(-1, 1, len(logp)).to(logp)).sum() + (0.1 * entropy.sum() if of_entropy else 0.0)
+    return [logp.detach(), entropy.detach(), *torch.autograd.grad(total, leaves)]
+
+
+def leaves(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+
+
+def liger(checkout: Path, minutes: float) -> Count:
+    """Its tests of the GRPO losses, with our class and functions under its names."""
+    with tempfile.NamedTemporaryFile(suffix=".xml") as report:
+        names = ("chunked_loss/test_grpo_loss.py", "transformers/test_grpo_loss.py")
+        files = [checkout / "test" / name for name in names]
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{checkout}", "TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.rivals_plugin", f"--junitxml={report.name}"]
+        run = subprocess.Popen([*command, *files], cwd=checkout, env=environment, stdout=subprocess.DEVNULL)
+        note = ""
+        try:
+            run.wait(60 * minutes)
+        except subprocess.TimeoutExpired:
+            run.send_signal(signal.SIGINT)
+            run.wait()
+            note = f"stopped after {minutes:g} minutes: the cases after these did not run"
+        suite = ElementTree.parse(report.name).getroot()
+    count = Count(note=note)
+    for case in suite.iter("testcase"):
+        if case.find("skipped") is not None:
+            count.skipped += 1
+        elif (bad := case.find("failure") if case.find("failure") is not None else case.find("error")) is not None:
+            count.differing.append(f"{case.get('name')}: {(bad.get('message') or '').splitlines()[0][:120]}")
+        else:
+            count.passed += 1
+    return count
+
+
+def trl(_: Path) -> Count:
+    """Its chunked log-prob over dtypes, biases, softcaps, scales, temperatures and outputs."""
+    theirs, count = importlib.import_module("trl.kernels").ChunkedLogProbFunction.apply, Count()
+    for dtype, has_bias, softcap, scale, temperature, chunk in itertools.product(
+        (torch.float32, torch.bfloat16), (False, True), (None, 5.0), (1.0, 0.5), (0.7, 1.0, 1.4), (8, 64)
+    ):
+        hidden, weight, ids = head(dtype)
+        bias = torch.linspace(-1, 1, 37).to(dtype) if has_bias else None
+        added = 0 if bias is None else bias.double()
+
+        def scores(z: Tensor, added=added, scale=scale, softcap=softcap, temperature=temperature) -> Tensor:
+            z = (z + added) * scale
+            return (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
+
+        truth, outcomes = exact(hidden, weight, ids, scores), []
+        for function in (fused_logprob, theirs):
+            x, w = leaves(hidden, weight)
+            options = (temperature, chunk, softcap, scale, ("log_probs", "entropy"))
+            outcomes.append(with_gradients(function(x, w, bias, ids, *options), x, w))
+        count.add(f"{dtype}, {has_bias=}, {softcap=}, {scale=}, {temperature=}, {chunk=}", *outcomes, truth)
+    return count
+
+
+def heads_of(theirs: Callable[[Tensor, Tensor, Tensor, float], Any], of_entropy: bool = True) -> Count:
+    """Log-prob and entropy from hidden states, over dtypes, lengths and temperatures."""
+    count = Count()
+    for dtype, num_tokens, temperature in itertools.product(
+        (torch.float32, torch.bfloat16), (1, 7, 64), (0.7, 1.0, 1.4)
+    ):
+        hidden, weight, ids = head(dtype, num_tokens)
+        truth = exact(hidden, weight, ids, lambda z, temperature=temperature: z / temperature, of_entropy)
+        outcomes = []
+        for function in (lambda x, w, i, t: linear_logprob(x, w, i, temperature=t), theirs):
+            x, w = leaves(hidden, weight)
+            outcomes.append(with_gradients(function(x, w, ids, temperature), x, w, of_entropy=of_entropy))
+        count.add(f"{dtype}, {num_tokens=}, {temperature=}", *outcomes, truth)
+    return count
+
+
+def verl(checkout: Path) -> Count:
+    """The module behind `impl_backend: torch`, its default."""
+    module = load(checkout / "verl/utils/experimental/torch_functional.py")
+    layer = module.FusedLinearForPPO(chunk_size=5)
+    return heads_of(lambda x, w, ids, temperature: layer(x[None], w, ids[None], temperature))
+
+
+def prime_rl(checkout: Path) -> Count:
+    """The function of its output layer, temperatures per token; it gives entropy no gradient."""
+    apply = load(checkout / "src/prime_rl/trainer/models/layers/lm_head.py")._SequenceChunkedLogProbEntropyFn.apply
+    inverse = lambda ids, temperature: torch.full((len(ids),), 1 / temperature)
+    return heads_of(lambda x, w, ids, t: apply(x, w, ids, inverse(ids, t), 5), of_entropy=False)
+
+
+def held_logits(theirs: Callable[..., Tensor]) -> Count:
+    """Log-probs of logits [N, V] and [B, T, V] with their gradient."""
+    count = Count()
+    for dtype, shape in itertools.product((torch.float32, torch.bfloat16), ((7,), (2, 5), (1, 64))):
+        generator = torch.Generator().manual_seed(0)
+        logits = (3 * torch.randn(*shape, 37, generator=generator)).to(dtype)
+        ids = torch.randint(37, shape, generator=generator)
+        outcomes = []
+        for function, of in ((logits_logprob, dtype), (theirs, dtype), (None, torch.float64)):
+            z = logits.to(of).requires_grad_()
+            logp = z.log_softmax(-1).gather(-1, ids[..., None])[..., 0] if function is None else function(z * 1, ids)
+            outcomes.append([logp.detach(), torch.autograd.grad(logp.sum(), z)[0]])
+        count.add(f"{dtype}, {shape=}", *outcomes)
+    return count
+
+
+def easyr1(checkout: Path) -> Count:
+    """`log_probs_from_logits` as its actor calls it without flash-attention."""
+    module = load(checkout / "verl/utils/torch_functional.py")
+    module.__dict__["FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE"] = False
+    return held_logits(module.log_probs_from_logits)
+
+
+def openrlhf(checkout: Path) -> Count:
+    """`log_probs_from_logits` without flash-attention."""
+    function = load(checkout / "openrlhf/models/utils.py").log_probs_from_logits
+    sys.modules["flash_attn.ops.triton.cross_entropy"] = None  # type: ignore[assignment]
+    return held_logits(lambda logits, ids: function(logits.clone(), ids))
+
+
+def widened(value: Any) -> Any:
+    """Floating tensors in fp64."""
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def ms_swift(checkout: Path) -> Count:
+    """The keywords by which its trainer makes and calls Liger's class, in every mix of its own options."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    tree = ast.parse((checkout / "swift/rlhf_trainers/grpo_trainer.py").read_text())
+    calls = {ast.unparse(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    made, called = (
+        {keyword.arg for keyword in calls[name].keywords}
+        for name in ("LigerFusedLinearGRPOLoss", "self.liger_grpo_loss")
+    )
+    generator, count = torch.Generator().manual_seed(0), Count()
+    normal = lambda *shape: torch.randn(*shape, generator=generator)
+    every = {
+        "_input": normal(4, 7, 8), "lin_weight": normal(37, 8), "bias": None,
+        "selected_token_ids": torch.randint(37, (4, 7), generator=generator),
+        "attention_mask": torch.arange(7) < torch.tensor([[7], [3], [1], [5]]), "advantages": normal(4),
+        "old_per_token_logps": normal(4, 7) - 4, "ref_per_token_logps": normal(4, 7) - 4,
+    }  # fmt: skip
+    if unknown := called - every.keys() - {"vllm_is_ratio"}:
+        raise ValueError(f"ms-swift calls the class with {sorted(unknown)}")
+    theirs = LigerFusedLinearGRPOLoss
+    for loss_type, level, beta, weights in itertools.product(
+        ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"),
+        ("token", "sequence"),
+        (0.0, 0.04),
+        (None, normal(4, 7).exp()),
+    ):
+        if level == "sequence" and loss_type in ("cispo", "sapo"):
+            continue
+        every["vllm_is_ratio"] = weights
+        options = {
+            "beta": beta, "compiled": False, "epsilon_low": 0.2, "epsilon_high": 1.2 if loss_type == "cispo" else 0.2,
+            "temperature": 0.9, "use_ref_model": beta != 0, "loss_type": loss_type, "max_completion_length": 9,
+            "importance_sampling_level": level, "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05,
+        }  # fmt: skip
+        outcomes = []
+        for cls, widen in ((FusedLinearGRPOLoss, False), (theirs, False), (theirs, True)):
+            inputs = {name: widened(every[name]) if widen else every[name] for name in called}
+            x, w = leaves(inputs["_input"], inputs["lin_weight"])
+            loss, metrics = cls(**{name: options[name] for name in made})(**inputs | {"_input": x, "lin_weight": w})
+            outcomes.append([loss.detach(), *metrics, *torch.autograd.grad(loss, (x, w))])
+        count.add(f"{loss_type}, {level}, {beta=}, weighted={weights is not None}", *outcomes)
+    return count
+
+
+RIVALS: dict[str, Callable[[Path], Count]] = {
+    "TRL": trl,
+    "verl": verl,
+    "ms-swift": ms_swift,
+    "prime-rl": prime_rl,
+    "EasyR1": easyr1,
+    "OpenRLHF": openrlhf,
+}
+
+
+NAMES = ("Liger-Kernel", *RIVALS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sources", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--output", type=Path, default=ROOT / "bench/results/rivals.json")
+    arguments = parser.parse_args()
+    kept = json.loads(arguments.output.read_text())["rivals"] if arguments.output.exists() else {}
+    for name in arguments.only:
+        checkout = arguments.sources / name
+        if name != "TRL" and not checkout.is_dir():
+            kept[name] = {"not_run": f"no checkout {name} among the sources"}
+        else:
+            count = RIVALS[name](checkout) if name in RIVALS else liger(checkout, arguments.minutes)
+            kept[name] = asdict(count)
+        row = kept[name]
+        print(name, row.get("not_run") or f"{row['passed']} passed, {row['skipped']} skipped", flush=True)
+        for case in row.get("differing", []):
+            print("  differs:", case)
+        versions = {"torch": torch.__version__}
+        arguments.output.write_text(json.dumps({"versions": versions, "rivals": kept}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

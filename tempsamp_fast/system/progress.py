@@ -1,0 +1,55 @@
+"""How far long work is: a bar on a terminal, elsewhere lines with the count, the time of day and the time left."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+BAR = "{desc} {n_fmt}/{total_fmt} |{bar:10}| {elapsed}<{remaining}{postfix}"
+"""In 80 columns it leaves room for two figures."""
+NUM_ON_BAR = 2
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """A context manager around the work; log lines that come within do not run into the bar.
+
+    total, done: how much there is to do, and how much of it was done before.
+    every_s: least seconds between two lines where there is no bar; the last one always comes.
+    """
+
+    def __init__(self, total: int, done: int = 0, every_s: float = 0.0):
+        self.total, self.done, self.every_s = total, done, every_s
+        self._first, self._start_s, self._said_s = done, time.monotonic(), -every_s
+        self._bar = tqdm(total=total, initial=done, bar_format=BAR, dynamic_ncols=True, leave=done == 0, disable=None)
+        self._redirected = contextlib.ExitStack()
+
+    def update(self, label: str, figures: Mapping[str, float], by: int = 1) -> None:
+        """`by` more is done; `figures`, the most telling first, describe it."""
+        self.done = min(self.done + by, self.total)
+        texts = {name: f"{value:.3g}" for name, value in figures.items()}
+        self._bar.set_description_str(label, refresh=False)
+        self._bar.set_postfix(dict(list(texts.items())[:NUM_ON_BAR]), refresh=False)
+        self._bar.update(self.done - self._bar.n)
+        now = time.monotonic()
+        if self._bar.disable and (now - self._said_s >= self.every_s or self.done == self.total):
+            self._said_s = now
+            left_s = (now - self._start_s) / (self.done - self._first) * (self.total - self.done) if by else 0.0
+            described = "".join(f" {name} {text}" for name, text in texts.items())
+            clock, left = datetime.now().strftime("%H:%M:%S"), timedelta(seconds=round(left_s))
+            logger.info("%s %s %d/%d%s, %s left", clock, label, self.done, self.total, described, left)
+
+    def __enter__(self) -> Progress:
+        if not self._bar.disable:
+            self._redirected.enter_context(logging_redirect_tqdm())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._redirected.close()
+        self._bar.close()

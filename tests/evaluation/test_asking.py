@@ -1,0 +1,61 @@
+"""Asking held-out queries batch by batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tempsamp_fast.batch import Completion, Prompt, Sample, VideoPatches
+from tempsamp_fast.evaluation.asking import evaluate
+
+WINDOWS = ((0.0, 1.0), (3.0, 5.0))
+SAMPLES = [Sample(f"s{n}", Path(f"v{n}.mp4"), "query", 10.0, WINDOWS) for n in range(5)]
+
+
+class Loader:
+    """Prompts without videos; that of `bad` cannot be read."""
+
+    def __init__(self, bad: str = "") -> None:
+        self.bad, self.asked = bad, []
+
+    def prompts(self, samples: Any, modes: Any) -> list[Prompt]:
+        self.asked.append(list(modes))
+        video = VideoPatches(torch.empty(0, 0), (0, 0, 0), 0.0, torch.empty(0))
+        return [
+            Prompt(sample, mode, torch.zeros(1, dtype=torch.int64), video)
+            for sample, mode in zip(samples, modes, strict=True)
+            if sample.sample_id != self.bad
+        ]
+
+
+def sampler(prompts: Any, num_completions: Any) -> list[list[Completion]]:
+    assert list(num_completions) == [1] * len(prompts)
+    return [[Completion(torch.zeros(1), f"<answer> 3 to 5 </answer> {each.sample.sample_id}")] for each in prompts]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 9])
+def test_every_query_is_asked_once_in_its_mode_and_order(batch_size: int) -> None:
+    loader: Any = Loader()
+    rows = evaluate(SAMPLES, "think", sampler, loader, batch_size)
+    assert [row["text"].split()[-1] for row in rows] == [sample.sample_id for sample in SAMPLES]
+    assert [mode for modes in loader.asked for mode in modes] == ["think"] * 5 and max(
+        map(len, loader.asked)
+    ) <= batch_size
+    assert [(row["span"], row["iou"]) for row in rows] == [((3.0, 5.0), 1.0)] * 5
+
+
+def test_a_video_that_cannot_be_read_counts_as_unparsed() -> None:
+    loader: Any = Loader(bad="s2")
+    rows = evaluate(SAMPLES, "answer", sampler, loader, 2)
+    assert [row["iou"] for row in rows] == [1.0, 1.0, 0.0, 1.0, 1.0]
+    assert (rows[2]["text"], rows[2]["span"]) == ("", None)
+
+
+def test_untagged_answers_are_read_where_tags_are_not_required() -> None:
+    plain = lambda prompts, _: [[Completion(torch.zeros(1), "3 to 5")] for _ in prompts]
+    loader: Any = Loader()
+    assert [row["iou"] for row in evaluate(SAMPLES[:1], "answer", plain, loader, 1, require_tags=False)] == [1.0]
+    assert [row["iou"] for row in evaluate(SAMPLES[:1], "answer", plain, loader, 1)] == [0.0]

@@ -1,0 +1,96 @@
+"""What the words of an evaluation change, with a double in place of the model: no checkpoint is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+
+from tempsamp_fast.eval import fingerprint, main
+from tempsamp_fast.rollout.generate import SamplingParams
+from tempsamp_fast.sample import Sample
+
+TEXTS = {"answer": "<answer> 1 to 2 </answer> no, 5 to 6", "think": "5 to 6"}
+
+
+class AnswererDouble:
+    """Says the text of the mode to every query and keeps what it was made with."""
+
+    made: ClassVar[list[tuple[Any, ...]]] = []
+
+    def __init__(self, *given: Any) -> None:
+        self.made.append(given)
+        self.loader = SimpleNamespace(skipped={})
+
+    def answer_all(self, samples: list[Sample], mode: str, batch_size: int) -> Iterator[dict[Sample, str]]:
+        yield dict.fromkeys(samples, TEXTS[mode])
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Path]]:
+    """`evaluate(output, *words)`: what the answerer was made with, and the folder of answers and scores."""
+    monkeypatch.setattr("tempsamp_fast.evaluation.answerer.Answerer", AnswererDouble)
+    entry = {"duration": 10, "timestamps": [[1, 2], [5, 6], [5, 6]], "sentences": ["one", "two", "three"]}
+    (tmp_path / "a.json").write_text(json.dumps({"v1": entry}))
+    (tmp_path / "v1.mp4").touch()
+
+    def run(output: str, *words: str) -> tuple[Any, Path]:
+        folder = tmp_path / output
+        paths = ["--model", "hub/name", "--annotations", str(tmp_path / "a.json"), "--videos", str(tmp_path)]
+        assert main([*paths, "--output", str(folder), *words]) == 0
+        return AnswererDouble.made[-1], folder
+
+    return run
+
+
+def scores(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "scores.json").read_text())["rows"]
+
+
+def spans(folder: Path, mode: str) -> list[Any]:
+    return [json.loads(line)["span"] for line in (folder / f"{mode}.jsonl").read_text().splitlines()]
+
+
+def test_answers_are_greedy_and_long_unless_told_otherwise(evaluate) -> None:
+    (_, data, params, seed), _ = evaluate("plain")
+    assert (params, seed) == (SamplingParams(0.0, 1.0, 0, 2048), 0) and data.on_bad_sample == "raise"
+    words = ("--temperature", "0.5", "--top_p", "0.9", "--top_k", "7", "--max_completion_length", "9", "--seed", "3")
+    (_, data, params, seed), folder = evaluate("other", *words, "--max_frames", "6", "--skip_bad_videos")
+    assert (params, seed) == (SamplingParams(0.5, 0.9, 7, 9), 3)
+    assert (data.max_frames, data.on_bad_sample) == (6, "skip")
+    kept = json.loads((folder / "settings.json").read_text())
+    assert (kept["top_p"], kept["top_k"], kept["max_frames"], kept["seed"]) == (0.9, 7, 6, 3)
+
+
+def test_untagged_answers_count_in_rows_and_scores_where_they_are_asked_for(evaluate) -> None:
+    _, tagged = evaluate("tagged", "--mode", "think")
+    assert spans(tagged, "think") == [None] * 3 and scores(tagged)[0]["parse_rate"] == 0
+    _, untagged = evaluate("untagged", "--mode", "think", "--untagged")
+    assert spans(untagged, "think") == [[5.0, 6.0]] * 3
+    assert (scores(untagged)[0]["miou"], scores(untagged)[0]["parse_rate"]) == (pytest.approx(2 / 3), 1)
+
+
+def test_the_mixed_row_takes_the_better_mode_and_parses_where_any_does(
+    evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = evaluate("both", "--mode", "answer+think", "--mixed_cot", "--untagged")
+    assert [row["miou"] for row in scores(folder)] == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]
+    _, tagged = evaluate("tagged", "--mode", "think+answer", "--mixed_cot", "--max_samples", "2")
+    assert [row["parse_rate"] for row in scores(tagged)] == [0, 1, 1] and len(spans(tagged, "think")) == 2
+    monkeypatch.setitem(TEXTS, "answer", "no idea")
+    monkeypatch.setitem(TEXTS, "think", "no idea")
+    _, silent = evaluate("silent", "--mode", "answer+think", "--mixed_cot")
+    assert [row["parse_rate"] for row in scores(silent)] == [0, 0, 0]
+
+
+def test_checkpoints_of_the_same_shape_are_told_apart_by_their_weights(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(300_000))
+    before = fingerprint(str(tmp_path))
+    assert fingerprint(str(tmp_path)) == before != fingerprint("hub/name")
+    file.write_bytes(b"\1" * 300_000)
+    assert fingerprint(str(tmp_path)) != before

@@ -1,0 +1,98 @@
+"""What is no number stays visible: a GPU's minimum and maximum drop NaN, those of the interpreter keep it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tempsamp_kernels import fused_linear_grpo_loss, fused_selective_log_softmax, grouped_advantages, linear_logprob
+from tempsamp_kernels.advantages import SHAPINGS
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LENGTHS = [3, 2]
+
+
+@pytest.fixture(params=["gpu", "numpy"], autouse=True)
+def both_semantics(request, semantics):
+    with semantics(request.param):
+        yield
+
+
+@pytest.fixture(params=["torch", "triton"])
+def impl(request):
+    return request.param
+
+
+def loss_of(batch, impl, **options):
+    loss, metrics = fused_linear_grpo_loss(
+        *batch.inputs(), **batch.policies(), advantages=batch.advantages, impl=impl, **options
+    )
+    loss.backward()
+    return loss.detach(), metrics
+
+
+def test_a_row_of_nan_in_the_head_reaches_every_log_prob_and_the_loss(packed, impl):
+    batch = packed(LENGTHS, masked=0.0)
+    batch.weight[5] = torch.nan
+    logp, entropy = linear_logprob(*batch.inputs()[:3], impl=impl)
+    assert logp.isnan().all() and entropy.isnan().all()
+    loss, _ = loss_of(batch.learned(), impl)
+    assert loss.isnan()
+
+
+@pytest.mark.parametrize("options", [{}, {"delta": 2.0, "dual_clip": 3.0}, {"kl_clamp": 1.0, "log_ratio_clamp": 2.0}])
+@pytest.mark.parametrize("loss_type", ["grpo", "cispo", "sapo"])
+def test_a_hidden_row_of_nan_makes_loss_and_its_gradient_nan_and_no_other(packed, impl, loss_type, options):
+    batch = packed(LENGTHS, masked=0.0)
+    batch.hidden[1] = torch.nan
+    learned = batch.learned()
+    options = {name: value for name, value in options.items() if loss_type == "grpo" or "clamp" in name}
+    loss, metrics = loss_of(learned, impl, loss_type=loss_type, **options)
+    assert loss.isnan() and metrics.token_logps[1].isnan()
+    finite = learned.hidden.grad.isfinite().all(1)
+    assert finite.tolist() == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize("name", ["old_logps", "ref_logps"])
+def test_an_unknown_log_prob_of_a_counted_token_shows_in_the_loss(packed, impl, name):
+    batch = packed(LENGTHS, masked=0.0)
+    unknown = getattr(batch, name).clone()
+    unknown[0] = torch.nan
+    learned = replace(batch, **{name: unknown}).learned()
+    loss, _ = loss_of(learned, impl, kl_clamp=10.0)
+    assert loss.isnan() and learned.hidden.grad[0].isnan().any()
+
+
+def test_nan_logits_of_a_counted_row_reach_its_log_prob_and_gradient_alone(impl):
+    logits, ids = torch.randn(1, 4, 20, device=DEVICE), torch.zeros(1, 3, dtype=torch.int64, device=DEVICE)
+    logits[0, 1, 7] = torch.nan
+    logits.requires_grad_()
+    logps = fused_selective_log_softmax(logits, ids, impl=impl)
+    logps.sum().backward()
+    assert logps.isnan().tolist() == [[False, True, False]]
+    assert logits.grad.isnan().any(-1).tolist() == [[False, True, False, False]]
+
+
+@pytest.mark.parametrize("shaping", SHAPINGS)
+def test_a_reward_of_nan_leaves_its_group_without_numbers_and_others_alone(impl, shaping):
+    """Never a silent 0: whoever computes a wrong reward finds out."""
+    rewards = torch.tensor([0.2, torch.nan, 0.2, 0.7, 0.9, 0.1], device=DEVICE)
+    groups = torch.tensor([0, 0, 0, 1, 1, 1], device=DEVICE)
+    off_policy = torch.tensor([False, False, False, False, False, True], device=DEVICE)
+    found = grouped_advantages(rewards, groups, off_policy, shaping=shaping, impl=impl)
+    assert found[:3].isnan().all() and found[3:].isfinite().all()
+
+
+def test_an_id_outside_the_vocabulary_is_nan_where_no_host_can_see_it(impl, monkeypatch):
+    from tempsamp_kernels import logits, logprob
+
+    if impl == "torch":
+        pytest.skip("PyTorch raises")
+    for module in (logits, logprob):
+        monkeypatch.setattr(module, "check_token_ids", lambda *_: None)
+    ids = torch.tensor([3, 11, -1], device=DEVICE)
+    logp, _ = linear_logprob(torch.randn(3, 4, device=DEVICE), torch.randn(11, 4, device=DEVICE), ids, impl=impl)
+    held = fused_selective_log_softmax(torch.randn(1, 4, 11, device=DEVICE), ids[None], impl=impl)
+    assert logp.isnan().tolist() == held[0].isnan().tolist() == [False, True, True]

@@ -1,0 +1,38 @@
+"""Where liger-kernel is not installed: `auto` says so and leaves the model alone, `on` is refused."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tempsamp_fast.model import liger_layers
+from tempsamp_fast.model.liger_layers import apply_liger_layers
+
+
+@pytest.fixture
+def without_liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with a GPU."""
+    monkeypatch.setattr(liger_layers, "HAS_LIGER", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def test_auto_warns_and_changes_nothing(tiny, without_liger: None, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny.model()
+    with caplog.at_level(logging.WARNING):
+        apply_liger_layers(model, "auto")
+    assert "liger-kernel is not installed" in caplog.text
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_on_is_refused(tiny, without_liger: None) -> None:
+    with pytest.raises(ValueError, match=r"liger_layers='on' needs liger-kernel.*auto or off"):
+        apply_liger_layers(tiny.model(), "on")
+
+
+def test_the_loader_of_models_imports_without_it() -> None:
+    program = "import sys; sys.modules['liger_kernel'] = None; import tempsamp_fast.model.loading"
+    subprocess.run([sys.executable, "-c", program], check=True)

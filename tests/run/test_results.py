@@ -1,0 +1,61 @@
+"""Evaluations of a run: what reaches them, what of them a resumed run keeps, and the baseline that never looks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tempsamp_fast.arguments import parse_args
+from tempsamp_fast.evaluation.asking import answer_row
+from tempsamp_fast.run import results
+from tempsamp_fast.run.results import Results
+from tempsamp_fast.sample import Sample
+
+
+def samples(*windows: tuple[float, float]) -> list[Sample]:
+    return [Sample(f"s{n}", Path("v.mp4"), "query", 10.0, (window,)) for n, window in enumerate(windows)]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Any:
+    """As much of a run as its results look at: it learned from early spans and is tested on late ones."""
+    words = ["--require_tags", "false", "--eval_modes", "answer+think", "--eval_batch_size", "3"]
+    config = parse_args([*words, "--output_dir", str(tmp_path)])
+    learned, held_out = samples((0.0, 2.0), (0.0, 2.0)), samples((6.0, 9.0), (6.0, 9.0))
+    shared = {"config": config, "folder": tmp_path, "rank": 0, "greedy": None, "loader": None}
+    return SimpleNamespace(**shared, first_step=4, train_samples=learned, eval_samples=held_out)
+
+
+def test_the_settings_of_an_evaluation_reach_it(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Untagged answers count where tags are not required, in the record as in the scores."""
+    asked = []
+
+    def evaluate(eval_samples, mode, sampler, loader, batch_size, require_tags=True):
+        asked.append((mode, batch_size, require_tags))
+        return [answer_row(sample, "6 to 9", require_tags) for sample in eval_samples]
+
+    monkeypatch.setattr(results, "evaluate", evaluate)
+    log = SimpleNamespace(log=lambda *_, **__: None)
+    found = Results(run)
+    found.evaluate("1_sft/answer", 4, log)  # type: ignore[arg-type]
+    assert asked == [("answer", 3, False), ("think", 3, False)]
+    assert [row["miou"] for row in found.rows] == [1.0, 1.0]
+    rows = [json.loads(line) for line in found.answers_path("1_sft/answer", "think").read_text().splitlines()]
+    assert [row["span"] for row in rows] == [[6.0, 9.0]] * 2
+
+
+def test_a_resumed_run_keeps_the_evaluations_up_to_its_checkpoint(run) -> None:
+    rows = [{"stage": str(step), "mode": "answer", "num_steps": step} for step in (0, 4, 5)]
+    (run.folder / "results.json").write_text(json.dumps(rows))
+    assert [row["num_steps"] for row in Results(run).rows] == [0, 4]
+    run.first_step = 0
+    assert Results(run).rows == []
+
+
+def test_the_constant_baseline_has_seen_the_training_samples_alone(run) -> None:
+    baseline = Results(run).constant_baseline()
+    assert baseline["miou"] == 0.0 and baseline["stage"] == "constant 0.0-2.0 s"

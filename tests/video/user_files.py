@@ -1,0 +1,246 @@
+"""Cases of what users' files do: joined, cut, packed, mislabelled, beside other streams; and their healthy look-alikes.
+
+Each kind in several codecs and containers. What ffmpeg's muxers set right is set wrong by surgery on the bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.video.corpus import (
+    AAC,
+    H264,
+    HEVC,
+    MADE_FROM_H264,
+    NO_REORDERING,
+    TONE,
+    VP9,
+    Case,
+    cut,
+    encoded,
+    ffmpeg,
+    joined,
+    remuxed,
+    words,
+)
+
+MPEG4 = words("-c:v mpeg4 -q:v 3 -g 25 -pix_fmt yuv420p")
+MPEG2 = words("-c:v mpeg2video -bf 2 -q:v 3 -pix_fmt yuv420p")
+MSMPEG4 = words("-c:v msmpeg4v2 -q:v 3 -g 25 -pix_fmt yuv420p")
+XVID = words("-c:v libxvid -bf 2 -g 25 -q:v 3 -pix_fmt yuv420p")
+ONE_GOP = [*H264, "-g", "250", "-x264-params", "b-pyramid=normal:b-adapt=0"]
+PICTURES = words("-q:v 3 -pix_fmt yuvj420p")
+NOISE = ("-f", "lavfi", "-i", "anoisesrc=r=48000:d=6")
+HOURS = "setpts=N*3600/TB"
+FALSE_TIMES = ("-bsf:v", "setts=pts=DTS")
+NEXT = 150
+"""First number of a clip to be joined to another."""
+FEW = 40
+
+Surgery = Callable[[bytearray], bytes | bytearray]
+
+
+def replaced(old: bytes, new: bytes) -> Surgery:
+    """The first occurrence of `old`, which must be there, as long as it was."""
+
+    def operation(data: bytearray) -> bytes:
+        assert len(old) == len(new) and old in data
+        return bytes(data).replace(old, new, 1)
+
+    return operation
+
+
+def patched(after: bytes, skip: int, format: str, *values: float) -> Surgery:
+    """Values written over what stands `skip` bytes behind the first `after`."""
+
+    def operation(data: bytearray) -> bytearray:
+        struct.pack_into(format, data, data.index(after) + len(after) + skip, *values)
+        return data
+
+    return operation
+
+
+def with_tail(tail: bytes) -> Surgery:
+    return lambda data: data + tail
+
+
+def all_keys_in_list(data: bytearray) -> bytearray:
+    """An AVI whose list of chunks takes every picture for a key."""
+    begin = data.rindex(b"idx1") + 8
+    for at in range(begin, len(data) - 15, 16):
+        data[at + 4] |= 0x10
+    return data
+
+
+def without_last_sample(data: bytearray) -> bytearray:
+    """An MP4 whose last sample is empty."""
+    at = data.index(b"stsz") + 12
+    (count,) = struct.unpack_from(">I", data, at)
+    struct.pack_into(">I", data, at + 4 * count, 0)
+    return data
+
+
+def without_order(data: bytearray) -> bytes:
+    """H.264 in MP4 without the part of its parameter set that tells how many pictures wait for earlier ones."""
+    record = data.index(b"avcC") + 4
+    (length,) = struct.unpack_from(">H", data, record + 6)
+    begin = record + 9  # behind the NAL header
+    nal = bytes(data[begin : begin + length - 1])
+    bits = "".join(f"{byte:08b}" for byte in nal.replace(b"\0\0\3", b"\0\0"))
+    at = 24  # profile, constraints, level
+
+    def golomb() -> int:
+        nonlocal at
+        zeros = bits.index("1", at) - at
+        at += 2 * zeros + 1
+        return int(bits[at - zeros - 1 : at], 2) - 1
+
+    golomb()
+    if nal[0] >= 100:
+        assert golomb() == 1
+        golomb(), golomb()
+        at += 2
+    golomb()
+    assert golomb() == 0
+    golomb(), golomb()
+    at += 1
+    golomb(), golomb()
+    at += 2  # frames only, direct inference
+    if bits[at] == "1":
+        at += 1
+        golomb(), golomb(), golomb(), golomb()
+    else:
+        at += 1
+    assert bits[at] == "1", "a parameter set with usability information"
+    stripped = bits[:at] + "01"
+    stripped += "0" * (-len(stripped) % 8)
+    rest = int(stripped, 2).to_bytes(len(stripped) // 8, "big")
+    # As long as before; zeros behind the stop bit say nothing.
+    data[begin : begin + length - 1] = rest + b"\0" * (length - 1 - len(rest))
+    return bytes(data)
+
+
+def segments(base: str, *arguments: str):
+    """Builder: cut into transport streams of a second, as for HTTP Live Streaming, and joined again."""
+
+    def build(path: Path) -> None:
+        pattern = path.with_name(f"{path.stem}_%d.ts")
+        split = ["-f", "segment", "-segment_format", "mpegts", "-segment_time", "1"]
+        ffmpeg("-i", path.with_name(base), "-c", "copy", *arguments, *split, pattern)
+        parts = sorted(path.parent.glob(f"{path.stem}_*.ts"), key=lambda part: int(part.stem.rsplit("_", 1)[1]))
+        path.write_bytes(b"".join(part.read_bytes() for part in parts))
+        for part in parts:
+            part.unlink()
+
+    return build
+
+
+def turned(degrees: float) -> Surgery:
+    """The display matrix of an MP4's track at an angle that is no quarter turn."""
+    sine, cosine = (round(65536 * f(math.radians(degrees))) for f in (math.sin, math.cos))
+    identity = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
+    matrix = struct.pack(">9i", cosine, sine, 0, -sine, cosine, 0, 0, 0, 1 << 30)
+
+    def operation(data: bytearray) -> bytearray:
+        at = data.index(identity, data.index(b"tkhd"))
+        data[at : at + len(matrix)] = matrix
+        return data
+
+    return operation
+
+
+ENCRYPTED = words("-encryption_scheme cenc-aes-ctr -encryption_key 76a6c65c5ea762046bd749a2e632ccbb "
+                  "-encryption_kid a7e61c373e219033c21091fa607bf3b8")  # fmt: skip
+
+PARTS = {
+    "next.mkv": encoded(*H264, first=NEXT),
+    "next.ts": remuxed("next.mkv"),
+    "vp9_next.webm": encoded(*VP9, first=NEXT),
+    "hevc_next.ts": encoded(*HEVC, first=NEXT),
+    "mpeg2_next.mpg": encoded(*MPEG2, first=NEXT),
+    "mpeg2_next.mkv": encoded(*MPEG2, first=NEXT),
+    "starts_late.ts": remuxed(MADE_FROM_H264, "-output_ts_offset", "1000"),
+    "msmpeg4.avi": encoded(*MSMPEG4),
+    "mpeg4_mp4.mp4": encoded(*MPEG4),
+    "vp9_mp4.mp4": remuxed("vp9.webm"),
+    "all_keys_h264.mp4": cut(MADE_FROM_H264, replaced(b"stss", b"free")),
+    "hevc_open_gop.mp4": remuxed("hevc_open_gop.mkv"),
+    "xvid.avi": encoded(*XVID),
+    "packed.mp4": remuxed("xvid.avi"),
+    "false_times.mp4": remuxed(MADE_FROM_H264, *FALSE_TIMES),
+    "false_times.mkv": remuxed("hevc.mp4", *FALSE_TIMES),
+    "false_times_mpeg2.mkv": remuxed("mpeg2_next.mkv", *FALSE_TIMES),
+    "one_gop.mp4": encoded(*ONE_GOP, num_frames=FEW),
+}
+"""What the cases are made of, besides the corpus."""
+
+USER_CASES = [
+    # Sound beside the pictures.
+    Case("sound_ac3.mkv", remuxed(MADE_FROM_H264, *words("-ac 2 -c:a ac3 -b:a 448k"), more_inputs=NOISE)),
+    Case("sound_eac3.mkv", remuxed("hevc.mp4", *words("-ac 2 -c:a eac3 -b:a 640k"), more_inputs=NOISE)),
+    Case("sound_pcm.mkv", remuxed("vp9.webm", *words("-ac 2 -c:a pcm_s24le"), more_inputs=NOISE)),
+    Case("sound_live.mkv", remuxed("sound_ac3.mkv", "-live", "1")),
+    Case("sound_flac.mkv", remuxed("mpeg2_next.mkv", *words("-ac 2 -c:a flac"), more_inputs=NOISE)),
+    # Containers that mark every packet as a key.
+    Case("all_keys.avi", cut("msmpeg4.avi", all_keys_in_list)),
+    Case("all_keys.asf", remuxed("all_keys.avi")),
+    Case("all_keys_mpeg4.mp4", cut("mpeg4_mp4.mp4", replaced(b"stss", b"free"))),
+    Case("all_keys_mpeg4.mkv", remuxed("all_keys_mpeg4.mp4")),
+    Case("all_keys_vp9.mp4", cut("vp9_mp4.mp4", replaced(b"stss", b"free"))),
+    Case("all_keys_h264.mkv", remuxed("all_keys_h264.mp4")),
+    # A clock that starts again, or that goes round.
+    Case("joined.mkv", joined("h264.mkv", "next.mkv")),
+    Case("joined.webm", joined("vp9.webm", "vp9_next.webm")),
+    Case("joined.ts", joined("h264.ts", "next.ts")),
+    Case("joined_hevc.ts", joined("hevc.ts", "hevc_next.ts")),
+    Case("joined.mpg", joined("mpeg2.mpg", "mpeg2_next.mpg")),
+    Case("joined_back.ts", joined("starts_late.ts", "next.ts")),
+    # B-frames packed behind other frames.
+    Case("packed.avi", remuxed("xvid.avi")),
+    Case("packed_all_b.avi", encoded(*XVID, "-bf", "1", "-g", "100")),
+    Case("packed_with_sound.avi", remuxed("packed.avi", *words("-c:a mp2"), more_inputs=TONE)),
+    # Segments of one stream.
+    Case("segments_h264.ts", segments(MADE_FROM_H264)),
+    Case("segments_hevc.ts", segments("hevc.mp4")),
+    Case("segments_mpeg2.ts", segments("mpeg2.mpg")),
+    Case("segments_with_sound.ts", segments("video_after_audio.mp4")),
+    # H.264 that does not say how far its pictures are out of order.
+    Case("no_order.mp4", cut("one_gop.mp4", without_order)),
+    Case("no_order.mkv", remuxed("no_order.mp4")),
+    Case("no_order.ts", remuxed("no_order.mp4")),
+    Case("no_order.flv", remuxed("no_order.mp4")),
+    # Open GOPs cut by copying.
+    Case("cut_open_gop.mkv", remuxed("h264_open_gop.mp4", before=("-ss", "1.7"))),
+    Case("cut_open_gop_hevc.mkv", remuxed("hevc_open_gop.mp4", before=("-ss", "3.3"))),
+    Case("cut_open_gop_hevc.mp4", remuxed("hevc_open_gop.mkv", before=("-ss", "3.3"))),
+    Case("cut_open_gop_mpeg2.mkv", remuxed("mpeg2_next.mkv", before=("-ss", "2.5"))),
+    # Files that seem to end early and do not.
+    Case("empty_sample.mp4", cut("h264_faststart.mp4", without_last_sample)),
+    Case("empty_sample_hevc.mp4", cut("hevc.mp4", without_last_sample)),
+    Case("long_duration.mkv", cut("h264.mkv", patched(b"\x44\x89\x88", 0, ">d", 60000.0))),
+    Case("long_duration.webm", cut("vp9.webm", patched(b"\x44\x89\x88", 0, ">d", 60000.0))),
+    Case("longer_sound.mkv", remuxed(MADE_FROM_H264, *AAC, more_inputs=("-f", "lavfi", "-i", "sine=duration=9"))),
+    Case("stray_text.ts", cut("h264.ts", with_tail(b"not a packet " * 3))),
+    Case("stray_zeros.ts", cut("hevc.ts", with_tail(b"\0" * 1000))),
+    Case("stray_text.mkv", cut("h264.mkv", with_tail(b"not an element" * 9))),
+    # Headers with another size, and files that nobody can decode.
+    Case("false_size.mp4", cut(MADE_FROM_H264, patched(b"avc1\0\0\0\0\0\0\0\1", 16, ">HH", 280, 280))),
+    Case("false_size.mkv", cut("vp9.webm", patched(b"\xba\x81", 0, ">B", 120))),
+    Case("false_size.avi", cut("mjpeg.avi", patched(b"strf", 12, "<i", 64))),
+    Case("encrypted.mp4", remuxed(MADE_FROM_H264, *ENCRYPTED), "refused", ("UNSUPPORTED",)),
+    Case("encrypted_hevc.mp4", remuxed("hevc.mp4", *ENCRYPTED), "refused", ("UNSUPPORTED",)),
+    Case("unknown_codec.mp4", cut(MADE_FROM_H264, replaced(b"avc1\0\0\0\0", b"vvz1\0\0\0\0")), "refused",
+         ("UNSUPPORTED",)),
+    # What else users open.
+    Case("pictures.apng", encoded("-f", "apng", num_frames=FEW)),
+    Case("pictures.gif", encoded("-f", "gif", num_frames=FEW)),
+    Case("pictures.mjpeg", encoded("-c:v", "mjpeg", *PICTURES, "-f", "mjpeg", num_frames=FEW)),
+    Case("one_frame.mp4", encoded(*H264, num_frames=1)),
+    Case("one_frame.gif", encoded("-f", "gif", num_frames=1)),
+    Case("one_frame.mkv", encoded(*VP9, num_frames=1)),
+    Case("frame_an_hour.mp4", encoded(*H264, vf=HOURS, num_frames=FEW)),
+    Case("frame_an_hour.mkv", encoded(*NO_REORDERING, vf=HOURS, num_frames=FEW)),
+]  # fmt: skip
