@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tempsamp_fast.arguments import parse_args
-from tempsamp_fast.config import Config, DataConfig, parse_phases, prompts_per_step
+from tempsamp_fast.config import Config, DataConfig, ModelConfig, parse_phases, prompts_per_step
 from tempsamp_fast.data.catalogue import DATASETS, find_annotations, load_training_data
 from tempsamp_fast.embedded.data import embedded_videos
 from tempsamp_fast.embedded.videos import draw_videos
@@ -100,11 +100,11 @@ def video_grids(data: DataConfig, found: Data, config: Any) -> list[tuple[int, i
     return [by_count[count] for count in counts]
 
 
-def value_size(config: Config) -> int:
+def value_size(model: ModelConfig) -> int:
     """Bytes of a weight: 4 in fp32 as asked for, or by `auto` for a model of one's own on a machine without a GPU."""
-    is_own = config.model.model == "tiny" or Path(config.model.model).exists()
-    on_cpu = config.model.dtype == "auto" and is_own and not torch.cuda.is_available()
-    return 4 if config.model.dtype == "float32" or on_cpu else 2
+    is_own = model.model == "tiny" or Path(model.model).exists()
+    on_cpu = model.dtype == "auto" and is_own and not torch.cuda.is_available()
+    return 4 if model.dtype == "float32" or on_cpu else 2
 
 
 def decided(config: Config, world_size: int) -> Config:
@@ -148,7 +148,7 @@ def peak_memory(config: Config, world_size: int, found: Data | None = None) -> M
         work_of(grid, shape, method, config.rollout.num_generations, config.rollout.max_completion_length)
         for method in methods
     ]
-    every = [step_memory(work, shape, parameters, config, value_size(config), world_size) for work in works]
+    every = [step_memory(work, shape, parameters, config, value_size(config.model), world_size) for work in works]
     return max(every, key=lambda memory: memory.total)
 
 
@@ -167,7 +167,7 @@ def describe_plan(config: Config, world_size: int, gpu: str | None = None, measu
     measured: what step times are expected from; None expects none.
     """
     shape, found = model_config(config.model), training_data(config.data)
-    parameters, b = count_parameters(shape, config.model), value_size(config)
+    parameters, b = count_parameters(shape, config.model), value_size(config.model)
     grids = video_grids(config.data, found, shape)
     tokens = [t * h * w // 4 for t, h, w in grids]
     known = f"{sum(tokens) / len(tokens):.0f} on average, " if found.durations_s else ""

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tempsamp_fast.batch import RolloutGroup
-from tempsamp_fast.config import AlgorithmConfig, Config, Method
+from tempsamp_fast.config import AlgorithmConfig, Config, Method, RolloutConfig
 from tempsamp_fast.learning.balance import balance
 from tempsamp_fast.learning.engine import Forward, RowsTooLargeError, check_fitted, forward_of, in_step, optimizer_step
 from tempsamp_fast.learning.loss import RowTargets, idle_loss, log_probs, policy_loss
@@ -113,10 +113,10 @@ def _update(
     watch.lap("pack")
     old = ref = None
     if algorithm.updates_per_batch > 1 and not is_sft:
-        old = _log_probs(engine, forward_of(engine), rows, config)
+        old = _log_probs(engine, forward_of(engine), rows, algorithm, temperature)
         watch.lap("old_log_probs")
     if reference is not None and algorithm.beta > 0 and not is_sft:
-        ref = _log_probs(engine, reference, rows, config)
+        ref = _log_probs(engine, reference, rows, algorithm, temperature)
         watch.lap("reference")
     targets = _targets(own_rows, learning, old, ref)
     heads = [
@@ -133,7 +133,9 @@ def _update(
             row_metrics, grad_norm = optimizer_step(engine, rows, heads, learning_rate, watch)
             grad_norms.append(grad_norm)
             if index == 0:
-                gap = _logp_gap([metrics.token_logps for metrics in row_metrics[: len(own_rows)]], learning, config)
+                gap = _logp_gap(
+                    [metrics.token_logps for metrics in row_metrics[: len(own_rows)]], learning, config.rollout
+                )
         except RowsTooLargeError as error:
             if index == 0:
                 raise
@@ -164,14 +166,13 @@ def _has_gradient(group: RolloutGroup, is_sft: bool, algorithm: AlgorithmConfig)
     return is_sft or algorithm.beta > 0 or bool(group.advantages.any())
 
 
-def _logp_gap(logps: Sequence[Tensor], groups: Sequence[RolloutGroup], config: Config) -> dict[str, float]:
+def _logp_gap(logps: Sequence[Tensor], groups: Sequence[RolloutGroup], rollout: RolloutConfig) -> dict[str, float]:
     """Mean absolute difference between the sampler's log-probs and the policy's, over the sampled tokens of the update.
 
     Nothing where there are none, and where the sampler's are of what top_k and top_p leave, as vLLM's are.
 
     logps: [M] of each row, before the first update.
     """
-    rollout = config.rollout
     if rollout.rollout_backend != "policy" and (rollout.top_k or rollout.top_p < 1):
         return {}
     answers = [completion for group in groups for completion in group.completions]
@@ -221,12 +222,14 @@ def _targets(
 
 
 @torch.no_grad()
-def _log_probs(engine: Any, forward: Forward, rows: Sequence[PackedRow], config: Config) -> list[Tensor]:
+def _log_probs(
+    engine: Any, forward: Forward, rows: Sequence[PackedRow], algorithm: AlgorithmConfig, temperature: float
+) -> list[Tensor]:
     """Raises RowsTooLargeError on every rank, as `optimizer_step` does; ZeRO-3 raises what the failing rank met."""
     found: list[Tensor] = []
     try:
         for row in rows:
-            head = log_probs(row, config.algorithm, config.rollout.temperature)
+            head = log_probs(row, algorithm, temperature)
             found.append(forward(row.to(engine.device), head))
     except torch.OutOfMemoryError:
         if engine.zero_optimization_stage() == 3:

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from tempsamp_kernels.head import chunk_rows
 
-from tempsamp_fast.config import Config, DataConfig, parse_phases, prompts_per_row
+from tempsamp_fast.config import (
+    AlgorithmConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    parse_phases,
+    prompts_per_row,
+)
 from tempsamp_fast.learning.engine import effective_zero
 from tempsamp_fast.model.architectures import Parameters
 from tempsamp_fast.model.families import family_of
@@ -105,24 +113,24 @@ def step_flops(work: Work, model_config: Any, config: Config, method: str, num_p
     num_prompts: of this device.
     """
     sampling = work.forward_flops(work.num_sampled, model_config) if work.num_sampled else 0.0
-    recomputed = _num_updates(config, method) * work.forward_flops(work.num_answers, model_config)
-    without = num_prompts * sampling + update_flops(work, model_config, config, method, num_prompts)
+    recomputed = _num_updates(config.algorithm, method) * work.forward_flops(work.num_answers, model_config)
+    without = num_prompts * sampling + update_flops(work, model_config, config.algorithm, method, num_prompts)
     return without + (num_prompts * recomputed if config.model.gradient_checkpointing else 0.0)
 
 
-def update_flops(work: Work, model_config: Any, config: Config, method: str, num_prompts: int) -> float:
+def update_flops(work: Work, model_config: Any, algorithm: AlgorithmConfig, method: str, num_prompts: int) -> float:
     """FLOPs of one device's updates of a step with the log-probs that they need; recomputation not counted.
 
     num_prompts: of this device.
     """
-    updates = _num_updates(config, method)
-    has_reference = method != "sft" and config.algorithm.beta > 0
+    updates = _num_updates(algorithm, method)
+    has_reference = method != "sft" and algorithm.beta > 0
     passes = 3 * updates + int(has_reference) + int(updates > 1)
     return num_prompts * passes * work.forward_flops(work.num_answers, model_config)
 
 
-def _num_updates(config: Config, method: str) -> int:
-    return 1 if method == "sft" else config.algorithm.updates_per_batch
+def _num_updates(algorithm: AlgorithmConfig, method: str) -> int:
+    return 1 if method == "sft" else algorithm.updates_per_batch
 
 
 def step_memory(
@@ -154,8 +162,10 @@ def step_memory(
             off_gpu, gradients = off_gpu + gradients, 0.0
     if "param" in offloaded:
         off_gpu, weights, reference = off_gpu + weights + reference, 0.0, 0.0
-    update = _kept_activations(work, model_config, config, b) + _head_bytes(work, model_config, parameters, config)
-    activations = max(update, _sampling_bytes(work, model_config, config, b))
+    update = _kept_activations(work, model_config, config, b) + _head_bytes(
+        work, model_config, parameters, config.model
+    )
+    activations = max(update, _sampling_bytes(work, model_config, config.train, b))
     return Memory(weights, reference, gradients, optimizer, buffers, activations, off_gpu)
 
 
@@ -182,19 +192,19 @@ def _kept_activations(work: Work, model_config: Any, config: Config, b: int) -> 
     return text + tower + pixels
 
 
-def _head_bytes(work: Work, model_config: Any, parameters: Parameters, config: Config) -> float:
+def _head_bytes(work: Work, model_config: Any, parameters: Parameters, model: ModelConfig) -> float:
     """A chunk of fp32 logits, and the fp32 gradient of a trained output embedding."""
     vocab_size = model_config.text_config.vocab_size
     rows = chunk_rows(work.num_answers * work.answer_len, vocab_size, "cuda" if torch.cuda.is_available() else "cpu")
-    return 4.0 * rows * vocab_size + (0.0 if config.model.lora_rank else 4.0 * parameters.head)
+    return 4.0 * rows * vocab_size + (0.0 if model.lora_rank else 4.0 * parameters.head)
 
 
-def _sampling_bytes(work: Work, model_config: Any, config: Config, b: int) -> float:
+def _sampling_bytes(work: Work, model_config: Any, train: TrainConfig, b: int) -> float:
     """Keys and values of every prompt of the step once, and of its sampled answers."""
     key_size = text_sizes(model_config)[2]
     per_token = 2 * b * model_config.text_config.num_hidden_layers * key_size
-    phases = parse_phases(config.train.phases)
-    prompts = max(prompts_per_row(config.train, phase) for phase in phases) * config.train.gradient_accumulation_steps
+    phases = parse_phases(train.phases)
+    prompts = max(prompts_per_row(train, phase) for phase in phases) * train.gradient_accumulation_steps
     return float(per_token * prompts * (work.prompt_len + work.num_sampled * work.answer_len))
 
 

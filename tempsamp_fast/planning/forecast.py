@@ -109,7 +109,7 @@ def forecast(measured: Measured, work: Work, shape: Any, config: Config, method:
             abs(math.log(each.flops / one_row)),
         ),
     )
-    update_s = update_flops(work, shape, config, method, num_prompts) * nearest.seconds / nearest.flops
+    update_s = update_flops(work, shape, config.algorithm, method, num_prompts) * nearest.seconds / nearest.flops
     num_answers = num_prompts * work.num_sampled
     if num_answers == 0:
         return Forecast(update_s, 0.0, (nearest.label,))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tempsamp_fast.config import DataConfig
 from tempsamp_fast.data.prompts import question
 from tempsamp_fast.model.families import geometry_of
 from tempsamp_fast.planning.estimate import FRAME_SIZE, TEXT_TOKENS, num_frames, text_and_video_tokens, video_grid
-from tempsamp_fast.sample import Sample
+from tempsamp_fast.sample import Mode, Sample
 from tempsamp_fast.system.ranks import is_first_rank
 from tempsamp_fast.video.probe import header_facts
 
@@ -55,15 +55,20 @@ def look_at_prompts(
     model_config: Any,
     max_tokens: int,
     count: Callable[[Sample], int] | None = None,
+    modes: Sequence[Mode] = get_args(Mode),
 ) -> None:
     """By arithmetic on all prompts, and if one is too long with its video's own frame size. Tells as the videos' look.
 
+    modes: in which they are asked.
     count: the text's tokens, the chat format and a placeholder included; None: from its bytes.
     """
     geometry = geometry_of(model_config, data.min_pixels, data.max_pixels, data.total_pixels)
 
     def estimated_text(sample: Sample) -> int:
-        return TEXT_TOKENS + len(question(sample.query, "think", data.task).encode()) // BYTES_PER_TOKEN
+        return (
+            TEXT_TOKENS
+            + max(len(question(sample.query, mode, data.task).encode()) for mode in modes) // BYTES_PER_TOKEN
+        )
 
     counts = {sample.duration_s: num_frames(sample.duration_s, data) for sample in samples}
     grids = {number: video_grid(geometry, number, FRAME_SIZE) for number in set(counts.values())}

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -76,12 +76,15 @@ class Run:
             max_prompt_tokens=train.max_tokens_per_row,
             tower=features_key(self.policy, data.cache_features),
         )
+        modes: list[Any] = [mode for phase in self.phases for mode in phase.modes]
+        modes += train.eval_modes.split("+") if self.eval_samples else []
         look_at_prompts(
             [*self.train_samples, *self.eval_samples],
             data,
             self.policy.config,
             train.max_tokens_per_row,
-            lambda sample: len(self.chat.unexpanded(sample, "think", data.task)),
+            lambda sample: max(len(self.chat.unexpanded(sample, mode, data.task)) for mode in modes),
+            modes,
         )
         if self.resumed_from:
             self.engine = restored_engine(self.policy, train, config.model, dtype, self.resumed_from / ENGINE)

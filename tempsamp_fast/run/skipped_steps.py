@@ -17,10 +17,10 @@ class SkippedSteps:
 
     run: what went into such a step is written to RUN/skipped_steps/step_000012_rank_0.json.
     max_in_a_row: the step that makes it more ends the run.
-    num_steps: of the run, whose last step ends it when none since the start was taken.
+    num_steps: of the run, whose last step ends it when none since the start was taken; None: nothing does.
     """
 
-    def __init__(self, run: Path, rank: int, max_in_a_row: int, num_steps: int):
+    def __init__(self, run: Path, rank: int, max_in_a_row: int, num_steps: int | None = None):
         self.run, self.rank, self.max_in_a_row, self.num_steps = run, rank, max_in_a_row, num_steps
         self.in_a_row = 0
         self.has_learned = False
@@ -44,7 +44,8 @@ class SkippedSteps:
         folder = own_folder(self.run / "skipped_steps")
         path = folder / f"step_{at.step:06d}_rank_{self.rank}.json"
         write_json(path, {"step": at.step, "phase": str(at.phase), "metrics": metrics, "groups": _described(groups)})
-        if self.in_a_row > self.max_in_a_row or (at.step == self.num_steps - 1 and not self.has_learned):
+        is_last = self.num_steps is not None and at.step == self.num_steps - 1
+        if self.in_a_row > self.max_in_a_row or (is_last and not self.has_learned):
             never = "" if self.has_learned else ", in every step so far: look for NaN in the weights, and at --dtype"
             raise FloatingPointError(
                 f"step {at.step}: the loss or gradient was not finite {self.in_a_row} times in a row "

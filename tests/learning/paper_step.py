@@ -239,6 +239,8 @@ def described(rows: Sequence[Row], settings: Settings) -> dict[str, float]:
             "clip_low": ((ratio < 1 - settings["epsilon_low"]) & (sign < 0)).float(),
             "clip_high": ((ratio > 1 + settings["epsilon_high"]) & (sign > 0)).float(),
         }
+        if chosen[0].ref is None:
+            del tokens["kl"]  # it is not computed
         metrics |= {f"policy/{side}{name}": float(values.detach().mean()) for name, values in tokens.items()}
         metrics |= {
             f"policy/{side}ratio_min": float(ratio.detach().min()),

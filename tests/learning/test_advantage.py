@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup, VideoPatches
-from tempsamp_fast.config import AlgorithmConfig
-from tempsamp_fast.learning.advantage import advantages_by_rule, assign_advantages, skewness, skewness_by_rule
+from tempsamp_fast.config import AlgorithmConfig, Shaping
+from tempsamp_fast.learning.advantage import advantage_metrics, advantages_by_rule, assign_advantages, skewness
 from tempsamp_fast.sample import Sample
 
 SAMPLE = Sample("clip/0", Path("clip.mp4"), "a square", 10.0, ((2.0, 6.0),))
@@ -104,6 +105,10 @@ def test_what_every_rule_makes_of_the_rewards_of_a_step() -> None:
     for rule, values in found.items():
         assert values.tolist() == pytest.approx(WORKED[rule] + [0.0] * (2 if rule == "grpo" else 3), abs=6e-4), rule
     assert [each.advantages for each in groups] == [None, None]
+
+
+def skewness_by_rule(groups: list[RolloutGroup], algorithm: AlgorithmConfig) -> dict[str, float]:
+    return {rule: advantage_metrics(groups, algorithm)[f"advantage/skew/{rule}"] for rule in get_args(Shaping)}
 
 
 def test_skewness_is_the_third_standardised_moment_over_all_answers_of_a_step() -> None:

@@ -27,7 +27,7 @@ class Letters:
     def completion(self, ids: torch.Tensor) -> Completion:
         return Completion(ids, "".join(map(chr, ids.tolist())))
 
-    def off_policy_completion(self, text: str) -> Completion:
+    def off_policy_completion(self, text: str, opening: str = "") -> Completion:
         return Completion(torch.tensor([*map(ord, text), 0]), text, is_off_policy=True)
 
 

@@ -50,7 +50,7 @@ def test_an_update_runs_at_the_measured_rate_and_sampling_at_the_measured_pace(r
     measured = read_measured(results)
     one = forecast(measured, work, shape, config, "grpo", 1)
     assert one.labels == ("3B C=32 G=8 packed", "1 prompts ours")
-    assert one.update_s == pytest.approx(update_flops(work, shape, config, "grpo", 1) / 200e12)
+    assert one.update_s == pytest.approx(update_flops(work, shape, config.algorithm, "grpo", 1) / 200e12)
     assert one.sampling_s == pytest.approx(4.0 / 2)
     eighty = forecast(measured, work, shape, config, "grpo", 80)
     assert eighty.labels[1] == "8 prompts ours" and eighty.sampling_s == pytest.approx(10 * 8.0 / 2)

@@ -37,7 +37,7 @@ def test_a_resumed_run_is_the_undisturbed_run(
         save(run, done)
 
     monkeypatch.setattr(Run, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         trainer.main(folder, *finished_run.words)
     monkeypatch.setattr(Run, "save", save)
     assert read_metrics(folder)[-1]["step"] >= num_steps

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tempsamp_fast.run.folder import open_folder
 
 from tempsamp_fast.config import RolloutConfig, TrainConfig
 from tempsamp_fast.eval import AnswerFiles
@@ -19,6 +18,7 @@ from tempsamp_fast.learning.groups import RecordedRollouts
 from tempsamp_fast.report.__main__ import main as report
 from tempsamp_fast.report.plots import plot_run, plot_timeline
 from tempsamp_fast.run.log import RunLog, drop_rows_from, write_json
+from tempsamp_fast.run.resume import open_folder
 from tempsamp_fast.system.durable import remove
 from tempsamp_fast.system.files import fresh_folder, open_to_append, own_folder
 from tempsamp_fast.system.heartbeat import Heartbeat

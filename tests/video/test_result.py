@@ -9,7 +9,7 @@ import torch
 
 from tempsamp_fast.video.result import Limits, VideoBatch, VideoError, VideoResult
 
-FIGURES = {"frame_pixels": 100, "num_frames": 10, "duration_s": 5.0, "patch_bytes": 1000}
+FIGURES = {"frame_pixels": 100, "num_frames": 10, "patch_bytes": 1000}
 PATH = Path("clip.mp4")
 
 
