@@ -7,17 +7,33 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
 from tempsamp_fast.config import AlgorithmConfig, Config, DataConfig, ModelConfig, RolloutConfig, TrainConfig
+from tempsamp_fast.system.files import read_json
+
+logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent / "configs"
 SECTIONS = (DataConfig, ModelConfig, RolloutConfig, AlgorithmConfig, TrainConfig)
+MOST_CHARACTERS = 1 << 16
+"""Of a recipe."""
+RUNS_CODE = ("allow_pickle", "trust_remote_code")
+"""Settings that count only when typed on the command line."""
+TYPED_AGAIN = (*RUNS_CODE, "record_rollouts", "patch_cache", "synthetic_dir", "deepspeed_config", "video_device")
+"""Those that must be typed again to resume: the record may be a stranger's, and these run, write or open something."""
+FIELDS: dict[str, Any] = {
+    name: field
+    for section in SECTIONS
+    for field in dataclasses.fields(section)
+    for name in (field.name, *(alias.removeprefix("--") for alias in field.metadata["aliases"]))
+}
+"""By their names, former ones too."""
 DESCRIPTION = """--config NAME_OR_FILE.yaml takes the settings of a recipe first, in place of the defaults below; flags
 win. Without it that is tiny_cpu for the tiny model on the embedded data, else own_videos. --resume RUN takes those the
 run was started with."""
@@ -26,20 +42,31 @@ run was started with."""
 def read_recipe(path: Path, inherited_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The settings of a flat YAML file, over those of the recipe that its entry `base` names, if it has one.
 
-    A base is a file's stem in the same folder, or a recipe's name. Raises ValueError naming a file that cannot be read
-    and a base that leads back to itself.
+    A base is a file's stem in the same folder, or a recipe's name. Raises ValueError naming a file that cannot be read,
+    a base that leads back to itself, and a setting that counts only when typed.
     """
     try:
-        entries = yaml.safe_load(path.read_text())
+        with path.open() as recipe:
+            text = recipe.read(MOST_CHARACTERS)
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 2 or isinstance(event, yaml.AliasEvent) or len(text) == MOST_CHARACTERS:
+                raise ValueError(f"aliases, nesting and {MOST_CHARACTERS} characters are too much for `name: value`")
+        entries = yaml.safe_load(text)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"--config {path}: not valid YAML: {error}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"--config {path}: expected `name: value` lines, found {type(entries).__name__}")
+    if always := [name for name in RUNS_CODE if entries.get(name)]:
+        raise ValueError(f"--config {path}: {', '.join(always)} counts only when typed: --{' --'.join(always)}")
     if "base" not in entries:
         return entries
     base = entries.pop("base")
+    if Path(str(base)).name != base:
+        raise ValueError(f"--config {path}: base {base!r} is no name of a recipe or of a file beside it")
     beside = path.with_name(f"{base}.yaml")
     file = beside if beside.is_file() else RECIPES / f"{base}.yaml"
     if file in (path, *inherited_by):
@@ -47,29 +74,34 @@ def read_recipe(path: Path, inherited_by: tuple[Path, ...] = ()) -> dict[str, An
     return read_recipe(file, (path, *inherited_by)) | entries
 
 
-def _saved_flags(run: Path) -> list[str]:
-    """The settings that a run was started with, as command line words."""
+def _saved_flags(run: Path, typed: Collection[str]) -> list[str]:
+    """The settings that a run was started with, as command line words; those that are not the defaults are logged.
+
+    Raises ValueError for those that count only when typed again, unless they are among the names `typed`.
+    """
     path = run / "config.json"
     if not path.is_file():
         raise ValueError(f"--resume {run}: no run in this folder (it has no config.json)")
     try:
-        sections = json.loads(path.read_text())
-        settings = {name: value for section in sections.values() for name, value in section.items()}
-    except (json.JSONDecodeError, AttributeError) as error:
+        settings = {name: value for section in read_json(path).values() for name, value in section.items()}
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"--resume {run}: {path.name} cannot be read: {error}") from error
-    fields = [field for section in SECTIONS for field in dataclasses.fields(section)]
-    known = {name for field in fields for name in (field.name, *_former_names(field))}
-    unknown = [f"{name}={value!r}" for name, value in settings.items() if name not in known]
+    unknown = [f"{name}={value!r}" for name, value in settings.items() if name not in FIELDS]
     if unknown:
         raise ValueError(
             f"--resume {run}: made by another version, whose settings this one does not have: {', '.join(unknown)}; "
             f"finish it with that version, or delete them from {path}"
         )
+    changed = {name: value for name, value in settings.items() if value != FIELDS[name].default}
+    logger.info("resume: %s has %s", path, ", ".join(f"{name}={value!r}" for name, value in changed.items()))
+    packaged = [file.stem for file in RECIPES.glob("*.json")]
+    asked = [name for name in changed if name in TYPED_AGAIN and name not in typed and changed[name] not in packaged]
+    if asked:
+        raise ValueError(
+            f"--resume {run}: was started with {' '.join(f'--{name} {changed[name]!r}' for name in asked)}, which "
+            f"counts only when typed again: type it if you want it, or delete it from {path}"
+        )
     return _flags(settings)
-
-
-def _former_names(field: dataclasses.Field[Any]) -> list[str]:
-    return [alias.removeprefix("--") for alias in field.metadata["aliases"]]
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:
@@ -93,15 +125,22 @@ def parse_args(arguments: Sequence[str]) -> Config:
     )
     try:
         given, words = files.parse_known_args(list(arguments))
-        recipe = given.config or (None if given.resume else default_recipe(words))
-        typed = [*(_flags(read_recipe(_config_file(recipe))) if recipe else []), *words]
-        flags = [*([*_saved_flags(given.resume), f"--resume={given.resume}"] if given.resume else []), *typed]
+        typed = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+        config = given.config or (None if given.resume else default_recipe(words))
+        recipe = read_recipe(_config_file(config)) if config else {}
+        typed |= recipe.keys()
+        saved = [*_saved_flags(given.resume, typed), f"--resume={given.resume}"] if given.resume else []
+        flags = [*saved, *_flags(recipe), *words]
         *settings, unknown = parser.parse_args_into_dataclasses(args=flags, return_remaining_strings=True)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
     if unknown:
         raise ValueError(f"unknown flag: {' '.join(unknown)}")
-    return Config(*settings)
+    made = Config(*settings)
+    if given.resume and "offline" not in typed:
+        is_hub_name = made.model.model != "tiny" and not Path(made.model.model).expanduser().exists()
+        made.model.offline = is_hub_name and "model" not in typed
+    return made
 
 
 def default_recipe(words: Sequence[str]) -> Path:

@@ -20,11 +20,13 @@ from typing import Any, get_args, get_type_hints
 
 from tempsamp_fast.config import MODES, DataConfig
 from tempsamp_fast.data.catalogue import DATASETS, dataset_name, load_samples, require_clip_scores
+from tempsamp_fast.data.text_files import parse_json
 from tempsamp_fast.evaluation.published import DEFAULT_TABLES, MIXED, comparison
 from tempsamp_fast.evaluation.scoring import grounding_scores, oracle_ious, score_rows
 from tempsamp_fast.run.log import write_json
 from tempsamp_fast.sample import Mode, Sample, Task
-from tempsamp_fast.system.device import prepare_environment
+from tempsamp_fast.system.device import join_ranks, prepare_environment
+from tempsamp_fast.system.files import one_line, open_to_append, own_folder, read_json, write_file
 
 HOW_FRAMES_ARE_TAKEN = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "sampling")
 HOW_THEY_ARE_READ = ("video_backend", "video_device", "patch_cache")
@@ -39,9 +41,9 @@ class AnswerFiles:
     def __init__(self, folder: Path, mode: Mode, rank: int) -> None:
         self.merged = folder / f"{mode}.jsonl"
         self._own = folder / f"{mode}.{rank}.jsonl"
-        if self._own.exists():
+        if self._own.is_file():
             content = self._own.read_bytes()
-            os.truncate(self._own, content.rfind(b"\n") + 1)
+            write_file(self._own, content[: content.rfind(b"\n") + 1])
 
     def read(self, samples: Sequence[Sample]) -> dict[str, str]:
         """The texts so far by sample id, of all ranks.
@@ -50,9 +52,9 @@ class AnswerFiles:
         """
         by_id = {sample.sample_id: sample for sample in samples}
         texts = {}
-        for path in filter(Path.exists, [self.merged, *self._parts()]):
+        for path in filter(Path.is_file, [self.merged, *self._parts()]):
             for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
-                row: dict[str, Any] = json.loads(line) if line.endswith("\n") else {"sample_id": None}
+                row: dict[str, Any] = parse_json(str(path), line) if line.endswith("\n") else {"sample_id": None}
                 sample = by_id.get(row["sample_id"])
                 if sample is None or "skipped" in row:
                     continue
@@ -63,14 +65,12 @@ class AnswerFiles:
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Keep answers of this rank."""
-        with self._own.open("a") as file:
+        with open_to_append(self._own) as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def merge(self, rows: Sequence[dict[str, Any]]) -> None:
         """Replace the ranks' files by one of all rows."""
-        partial = self.merged.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        partial.replace(self.merged)
+        write_file(self.merged, "".join(json.dumps(row) + "\n" for row in rows))
         for part in self._parts():
             part.unlink()
 
@@ -100,7 +100,7 @@ def require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
     if not path.exists() or not any(folder.glob("*.jsonl")):
         write_json(path, settings)
         return
-    begun = json.loads(path.read_text())
+    begun = read_json(path)
     changed = [
         f"{name} {begun.get(name)!r}, now {value!r}" for name, value in settings.items() if begun.get(name) != value
     ]
@@ -110,8 +110,6 @@ def require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 def evaluate(options: argparse.Namespace) -> str:
     """Ask, score and compare as the command line says; the table on rank 0, nothing on the others."""
-    import torch.distributed as dist
-
     from tempsamp_fast.evaluation.answerer import Answerer
     from tempsamp_fast.evaluation.asking import answer_row
     from tempsamp_fast.planning.look import look_for_videos
@@ -134,14 +132,14 @@ def evaluate(options: argparse.Namespace) -> str:
     params = SamplingParams(options.temperature, options.top_p, options.top_k, options.max_completion_length)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world_size > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
+        join_ranks("gloo", timedelta(days=7))
     if rank == 0:
-        options.output.mkdir(parents=True, exist_ok=True)
+        own_folder(options.output, may_be_link=True)
         frames = {name: getattr(data, name) for name in HOW_FRAMES_ARE_TAKEN}
         settings = {"model": fingerprint(options.model), "annotations": options.annotations, "task": data.task}
         require_same_settings(options.output, settings | frames | dataclasses.asdict(params) | {"seed": options.seed})
     barrier()
-    answerer = Answerer(options.model, data, params, options.seed)
+    answerer = Answerer(options.model, data, params, options.seed, base=options.base)
     rows_by_mode = {}
     for mode in modes:
         files = AnswerFiles(options.output, mode, rank)
@@ -229,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--model", required=True, help="run folder, checkpoint folder or hub name")
+    add("--base", help="hub name of the model that adapters belong on, where the hub's cache lacks it")
     add("--annotations", required=True, help=f"file or data set: {', '.join(DATASETS)}")
     add("--videos", required=True, type=Path, help="folder of <video id>.{mp4,mkv,webm,avi,mov,m4v}")
     add("--output", required=True, type=Path, help="folder of answers and scores; one that has some is continued")
@@ -260,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ValueError(f"--{name} {value}: must be at least 1")
         text = evaluate(options)
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         return 2
     if text:
         print(text)

@@ -21,24 +21,29 @@ from tempsamp_fast.config import ModelConfig  # noqa: E402
 from tempsamp_fast.model.loading import DTYPES, load_model  # noqa: E402
 from tempsamp_fast.model.lora import base_checkpoint  # noqa: E402
 from tempsamp_fast.run.checkpoint import VIDEO_SETTINGS, model_folder  # noqa: E402
+from tempsamp_fast.system.files import one_line, write_file  # noqa: E402
 
 
-def export(source: Path, out: Path, dtype: torch.dtype) -> None:
+def export(source: Path, out: Path, dtype: torch.dtype, base: str | None = None) -> None:
     """Write the model of a run's newest checkpoint, or of a checkpoint, into the new folder `out`.
 
+    base: the hub name to fetch where the model is adapters on it; otherwise the hub's cache must have it.
     Raises ValueError for a source without a model and for an `out` that exists.
     """
     if out.exists():
         raise ValueError(f"{out}: exists already")
     folder = Path(model_folder(str(source)))
     has_adapters = base_checkpoint(str(folder)) is not None
-    model, chat = load_model(str(folder), ModelConfig(), torch.float32 if has_adapters else dtype)
+    model, chat = load_model(
+        str(folder), ModelConfig(model=base or str(folder)), torch.float32 if has_adapters else dtype
+    )
     if has_adapters:
         model = model.merge_and_unload().to(dtype)
+    out.mkdir(parents=True)
     model.save_pretrained(out)
     chat.tokenizer.save_pretrained(out)
     for name, text in chat.preprocessor_files.items():
-        (out / name).write_text(text)
+        write_file(out / name, text)
     if (folder / VIDEO_SETTINGS).is_file():
         shutil.copy(folder / VIDEO_SETTINGS, out)
 
@@ -48,12 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.export", description=__doc__)
     parser.add_argument("source", type=Path, metavar="RUN_OR_MODEL")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--base", help="hub name of the model that adapters belong on, where the hub's cache lacks it")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     options = parser.parse_args(arguments)
     try:
-        export(options.source, options.out, DTYPES[options.dtype])
+        export(options.source, options.out, DTYPES[options.dtype], options.base)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         return 2
     return 0
 

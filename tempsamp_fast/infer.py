@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from tempsamp_fast.sample import Mode, Sample
 from tempsamp_fast.system.device import prepare_environment
+from tempsamp_fast.system.files import one_line
 from tempsamp_fast.video import BackendName
 
 
@@ -23,6 +24,7 @@ def infer(
     max_completion_length: int = 256,
     require_tags: bool = True,
     video_backend: BackendName = "auto",
+    base: str | None = None,
 ) -> dict[str, Any]:
     """The greedy answer to one query: `span` in seconds (None if it does not parse), `text`, `duration_s`.
 
@@ -30,8 +32,8 @@ def infer(
 
     `outside_video` says that the span goes on beyond the video.
 
-    Frames are taken as the checkpoint was trained (`video.json` beside its weights), by `video_backend`. Raises
-    ValueError naming a bad checkpoint, video or query.
+    Frames are taken as the checkpoint was trained (`video.json` beside its weights), by `video_backend`; `base` is as
+    of `Answerer`. Raises ValueError naming a bad checkpoint, video or query.
     """
     from tempsamp_fast.evaluation.answerer import Answerer
     from tempsamp_fast.rewards import is_outside, parse_span
@@ -43,7 +45,7 @@ def infer(
         raise ValueError("query is empty")
     params = SamplingParams(temperature=0.0, max_completion_length=max_completion_length)
     settings = replace(read_video_settings(Path(checkpoint)), video_backend=video_backend)
-    answerer = Answerer(checkpoint, settings, params)
+    answerer = Answerer(checkpoint, settings, params, base=base)
     sample = Sample(video.stem, video, query, duration_s=0.0, windows=())
     (prompt,) = answerer.loader.prompts([sample], [mode])
     (completion,) = answerer.answer([prompt])
@@ -63,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; prints the answer as one JSON object. Exit code 2 on bad input."""
     parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.infer", description=__doc__)
     parser.add_argument("--model", required=True, help="run folder, checkpoint folder or hub name")
+    parser.add_argument("--base", help="hub name of the model that adapters belong on, where the hub's cache lacks it")
     parser.add_argument("--video", required=True, type=Path)
     parser.add_argument("--query", required=True)
     parser.add_argument("--think", action="store_true", help="reason first")
@@ -76,13 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.plot:
             options.plot.parent.mkdir(parents=True, exist_ok=True)
-        how = options.max_completion_length, not options.untagged, options.video_backend
+        how = options.max_completion_length, not options.untagged, options.video_backend, options.base
         answer = infer(options.model, options.video, options.query, mode, *how)
         print(json.dumps(answer))
         if options.plot:
             _plot(answer, options.plot)
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         return 2
     return 0
 

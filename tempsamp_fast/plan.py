@@ -43,6 +43,7 @@ from tempsamp_fast.planning.forecast import Forecast, Measured, describe, foreca
 from tempsamp_fast.planning.look import look_at_prompts, look_for_all_videos
 from tempsamp_fast.run.checkpoint import model_folder
 from tempsamp_fast.run.schedule import in_steps
+from tempsamp_fast.system.files import one_line
 
 SHORTEST_ANSWER = {"answer": 20, "think": 45}
 """Tokens of the shortest useful answers: the span in its tags, and the template that thinks before it."""
@@ -243,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         world_size = options.gpus * options.nodes
         print(describe_plan(decided(parse_args(words), world_size), world_size, options.gpu, measured))
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         return 2
     return 0
 

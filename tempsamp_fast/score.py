@@ -12,6 +12,7 @@ from typing import get_args
 from tempsamp_fast.data.annotations import FORMATS, load_annotations
 from tempsamp_fast.evaluation.scoring import read_predictions, score_rows
 from tempsamp_fast.sample import Task
+from tempsamp_fast.system.files import one_line
 
 
 def answers_file(given: str) -> Path:
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             samples, read_predictions(answers_file(options.predictions), samples), options.task, not options.untagged
         )
     except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, f"error: {one_line(error)}\n")
     metrics = {"num_queries": len(samples), **metrics}
     if options.json:
         print(json.dumps(metrics))

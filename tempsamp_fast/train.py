@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from tempsamp_fast.system.device import prepare_environment, training_device
+from tempsamp_fast.system.device import join_ranks, prepare_environment, training_device
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while importing there is nothing to tell
@@ -28,6 +28,7 @@ from tempsamp_fast.learning.update import mean_over_ranks  # noqa: E402
 from tempsamp_fast.plan import decided, describe_plan, look_before  # noqa: E402
 from tempsamp_fast.run.results import Results  # noqa: E402
 from tempsamp_fast.run.run import Run  # noqa: E402
+from tempsamp_fast.system.files import one_line, write_file  # noqa: E402
 from tempsamp_fast.system.heartbeat import LOST_RANK_EXIT, RankLostError  # noqa: E402
 from tempsamp_fast.system.ranks import of_all_ranks  # noqa: E402
 
@@ -91,14 +92,15 @@ def main(arguments: Sequence[str]) -> None:
             return
         folder = Path(config.train.resume or config.train.output_dir)
         training_device()
+        join_ranks(deepspeed.accelerator.get_accelerator().communication_backend_name())
         deepspeed.init_distributed(verbose=False)
         train(Run(config))
     except (ValueError, OSError, FloatingPointError, RankLostError, torch.OutOfMemoryError) as error:
         if folder and folder.is_dir():
             with contextlib.suppress(OSError):  # the disk may be what is full
-                (folder / "error.log").write_text(traceback.format_exc())
+                write_file(folder / "error.log", traceback.format_exc())
         advice = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else ""
-        sys.stderr.write(f"error: {' '.join(str(error).split())}{advice}\n")
+        sys.stderr.write(f"error: {one_line(error)}{advice}\n")
         sys.exit(LOST_RANK_EXIT if isinstance(error, RankLostError) else 2)
     except KeyboardInterrupt:
         go_on = f"; go on with --resume {folder}" if folder and (folder / "config.json").exists() else ""

@@ -27,7 +27,7 @@ from tempsamp_fast.learning.advantage import assign_advantages
 from tempsamp_fast.run.log import read_metrics
 from tempsamp_fast.run.run import Run
 from tempsamp_fast.run.schedule import PhaseStep, plan
-from tempsamp_fast.system.device import free_port, prepare_environment
+from tempsamp_fast.system.device import free_port, join_ranks, prepare_environment
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = """
@@ -232,6 +232,7 @@ def process_group() -> Iterator[None]:
     import deepspeed
 
     os.environ["MASTER_PORT"] = str(free_port())
+    join_ranks("gloo")
     deepspeed.init_distributed(verbose=False)
     yield
 

@@ -34,6 +34,9 @@ class ModelConfig:
     liger_layers: LigerLayers = setting(
         "auto", "Liger's fused RMSNorm, SwiGLU and rotary positions; auto: on with a GPU"
     )
+    offline: bool = setting(
+        False, "take nothing from the hub but what its cache has; always so for a model that only a record names"
+    )
     trust_remote_code: bool = setting(False, "let a checkpoint bring Python code of its own, which then runs here")
     allow_pickle: bool = setting(False, "also load weights and state from pickles, which can run any code")
 

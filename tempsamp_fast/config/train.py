@@ -48,7 +48,7 @@ class TrainConfig:
         "none", "to CPU memory: the optimizer's state (zero_stage 1 and up), or parameters too (zero_stage 3)"
     )
     deepspeed_config: str | None = setting(
-        None, "JSON merged over the generated config: a file, or zero2, zero3_offload, ..."
+        None, "JSON merged over the generated config: a file, or zero2, zero3_nodes, ..."
     )
     eval_modes: str = setting("answer", "modes evaluated after each phase, such as answer+think")
     eval_batch_size: int = setting(64, "queries asked together in an evaluation, per rank")

@@ -14,6 +14,7 @@ from tempsamp_fast.data.annotations import Annotations, read_annotations
 from tempsamp_fast.data.catalogue import DATASETS, Dataset, find_annotations
 from tempsamp_fast.data.frame_folder import fps_of, images_of
 from tempsamp_fast.data.loader import LENGTH_TOLERANCE
+from tempsamp_fast.system.files import one_line
 from tempsamp_fast.video import VideoError, frames
 from tempsamp_fast.video.torchcodec_backend import open_decoder, shown_span
 
@@ -110,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         usual = find_annotations(dataset, options.videos) if dataset and not options.annotations else options.name
         findings = check(read_annotations(options.annotations or usual, options.videos), dataset or Dataset(()))
     except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, f"error: {one_line(error)}\n")
     print(describe(findings, options.show))
     sys.exit(1 if any(findings.problems.values()) else 0)
 

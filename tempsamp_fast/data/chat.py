@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -17,8 +16,11 @@ from tempsamp_fast.data.prompts import normalise_query, question
 from tempsamp_fast.data.text_files import shown
 from tempsamp_fast.model.families import family_of
 from tempsamp_fast.sample import Mode, Sample, Task
+from tempsamp_fast.system.bounded import bounded
 
 VIDEO_MARKER = "<|vision_start|><|video_pad|><|vision_end|>"
+QUESTION = "[the question]"
+"""Stands for it while the chat template is rendered."""
 
 
 class Chat:
@@ -27,7 +29,8 @@ class Chat:
     preprocessor_files: texts by name of the checkpoint's image and video processor settings. They are not read here,
         only written beside the weights of checkpoints made from it.
     generation_eos: `eos_token_id` of the checkpoint's generation_config.
-    Raises ValueError when the tokenizer has no chat template, no end of sequence or lacks the vision tokens.
+    Raises ValueError when the tokenizer has no chat template that can be used, no end of sequence, or lacks the vision
+    tokens.
     """
 
     def __init__(
@@ -45,6 +48,8 @@ class Chat:
                 f"video_token_id={model_config.video_token_id}"
             )
         self.tokenizer: Any = tokenizer
+        self._rendered: dict[tuple[Any, Mode], tuple[str, str]] = {}
+        self._template("answer")
         self.preprocessor_files = preprocessor_files
         self.timestamps_in_text = family_of(model_config).has_timestamps
         self.merged_patch = model_config.vision_config.spatial_merge_size**2
@@ -67,8 +72,8 @@ class Chat:
         said = "an answer"
         turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": said}]
         try:
-            _, _, behind = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition(said)
-        except (TemplateError, TypeError, ValueError):  # a template that takes no such turns
+            _, _, behind = self._render(turns).rpartition(said)
+        except ValueError:  # a template that takes no such turns
             behind = ""
         first = self.tokenizer(behind.strip(), add_special_tokens=False).input_ids[:1]
         ours = [token for token in first if token in special]
@@ -96,14 +101,9 @@ class Chat:
     def _question(self, sample: Sample, mode: Mode, task: Task) -> tuple[str, str]:
         """The prompt as text, and what of the answer stands at its end already."""
         asked = question(self._as_text(sample), mode, task)
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": asked}]}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=mode == "think",
-        )
+        text = asked.join(self._template(mode))
         name = self.tokenizer.name_or_path
-        if text.count(VIDEO_MARKER) != 1 or asked not in text:
+        if text.count(VIDEO_MARKER) != 1:
             raise ValueError(
                 f"the chat template of {name!r} renders a video and a question as {shown(text)}; "
                 f"expected one {VIDEO_MARKER} and the question"
@@ -135,6 +135,30 @@ class Chat:
         if left:
             raise ValueError(f"sample {shown(sample.sample_id)}: query {shown(query)} cannot be asked as plain text")
         return query
+
+    def _template(self, mode: Mode) -> tuple[str, str]:
+        """What the chat template puts before and after a question; rendered once a mode, as it is a stranger's program.
+
+        Raises ValueError for one that fails, repeats or drops the question, takes over 10 s or 512 MiB.
+        """
+        key = self.tokenizer.chat_template, mode
+        if key in self._rendered:
+            return self._rendered[key]
+        asked = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}]
+        try:
+            text = self._render(asked, add_generation_prompt=True, enable_thinking=mode == "think")
+            before, after = text.split(QUESTION)
+        except ValueError as error:
+            raise ValueError(
+                f"the chat template of {self.tokenizer.name_or_path!r} cannot be used: it must render a question once "
+                f"({error})"
+            ) from error
+        return self._rendered.setdefault(key, (before, after))
+
+    def _render(self, turns: list[Any], **options: bool) -> str:
+        """What the chat template makes of `turns`. Raises ValueError for one that fails, takes over 10 s or 512 MiB."""
+        render = lambda: self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        return bounded(render, seconds=10, num_bytes=512 << 20)
 
     def _video_text(self, video: VideoPatches) -> str:
         frames, height, width = video.grid_thw

@@ -37,7 +37,7 @@ class VideoFolder:
 
 def _inside(video_id: str) -> PurePath:
     path = PurePath(video_id)
-    if not path.name or path.is_absolute() or ".." in path.parts or "\0" in video_id:
+    if not path.name or path.is_absolute() or ".." in path.parts or not video_id.isprintable():
         raise ValueError(f"video {video_id[:90]!r} is not a path inside the video folder")
     return path
 

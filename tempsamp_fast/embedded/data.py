@@ -13,6 +13,7 @@ from tempsamp_fast.data.prompts import off_policy_text, question
 from tempsamp_fast.embedded.model import build_tiny_checkpoint
 from tempsamp_fast.embedded.videos import SyntheticConfig, generate
 from tempsamp_fast.sample import Sample, Task
+from tempsamp_fast.system.files import fresh_folder
 from tempsamp_fast.system.ranks import made_by_first_rank
 
 
@@ -43,7 +44,7 @@ def embedded_checkpoint(folder: Path, samples: Sequence[Sample], task: Task, fam
         for mode in ("answer", "think")
         for text in (question(sample.query, mode, task), off_policy_text(sample, mode) or "")
     ]
-    return str(made_by_first_rank(lambda: build_tiny_checkpoint(folder, texts, family, seed)))
+    return str(made_by_first_rank(lambda: build_tiny_checkpoint(fresh_folder(folder), texts, family, seed)))
 
 
 def _generate(folder: Path, config: SyntheticConfig) -> Path:

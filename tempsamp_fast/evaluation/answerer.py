@@ -20,6 +20,7 @@ class Answerer:
     """A model on this rank's device and the loader of its prompts.
 
     checkpoint: a Hugging Face folder or hub name.
+    base: the hub name to fetch where `checkpoint` holds adapters on it; otherwise the hub's cache must have it.
     data: how frames are taken, and the task.
     params: how answers are drawn; temperature 0 is greedy.
     seed: of sampled answers; each depends on it, its sample and its mode alone.
@@ -27,10 +28,16 @@ class Answerer:
     """
 
     def __init__(
-        self, checkpoint: str, data: DataConfig, params: SamplingParams, seed: int = 0, max_tokens_per_row: int = 32_768
+        self,
+        checkpoint: str,
+        data: DataConfig,
+        params: SamplingParams,
+        seed: int = 0,
+        max_tokens_per_row: int = 32_768,
+        base: str | None = None,
     ) -> None:
         device = training_device()
-        model, self._chat = load_model(checkpoint, ModelConfig(), resolve_dtype("auto", device))
+        model, self._chat = load_model(checkpoint, ModelConfig(model=base or checkpoint), resolve_dtype("auto", device))
         geometry = geometry_of(model.config, data.min_pixels, data.max_pixels, data.total_pixels)
         self.loader = PromptLoader(self._chat, geometry, data, max_prompt_tokens=max_tokens_per_row)
         self._policy = Policy(model).eval().to(device)

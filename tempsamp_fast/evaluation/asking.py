@@ -14,6 +14,7 @@ from tempsamp_fast.data.loader import PromptLoader
 from tempsamp_fast.learning.groups import Sampler
 from tempsamp_fast.rewards import best_iou, is_outside, parse_span
 from tempsamp_fast.sample import Mode, Sample
+from tempsamp_fast.system.files import own_folder, write_file
 from tempsamp_fast.system.progress import Progress
 from tempsamp_fast.system.ranks import is_first_rank, num_ranks, of_all_ranks, own_rank
 
@@ -77,5 +78,5 @@ def answer_row(sample: Sample, text: str, require_tags: bool = True) -> dict[str
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write evaluation rows as JSON lines; `python -m tempsamp_fast.score` reads them as predictions."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own_folder(path.parent)
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from tempsamp_fast.config import Phase, TrainConfig
 from tempsamp_fast.model.packing import PackedRow, idle_row
 from tempsamp_fast.model.policy import Head
+from tempsamp_fast.system.files import read_json
 from tempsamp_fast.system.ranks import is_first_rank, max_over_ranks, num_ranks
 from tempsamp_fast.system.stopwatch import Stopwatch
 
@@ -90,8 +90,8 @@ def _given_settings(name: str | None) -> dict[str, Any]:
         return {}
     packaged = Path(__file__).parents[1] / "configs" / f"{name}.json"
     try:
-        given = json.loads((packaged if packaged.is_file() else Path(name)).read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        given = read_json(packaged if packaged.is_file() else Path(name))
+    except (OSError, ValueError) as error:
         raise ValueError(f"deepspeed_config={name!r}: {error}") from error
     if not isinstance(given, dict):
         raise ValueError(f"deepspeed_config={name!r}: expected an object, found {given!r:.80}")

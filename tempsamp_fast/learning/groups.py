@@ -16,6 +16,7 @@ from tempsamp_fast.data.chat import Chat
 from tempsamp_fast.data.prompts import off_policy_text
 from tempsamp_fast.rewards import REWARDS, TASK_REWARDS
 from tempsamp_fast.sample import Task
+from tempsamp_fast.system.files import open_to_append
 
 TIED = 1e-6
 """Sums of rewards that differ by less are the same."""
@@ -88,7 +89,7 @@ class RecordedRollouts:
             ids = [completion.ids.tolist() for completion in completions]
             row = {"step": step, "sample_id": prompt.sample.sample_id, "mode": prompt.mode, "ids": ids}
             lines.append(json.dumps(row) + "\n")
-        with self.path.open("a") as file:
+        with open_to_append(self.path) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.writelines(lines)
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.embedded.model import tiny_config
 from tempsamp_fast.model.families import FAMILIES, family_named
-from tempsamp_fast.model.loading import found_checkpoint
+from tempsamp_fast.model.loading import check_folder, found_checkpoint, hub_for
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,12 @@ def model_config(model: ModelConfig) -> Any:
     family = next((each for each in FAMILIES.values() if name in each.published), None)
     if family and not Path(model.model).exists():
         return family.published_config(name)
+    if (folder := Path(model.model).expanduser()).is_dir():
+        check_folder(folder, model.allow_pickle)
     try:
-        return AutoConfig.from_pretrained(found_checkpoint(model.model), trust_remote_code=model.trust_remote_code)
+        with hub_for(model.model, model):
+            found = found_checkpoint(model.model)
+            return AutoConfig.from_pretrained(found, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         known = ", ".join(name for each in FAMILIES.values() for name in each.published)
         raise ValueError(f"model={model.model!r}: its config.json is not here; known without it are {known}") from error
@@ -62,6 +66,7 @@ def count_parameters(config: Any, model: ModelConfig) -> Parameters:
 @lru_cache(maxsize=8)
 def _count(config_json: str, lora_rank: int, lora_targets: str) -> Parameters:
     config = AutoConfig.for_model(**json.loads(config_json))
+    config._attn_implementation = "sdpa"
     with torch.device("meta"):
         built: Any = AutoModelForImageTextToText.from_config(config)
     targets = tuple(target.strip() for target in lora_targets.split(","))

@@ -7,11 +7,13 @@ import re
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
+from huggingface_hub import constants as hub
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
@@ -22,11 +24,13 @@ from tempsamp_fast.data.chat import Chat
 from tempsamp_fast.model.families import family_of
 from tempsamp_fast.model.liger_layers import apply_liger_layers
 from tempsamp_fast.model.lora import ADAPTER_CONFIG, base_checkpoint, load_adapters
+from tempsamp_fast.system.files import WEIGHTS, check_files, read_json
 
 logger = logging.getLogger(__name__)
 HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
 HUB_TIMEOUT_S = 4.0
 PREPROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
+FETCH = "the hub is only asked for what is typed; fetch it (hf download NAME), or type --model (train) or --base NAME"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -40,38 +44,85 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tuple[Any, Chat]:
     """A model and its chat format from a Hugging Face folder or hub name; a `PeftModel` from a folder of adapters.
 
-    Weights are read from safetensors alone, unless `allow_pickle`.
-    Raises ValueError for a folder without a model, an architecture that is not supported, and weights that are
-    missing or cannot be read.
+    Weights are read from safetensors alone, unless `allow_pickle`. The hub is asked for `config.model` alone, not for
+    what a folder names.
+    Raises ValueError for a folder without a model, an architecture that is not supported, files that lead out of their
+    folder, and weights that are missing or cannot be read.
     """
-    checkpoint = found_checkpoint(checkpoint)
-    base = base_checkpoint(checkpoint)
-    weights = found_checkpoint(base) if base else checkpoint
-    check_architecture(weights, config.trust_remote_code)
-    try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            weights,
-            dtype=dtype,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=None if config.allow_pickle else True,
-            output_loading_info=True,
-        )
-        model, loading = loaded
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"model={checkpoint!r}: cannot be loaded: {error}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=config.trust_remote_code)
-        asked: Any = [{"role": "user", "content": [{"type": "video"}]}]
-        tokenizer.apply_chat_template(asked, tokenize=False)
-    except Exception as error:  # what a damaged file raises is plain Exception in tokenizers, and jinja2's own
-        raise ValueError(f"model={checkpoint!r}: its tokenizer or chat template cannot be used: {error}") from error
+    with hub_for(checkpoint, config):
+        checkpoint = found_checkpoint(checkpoint)
+    weights = base = base_checkpoint(checkpoint)
+    if base:
+        with hub_for(base, config):
+            weights = found_checkpoint(base)
+    weights = weights or checkpoint
+    for folder in filter(Path.is_dir, map(Path, (checkpoint, weights))):
+        check_folder(folder, config.allow_pickle)
+    with hub_for(weights, config):
+        settings = check_architecture(weights, config.trust_remote_code)
+        settings._attn_implementation = "sdpa"  # of all parts: they may name a kernel on the hub
+        try:
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                weights,
+                config=settings,
+                dtype=dtype,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=None if config.allow_pickle else True,
+                output_loading_info=True,
+            )
+            model, loading = loaded
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"model={checkpoint!r}: cannot be loaded: {error}") from error
+    with hub_for(checkpoint, config):
+        tokenizer, preprocessor_files = _load_tokenizer(checkpoint, config), _preprocessor_files(checkpoint)
     if loading["missing_keys"]:
         raise ValueError(f"model={weights!r}: has no weights for {', '.join(sorted(loading['missing_keys']))}")
     eos = getattr(model.generation_config, "eos_token_id", None)
     apply_liger_layers(model, config.liger_layers)
     if base:
         model = load_adapters(model, checkpoint, config.allow_pickle)
-    return model, Chat(tokenizer, model.config, _preprocessor_files(checkpoint), eos)
+    return model, Chat(tokenizer, model.config, preprocessor_files, eos)
+
+
+def _load_tokenizer(checkpoint: str, config: ModelConfig) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # what a damaged file raises is plain Exception in tokenizers
+        raise ValueError(f"model={checkpoint!r}: its tokenizer cannot be used: {error}") from error
+
+
+@contextmanager
+def hub_for(name: str, config: ModelConfig) -> Iterator[None]:
+    """Inside, the hub is reached for `name` if that is what was typed, and otherwise only its cache is read."""
+    was, is_here = hub.HF_HUB_OFFLINE, Path(name).exists()
+    hub.HF_HUB_OFFLINE = was or config.offline or name != config.model or is_here
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if hub.HF_HUB_OFFLINE and not is_here:
+            raise ValueError(f"{error}; {FETCH}") from error
+        raise
+    finally:
+        hub.HF_HUB_OFFLINE = was
+
+
+def check_folder(folder: Path, allow_pickle: bool) -> None:
+    """Raise ValueError for a checkpoint's folder whose files lead out of it, name others, or cannot be read."""
+    check_files(folder)
+    for index in folder.glob("*.index.json"):
+        content = read_json(index)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        suffixes = (".safetensors",) if "safetensors" in index.name and not allow_pickle else WEIGHTS
+        names = shards.values() if isinstance(shards, dict) else [shards]
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or Path(name).suffix not in suffixes:
+                raise ValueError(f"{index}: names {name!r}; expected files of {' or '.join(suffixes)} beside it")
+    for path in filter(Path.is_file, (folder / "config.json", folder / "tokenizer_config.json")):
+        settings = read_json(path)
+        for name, value in settings.items() if isinstance(settings, dict) else ():
+            is_elsewhere = str(name).endswith("_file") and isinstance(value, str) and Path(value).name != value
+            if name in ("transformers_weights", "fast_tokenizer_files") or (is_elsewhere and (folder / value).exists()):
+                raise ValueError(f"{path}: {name} names files to load instead, and is not obeyed; remove it")
 
 
 def _preprocessor_files(checkpoint: str) -> dict[str, str]:
@@ -109,19 +160,19 @@ def found_checkpoint(name: str) -> str:
 
 def _why_unreachable(name: str) -> str:
     """Empty where the hub answers at once, whatever it says. Names are looked up without a time limit: in a thread."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if hub.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    url = f"{huggingface_hub.constants.ENDPOINT}/api/models/{name}"
-    reasons = [f"{huggingface_hub.constants.ENDPOINT} did not answer within {HUB_TIMEOUT_S:g} s"]
+    url = f"{hub.ENDPOINT}/api/models/{name}"
+    reasons = [f"{hub.ENDPOINT} did not answer within {HUB_TIMEOUT_S:g} s"]
 
     def ask() -> None:
         try:
             urllib.request.urlopen(url, timeout=HUB_TIMEOUT_S).close()
             reasons.append("")
         except urllib.error.HTTPError as error:
-            reasons.append("" if error.code < 500 else f"{huggingface_hub.constants.ENDPOINT} cannot be used: {error}")
+            reasons.append("" if error.code < 500 else f"{hub.ENDPOINT} cannot be used: {error}")
         except (OSError, ValueError) as error:
-            reasons.append(f"{huggingface_hub.constants.ENDPOINT} cannot be reached: {error}")
+            reasons.append(f"{hub.ENDPOINT} cannot be reached: {error}")
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
@@ -129,13 +180,17 @@ def _why_unreachable(name: str) -> str:
     return reasons[-1]
 
 
-def check_architecture(checkpoint: str, trust_remote_code: bool = False) -> None:
-    """Raise ValueError, naming the checkpoint and the supported families, unless it can be trained here."""
+def check_architecture(checkpoint: str, trust_remote_code: bool = False) -> Any:
+    """A checkpoint's configuration. Raises ValueError, naming it and the families, unless it can be trained here."""
+    folder = Path(checkpoint)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"model={checkpoint!r}: no config.json in this folder")
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a configuration of anything makes transformers raise nearly every kind
         raise ValueError(f"model={checkpoint!r}: cannot be read as a checkpoint: {error}") from error
     try:
         family_of(config)
     except ValueError as error:
         raise ValueError(f"model={checkpoint!r}: {error}") from None
+    return config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from tempsamp_fast.config import ModelConfig
+from tempsamp_fast.system.files import read_json
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRAINED, REFERENCE = "default", "reference"
 """Adapters: the one that learns, and its copy from before reinforcement learning, which only a KL term needs."""
+OWN_TARGETS = r"\.\*language_model\\\.\.\*\\\.\([\w|]+\)"
+"""The form of `target_modules` that `add_adapters` writes."""
+TAKEN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "modules_to_save")
+IGNORED = ("base_model_name_or_path", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+           "inference_mode", "init_lora_weights", "task_type", "revision", "auto_mapping", "peft_version")  # fmt: skip
+"""Settings of adapters that are taken from their folder, and those that say nothing once their weights are there."""
 
 
 def add_adapters(model: nn.Module, config: ModelConfig, seed: int) -> Any:
@@ -70,10 +77,7 @@ def base_checkpoint(folder: str) -> str | None:
     path = Path(folder) / ADAPTER_CONFIG
     if not path.is_file():
         return None
-    try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+    settings = read_json(path)
     base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
     if not isinstance(base, str):
         raise ValueError(f"{path}: base_model_name_or_path is {base!r}; expected a checkpoint folder or hub name")
@@ -95,7 +99,7 @@ def load_adapters(model: nn.Module, folder: str, allow_pickle: bool) -> Any:
             raise ValueError(f"model={str(saved)!r}: has no {ADAPTER_WEIGHTS}; only --allow_pickle loads other files")
         try:
             if wrapped is None:
-                config = PeftConfig.from_pretrained(str(saved))
+                config = PeftConfig.from_pretrained(str(saved)) if allow_pickle else _settings_of(saved)
                 config.inference_mode = False
                 wrapped = PeftModel(model, config, name, autocast_adapter_dtype=False)
             options = {"is_trainable": name == TRAINED, "autocast_adapter_dtype": False, "torch_device": "cpu"}
@@ -107,6 +111,28 @@ def load_adapters(model: nn.Module, folder: str, allow_pickle: bool) -> Any:
             raise ValueError(f"model={str(saved)!r}: has no weights for {len(missing)} adapters, such as {missing[0]}")
     wrapped.set_adapter(TRAINED)
     return wrapped
+
+
+def _settings_of(folder: Path) -> Any:
+    """The `LoraConfig` of saved adapters: numbers from their settings, places from the names of their weights.
+
+    PEFT would import a module that settings name, and match what regular expressions they hold.
+    Raises ValueError for settings that say more.
+    """
+    (LoraConfig,) = _peft("LoraConfig")
+    settings, default = read_json(folder / ADAPTER_CONFIG), LoraConfig().to_dict()
+    more = [name for name, value in settings.items() if value and value != default.get(name, 0)]
+    more = [name for name in more if name not in (*TAKEN, *IGNORED)]
+    if more:
+        raise ValueError(f"{ADAPTER_CONFIG} sets {', '.join(more)}, which is not supported")
+    targets = settings.get("target_modules")
+    if not isinstance(targets, str) or not re.fullmatch(OWN_TARGETS, targets):
+        with safe_open(folder / ADAPTER_WEIGHTS, "pt") as weights:
+            names = [name.partition(".lora_") for name in weights.keys()]  # noqa: SIM118
+        targets = sorted({name.removeprefix("base_model.model.") for name, adapter, _ in names if adapter})
+    taken = {name: settings[name] for name in TAKEN if name in settings}
+    base = settings["base_model_name_or_path"]
+    return LoraConfig(**taken, target_modules=targets, base_model_name_or_path=base)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from tempsamp_fast.config import Config, ModelConfig
 from tempsamp_fast.model.architectures import count_parameters, model_config
 from tempsamp_fast.planning.estimate import Work, update_flops
+from tempsamp_fast.system.files import read_json
 
 SAMPLED_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 """Whose shape the section `rollout` of bench/gpu.py samples from."""
@@ -74,7 +74,7 @@ def read_measured(file: Path) -> Measured:
     Raises ValueError naming a file that cannot be read or lacks a figure of either section.
     """
     try:
-        document = json.loads(file.read_text())
+        document = read_json(file)
         rows = {name: document["sections"].get(name, {"rows": []})["rows"] for name in ("update", "rollout")}
         updates = tuple(_update(row) for row in rows["update"] if row["label"].endswith(" packed") and "ms" in row)
         found = [(row, re.fullmatch(r"\d+ prompts ours(, graphs)?", row["label"])) for row in rows["rollout"]]

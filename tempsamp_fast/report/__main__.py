@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tempsamp_fast.report.page import build_page
 from tempsamp_fast.report.runs import read_runs
+from tempsamp_fast.system.files import one_line, write_file
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -20,9 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     out = options.out or options.runs[0] / "report.html"
     try:
-        out.write_text(build_page(read_runs(options.runs), options.gallery), encoding="utf-8")
+        write_file(out, build_page(read_runs(options.runs), options.gallery))
     except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, f"error: {one_line(error)}\n")
     sys.stdout.write(f"{out}\n")
 
 

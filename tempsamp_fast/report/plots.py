@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle, groupby
@@ -11,14 +11,19 @@ from textwrap import shorten
 from typing import Any, get_args
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from tempsamp_fast.data.text_files import parse_json
 from tempsamp_fast.sample import Mode, Span
+from tempsamp_fast.system.files import own_folder, write_file
 
 Row = Mapping[str, Any]
+rcParams["text.parse_math"] = False
+"""Queries and settings are drawn as they are: between dollars they would be read as formulas."""
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b6b6b")
 """Okabe and Ito's, told apart by colour-blind readers too."""
@@ -29,7 +34,7 @@ EVAL_PHASE = "eval"
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON lines file; none for a file that is missing."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [parse_json(str(path), line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def eval_files(run: Path, mode: str) -> list[Path]:
@@ -41,8 +46,7 @@ def eval_files(run: Path, mode: str) -> list[Path]:
 def plot_run(run: Path) -> list[Path]:
     """Draw every picture that the record of `run` has the figures for, into RUN/plots; returns the files."""
     rows = read_rows(run / "metrics.jsonl")
-    folder = run / "plots"
-    folder.mkdir(exist_ok=True)
+    folder = own_folder(run / "plots")
     drawn = []
     if series_names(rows, "reward/"):
         drawn += [plot_reward(rows, folder / "reward.png")]
@@ -247,4 +251,6 @@ def _figure(path: Path, height: float = 3.4) -> Iterator[Figure]:
     figure = Figure(figsize=(9, height), layout="constrained")
     FigureCanvasAgg(figure)
     yield figure
-    figure.savefig(path, dpi=130)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=130, format=path.suffix[1:] or "png")
+    write_file(path, drawn.getvalue())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 from tempsamp_fast.evaluation.scoring import grounding_scores, oracle_ious
 from tempsamp_fast.report.plots import eval_files, read_rows
 from tempsamp_fast.sample import Mode, Task
+from tempsamp_fast.system.files import read_json
 
 ORACLE = "oracle of both"
 """Of a query's answers in both modes the better one, by its IoU: the paper's "mixed CoT", an upper bound."""
@@ -85,8 +85,11 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
         for name in ("config.json", "metrics.jsonl"):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder}: not a run folder, it has no {name}")
-        configs.append(json.loads((folder / "config.json").read_text()))
-    tasks = [config["data"]["task"] for config in configs]
+        configs.append(read_json(folder / "config.json"))
+    try:
+        tasks = [config["data"]["task"] for config in configs]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folders[len(configs) - 1]}: its config.json is no record of a run: {error!r}") from error
     if len(set(tasks)) > 1:
         found = ", ".join(f"{folder} {task}" for folder, task in zip(folders, tasks, strict=True))
         raise ValueError(f"runs of different tasks cannot be compared: {found}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from tempsamp_fast.system.durable import (
     size_of,
     sync,
 )
+from tempsamp_fast.system.files import fresh_folder, own_folder, read_json, remove_any, write_file
 from tempsamp_fast.system.ranks import barrier, is_first_rank
 
 logger = logging.getLogger(__name__)
@@ -60,14 +60,20 @@ def save_model(folder: Path, policy: Policy, chat: Chat, data: DataConfig) -> No
         raise OSError(f"{folder}: weights not written: {error}") from error
     chat.tokenizer.save_pretrained(folder)
     for name, text in chat.preprocessor_files.items():
-        (folder / name).write_text(text)
+        write_file(folder / name, text)
     write_json(folder / VIDEO_SETTINGS, {name: getattr(data, name) for name in VIDEO_FIELDS})
 
 
 def read_video_settings(folder: Path) -> DataConfig:
     """How frames were taken when the model in `folder` was trained; the defaults for a folder not written here."""
     path = folder / VIDEO_SETTINGS
-    return DataConfig(**json.loads(path.read_text())) if path.is_file() else DataConfig()
+    if not path.is_file():
+        return DataConfig()
+    found = read_json(path)
+    try:
+        return DataConfig(**{name: value for name, value in found.items() if name in VIDEO_FIELDS})
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
 
 
 def save_checkpoint(
@@ -82,9 +88,10 @@ def save_checkpoint(
     final = checkpoint_folder(run, step)
     partial = partial_folder(final)
     if is_first_rank():
+        own_folder(final.parent)
         for unfinished in final.parent.glob(f"*{PARTIAL}"):
-            shutil.rmtree(unfinished)
-        partial.mkdir(parents=True)
+            remove_any(unfinished)
+        partial.mkdir()
     barrier()
     try:
         require_space(partial, _expected_size(run, policy), f"checkpoint {final.name}")
@@ -150,7 +157,7 @@ def latest_checkpoint(run: Path) -> tuple[Path, int]:
     found = checkpoints(run)
     if not found:
         raise ValueError(f"{run}: no complete checkpoint in {run / 'checkpoints'}")
-    return found[-1], json.loads((found[-1] / STATE).read_text())["step"]
+    return found[-1], read_json(found[-1] / STATE)["step"]
 
 
 def sound_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -176,7 +183,7 @@ def _put_aside(broken: Sequence[Path]) -> None:
     barrier()
     if is_first_rank():
         for folder in broken:
-            shutil.rmtree(folder.with_suffix(".broken"), ignore_errors=True)
+            remove_any(folder.with_suffix(".broken"))
             folder.rename(folder.with_suffix(".broken"))
     barrier()
 
@@ -184,7 +191,7 @@ def _put_aside(broken: Sequence[Path]) -> None:
 def _check(folder: Path) -> tuple[list[str], dict[str, Any]]:
     """What is wrong with a checkpoint, and its state."""
     try:
-        state = json.loads((folder / STATE).read_text())
+        state = read_json(folder / STATE)
         step = int(state["step"])
         files = _digests(state["files"]) if "files" in state else None
     except (ValueError, KeyError, TypeError) as error:
@@ -211,7 +218,7 @@ def save_reference(folder: Path, policy: Policy, chat: Chat, data: DataConfig) -
     """Write the reference model as a checkpoint is written: aside, hashed, renamed. Called by every rank."""
     partial = partial_folder(folder)
     if is_first_rank():
-        shutil.rmtree(partial, ignore_errors=True)
+        fresh_folder(partial)
     save_model(partial, policy, chat, data)
     _complete(folder, {})
     barrier()
@@ -223,7 +230,7 @@ def check_reference(folder: Path) -> None:
         raise ValueError(f"{folder}: the reference model is missing, and it cannot be made again after its first step")
     if (folder / STATE).exists():
         try:
-            files = _digests(json.loads((folder / STATE).read_text())["files"])
+            files = _digests(read_json(folder / STATE)["files"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder}: the reference model is broken: {STATE} cannot be read: {error}") from error
         wrong = damage(folder, files)

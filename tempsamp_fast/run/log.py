@@ -16,6 +16,7 @@ import torch
 
 from tempsamp_fast.batch import RolloutGroup
 from tempsamp_fast.config import Config
+from tempsamp_fast.system.files import open_to_append, own_folder, write_file
 from tempsamp_fast.system.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -37,10 +38,8 @@ PACKAGES = ("torch", "triton", "transformers", "deepspeed", "liger-kernel", "tor
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` in one step, so that a reader or a crash never sees half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
+    """Replace `path` as `write_file` does."""
+    write_file(path, json.dumps(value, indent=2) + "\n")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -82,16 +81,16 @@ class RunLog:
         self.active = active
         if not active:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self.metrics_path = folder / "metrics.jsonl"
-        self.groups_path = folder / "groups.jsonl"
-        for path in (self.metrics_path, self.groups_path):
+        own_folder(folder, may_be_link=True)
+        records = [folder / "metrics.jsonl", folder / "groups.jsonl"]
+        for path in records:
             drop_rows_from(path, first_step)
+        self._metrics, self._groups = map(open_to_append, records)
         write_json(folder / "config.json", config.as_dict())
         write_json(folder / "machine.json", describe_machine())
         from torch.utils.tensorboard import SummaryWriter
 
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self._tensorboard = SummaryWriter(str(own_folder(folder / "tensorboard")), purge_step=first_step)
         self._progress = Progress(total_steps, first_step)
         self._num_zero = 0
 
@@ -99,8 +98,8 @@ class RunLog:
         """Append one row; `advance` moves the progress bar by a step."""
         if not self.active:
             return
-        with self.metrics_path.open("a") as file:
-            file.write(json.dumps({"step": step, "phase": phase, **metrics}) + "\n")
+        self._metrics.write(json.dumps({"step": step, "phase": phase, **metrics}) + "\n")
+        self._metrics.flush()
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
         if advance:
@@ -120,16 +119,16 @@ class RunLog:
         """Append to RUN/groups.jsonl every group of this rank that has rewards, for the report's distributions."""
         if not self.active:
             return
-        with self.groups_path.open("a") as file:
-            for group in groups:
-                answers = group.completions
-                if answers[0].rewards and group.advantages is not None:
-                    row = {
-                        "rewards": {name: [answer.rewards[name] for answer in answers] for name in answers[0].rewards},
-                        "advantages": group.advantages.tolist(),
-                        "is_off_policy": [answer.is_off_policy for answer in answers],
-                    }
-                    file.write(json.dumps({"step": step, "phase": phase, **row}) + "\n")
+        for group in groups:
+            answers = group.completions
+            if answers[0].rewards and group.advantages is not None:
+                row = {
+                    "rewards": {name: [answer.rewards[name] for answer in answers] for name in answers[0].rewards},
+                    "advantages": group.advantages.tolist(),
+                    "is_off_policy": [answer.is_off_policy for answer in answers],
+                }
+                self._groups.write(json.dumps({"step": step, "phase": phase, **row}) + "\n")
+        self._groups.flush()
 
     def __enter__(self) -> RunLog:
         if self.active:
@@ -138,22 +137,22 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         if self.active:
+            for file in (self._metrics, self._groups):
+                file.close()
             self._progress.__exit__()
             self._tensorboard.close()
 
 
 def drop_rows_from(path: Path, first_step: int) -> None:
     """Cut a JSONL record back to what was there after `first_step` steps; a last line that was cut off goes too."""
-    if not path.exists():
+    if not path.is_file():
         return
     try:
         *lines, _ = path.read_text().split("\n")
         kept = [line + "\n" for line in lines if _is_before(json.loads(line), first_step)]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: the record cannot be read: {error}") from error
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    write_file(path, "".join(kept))
 
 
 def _is_before(row: dict[str, Any], first_step: int) -> bool:

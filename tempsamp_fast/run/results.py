@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -15,6 +14,7 @@ from tempsamp_fast.evaluation.scoring import best_constant_span, score_rows
 from tempsamp_fast.run.log import RunLog, write_json
 from tempsamp_fast.run.run import Run
 from tempsamp_fast.sample import Mode
+from tempsamp_fast.system.files import read_json
 from tempsamp_fast.system.ranks import of_all_ranks
 
 logger = logging.getLogger(__name__)
@@ -29,9 +29,9 @@ class Results:
     def __init__(self, run: Run):
         self.run = run
         self.path = run.folder / "results.json"
-        resumed = run.first_step > 0 and self.path.exists()
+        resumed = run.first_step > 0 and self.path.is_file()
         try:
-            kept = json.loads(self.path.read_text()) if resumed else []
+            kept = read_json(self.path) if resumed else []
         except ValueError as error:
             raise ValueError(f"{self.path}: the evaluations so far cannot be read: {error}") from error
         self.rows: list[dict[str, Any]] = [row for row in kept if row["num_steps"] <= run.first_step]

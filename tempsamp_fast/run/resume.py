@@ -16,7 +16,8 @@ from tempsamp_fast.learning.engine import effective_zero
 from tempsamp_fast.run.checkpoint import MODEL, checkpoints, sound_checkpoint
 from tempsamp_fast.run.schedule import in_steps, plan
 from tempsamp_fast.sample import Sample
-from tempsamp_fast.system.ranks import barrier, is_first_rank
+from tempsamp_fast.system.files import own_folder, read_json
+from tempsamp_fast.system.ranks import barrier
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ MAY_CHANGE = {
     },
     "model": {
         "model", "gradient_checkpointing", "checkpoint_every", "checkpoint_vision", "liger_layers",
-        "trust_remote_code", "allow_pickle",
+        "offline", "trust_remote_code", "allow_pickle",
     },
 }  # fmt: skip
 """Settings of data and model that a run survives a change of: paths (samples are compared themselves) and ways to get
@@ -60,17 +61,18 @@ class RunFolder:
 def open_folder(train: TrainConfig, rollout: RolloutConfig) -> RunFolder:
     """Make the folder of a new run, or find what to resume; called by every rank.
 
-    Raises ValueError for a folder or a record of rollouts that belongs to another run.
+    Raises ValueError for a folder or a record of rollouts that belongs to another run, or to another user.
     """
     folder, record = Path(train.resume or train.output_dir), rollout.record_rollouts
+    if train.resume:
+        own_folder(folder, may_be_link=True)
     found = sound_checkpoint(folder) if train.resume else None
     if not train.resume and ((folder / "metrics.jsonl").exists() or checkpoints(folder)):
         raise ValueError(f"output_dir={str(folder)!r} holds a run; continue it with --resume or choose another")
     if record and not train.resume and Path(record).exists():
         raise ValueError(f"record_rollouts={record!r} exists; only a resumed run adds to a record: choose another")
     barrier()
-    if is_first_rank():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    own_folder(folder, may_be_link=True)
     if train.resume and not found:
         logger.warning("%s: stopped before its first checkpoint; starting from its beginning", folder)
     return RunFolder(folder, *found) if found else RunFolder(folder)
@@ -100,7 +102,7 @@ def check_same_run(
     state: the checkpoint's `state.json`; one of an earlier version lacks facts, which are then not compared.
     Raises ValueError that lists every setting in the way, with the run's value and the one asked for.
     """
-    then = state.get("config") or json.loads((run / "config.json").read_text())
+    then = state.get("config") or read_json(run / "config.json")
     refused = [
         *_changed_work(state, then["train"], config, samples, world_size),
         *_changed_stage(state, config),

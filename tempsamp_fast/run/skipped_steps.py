@@ -9,6 +9,7 @@ from pathlib import Path
 from tempsamp_fast.batch import RolloutGroup
 from tempsamp_fast.run.log import write_json
 from tempsamp_fast.run.schedule import PhaseStep
+from tempsamp_fast.system.files import own_folder
 
 
 class SkippedSteps:
@@ -40,8 +41,7 @@ class SkippedSteps:
         metrics["optim/step_skipped"] = float(is_skipped)
         if not is_skipped:
             return
-        folder = self.run / "skipped_steps"
-        folder.mkdir(exist_ok=True)
+        folder = own_folder(self.run / "skipped_steps")
         path = folder / f"step_{at.step:06d}_rank_{self.rank}.json"
         write_json(path, {"step": at.step, "phase": str(at.phase), "metrics": metrics, "groups": _described(groups)})
         is_last = self.num_steps is not None and at.step == self.num_steps - 1

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import socket
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 
 def prepare_environment() -> None:
@@ -27,11 +31,31 @@ def prepare_environment() -> None:
 
 def free_port() -> int:
     """A port that nothing listens on."""
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def join_ranks(backend: str, timeout: timedelta | None = None) -> None:
+    """Initialise torch.distributed, once, so that no other host reaches a port of a run on this one.
+
+    One process opens no port. Several whose MASTER_ADDR is this host's loopback meet there; a launcher that gives
+    another address (several nodes) has torch listen on all interfaces. torchrun's own agent does so in any case.
+    """
+    if dist.is_initialized():
+        return
+    rank, num_ranks, address = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["MASTER_ADDR"]
+    store: dist.Store | None = None
+    if num_ranks == 1 or ipaddress.ip_address(socket.gethostbyname(address)).is_loopback:
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+        if num_ranks == 1:
+            store = dist.HashStore()
+        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            port = int(os.environ["MASTER_PORT"])
+            door = socket.create_server(("127.0.0.1", port)).detach() if rank == 0 else None
+            store = dist.TCPStore("127.0.0.1", port, num_ranks, is_master=rank == 0, master_listen_fd=door)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=num_ranks)
 
 
 def training_device() -> torch.device:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from tempsamp_fast.system.files import remove_any
 from tempsamp_fast.system.ranks import made_by_first_rank, num_ranks, of_all_ranks, own_rank
 
 PARTIAL = ".partial"
@@ -58,9 +59,9 @@ def publish(final: Path) -> None:
 def remove(folder: Path) -> None:
     """Delete a folder so that a crash on the way leaves no half of it under its name."""
     doomed = folder.with_name(f"{folder.name}.old{PARTIAL}")
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove_any(doomed)
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    remove_any(doomed)
 
 
 def sync(path: Path) -> None:

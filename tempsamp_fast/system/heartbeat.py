@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tempsamp_fast.system.files import one_line, own_folder, write_file
 from tempsamp_fast.system.ranks import barrier, max_over_ranks
 
 logger = logging.getLogger(__name__)
@@ -58,9 +59,9 @@ class Heartbeat:
         self._action, self._count = action, self._count + 1
 
     def __enter__(self) -> Heartbeat:
-        folder = self.run / "heartbeat"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self._path(self.rank), os.O_RDWR | os.O_CREAT, 0o600)
+        own_folder(self.run / "heartbeat")
+        self._path(self.rank).unlink(missing_ok=True)
+        self._file = os.open(self._path(self.rank), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         self._write()
         barrier()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
@@ -97,10 +98,10 @@ class Heartbeat:
         """A thread can only end a process that hangs in a collective by leaving at once."""
         if self._stop.is_set():
             return
-        sys.stderr.write(f"error: {lost}\n")
+        sys.stderr.write(f"error: {one_line(lost)}\n")
         sys.stderr.flush()
         try:
-            (self.run / "error.log").write_text(lost + "\n")
+            write_file(self.run / "error.log", lost + "\n")
         finally:
             os._exit(LOST_RANK_EXIT)
 

@@ -246,7 +246,7 @@ def _plan(
     if len(times) == 1 and sampling.start_s == 0:
         frames, second_per_frame = np.zeros(FRAME_FACTOR, dtype=np.int64), 1 / sampling.fps
         notes.append(SINGLE_FRAME)
-    elif len(times) < FRAME_FACTOR or duration_s <= 0:
+    elif len(times) < FRAME_FACTOR or not 0 < duration_s < math.inf:
         return VideoError(path, "TOO_FEW_FRAMES", f"has {len(times)} frames, at least {FRAME_FACTOR} are needed")
     elif sampling.mode == "pts":
         wanted, second_per_frame = sample_times(sampling, len(times), duration_s)
@@ -282,7 +282,7 @@ def _notes(index: _video.Index) -> list[str]:
 
 def _frame_rate(index: _video.Index) -> float:
     """As the header gives it; 0 where it counts fields or ticks (AVI) rather than the frames that are there."""
-    return index.frame_rate if index.has_times else 0.0
+    return index.frame_rate if index.has_times and 0 < index.frame_rate < math.inf else 0.0
 
 
 def frame_times(index: _video.Index) -> tuple[np.ndarray, float, float]:

@@ -59,7 +59,8 @@ class PatchCache:
         draft = entry.with_suffix(f".{os.getpid()}")
         fields = {**vars(patches), "pixel_values": patches.pixel_values.clone(), "features": features}
         try:
-            torch.save(fields, draft)
+            with draft.open("xb") as file:
+                torch.save(fields, file)
             draft.replace(entry)
         except (OSError, RuntimeError) as error:
             draft.unlink(missing_ok=True)

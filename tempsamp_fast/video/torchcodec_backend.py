@@ -7,13 +7,16 @@ concealed frames from good ones. What that means file by file is in bench/result
 
 from __future__ import annotations
 
+import ctypes
 import math
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +36,13 @@ CHUNK = 16
 DEADLINE = "the deadline passed"
 HAND_OVER_S = 0.5
 """Time after the deadline in which the frames so far may still be handed over."""
-TEXT = frozenset(b"\t\n\v\f\r\xef\xbb\xbf") | frozenset(range(32, 127))
-"""Playlists, manifests and session descriptions are text, and would make FFmpeg open other files or the network."""
-TEXT_THAT_IS_VIDEO = b"YUV4MPEG2"
+FORMATS = {
+    *("mov", "matroska", "avi", "mpegts", "mpeg", "mpegvideo", "m4v", "h264", "hevc", "ivf", "obu", "av1", "flv"),
+    *("ogg", "asf", "mxf", "nut", "gif", "rm", "wtv", "dv", "yuv4mpegpipe"),
+}
+"""As the extension's: others (playlists, manifests, session descriptions) make FFmpeg open files or the network."""
+MOST_PROBED, WEAK_SCORE = 1 << 20, 25
+"""Bytes after which FFmpeg takes any guess at the format, and the score that it doubts before."""
 
 
 def load(
@@ -120,19 +127,54 @@ def open_decoder(path: Path) -> VideoDecoder:
         raise VideoError(path, "OPEN_FAILED", "not a regular file")
     try:
         with path.open("rb") as file:
-            head = file.read(16)
+            head = file.read(MOST_PROBED)
     except OSError as error:
         raise VideoError(path, "OPEN_FAILED", f"cannot be read ({error.strerror})") from error
     if not head:
         raise VideoError(path, "OPEN_FAILED", "the file is empty")
-    if TEXT.issuperset(head) and not head.startswith(TEXT_THAT_IS_VIDEO):
-        raise VideoError(path, "OPEN_FAILED", "text, such as a playlist, not a video")
+    found = probed_format(path, head)
+    if found.split(",")[0] not in FORMATS:
+        raise VideoError(path, "OPEN_FAILED", f"{found or 'nothing that FFmpeg knows'}, not a video file")
     try:
         return VideoDecoder(str(path.absolute()), device="cpu")
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = _first_line(error)
         code: Code = "NO_VIDEO_STREAM" if "video stream" in reason else "OPEN_FAILED"
         raise VideoError(path, code, f"cannot be opened as a video ({reason})") from error
+
+
+class _ProbeData(ctypes.Structure):
+    """FFmpeg's AVProbeData."""
+
+    _fields_ = (
+        ("filename", ctypes.c_char_p),
+        ("buf", ctypes.c_char_p),
+        ("buf_size", ctypes.c_int),
+        ("mime_type", ctypes.c_char_p),
+    )
+
+
+@cache
+def _libavformat() -> ctypes.CDLL:
+    """The one that torchcodec has loaded."""
+    library = ctypes.CDLL(re.findall(r"/\S*libavformat\S*", Path("/proc/self/maps").read_text())[0])
+    library.av_probe_input_format3.restype = ctypes.POINTER(ctypes.c_char_p)  # AVInputFormat begins with its name
+    return library
+
+
+def probed_format(path: Path, head: bytes) -> str:
+    """The format that FFmpeg will take a file for that begins with `head`, by its own probe; empty for none.
+
+    As avformat_open_input: first by the name alone (image sequences), then by more and more of the file.
+    """
+    sizes = [0, *(1 << bits for bits in range(11, MOST_PROBED.bit_length()))]
+    for size in sizes:
+        part, score = head[:size], ctypes.c_int()
+        data = _ProbeData(bytes(path.absolute()), part + bytes(64), len(part), None)
+        found = _libavformat().av_probe_input_format3(ctypes.byref(data), int(size > 0), ctypes.byref(score))
+        if found and score.value > (WEAK_SCORE if 0 < size < len(head) else 0):
+            return found[0].decode()
+    return ""
 
 
 def shown_span(metadata: VideoStreamMetadata) -> tuple[float, float]:

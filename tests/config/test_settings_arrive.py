@@ -97,6 +97,10 @@ PLAN: dict[type, dict[str, tuple[str, str]]] = {
             f"{MODEL}test_sampling_update_and_reference_attend_by_the_core_asked_for",
         ),
         "liger_layers": ("whose norms run", f"{MODEL}test_fused_layers_run_where_they_are_asked_for"),
+        "offline": (
+            "the hub is not asked",
+            "security/test_checkpoint_folders.py::test_the_hub_is_asked_for_nothing_that_a_folder_names",
+        ),
         "trust_remote_code": ("every loader is told", f"{MODEL}test_remote_code_is_trusted_only_when_asked_for"),
         "allow_pickle": ("pickles load, or are refused", f"{MODEL}test_pickles_are_loaded_only_when_asked_for"),
     },

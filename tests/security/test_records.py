@@ -1,0 +1,96 @@
+"""Settings that a stranger wrote: the record of a run that is resumed, recipes, and what is typed all the same."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tempsamp_fast.arguments import RUNS_CODE, TYPED_AGAIN, parse_args
+
+
+def recorded(folder: Path, section: str = "model", **settings: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({section: settings}))
+    return folder
+
+
+ASKED = {
+    "allow_pickle": (True, 1, "yes"),
+    "trust_remote_code": (True, "true"),
+    "record_rollouts": ("/tmp/elsewhere",),
+    "patch_cache": ("/tmp/elsewhere",),
+    "synthetic_dir": ("/tmp/elsewhere",),
+    "deepspeed_config": ("/tmp/ds.json", "../../../ds", ["zero2"]),
+    "video_device": ("cuda",),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in ASKED.items() for value in values])
+def test_a_record_allows_no_code_writes_nowhere_and_picks_no_device(tmp_path: Path, name: str, value: Any) -> None:
+    """In whichever section it says so; the error names the flag, and typed it counts."""
+    assert ASKED.keys() == set(TYPED_AGAIN)
+    for section in ("model", "train", "anything"):
+        run = recorded(tmp_path / "run", section, **{name: value})
+        with pytest.raises(ValueError, match=f"--{name}.*counts only when typed again"):
+            parse_args(["--resume", str(run)])
+    typed = {"allow_pickle": "true", "trust_remote_code": "true", "video_device": "cpu"}.get(name, "mine")
+    for words in ([f"--{name}", typed], [f"--{name}={typed}"], [f"--{name.replace('_', '-')}={typed}"]):
+        parse_args(["--resume", str(recorded(tmp_path / "run", model="tiny")), *words])
+
+
+def test_what_a_record_changes_is_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = recorded(tmp_path / "run", "data", videos="/elsewhere", annotations="a\x1b[31m.json", fps=2.0)
+    with caplog.at_level("INFO"):
+        parse_args(["--resume", str(run)])
+    assert "videos='/elsewhere'" in caplog.text and "fps" not in caplog.text and "\x1b" not in caplog.text
+
+
+def test_the_hub_is_not_asked_for_a_model_that_only_a_record_names(tmp_path: Path) -> None:
+    run = str(recorded(tmp_path / "run", model="someone/model", offline=False))
+    assert parse_args(["--resume", run]).model.offline
+    assert not parse_args(["--resume", run, "--model", "someone/model"]).model.offline
+    assert not parse_args(["--model", "someone/model"]).model.offline
+
+
+@pytest.mark.parametrize("name", RUNS_CODE)
+@pytest.mark.parametrize("door", ["itself", "its base"])
+def test_a_recipe_allows_no_code(tmp_path: Path, name: str, door: str) -> None:
+    (tmp_path / "evil.yaml").write_text(f"{name}: true\n")
+    (tmp_path / "mine.yaml").write_text("base: evil\n")
+    recipe = tmp_path / ("evil.yaml" if door == "itself" else "mine.yaml")
+    with pytest.raises(ValueError, match=f"{name} counts only when typed"):
+        parse_args(["--config", str(recipe)])
+
+
+@pytest.mark.parametrize("base", ["../outside", "/etc/outside", "a/b", 7])
+def test_a_recipe_names_no_file_elsewhere(tmp_path: Path, base: Any) -> None:
+    (tmp_path / "outside.yaml").write_text("seed: 7\n")
+    recipe = tmp_path / "inner/mine.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text(json.dumps({"base": base}))
+    with pytest.raises(ValueError, match="no name of a recipe"):
+        parse_args(["--config", str(recipe)])
+
+
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+
+
+@pytest.mark.parametrize("text", [LAUGHS, "a: &a [*a]", "[" * 20_000, "seed: " + "9" * 10_000, "a: {" * 5000])
+def test_a_recipe_cannot_be_a_bomb(tmp_path: Path, text: str) -> None:
+    recipe = tmp_path / "bomb.yaml"
+    recipe.write_text(text)
+    started = time.process_time()
+    with pytest.raises(ValueError, match=r"bomb\.yaml: not valid YAML"):
+        parse_args(["--config", str(recipe)])
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 10_000, "{", "[]", "null", '{"data": 3}'])
+def test_a_record_cannot_be_a_bomb(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        parse_args(["--resume", str(tmp_path)])
