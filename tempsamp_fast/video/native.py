@@ -291,7 +291,7 @@ def frame_times(index: _video.Index) -> tuple[np.ndarray, float, float]:
     if index.num_frames == 0:
         return np.empty(0), 0.0, 0.0
     if len(begins) == 0:
-        step = 1 / (index.frame_rate or DEFAULT_FPS)
+        step = 1 / (index.frame_rate if 0 < index.frame_rate < math.inf else DEFAULT_FPS)
         return np.arange(index.num_frames) * step, index.num_frames * step, 0.0
     numerator, denominator = index.time_base
     seconds = begins * numerator / denominator

@@ -38,7 +38,8 @@ HAND_OVER_S = 0.5
 """Time after the deadline in which the frames so far may still be handed over."""
 FORMATS = {
     *("mov", "matroska", "avi", "mpegts", "mpeg", "mpegvideo", "m4v", "h264", "hevc", "ivf", "obu", "av1", "flv"),
-    *("ogg", "asf", "mxf", "nut", "gif", "rm", "wtv", "dv", "yuv4mpegpipe"),
+    *("ogg", "asf", "mxf", "nut", "gif", "rm", "wtv", "dv", "yuv4mpegpipe", "h263", "vvc", "vc1", "mjpeg", "apng"),
+    "webp_anim",
 }
 """As the extension's: others (playlists, manifests, session descriptions) make FFmpeg open files or the network."""
 MOST_PROBED, WEAK_SCORE = 1 << 20, 25

@@ -90,8 +90,10 @@ def test_an_index_of_no_frame_rate_is_no_traceback(rate: float) -> None:
     native = pytest.importorskip("tempsamp_fast.video.native")
 
     class Index:
-        clock = np.full(8, native.NO_PTS), np.ones(8, dtype=np.int64)
-        frame_rate, has_times, size, coded_size, time_base = rate, True, (64, 64), (64, 64), (1, 25)
+        clock = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        frame_rate, has_times, size, coded_size, time_base, num_frames = rate, True, (64, 64), (64, 64), (1, 25), 8
+        unapplied_degrees = num_restarts = 0
+        has_false_times = False
 
     for sampling in (Sampling(), Sampling(mode="qwen_utils")):
         native._plan(Path("v.mp4"), sampling, (Index(), ("OK", "")), Geometry.of_family("qwen2_5_vl"), np.dtype("f4"),
