@@ -27,7 +27,8 @@ def write_table(mutants: Sequence[Mutant], verdicts: Mapping[str, dict[str, Any]
     (folder / "mutants.json").write_text(json.dumps(rows, indent=1) + "\n")
     lines = ["# Mutants: small faults put into the code, and the tests that notice", ""]
     noticed = sum(row["verdict"] in ("killed", "timed out") for row in rows)
-    lines += [f"`python bench/mutants.py`: {noticed} of {len(rows)} noticed.", ""]
+    judged = sum(row["verdict"] != "open" for row in rows)
+    lines += [f"`python bench/mutants.py`: {noticed} of {judged} noticed, {len(rows) - judged} not judged yet.", ""]
     lines += [
         "| module | mutants | killed | timed out | survived | open | by which tests |",
         "|---|---|---|---|---|---|---|",
