@@ -13,7 +13,7 @@ import torch
 
 from tempsamp_fast.batch import VideoPatches, VisionFeatures
 from tempsamp_fast.config import DataConfig
-from tempsamp_fast.data.loader import crop
+from tempsamp_fast.data.loader import crop, sample_index
 from tempsamp_fast.run.checkpoint import read_video_settings, save_model
 from tempsamp_fast.sample import Sample
 from tempsamp_fast.video import Geometry, Sampling, patch_cache
@@ -131,3 +131,19 @@ def test_a_saved_model_tells_every_setting_that_its_frames_and_prompts_depend_on
     save_model(tmp_path / "model", run.policy, run.chat, run.config.data)
     assert dataclasses.asdict(read_video_settings(tmp_path / "model")) == dataclasses.asdict(DataConfig(**told))
     assert read_video_settings(tmp_path) == DataConfig()
+
+
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    first, second = ([sample_index(epoch * 20 + place, 20, seed=3) for place in range(20)] for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != second
+
+
+def test_the_video_that_was_asked_for_last_stays_in_memory(stepper: Callable) -> None:
+    run = stepper("--phases", "sft:1").run
+    samples = list({sample.video: sample for sample in run.train_samples}.values())[:2]
+    for sample in samples:
+        run.loader.prompts([sample], ["answer"])
+    run.loader.config.video_cache_gib = max(video.nbytes for video in run.loader._videos.values()) / 2**30
+    run.loader.prompts(samples[::-1], ["answer"] * 2)
+    assert list(run.loader._videos) == [samples[0].video]
