@@ -22,7 +22,7 @@ class AnswererDouble:
 
     made: ClassVar[list[tuple[Any, ...]]] = []
 
-    def __init__(self, *given: Any) -> None:
+    def __init__(self, *given: Any, base: str | None = None) -> None:
         self.made.append(given)
         self.loader = SimpleNamespace(skipped={})
 
