@@ -96,7 +96,8 @@ def test_links_within_a_folder_and_into_the_hubs_blobs_are_followed(model: Path,
 
 
 @pytest.mark.parametrize(
-    "shard", ["a.bin", "../secret.safetensors", "/tmp/a.safetensors", "sub/a.safetensors", "a.safetensors.pt", 7, None]
+    "shard",
+    ["a.bin", "../secret.safetensors", "/elsewhere/a.safetensors", "sub/a.safetensors", "a.safetensors.pt", 7, None],
 )
 @pytest.mark.parametrize("flag", [False, True])
 def test_an_index_names_weights_beside_it_alone(model: Path, shard: Any, flag: bool) -> None:
@@ -225,7 +226,13 @@ def test_the_places_of_adapters_are_the_names_of_their_weights(tmp_path: Path, t
 @pytest.mark.parametrize(
     "found",
     [
-        {"video_backend": "torchcodec", "patch_cache": "/tmp/x", "annotations": "/tmp/a", "surprise": 1, "fps": 3.0},
+        {
+            "video_backend": "torchcodec",
+            "patch_cache": "/elsewhere/x",
+            "annotations": "/elsewhere/a",
+            "surprise": 1,
+            "fps": 3.0,
+        },
         {"fps": 3.0, "on_bad_video": "skip", "video_device": "cuda", "cache_features": True},
     ],
 )

@@ -78,13 +78,13 @@ def test_conversion_opens_no_link(saved: Path, tmp_path: Path, allow_pickle: boo
 
 
 NAMES: dict[str, Any] = {
-    "absolute": {"module": {"/tmp/outside": torch.zeros(1)}},
+    "absolute": {"module": {"/elsewhere/outside": torch.zeros(1)}},
     "upward": {"module": {"../../outside": torch.zeros(1)}},
     "parent": {"param_shapes": [OrderedDict({"..": torch.Size([1])})]},
     "of a fragment": {"optimizer_state_dict": {"param_slice_mappings": [OrderedDict({"a/../../b": 1})]}},
     "in a tuple": {"optimizer_state_dict": ({"x": [{"/y": 1}]},)},
     "steering": {"universal_checkpoint_info": {"a": 1}},
-    "experts": {"ds_autoep_layers": [{"expert_key_prefix": "/tmp/outside"}]},
+    "experts": {"ds_autoep_layers": [{"expert_key_prefix": "/elsewhere/outside"}]},
 }
 
 

@@ -21,10 +21,10 @@ def recorded(folder: Path, section: str = "model", **settings: Any) -> Path:
 ASKED = {
     "allow_pickle": (True, 1, "yes"),
     "trust_remote_code": (True, "true"),
-    "record_rollouts": ("/tmp/elsewhere",),
-    "patch_cache": ("/tmp/elsewhere",),
-    "synthetic_dir": ("/tmp/elsewhere",),
-    "deepspeed_config": ("/tmp/ds.json", "../../../ds", ["zero2"]),
+    "record_rollouts": ("/elsewhere/kept",),
+    "patch_cache": ("/elsewhere/kept",),
+    "synthetic_dir": ("/elsewhere/kept",),
+    "deepspeed_config": ("/elsewhere/ds.json", "../../../ds", ["zero2"]),
     "video_device": ("cuda",),
 }
 
