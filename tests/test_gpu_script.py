@@ -188,7 +188,7 @@ def test_counts_of_a_test_report_add_up_over_suites() -> None:
 
 def test_a_test_run_without_a_report_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="exit code 4"):
-        run_tests(["--no-such-option"])
+        run_tests(["--noconftest", "--no-such-option"])
 
 
 @pytest.mark.slow

@@ -27,6 +27,10 @@ LONGER_ONES = ("--on_bad_sample", "skip")
 """Samples that these steps do not take may be longer than a row."""
 
 
+def slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def spoil_loss(monkeypatch: pytest.MonkeyPatch, spoiled: Callable[[int], Any]) -> None:
     """From now on the n-th call of the loss gives `spoiled(n)(loss)`, where that is not None."""
     policy_loss, calls = update.policy_loss, iter(range(10**6))
@@ -63,7 +67,7 @@ SPOILED = {
 }
 
 
-@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
+@pytest.mark.parametrize("stage", [*map(slow, "02"), "1", "3"])
 @pytest.mark.parametrize("what", SPOILED)
 def test_a_non_finite_step_leaves_the_weights_and_the_next_step_learns(
     stepper, monkeypatch: pytest.MonkeyPatch, what: str, stage: str
@@ -136,7 +140,7 @@ def fails_at(call: int) -> Callable[..., None]:
     ("stage", "change"),
     [("0", out_of_memory), ("0", OutOfMemoryBackward.apply), ("1", out_of_memory), ("2", out_of_memory)],
 )
-@pytest.mark.parametrize("failing_row", [0, 1])
+@pytest.mark.parametrize("failing_row", [slow(0), 1])
 def test_a_batch_that_does_not_fit_is_packed_again_in_shorter_rows(
     stepper, monkeypatch: pytest.MonkeyPatch, stage: str, change: Any, failing_row: int
 ) -> None:
@@ -180,7 +184,7 @@ def test_a_group_that_does_not_fit_is_run_in_stages_of_its_prompt(stepper, monke
         (("--zero_stage", "2", "--dtype", "bfloat16"), {}),
     ],
 )
-@pytest.mark.parametrize("failing_row", [0, 1])
+@pytest.mark.parametrize("failing_row", [slow(0), 1])
 def test_half_a_backward_pass_leaves_nothing_behind(
     stepper, tmp_path: Path, words: tuple[str, ...], settings: dict[str, Any], failing_row: int
 ) -> None:
