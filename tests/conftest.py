@@ -1,4 +1,4 @@
-"""Fixtures of all tests. `tiny`: both model families in miniature, with prompts and random answers.
+"""Fixtures of all tests. `tiny`: model families in miniature, with prompts and random answers.
 
 Property tests draw the same examples every time and have no time limit: they fail by the code, not by chance or load.
 """
@@ -12,15 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
-from transformers import (
-    PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
+from transformers import PreTrainedModel
 
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup, Sample, VideoPatches
+from tempsamp_fast.model.families import FAMILIES
 
 settings.register_profile(
     "steady", deadline=None, derandomize=True, max_examples=100, suppress_health_check=[HealthCheck.too_slow]
@@ -55,6 +50,33 @@ VISION = {
     "initializer_range": 0.2,
 }
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+INTERLEAVED = {"head_dim": 8, "rope_parameters": {**ROPE, "mrope_interleaved": True}}
+EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+HYBRID = {
+    # Half of every head is rotated, and layer 1 of 3 attends.
+    "head_dim": 16,
+    "rope_parameters": {**ROPE, "mrope_interleaved": True, "partial_rotary_factor": 0.5},
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 4,
+}
+FAMILY_TEXT = {
+    "qwen2_5_vl": {"rope_parameters": ROPE},
+    "qwen3_vl": INTERLEAVED,
+    "qwen3_vl_moe": INTERLEAVED | EXPERTS,
+    "qwen3_5": HYBRID,
+    "qwen3_5_moe": HYBRID | EXPERTS | {"shared_expert_intermediate_size": 16},
+}
+FAMILY_VISION = {
+    # Windows of 2 x 2 merged patches, so that most videos have windows of several sizes.
+    "qwen2_5_vl": {"window_size": 16, "fullatt_block_indexes": [1], "tokens_per_second": 2},
+    "qwen3_vl": {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    "qwen3_vl_moe": {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    "qwen3_5": {"num_position_embeddings": 16},
+    "qwen3_5_moe": {"num_position_embeddings": 16},
+}
 
 
 @dataclass(frozen=True)
@@ -66,21 +88,17 @@ class Tiny:
     def model(self, **text: object) -> PreTrainedModel:
         """A new model with the same weights every time; `text` overrides fields of its text configuration."""
         torch.manual_seed(0)
-        if self.family == "qwen2_5_vl":
-            # Windows of 2 x 2 merged patches, so that most videos have windows of several sizes.
-            vision = {**VISION, "window_size": 16, "fullatt_block_indexes": [1], "tokens_per_second": 2}
-            text = {**TEXT, "rope_parameters": ROPE, **text}
-            config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **SPECIAL_IDS)
-            return Qwen2_5_VLForConditionalGeneration(config)
-        vision = {**VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
-        text = {**TEXT, "head_dim": 8, "rope_parameters": {**ROPE, "mrope_interleaved": True}, **text}
-        config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **SPECIAL_IDS)
-        return Qwen3VLForConditionalGeneration(config)
+        record = FAMILIES[self.family]
+        parts = {
+            "text_config": {**TEXT, **FAMILY_TEXT[self.family], **text},
+            "vision_config": {**VISION, **FAMILY_VISION[self.family]},
+        }
+        return record.model_class(record.config_class(**parts, tie_word_embeddings=True, **SPECIAL_IDS))
 
     def prompt(
         self, grid_thw: tuple[int, int, int], *, num_text: int = 4, seed: int = 0, second_per_grid: float = 1.0
     ) -> Prompt:
-        """`num_text` ids, the video (Qwen3-VL: an id before every frame as its timestamp), `num_text` ids."""
+        """`num_text` ids, the video (since Qwen3-VL: an id before every frame as its timestamp), `num_text` ids."""
         generator = torch.Generator().manual_seed(seed)
         t, h, w = grid_thw
         text = torch.randint(0, NUM_TEXT_IDS, (2, num_text), generator=generator)
@@ -116,7 +134,7 @@ class Tiny:
         ]
 
 
-@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def tiny(request: pytest.FixtureRequest) -> Tiny:
-    """Each model family in turn."""
+    """Families of each kind in turn; tests that ask for `FAMILIES` get those with experts too."""
     return Tiny(request.param)

@@ -18,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from tempsamp_fast.config import AttentionCore
 from tempsamp_fast.model.flex_attention import FlexAttention
+from tempsamp_fast.model.linear_layers import Recurrence, TreeRecurrence, use_packed_recurrence
 from tempsamp_fast.model.packing import GroupLayout
 from tempsamp_fast.model.split_attention import SplitAttention, attend_windows
 from tempsamp_fast.model.varlen_attention import FLASH_DTYPES, VarlenAttention, varlen_kernel
@@ -28,27 +29,33 @@ VISION_ATTENTION = "tempsamp_vision_flash"
 
 
 class PackedAttention(Protocol):
-    """How the tokens of one forward pass attend, in every text layer."""
+    """How the tokens of one forward pass attend, in every text layer that does."""
+
+    @property
+    def recurrence(self) -> Recurrence:
+        """What linear layers do in place of attending."""
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """query [B, heads, N, dim], key and value [B, kv_heads, N, dim] -> [B, N, heads, dim]."""
 
 
 class PrefillAttention:
-    """The attention of a row of prompts, keeping the keys and values of every layer."""
+    """The attention of a row of prompts, keeping what every layer hands on: keys and values, or states."""
 
     def __init__(self, layout: Sequence[GroupLayout], attention: PackedAttention) -> None:
         self.prompt_lens = [group.prompt_len for group in layout]
         self._attention = attention
-        self.keys: list[Tensor] = []
-        """By layer: [1, kv_heads, N, dim]."""
-        self.values: list[Tensor] = []
+        assert isinstance(attention.recurrence, TreeRecurrence)
+        self.recurrence = attention.recurrence
+        self.recurrence.keep = True
+        self.keys: dict[int, Tensor] = {}
+        """By layer that attends: [1, kv_heads, N, dim]."""
+        self.values: dict[int, Tensor] = {}
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         # A checkpointed layer comes by a second time, in the backward pass.
-        if layer_index == len(self.keys):
-            self.keys.append(key)
-            self.values.append(value)
+        self.keys.setdefault(layer_index, key)
+        self.values.setdefault(layer_index, value)
         return self._attention(layer_index, query, key, value, scaling)
 
     def by_prompt(self, tensor: Tensor) -> tuple[Tensor, ...]:
@@ -89,7 +96,8 @@ def check_attention_core(core: AttentionCore, dtype: torch.dtype, device: torch.
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Switch the text layers and the vision tower of `model` to this module's attention."""
+    """Switch the text layers and the vision tower of `model` to this module's attention, and linear layers too."""
+    use_packed_recurrence(model)
     model.set_attn_implementation({"text_config": TEXT_ATTENTION, "vision_config": VISION_ATTENTION})
 
 

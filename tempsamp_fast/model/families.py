@@ -15,8 +15,14 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from tempsamp_fast.video import Geometry
@@ -27,9 +33,11 @@ class Kept:
     """Numbers of elements that autograd keeps of transformers' layers in eager mode, counted on its saved tensors."""
 
     per_token: tuple[int, int, int, int]
-    """Per token and decoder layer: of the hidden size, query size, key size, intermediate size."""
+    """Per token and decoder layer that attends: of the hidden size, query size, key size, intermediate size."""
     per_patch: tuple[int, int]
     """Per patch and vision block: of the tower's hidden size, intermediate size."""
+    per_linear_token: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Per token and linear layer: of the hidden size, channels of the convolution, value size, intermediate size."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +69,19 @@ class Family:
     """Decoder layers that packed rows support."""
     norm_offset: float = 0.0
     """Added to the weights of RMSNorm before they scale."""
+    norm_casting: str = "llama"
+    """Liger's name for where RMSNorm leaves float32: before its weights scale ("llama"), or after ("gemma")."""
+    has_output_gate: bool = False
+    """What attention gives is scaled by a sigmoid, whose inputs are as wide as the queries."""
 
     def published_config(self, name: str) -> PretrainedConfig:
         """The configuration of a published checkpoint. Raises KeyError for one that is not known here."""
         return self.config_class(**self.published[name])
+
+
+Tower = tuple[int, int, int, int]
+"""Of a vision tower: hidden size, intermediate size, depth, heads."""
+SMALL_TOWER, LARGE_TOWER = (1024, 4096, 24, 16), (1152, 4304, 27, 16)
 
 
 def _text(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:
@@ -78,14 +95,26 @@ def _qwen2_5_vl(*text: int, tied: bool) -> dict[str, Any]:
     return {"text_config": _text(*text), "vision_config": vision, "tie_word_embeddings": tied}
 
 
-def _qwen3_vl(*text: int, tied: bool, tower: tuple[int, int, int], deepstack: list[int]) -> dict[str, Any]:
-    """tower: its hidden size, intermediate size and depth. deepstack: blocks whose features early layers get."""
-    hidden, intermediate, depth = tower
-    vision: dict[str, Any] = {"depth": depth, "hidden_size": hidden, "intermediate_size": intermediate, "num_heads": 16}
-    vision |= {"out_hidden_size": text[0], "deepstack_visual_indexes": deepstack, "num_position_embeddings": 2304}
-    return {"text_config": _text(*text) | {"head_dim": 128}, "vision_config": vision, "tie_word_embeddings": tied}
+def _qwen3_vl(*text: int, tied: bool, tower: Tower, deepstack: list[int], **experts: int) -> dict[str, Any]:
+    """deepstack: blocks whose features early layers get."""
+    vision = _vision(tower, text[0]) | {"deepstack_visual_indexes": deepstack}
+    sizes = _text(*text) | {"head_dim": 128} | experts
+    return {"text_config": sizes, "vision_config": vision, "tie_word_embeddings": tied}
 
 
+def _qwen3_5(*text: int, tied: bool, tower: Tower, value_heads: int, **experts: int) -> dict[str, Any]:
+    """value_heads: of the linear layers."""
+    sizes = _text(*(*text, 248320)) | {"head_dim": 256, "linear_num_value_heads": value_heads} | experts
+    return {"text_config": sizes, "vision_config": _vision(tower, text[0]), "tie_word_embeddings": tied}
+
+
+def _vision(tower: Tower, out_hidden: int) -> dict[str, Any]:
+    hidden, intermediate, depth, heads = tower
+    vision = {"depth": depth, "hidden_size": hidden, "intermediate_size": intermediate, "num_heads": heads}
+    return vision | {"out_hidden_size": out_hidden, "num_position_embeddings": 2304}
+
+
+TINY_EXPERTS = {"moe_intermediate_size": 96, "num_experts": 8, "num_experts_per_tok": 2}
 TINY_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
 QWEN2_5_VL = Family(
     name="qwen2_5_vl",
@@ -104,7 +133,7 @@ QWEN2_5_VL = Family(
     },
     vision_mlp_products=3,
 )
-SMALL_TOWER: dict[str, Any] = {"tower": (1024, 4096, 24), "deepstack": [5, 11, 17]}
+EARLY: dict[str, Any] = {"tower": SMALL_TOWER, "deepstack": [5, 11, 17]}
 QWEN3_VL = Family(
     name="qwen3_vl",
     config_class=Qwen3VLConfig,
@@ -113,10 +142,10 @@ QWEN3_VL = Family(
     geometry=Geometry.of_family("qwen3_vl"),
     kept={4: Kept((6, 5, 6, 4), (10, 2)), 2: Kept((8, 6, 7, 4), (10, 2))},
     published={
-        "Qwen3-VL-2B-Instruct": _qwen3_vl(2048, 6144, 28, 16, 8, 151936, tied=True, **SMALL_TOWER),
-        "Qwen3-VL-4B-Instruct": _qwen3_vl(2560, 9728, 36, 32, 8, 151936, tied=True, **SMALL_TOWER),
+        "Qwen3-VL-2B-Instruct": _qwen3_vl(2048, 6144, 28, 16, 8, 151936, tied=True, **EARLY),
+        "Qwen3-VL-4B-Instruct": _qwen3_vl(2560, 9728, 36, 32, 8, 151936, tied=True, **EARLY),
         "Qwen3-VL-8B-Instruct": _qwen3_vl(
-            4096, 12288, 36, 32, 8, 151936, tied=False, tower=(1152, 4304, 27), deepstack=[8, 16, 24]
+            4096, 12288, 36, 32, 8, 151936, tied=False, tower=LARGE_TOWER, deepstack=[8, 16, 24]
         ),
     },
     tiny={
@@ -126,7 +155,69 @@ QWEN3_VL = Family(
     vision_mlp_products=2,
     text_tokens_per_frame=10,
 )
-FAMILIES = {family.name: family for family in (QWEN2_5_VL, QWEN3_VL)}
+QWEN3_VL_MOE = dataclasses.replace(
+    QWEN3_VL,
+    name="qwen3_vl_moe",
+    config_class=Qwen3VLMoeConfig,
+    model_class=Qwen3VLMoeForConditionalGeneration,
+    published={
+        "Qwen3-VL-30B-A3B-Instruct": _qwen3_vl(
+            2048, 6144, 48, 32, 4, 151936, tied=False, tower=LARGE_TOWER, deepstack=[8, 16, 24],
+            moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+        )
+    },
+    tiny={**QWEN3_VL.tiny, "text_config": QWEN3_VL.tiny["text_config"] | TINY_EXPERTS},
+)  # fmt: skip
+QWEN3_5 = dataclasses.replace(
+    QWEN3_VL,
+    name="qwen3_5",
+    config_class=Qwen3_5Config,
+    model_class=Qwen3_5ForConditionalGeneration,
+    published={
+        "Qwen3.5-0.8B": _qwen3_5(1024, 3584, 24, 8, 2, tied=True, tower=(768, 3072, 12, 12), value_heads=16),
+        "Qwen3.5-2B": _qwen3_5(2048, 6144, 24, 8, 2, tied=True, tower=SMALL_TOWER, value_heads=16),
+        "Qwen3.5-4B": _qwen3_5(2560, 9216, 32, 16, 4, tied=True, tower=SMALL_TOWER, value_heads=32),
+        "Qwen3.5-9B": _qwen3_5(4096, 12288, 32, 16, 4, tied=False, tower=LARGE_TOWER, value_heads=32),
+        "Qwen3.5-27B": _qwen3_5(5120, 17408, 64, 24, 4, tied=False, tower=LARGE_TOWER, value_heads=48),
+    },
+    tiny={
+        "text_config": {
+            "head_dim": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "rope_parameters": TINY_ROPE
+            | {"mrope_section": [4, 2, 2], "partial_rotary_factor": 0.5, "mrope_interleaved": True},
+        },
+        "vision_config": {"num_position_embeddings": 64},
+    },
+    layer_types=frozenset({"full_attention", "linear_attention"}),
+    norm_offset=1.0,
+    norm_casting="gemma",
+    has_output_gate=True,
+)
+QWEN3_5_MOE = dataclasses.replace(
+    QWEN3_5,
+    name="qwen3_5_moe",
+    config_class=Qwen3_5MoeConfig,
+    model_class=Qwen3_5MoeForConditionalGeneration,
+    published={"Qwen3.5-35B-A3B": _qwen3_5(2048, 512, 40, 16, 2, tied=False, tower=LARGE_TOWER, value_heads=32)},
+    tiny={
+        **QWEN3_5.tiny,
+        "text_config": QWEN3_5.tiny["text_config"] | TINY_EXPERTS | {"shared_expert_intermediate_size": 96},
+    },
+)
+FAMILIES = {family.name: family for family in (QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5, QWEN3_5_MOE)}
+UNSUPPORTED = {
+    "qwen4_exp": "its n-gram embeddings and dilated convolutions reach back over the start of an answer in ways that "
+    "packed rows do not follow, and its attention selects tokens by an index of its own",
+    "qwen2_vl": "its videos have no clock: positions count frames",
+    "qwen3_omni_moe": "sound is interleaved with its frames",
+    "qwen2_5_omni": "sound is interleaved with its frames",
+    "qwen3_next": "it reads no videos",
+}
+"""Model types that are near to the supported ones, and what in them is not."""
 
 
 def family_named(name: str, setting: str = "family") -> Family:
@@ -140,7 +231,8 @@ def family_of(model_config: Any) -> Family:
     """The family of a transformers configuration. Raises ValueError for a type that is not supported."""
     name = model_config.model_type
     if name not in FAMILIES:
-        raise ValueError(f"model_type={name!r} is not supported; supported: {', '.join(FAMILIES)}")
+        why = f" ({UNSUPPORTED[name]})" if name in UNSUPPORTED else ""
+        raise ValueError(f"model_type={name!r} is not supported{why}; supported: {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import pad
 
+from tempsamp_fast.model.linear_layers import packed_recurrence
 from tempsamp_fast.model.packing import GroupLayout
 
 BLOCK = 128
@@ -21,6 +22,7 @@ class FlexAttention:
     """A `PackedAttention`: one fused call per layer on CUDA; on the CPU only without gradients."""
 
     def __init__(self, layout: Sequence[GroupLayout], *, device: torch.device) -> None:
+        self.recurrence = packed_recurrence(layout, device)
         self._num_tokens = sum(group.num_tokens for group in layout)
         self._padding = -self._num_tokens % BLOCK
         self._block_mask = _block_mask(layout, self._padding, device)

@@ -10,6 +10,7 @@ import torch
 
 from tempsamp_fast.model.families import family_of
 from tempsamp_fast.model.packing import GroupLayout, PackedRow
+from tempsamp_fast.model.shapes import text_shape
 
 PEAK_BF16_TFLOPS = {
     "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989, "GH200": 989, "H20": 148,
@@ -40,27 +41,19 @@ def layout_flops(
 ) -> float:
     """FLOPs of one forward pass over groups and their videos: matrix products and attention, two per multiply-add.
 
-    Counts what is attended, each prompt once, and only the predicted tokens at the head. A training step is three times
+    Counts what is attended, each prompt once, the experts that a token passes, and only the predicted tokens at the
+    head; linear layers token by token, though chunks of them are computed together. A training step is three times
     this; recomputation is not counted.
 
     grids: patches along time, height and width of every video that the vision tower sees.
     config: the model's transformers configuration.
     """
-    hidden_size, query_size, key_size, intermediate_size = text_sizes(config)
-    layer = hidden_size * (2 * query_size + 2 * key_size) + 3 * hidden_size * intermediate_size
-    attention = 2 * query_size * _num_attended(layout)
-    head = hidden_size * config.text_config.vocab_size * num_predicted
+    shape = text_shape(config)
+    attention = 2 * shape.query * _num_attended(layout)
+    head = shape.hidden * config.text_config.vocab_size * num_predicted
     num_tokens = sum(group.num_tokens for group in layout)
-    total = config.text_config.num_hidden_layers * (num_tokens * layer + attention) + head
+    total = num_tokens * shape.products + shape.num_attending * attention + head
     return 2.0 * (total + sum(_vision_products(grid, config) for grid in grids))
-
-
-def text_sizes(config: Any) -> tuple[int, int, int, int]:
-    """Of a decoder layer: hidden size, query size, key size, intermediate size."""
-    text = config.text_config
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    sizes = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
-    return text.hidden_size, *sizes, text.intermediate_size
 
 
 def _num_attended(layout: Sequence[GroupLayout]) -> int:

@@ -49,7 +49,8 @@ def apply_liger_layers(model: PreTrainedModel, choice: LigerLayers) -> None:
         return
     if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
         raise ValueError("liger_layers='on' needs a CUDA GPU, and there is none; choose auto or off")
-    rms_norm = _fused_norm(family_of(model.config).norm_offset)
+    family = family_of(model.config)
+    rms_norm = _fused_norm(family.norm_offset, family.norm_casting)
     for name, module in model.named_modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = MethodType(rms_norm, module)
@@ -61,15 +62,17 @@ def apply_liger_layers(model: PreTrainedModel, choice: LigerLayers) -> None:
                 )
             module.forward = MethodType(_swiglu, module)
     for layer in model.model.language_model.layers:
-        layer.self_attn.forward = MethodType(_with_fused_rotation(type(layer.self_attn).forward), layer.self_attn)
+        if (attention := getattr(layer, "self_attn", None)) is not None:
+            attention.forward = MethodType(_with_fused_rotation(type(attention).forward), attention)
 
 
-def _fused_norm(offset: float) -> Callable[[Any, Tensor], Tensor]:
-    """RMSNorm whose weights are `offset` larger than the module's."""
+def _fused_norm(offset: float, casting: str) -> Callable[[Any, Tensor], Tensor]:
+    """RMSNorm whose weights are `offset` larger than the module's; `casting` as of `Family.norm_casting`."""
 
     def _rms_norm(module: Any, hidden: Tensor) -> Tensor:
-        """[..., hidden_size], scaled in the input's dtype after a float32 root mean square, as transformers' own."""
-        return LigerRMSNormFunction.apply(hidden, module.weight, module.variance_epsilon, offset, "llama", False, None)
+        """[..., hidden_size] -> the same shape and dtype; the root mean square is taken in float32."""
+        epsilon = getattr(module, "variance_epsilon", None) or module.eps
+        return LigerRMSNormFunction.apply(hidden, module.weight, epsilon, offset, casting, False, None)
 
     return _rms_norm
 

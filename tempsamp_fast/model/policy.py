@@ -158,7 +158,7 @@ class Policy(nn.Module):
         outputs = [self._run_text(embeds[:, :start], row.position_ids[..., :start], prefill, deepstack)]
         for branch_lens in row.branch_chunks:
             tokens = slice(start, start + sum(branch_lens))
-            attention = BranchAttention(prefill.keys, prefill.values, branch_lens)
+            attention = BranchAttention(prefill.keys, prefill.values, branch_lens, prefill.recurrence.after)
             chunk = embeds[:, tokens], row.position_ids[..., tokens], attention
             outputs.append(checkpoint(self._run_text, *chunk, use_reentrant=False))
             start = tokens.stop
@@ -183,6 +183,11 @@ def check_architecture(model: Any) -> None:
     if other_layers:
         raise ValueError(
             f"layer_types {sorted(other_layers)} are not supported; only {', '.join(sorted(family.layer_types))} is"
+        )
+    if getattr(text, "output_router_logits", False):
+        raise ValueError(
+            "output_router_logits=True is not supported: its auxiliary loss averages over the tokens of a row, where a "
+            "prompt counts once for all of its answers; set it to False"
         )
     if text.attention_dropout:
         raise ValueError(f"attention_dropout={text.attention_dropout} is not supported; set it to 0")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from tempsamp_fast.model.linear_layers import State, packed_recurrence
 from tempsamp_fast.model.packing import GroupLayout
 
 BRANCH_BLOCK = 256
@@ -39,6 +40,7 @@ class SplitAttention:
     """A `PackedAttention`: causal over each prompt, then branches of one parent at a time against `[path | own]`."""
 
     def __init__(self, layout: Sequence[GroupLayout], *, dtype: torch.dtype, device: torch.device) -> None:
+        self.recurrence = packed_recurrence(layout, device)
         self._parts: list[tuple[list[slice], list[_BranchBlock]]] = []
         """By tokens: those that the blocks continue, in one causal call by themselves where there are no blocks."""
         start = 0
@@ -77,11 +79,17 @@ class BranchAttention:
     """A `PackedAttention` for branches alone, `[c1 | ... | cG]`, whose prompt was run before them."""
 
     def __init__(
-        self, prefix_keys: Sequence[Tensor], prefix_values: Sequence[Tensor], branch_lens: Sequence[int]
+        self,
+        prefix_keys: Mapping[int, Tensor],
+        prefix_values: Mapping[int, Tensor],
+        branch_lens: Sequence[int],
+        prefix_states: Mapping[int, State],
     ) -> None:
-        """prefix_keys, prefix_values: by layer, [1, kv_heads, prompt_len, dim]."""
+        """prefix_keys, prefix_values, prefix_states: by layer that has such; keys [1, kv_heads, prompt_len, dim]."""
         self._prefix_keys, self._prefix_values = prefix_keys, prefix_values
-        like = prefix_keys[0]
+        like = next(iter(prefix_keys.values()))
+        branches = [GroupLayout(length, ()) for length in branch_lens]
+        self.recurrence = packed_recurrence(branches, like.device, prefix_states)
         self._blocks = _branch_blocks(0, like.shape[2], branch_lens, like.dtype, like.device)
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

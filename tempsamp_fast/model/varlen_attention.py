@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.utils import is_flash_attn_2_available
 
+from tempsamp_fast.model.linear_layers import packed_recurrence
 from tempsamp_fast.model.packing import GroupLayout
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class VarlenAttention:
 
     def __init__(self, layout: Sequence[GroupLayout], *, device: torch.device, kernel: VarlenKernel) -> None:
         self._kernel = kernel
+        self.recurrence = packed_recurrence(layout, device)
         query_lens, key_ranges = _sequences(layout)
         key_lens = [sum(stop - start for start, stop in ranges) for ranges in key_ranges]
         self._cu_q, self._max_q = _cumulative(query_lens, device), max(query_lens)

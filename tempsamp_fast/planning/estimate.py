@@ -25,8 +25,9 @@ from tempsamp_fast.config import (
 from tempsamp_fast.learning.engine import effective_zero
 from tempsamp_fast.model.architectures import Parameters
 from tempsamp_fast.model.families import family_of
-from tempsamp_fast.model.flops import layout_flops, text_sizes
+from tempsamp_fast.model.flops import layout_flops
 from tempsamp_fast.model.packing import GroupLayout
+from tempsamp_fast.model.shapes import text_shape
 from tempsamp_fast.video import Geometry
 
 TEXT_TOKENS = 116
@@ -73,7 +74,7 @@ class Memory:
     buffers: float
     """DeepSpeed's buckets, or the parameters that ZeRO-3 has gathered."""
     activations: float
-    """The larger of sampling (keys, values) and updating (what autograd keeps, the head's chunk and its gradient)."""
+    """The larger of sampling (keys, values, states) and updating (what autograd keeps, the head with its gradient)."""
     off_gpu: float = 0.0
     """Offloaded to the memory or disk of the machine, per GPU; not in the total."""
 
@@ -172,14 +173,20 @@ def step_memory(
 def _kept_activations(work: Work, model_config: Any, config: Config, b: int) -> float:
     """With one layer's working set more, for the gradients that pass through it."""
     kept, model = family_of(model_config).kept[b], config.model
-    sizes, vision = text_sizes(model_config), model_config.vision_config
+    shape, vision = text_shape(model_config), model_config.vision_config
     prompts = max(prompts_per_row(config.train, phase) for phase in parse_phases(config.train.phases))
     rows = min(prompts, max(1, config.train.max_tokens_per_row // work.num_tokens))
     num_tokens, num_patches = rows * work.num_tokens, rows * work.num_patches
-    layer = b * num_tokens * sum(c * size for c, size in zip(kept.per_token, sizes, strict=True))
-    num_layers = model_config.text_config.num_hidden_layers
-    num_recomputed = -(-num_layers // model.checkpoint_every) if model.gradient_checkpointing else 0
-    text = (num_layers - num_recomputed + 1) * layer + num_recomputed * b * num_tokens * sizes[0]
+    sizes = shape.hidden, shape.query, shape.key, shape.intermediate
+    linear_sizes = shape.hidden, shape.channels, shape.linear_value, shape.intermediate
+    attending = b * num_tokens * sum(c * size for c, size in zip(kept.per_token, sizes, strict=True))
+    linear = b * num_tokens * sum(c * size for c, size in zip(kept.per_linear_token, linear_sizes, strict=True))
+    # Every answer goes on from a copy of its prompt's state.
+    linear += 4 * rows * work.num_answers * shape.state
+    layers = shape.num_attending * attending + shape.num_linear * linear
+    num_recomputed = -(-shape.num_layers // model.checkpoint_every) if model.gradient_checkpointing else 0
+    held = layers * (shape.num_layers - num_recomputed) / shape.num_layers + max(attending, linear)
+    text = held + num_recomputed * b * num_tokens * shape.hidden
     patch_sizes = vision.hidden_size, vision.intermediate_size
     block = b * num_patches * sum(c * size for c, size in zip(kept.per_patch, patch_sizes, strict=True))
     if model.freeze_vision or model.lora_rank:
@@ -200,12 +207,14 @@ def _head_bytes(work: Work, model_config: Any, parameters: Parameters, model: Mo
 
 
 def _sampling_bytes(work: Work, model_config: Any, train: TrainConfig, b: int) -> float:
-    """Keys and values of every prompt of the step once, and of its sampled answers."""
-    key_size = text_sizes(model_config)[2]
-    per_token = 2 * b * model_config.text_config.num_hidden_layers * key_size
+    """Keys and values of every prompt of the step once, and of its sampled answers, and a state for each of those."""
+    shape = text_shape(model_config)
+    per_token = 2 * b * shape.num_attending * shape.key
+    per_answer = shape.num_linear * (4 * shape.state + b * (shape.kernel - 1) * shape.channels)
     phases = parse_phases(train.phases)
     prompts = max(prompts_per_row(train, phase) for phase in phases) * train.gradient_accumulation_steps
-    return float(per_token * prompts * (work.prompt_len + work.num_sampled * work.answer_len))
+    num_tokens = work.prompt_len + work.num_sampled * work.answer_len
+    return float(prompts * (per_token * num_tokens + per_answer * work.num_sampled))
 
 
 def step_traffic(work: Work, parameters: Parameters, config: Config, b: int, world_size: int, num_rows: int) -> float:

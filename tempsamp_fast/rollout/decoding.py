@@ -60,7 +60,10 @@ class GraphDecoder(Decoder):
         if self._replay is None or self._version != self._cache.version:
             self._replay = None  # gives the memory of the last graph back
             self._inputs, self._version = new, self._cache.version
+            # Recording runs the pass, and linear layers would take its tokens in twice.
+            saved = self._cache.recurrence.saved()
             self._replay, self._logits = record_cuda_graph(lambda: self._run(self._inputs))
+            self._cache.recurrence.restore(saved)
         self._inputs.input_ids.copy_(new.input_ids)
         self._inputs.position_ids.copy_(new.position_ids)
         self._replay()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tempsamp_fast.model.attention import PrefillAttention
+from tempsamp_fast.rollout.linear_cache import LinearCache
 
 OWN_TOKENS = 64
 """Room for so many tokens of a row's own at first; it doubles when it is full."""
@@ -26,17 +27,18 @@ class SharedPrefixCache:
 
     def __init__(self, prefills: Sequence[PrefillAttention], row_prompts: Tensor) -> None:
         """row_prompts: [R] int64, increasing: the prompt that each row continues."""
-        layers = range(len(prefills[0].keys))
-        self._prefix_keys = [_pad([k for p in prefills for k in p.by_prompt(p.keys[layer])]) for layer in layers]
-        self._prefix_values = [_pad([v for p in prefills for v in p.by_prompt(p.values[layer])]) for layer in layers]
-        device, keys_shape = row_prompts.device, prefills[0].keys[0].shape
+        layers, device = list(prefills[0].keys), row_prompts.device
+        self._prefix_keys = {i: _pad([k for p in prefills for k in p.by_prompt(p.keys[i])]) for i in layers}
+        self._prefix_values = {i: _pad([v for p in prefills for v in p.by_prompt(p.values[i])]) for i in layers}
+        self.recurrence = LinearCache(prefills, row_prompts)
+        keys_shape = prefills[0].keys[layers[0]].shape
         lengths = torch.tensor([length for p in prefills for length in p.prompt_lens], device=device)
         is_padding = torch.arange(int(lengths.max()), device=device) >= lengths[:, None]
         self._prefix_bias = torch.zeros_like(is_padding, dtype=torch.float32).masked_fill(is_padding, float("-inf"))
         self._row_prompts = row_prompts
         room = [len(row_prompts), keys_shape[1], OWN_TOKENS, keys_shape[3]]
-        self._own_keys = [keys.new_zeros(room) for keys in self._prefix_keys]
-        self._own_values = [values.new_zeros(room) for values in self._prefix_values]
+        self._own_keys = {i: keys.new_zeros(room) for i, keys in self._prefix_keys.items()}
+        self._own_values = {i: values.new_zeros(room) for i, values in self._prefix_values.items()}
         self._own_bias = torch.full((OWN_TOKENS,), float("-inf"), device=device)
         self._newest = torch.zeros(1, dtype=torch.int64, device=device)
         self._num_own = 0
@@ -47,8 +49,8 @@ class SharedPrefixCache:
     def advance(self) -> None:
         """Make room for one more token of every row."""
         if self._num_own == len(self._own_bias):
-            self._own_keys = [_doubled(keys, 2, 0.0) for keys in self._own_keys]
-            self._own_values = [_doubled(values, 2, 0.0) for values in self._own_values]
+            self._own_keys = {i: _doubled(keys, 2, 0.0) for i, keys in self._own_keys.items()}
+            self._own_values = {i: _doubled(values, 2, 0.0) for i, values in self._own_values.items()}
             self._own_bias = _doubled(self._own_bias, 0, float("-inf"))
             self.version += 1
         self._own_bias[self._num_own] = 0.0
@@ -67,12 +69,13 @@ class SharedPrefixCache:
 
     def retire(self, keep: Tensor) -> None:
         """Keep only these rows ([R] int64, increasing) and the prompts they continue."""
-        self._own_keys = [keys[keep] for keys in self._own_keys]
-        self._own_values = [values[keep] for values in self._own_values]
+        self._own_keys = {i: keys[keep] for i, keys in self._own_keys.items()}
+        self._own_values = {i: values[keep] for i, values in self._own_values.items()}
+        self.recurrence.retire(keep)
         prompts, self._row_prompts = self._row_prompts[keep].unique(return_inverse=True)
         if len(prompts) < len(self._prefix_bias):
-            self._prefix_keys = [keys[prompts] for keys in self._prefix_keys]
-            self._prefix_values = [values[prompts] for values in self._prefix_values]
+            self._prefix_keys = {i: keys[prompts] for i, keys in self._prefix_keys.items()}
+            self._prefix_values = {i: values[prompts] for i, values in self._prefix_values.items()}
             self._prefix_bias = self._prefix_bias[prompts]
         self.version += 1
         self._assign_slots()

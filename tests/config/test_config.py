@@ -9,6 +9,7 @@ import pytest
 
 from tempsamp_fast.arguments import parse_args, settings_table
 from tempsamp_fast.config import Phase, TrainConfig, parse_phases
+from tempsamp_fast.model.families import FAMILIES
 
 
 def test_phases_are_read_in_order_with_answer_as_the_default_mode() -> None:
@@ -194,5 +195,5 @@ def test_the_table_of_settings_is_the_one_in_the_docs() -> None:
 @pytest.mark.parametrize("words", [["--dry_run", "True"], []])
 def test_an_unknown_tiny_family_is_refused_before_anything_is_made(words: list[str], tmp_path: Path, refused) -> None:
     line = refused([*words, "--tiny_family", "llava", "--output_dir", str(tmp_path / "run")])
-    assert line == "tiny_family='llava': choose from qwen2_5_vl, qwen3_vl"
+    assert line == f"tiny_family='llava': choose from {', '.join(FAMILIES)}"
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""From samples to token ids and back, for both model families; the embedded models and their tokenizer."""
+"""From samples to token ids and back, for every model family; the embedded models and their tokenizer."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-    PreTrainedModel,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen3VLForConditionalGeneration,
-)
+from transformers import AutoConfig, PreTrainedModel
 
 from tempsamp_fast.batch import VideoPatches
 from tempsamp_fast.data.chat import Chat
@@ -119,8 +114,14 @@ def test_every_digit_is_a_token_of_its_own() -> None:
 
 
 def test_the_models_are_those_of_transformers(family: str, tmp_path: Path) -> None:
-    kinds = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
-    assert type(model(family)) is kinds[family]
+    kinds = {
+        "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+        "qwen3_vl": "Qwen3VLForConditionalGeneration",
+        "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+        "qwen3_5": "Qwen3_5ForConditionalGeneration",
+        "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    }
+    assert type(model(family)).__name__ == kinds[family] and type(model(family)).__module__.startswith("transformers.")
     num_parameters = sum(parameter.numel() for parameter in model(family).parameters())
     assert 0.5e6 < num_parameters < 10e6
     model(family).config.save_pretrained(tmp_path)

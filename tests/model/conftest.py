@@ -1,9 +1,14 @@
-"""`oracle`: the plain model, one row per answer, that packed rows are compared with."""
+"""`oracle`: the plain model, one row per answer, that packed rows are compared with.
+
+`exact`: the same in double precision throughout, where only rounding of 1e-16 is left to differ.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -11,9 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tempsamp_fast.batch import RolloutGroup
+from tempsamp_fast.model.families import FAMILIES
 from tempsamp_fast.model.mrope import mrope_positions
 from tempsamp_fast.model.packing import PackedRow
 from tempsamp_fast.model.policy import Policy
+from tests.conftest import Tiny
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,12 @@ class Pass:
 class Oracle:
     """What is right, and how far from it something is."""
 
-    rtol = 2e-5
+    def __init__(self, rtol: float = 2e-5) -> None:
+        self.rtol = rtol
+
+    def model(self, tiny: Tiny) -> PreTrainedModel:
+        """In float32."""
+        return tiny.model()
 
     def plain_logits(self, model: PreTrainedModel, groups: Sequence[RolloutGroup]) -> Tensor:
         """transformers' own forward, one row per answer, positions explicit; [M, vocab] in packing order."""
@@ -55,7 +67,7 @@ class Oracle:
         return torch.cat([policy(row, lambda hidden, weight: hidden @ weight.T) for row in rows])
 
     def plain_pass(self, tiny, groups: Sequence[RolloutGroup]) -> Pass:
-        model = tiny.model()
+        model = self.model(tiny)
         token_ids = torch.cat([completion.ids for group in groups for completion in group.completions])
         return self._backward(model, self.plain_logits(model, groups), token_ids)
 
@@ -92,3 +104,44 @@ class Oracle:
 @pytest.fixture
 def oracle() -> Oracle:
     return Oracle()
+
+
+class ExactOracle(Oracle):
+    """In float64; what transformers itself computes in float32 too, as `exact` sees to."""
+
+    def model(self, tiny: Tiny) -> PreTrainedModel:
+        model = tiny.model().double()
+        if "moe" in tiny.family:
+            model.set_experts_implementation("eager")
+        return model
+
+    def groups(self, tiny: Tiny) -> list[RolloutGroup]:
+        """Those of all tests, and a prompt and an answer longer than a chunk of the linear layers, and no multiple."""
+        return [*tiny.groups(), tiny.group(tiny.prompt((5, 6, 8), num_text=30, seed=4), [70, 1, 5], seed=14)]
+
+    @cache  # noqa: B019
+    def expected(self, family: str) -> Pass:
+        """Of `groups`, by the plain model."""
+        tiny = Tiny(family)
+        return self.plain_pass(tiny, self.groups(tiny))
+
+
+class _Double:
+    """torch, in which float32 means float64."""
+
+    float32 = float = torch.float64
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+
+EXACT = ExactOracle(1e-10)
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> ExactOracle:
+    to_float = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else to_float(self))
+    for family in FAMILIES.values():
+        monkeypatch.setattr(sys.modules[family.model_class.__module__], "torch", _Double())
+    return EXACT

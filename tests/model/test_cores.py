@@ -74,13 +74,13 @@ KERNELS: dict[str, Callable[[], VarlenKernel]] = {
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_one_varlen_call_equals_plain(oracle, tiny, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_varlen_call_equals_plain(exact, tiny, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits and every gradient, whatever the keywords of the kernel."""
     monkeypatch.setattr("tempsamp_fast.model.attention.varlen_kernel", KERNELS[kernel])
-    groups = tiny.groups()
-    rows = pack(groups, config=tiny.model().config, max_tokens_per_row=10_000)
-    policy = Policy(tiny.model(), attention_core="varlen")
-    oracle.assert_same(oracle.packed_pass(policy, rows), oracle.plain_pass(tiny, groups))
+    model = exact.model(tiny)
+    rows = pack(exact.groups(tiny), config=model.config, max_tokens_per_row=10_000)
+    policy = Policy(model, attention_core="varlen")
+    exact.assert_same(exact.packed_pass(policy, rows), exact.expected(tiny.family))
 
 
 def test_the_installed_varlen_accepts_our_call() -> None:

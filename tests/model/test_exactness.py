@@ -8,36 +8,49 @@ import pytest
 import torch
 
 from tempsamp_fast.learning.vision_features import with_vision_features
-from tempsamp_fast.model.packing import pack
+from tempsamp_fast.model.families import FAMILIES
+from tempsamp_fast.model.packing import PackingMode, pack
 from tempsamp_fast.model.policy import Policy
 
+every_family = pytest.mark.parametrize("tiny", FAMILIES, indirect=True)
 
-@pytest.mark.parametrize("mode", ["shared_prefix", "none"])
-@pytest.mark.parametrize("max_tokens_per_row", [80, 10_000], ids=["row_per_group", "one_row"])
+
+@every_family
+@pytest.mark.parametrize(
+    ("mode", "max_tokens_per_row", "gradient_checkpointing"),
+    [("shared_prefix", 10_000, False), ("shared_prefix", 240, True), ("none", 10_000, True)],
+    ids=["one_row", "row_per_group_checkpointed", "row_per_answer"],
+)
+def test_packed_equals_plain(
+    exact, tiny, mode: PackingMode, max_tokens_per_row: int, gradient_checkpointing: bool
+) -> None:
+    """To rounding in float64, of every family: logits, loss and every gradient, the vision tower's included."""
+    model = exact.model(tiny)
+    rows = pack(exact.groups(tiny), config=model.config, mode=mode, max_tokens_per_row=max_tokens_per_row)
+    policy = Policy(model, gradient_checkpointing=gradient_checkpointing)
+    exact.assert_same(exact.packed_pass(policy, rows), exact.expected(tiny.family))
+
+
+@every_family
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_packed_equals_plain(oracle, tiny, mode: str, max_tokens_per_row: int, gradient_checkpointing: bool) -> None:
-    groups = tiny.groups()
-    rows = pack(groups, config=tiny.model().config, mode=mode, max_tokens_per_row=max_tokens_per_row)
-    policy = Policy(tiny.model(), gradient_checkpointing=gradient_checkpointing)
-    oracle.assert_same(oracle.packed_pass(policy, rows), oracle.plain_pass(tiny, groups))
-
-
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_a_group_longer_than_a_row_runs_in_stages_with_the_same_gradients(oracle, tiny, gradient_checkpointing) -> None:
-    """The prompt's keys and values collect the gradients of every chunk of answers."""
+def test_a_group_longer_than_a_row_runs_in_stages_with_the_same_gradients(
+    exact, tiny, gradient_checkpointing: bool
+) -> None:
+    """The prompt's keys and values, or its states, collect the gradients of every chunk of answers."""
     groups = [tiny.group(tiny.prompt((3, 6, 4), seed=1), [20, 15, 1, 9, 12]), tiny.groups()[1]]
-    rows = pack(groups, config=tiny.model().config, max_tokens_per_row=40)
+    model = exact.model(tiny)
+    rows = pack(groups, config=model.config, max_tokens_per_row=40)
     assert [row.branch_chunks for row in rows] == [((20, 15, 1), (9, 12)), ()]
-    policy = Policy(tiny.model(), gradient_checkpointing=gradient_checkpointing)
-    oracle.assert_same(oracle.packed_pass(policy, rows), oracle.plain_pass(tiny, groups))
+    policy = Policy(model, gradient_checkpointing=gradient_checkpointing)
+    exact.assert_same(exact.packed_pass(policy, rows), exact.plain_pass(tiny, groups))
 
 
-def test_branches_in_several_blocks_equal_one(oracle, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_branches_in_several_blocks_equal_one(exact, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """How many branches share an attention call changes nothing."""
-    groups = tiny.groups()
-    rows = pack(groups, config=tiny.model().config, max_tokens_per_row=10_000)
+    model = exact.model(tiny)
+    rows = pack(exact.groups(tiny), config=model.config, max_tokens_per_row=10_000)
     monkeypatch.setattr("tempsamp_fast.model.split_attention.BRANCH_BLOCK", 5)
-    oracle.assert_same(oracle.packed_pass(Policy(tiny.model()), rows), oracle.plain_pass(tiny, groups))
+    exact.assert_same(exact.packed_pass(Policy(model), rows), exact.expected(tiny.family))
 
 
 @pytest.mark.parametrize(

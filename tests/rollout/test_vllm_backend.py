@@ -38,7 +38,7 @@ class Setting:
         self.chat = SimpleNamespace(
             end_token_ids=[EOS],
             banned_token_ids=BANNED,
-            timestamps_in_text=tiny.family == "qwen3_vl",
+            timestamps_in_text=tiny.family != "qwen2_5_vl",
             unexpanded=self._unexpanded,
         )
         self.llm = colocated_llm(str(folder), torch.float32, 500, 0.3, seed=0)
