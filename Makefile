@@ -33,8 +33,11 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Of which family the embedded model is: a record of tempsamp_fast/model/families.py, by its name.
+TINY ?= qwen2_5_vl
 demo: $(VENV)
-	$(BIN)/deepspeed --num_accelerators 1 tempsamp_fast/train.py --output_dir runs/demo_$$(date +%Y%m%d_%H%M%S)
+	$(BIN)/deepspeed --num_accelerators 1 tempsamp_fast/train.py --tiny_family $(TINY) \
+		--output_dir runs/demo_$$(date +%Y%m%d_%H%M%S)
 
 # Two workers, one thread each: a test file stays on one worker, so what its fixtures make is made once. Files are taken
 # in alphabetical order: by number of tests, the dearest would come last and alone.

@@ -23,7 +23,11 @@ from tempsamp_fast.report.runs import interval  # noqa: E402
 
 README = ROOT / "README.md"
 RESULTS = Path(__file__).parent / "results"
-PLANNED = "charades_qwen2_5_vl_7b"
+PLANNED = {
+    "charades_qwen2_5_vl_7b": ["--config", "charades_qwen2_5_vl_7b"],
+    "charades_qwen3_5_4b": ["--config", "charades_qwen3_5_4b"],
+    "the same, Qwen3.5-9B": ["--config", "charades_qwen3_5_4b", "--model", "Qwen/Qwen3.5-9B"],
+}
 
 
 def demo_table() -> str:
@@ -99,13 +103,14 @@ def paper_table() -> str:
 
 
 def plan_table() -> str:
-    """Estimated memory of the main recipe, by number of GPUs and ZeRO stage."""
-    config = parse_args(["--config", PLANNED])
-    lines = ["| GPUs | ZeRO-0 | ZeRO-1 | ZeRO-2 | ZeRO-3 |", "|---|---|---|---|---|"]
-    for num_gpus in (1, 4, 8, 64):
-        totals = [peak_memory(with_stage(config, stage), num_gpus).total / 2**30 for stage in range(4)]
-        lines.append(f"| {num_gpus} | " + " | ".join(f"{total:.0f} GiB" for total in totals) + " |")
-    return "\n".join([*lines, "", f"Estimates for `{PLANNED}` with answers as long as they may be, not measured."])
+    """Estimated memory of recipes, by number of GPUs and ZeRO stage."""
+    lines = ["| recipe | GPUs | ZeRO-0 | ZeRO-1 | ZeRO-2 | ZeRO-3 |", "|---|---|---|---|---|---|"]
+    for name, words in PLANNED.items():
+        config = parse_args(words)
+        for num_gpus in (1, 4, 8, 64):
+            totals = [peak_memory(with_stage(config, stage), num_gpus).total / 2**30 for stage in range(4)]
+            lines.append(f"| {name} | {num_gpus} | " + " | ".join(f"{total:.0f} GiB" for total in totals) + " |")
+    return "\n".join([*lines, "", "Estimates with answers as long as they may be, not measured."])
 
 
 def gpu_table(results: Path = RESULTS) -> str:

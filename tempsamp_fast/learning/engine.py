@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tempsamp_fast.config import Phase, TrainConfig
+from tempsamp_fast.model.linear_layers import linear_layers
 from tempsamp_fast.model.packing import PackedRow, idle_row
 from tempsamp_fast.model.policy import Head
 from tempsamp_fast.system.files import read_json
@@ -161,6 +162,7 @@ def build_engine(policy: nn.Module, train: TrainConfig, dtype: torch.dtype, *, l
             f"deepspeed_config={train.deepspeed_config!r}: bf16.enabled is {settings['bf16']['enabled']!r}, but the "
             f"run is in {str(dtype).removeprefix('torch.')}: leave it out, or set --dtype"
         )
+    gather_with_their_readers(policy)
     try:
         engine, _, _, _ = deepspeed.initialize(model=policy, model_parameters=trainable, config=settings)
     except (AssertionError, TypeError, AttributeError, KeyError, DeepSpeedConfigError) as error:
@@ -169,6 +171,14 @@ def build_engine(policy: nn.Module, train: TrainConfig, dtype: torch.dtype, *, l
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"deepspeed_config={train.deepspeed_config!r}: DeepSpeed refuses it: {reason:.200}") from error
     return engine
+
+
+def gather_with_their_readers(policy: nn.Module) -> None:
+    """Have ZeRO-3 gather weights that are read outside of their own module's forward; before its engine is built."""
+    import deepspeed
+
+    for layer in linear_layers(policy):
+        deepspeed.zero.register_external_parameter(layer, layer.conv1d.weight)
 
 
 def save_engine(engine: Any, folder: Path, has_all_weights: bool) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import pad
 
-from tempsamp_fast.model.linear_layers import packed_recurrence
+from tempsamp_fast.model.fla_layers import packed_recurrence
 from tempsamp_fast.model.packing import GroupLayout
 
 BLOCK = 128

@@ -8,18 +8,24 @@ the keyword `packed_attention`; without that keyword the layers are transformers
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from types import MethodType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import conv1d, pad, silu, softplus
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from tempsamp_fast.model.packing import GroupLayout
 
+logger = logging.getLogger(__name__)
+
+HAS_FLA = find_spec("fla") is not None
+"""Whether flash-linear-attention is installed."""
 CHUNK = 64
 """Tokens whose corrections to the state are solved for together."""
 State = tuple[Tensor, Tensor]
@@ -44,10 +50,19 @@ class Recurrence(Protocol):
 
 def use_packed_recurrence(model: PreTrainedModel) -> None:
     """Let the linear layers of `model`, if it has any, follow the keyword `packed_attention`."""
-    text: Any = model.model.language_model
-    for layer in text.layers:
-        if hasattr(layer, "linear_attn"):
-            layer.linear_attn.forward = MethodType(packed_forward, layer.linear_attn)
+    layers = linear_layers(model)
+    for layer in layers:
+        layer.forward = MethodType(packed_forward, layer)
+    if layers and torch.cuda.is_available() and not HAS_FLA:
+        logger.warning(
+            "flash-linear-attention is not installed: linear layers run on torch's operations, many times slower; "
+            "pip install 'tempsamp-fast[linear]'"
+        )
+
+
+def linear_layers(model: nn.Module) -> list[Any]:
+    """The Gated DeltaNet modules of `model`. They read the weights of their convolution without calling it."""
+    return [module.linear_attn for module in model.modules() if hasattr(module, "linear_attn")]
 
 
 def packed_forward(
@@ -144,13 +159,6 @@ class TreeRecurrence:
     def _batches(self, level: Sequence[int]) -> list[list[int]]:
         lengths = [self._lengths[node] for node in level]
         return [list(level)] if max(lengths) * len(level) <= 2 * sum(lengths) else [[node] for node in level]
-
-
-def packed_recurrence(
-    layout: Sequence[GroupLayout], device: torch.device, before: Mapping[int, State] | None = None
-) -> TreeRecurrence:
-    """The recurrence of a packed row; see `TreeRecurrence`."""
-    return TreeRecurrence(layout, before)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tempsamp_fast.model.linear_layers import State, packed_recurrence
+from tempsamp_fast.model.fla_layers import packed_recurrence
+from tempsamp_fast.model.linear_layers import State
 from tempsamp_fast.model.packing import GroupLayout
 
 BRANCH_BLOCK = 256

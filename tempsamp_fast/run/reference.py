@@ -12,7 +12,14 @@ import torch
 
 from tempsamp_fast.config import DataConfig, ModelConfig, TrainConfig
 from tempsamp_fast.data.chat import Chat
-from tempsamp_fast.learning.engine import Forward, deepspeed_config, forward_of, is_partitioned, partitioned_loading
+from tempsamp_fast.learning.engine import (
+    Forward,
+    deepspeed_config,
+    forward_of,
+    gather_with_their_readers,
+    is_partitioned,
+    partitioned_loading,
+)
 from tempsamp_fast.model.loading import load_model
 from tempsamp_fast.model.lora import as_reference, remember_reference
 from tempsamp_fast.model.policy import Policy
@@ -54,6 +61,7 @@ def frozen_reference(policy: Policy, train: TrainConfig, dtype: torch.dtype, dev
     settings = deepspeed_config(train, dtype)
     del settings["optimizer"]
     settings["zero_optimization"].pop("offload_optimizer", None)
+    gather_with_their_readers(policy)
     engine, *_ = deepspeed.initialize(model=policy, config=settings)
     engine.eval()
     return engine

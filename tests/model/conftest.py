@@ -23,6 +23,9 @@ from tempsamp_fast.model.policy import Policy
 from tests.conftest import Tiny
 
 
+DECAYS = ("A_log", "dt_bias", "in_proj_a.weight")
+
+
 @dataclass(frozen=True)
 class Pass:
     """What one forward and backward pass over all answers gives."""
@@ -34,6 +37,9 @@ class Pass:
 
 class Oracle:
     """What is right, and how far from it something is."""
+
+    decay_rtol = 1e-2
+    """Of gradients of the decays, nearly all of which cancels in float32; in float64 they are as exact as others."""
 
     def __init__(self, rtol: float = 2e-5) -> None:
         self.rtol = rtol
@@ -89,7 +95,8 @@ class Oracle:
         return float(difference / expected.detach().abs().max().clamp_min(1e-6))
 
     def assert_close(self, actual: Tensor, expected: Tensor, name: str = "") -> None:
-        assert self.error(actual, expected) < self.rtol, f"{name}: relative error {self.error(actual, expected):.1e}"
+        rtol = self.decay_rtol if name.endswith(DECAYS) else self.rtol
+        assert self.error(actual, expected) < rtol, f"{name}: relative error {self.error(actual, expected):.1e}"
 
     def assert_same(self, actual: Pass, expected: Pass) -> None:
         """Logits, loss and the gradient of every parameter, each of which must have one."""
@@ -108,6 +115,8 @@ def oracle() -> Oracle:
 
 class ExactOracle(Oracle):
     """In float64; what transformers itself computes in float32 too, as `exact` sees to."""
+
+    decay_rtol = 1e-10
 
     def model(self, tiny: Tiny) -> PreTrainedModel:
         model = tiny.model().double()

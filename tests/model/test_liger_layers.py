@@ -119,11 +119,13 @@ def test_another_activation_is_refused_by_name(tiny) -> None:
 def test_attention_that_rotates_elsewhere_is_refused(tiny) -> None:
     model = tiny.model()
 
-    class OtherAttention(type(model.model.language_model.layers[0].self_attn)):
+    attention = next(layer.self_attn for layer in model.model.language_model.layers if hasattr(layer, "self_attn"))
+
+    class OtherAttention(type(attention)):
         def forward(self, hidden_states, **kwargs):
             return hidden_states, None
 
-    model.model.language_model.layers[0].self_attn.__class__ = OtherAttention
+    attention.__class__ = OtherAttention
     with pytest.raises(ValueError, match=r"OtherAttention.*apply_rotary_pos_emb"):
         apply_liger_layers(model, "on")
 

@@ -34,13 +34,13 @@ def token_by_token(query, key, value, log_decay, beta, state) -> tuple[Tensor, T
     return torch.stack(outputs, dim=1), state
 
 
-def inputs(num_tokens: int, batch: int = 1, heads: tuple[int, int] = (2, 4)) -> list[Tensor]:
+def inputs(num_tokens: int, batch: int = 1, dims: tuple[int, int] = (6, 5)) -> list[Tensor]:
     """query, key, value, log_decay, beta and a state, in float64, that want gradients."""
     random = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
     generator = torch.Generator().manual_seed(num_tokens)
-    tokens = batch, num_tokens
-    made = [random(*tokens, heads[0], 6), random(*tokens, heads[0], 6), random(*tokens, heads[1], 5)]
-    made += [-random(*tokens, heads[1]).square(), random(*tokens, heads[1]).sigmoid(), random(batch, heads[1], 6, 5)]
+    tokens, heads = (batch, num_tokens), 4
+    made = [random(*tokens, 2, dims[0]), random(*tokens, 2, dims[0]), random(*tokens, heads, dims[1])]
+    made += [-random(*tokens, heads).square(), random(*tokens, heads).sigmoid(), random(batch, heads, *dims)]
     return [tensor.requires_grad_() for tensor in made]
 
 
