@@ -22,7 +22,6 @@ from tempsamp_fast.model.packing import PackedRow
 from tempsamp_fast.model.policy import Policy
 from tests.conftest import Tiny
 
-
 DECAYS = ("A_log", "dt_bias", "in_proj_a.weight")
 
 
