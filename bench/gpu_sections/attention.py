@@ -14,7 +14,8 @@ from bench.gpu_sections.models import PUBLISHED, Scale, Size
 from bench.gpu_sections.timing import distance, in_turn, require
 from tempsamp_fast.config import AttentionCore
 from tempsamp_fast.model.attention import PackedAttention, packed_attention
-from tempsamp_fast.model.packing import GroupLayout, PackedRow, PackingMode
+from tempsamp_fast.model.layout import GroupLayout
+from tempsamp_fast.model.packing import PackedRow, PackingMode
 from tempsamp_fast.model.policy import Policy
 
 HEADS: dict[Size, tuple[int, int]] = {"3B": (16, 2), "7B": (28, 4)}

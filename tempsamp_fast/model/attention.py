@@ -18,8 +18,8 @@ from transformers.masking_utils import sdpa_mask
 
 from tempsamp_fast.config import AttentionCore
 from tempsamp_fast.model.flex_attention import FlexAttention
+from tempsamp_fast.model.layout import GroupLayout
 from tempsamp_fast.model.linear_layers import Recurrence, TreeRecurrence, use_packed_recurrence
-from tempsamp_fast.model.packing import GroupLayout
 from tempsamp_fast.model.split_attention import SplitAttention, attend_windows
 from tempsamp_fast.model.varlen_attention import FLASH_DTYPES, VarlenAttention, varlen_kernel
 
@@ -43,7 +43,7 @@ class PrefillAttention:
     """The attention of a row of prompts, keeping what every layer hands on: keys and values, or states."""
 
     def __init__(self, layout: Sequence[GroupLayout], attention: PackedAttention) -> None:
-        self.prompt_lens = [group.prompt_len for group in layout]
+        self.layout = tuple(layout)
         self._attention = attention
         assert isinstance(attention.recurrence, TreeRecurrence)
         self.recurrence = attention.recurrence
@@ -57,10 +57,6 @@ class PrefillAttention:
         self.keys.setdefault(layer_index, key)
         self.values.setdefault(layer_index, value)
         return self._attention(layer_index, query, key, value, scaling)
-
-    def by_prompt(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Split [1, kv_heads, N, dim] into [prompt_len, kv_heads, dim] of each prompt."""
-        return tensor[0].transpose(0, 1).split(self.prompt_lens)
 
 
 def packed_attention(

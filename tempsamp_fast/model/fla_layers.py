@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tempsamp_fast.model.layout import GroupLayout
 from tempsamp_fast.model.linear_layers import HAS_FLA, State, TreeRecurrence
-from tempsamp_fast.model.packing import GroupLayout
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ class FlaRecurrence(TreeRecurrence):
         if self._order is not None:
             tensors = [tensor.index_select(1, self._order) for tensor in tensors]
         outputs: list[Tensor] = []
+        ended: list[Tensor] = []
         states: Tensor | None = None
         for depth, level in enumerate(self._plan):
             if level.parents is not None:
@@ -114,7 +115,7 @@ class FlaRecurrence(TreeRecurrence):
             else:
                 begun = None
                 if self._before is not None:
-                    begun = self._before[layer_index][0].expand(len(self._roots), -1, -1, -1).contiguous()
+                    begun = self._before[layer_index][0].expand(len(self._levels[0]), -1, -1, -1).contiguous()
             output, states = self._kernels.chunk_gated_delta_rule(
                 *(tensor[:, level.tokens] for tensor in tensors),
                 initial_state=begun,
@@ -123,9 +124,14 @@ class FlaRecurrence(TreeRecurrence):
                 **level.sequences.options(),
             )
             outputs.append(output)
-            if depth == 0 and self.keep:
+            if self.keep:
                 assert states is not None
-                self.after.setdefault(layer_index, (states, self._tails[layer_index]))
+                ended.append(states)
+        if self.keep:
+            order = [node for level in self._levels for node in level]
+            places = torch.tensor([order.index(end) for end in self._ends], device=self._device)
+            kept = torch.cat(ended).index_select(0, places) if len(ended) > 1 else ended[0]
+            self.after.setdefault(layer_index, (kept, self._tails[layer_index]))
         output = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
         return output if self._order is None else output.index_select(1, self._order.argsort())
 
@@ -157,7 +163,7 @@ class FlaRecurrence(TreeRecurrence):
 
     @cached_property
     def _tail_indices(self) -> tuple[Tensor, Tensor]:
-        """[nodes, 3] and [roots, 3] int64: the inputs before every node, and the last ones of every root.
+        """[nodes, 3] and [leaves, 3] int64: the inputs before every node, and the last ones of every leaf.
 
         -3, -2 and -1 are those before the row.
         """
@@ -167,7 +173,7 @@ class FlaRecurrence(TreeRecurrence):
             path = [-3, -2, -1] if parent is None else path_of[parent]
             before.append(path)
             path_of.append([*path, *range(starts[node], starts[node + 1])][-3:])
-        ends = [path_of[root] for root in self._roots]
+        ends = [path_of[end] for end in self._ends]
         return torch.tensor(before, device=self._device), torch.tensor(ends, device=self._device)
 
 

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.nn.functional import pad
 
 from tempsamp_fast.model.fla_layers import packed_recurrence
-from tempsamp_fast.model.packing import GroupLayout
+from tempsamp_fast.model.layout import GroupLayout
 
 BLOCK = 128
 """Rows are padded to a multiple of FlexAttention's block, so that few shapes are compiled."""

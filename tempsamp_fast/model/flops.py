@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from tempsamp_fast.model.families import family_of
-from tempsamp_fast.model.packing import GroupLayout, PackedRow
+from tempsamp_fast.model.layout import GroupLayout
+from tempsamp_fast.model.packing import PackedRow
 from tempsamp_fast.model.shapes import text_shape
 
 PEAK_BF16_TFLOPS = {

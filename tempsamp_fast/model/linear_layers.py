@@ -20,7 +20,7 @@ from torch.nn.functional import conv1d, pad, silu, softplus
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from tempsamp_fast.model.packing import GroupLayout
+from tempsamp_fast.model.layout import GroupLayout
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class TreeRecurrence:
     def __init__(self, layout: Sequence[GroupLayout], before: Mapping[int, State] | None = None) -> None:
         self._before = before
         self.keep = False
-        """Whether `after` collects how the roots end."""
+        """Whether `after` collects how the leaves end: the prompts of a row without answers."""
         self._lengths: list[int] = []
         self._parents: list[int | None] = []
         self._levels: list[list[int]] = []
@@ -108,10 +108,10 @@ class TreeRecurrence:
                 self._levels[depth].append(first + index)
                 self._lengths.append(node.length)
                 self._parents.append(first + node.path[-1] if node.path else None)
-        self._roots = [index for index, parent in enumerate(self._parents) if parent is None]
+        self._ends = [index for index in range(len(self._parents)) if index not in self._parents]
         self._tails: dict[int, Tensor] = {}
         self.after: dict[int, State] = {}
-        """By layer: how the roots end, in order."""
+        """By layer: how the leaves end, in order."""
 
     def convolve(self, layer_index: int, inputs: Tensor, weight: Tensor) -> Tensor:
         """All nodes in one convolution, each behind the last inputs on its path."""
@@ -127,7 +127,7 @@ class TreeRecurrence:
             tails.append(torch.cat([tail, tokens[-num_before:]])[-num_before:])
         if self.keep:
             # A checkpointed layer comes by a second time, in the backward pass.
-            self._tails.setdefault(layer_index, torch.stack([tails[root] for root in self._roots]))
+            self._tails.setdefault(layer_index, torch.stack([tails[end] for end in self._ends]))
         laid_out = torch.cat(pieces).T[None]
         convolved = silu(conv1d(laid_out, weight[:, None], groups=len(weight)))[0].T
         spans = [length for own in self._lengths for length in (own, num_before)][:-1]
@@ -152,7 +152,7 @@ class TreeRecurrence:
                 for place, node in enumerate(nodes):
                     outputs[node], states[node] = output[place, : self._lengths[node]], state[place]
         if self.keep:
-            kept = torch.stack([states[root] for root in self._roots])
+            kept = torch.stack([states[end] for end in self._ends])
             self.after.setdefault(layer_index, (kept, self._tails[layer_index]))
         return torch.cat(outputs)[None].to(value.dtype)
 

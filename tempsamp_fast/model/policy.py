@@ -17,7 +17,8 @@ from tempsamp_fast.config import AttentionCore
 from tempsamp_fast.config.setting import require
 from tempsamp_fast.model.attention import PackedAttention, PrefillAttention, packed_attention, use_packed_attention
 from tempsamp_fast.model.families import FAMILIES
-from tempsamp_fast.model.packing import GroupLayout, PackedRow
+from tempsamp_fast.model.layout import GroupLayout
+from tempsamp_fast.model.packing import PackedRow
 from tempsamp_fast.model.split_attention import BranchAttention
 
 Head = Callable[[Tensor, Tensor], Any]

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tempsamp_fast.model.fla_layers import packed_recurrence
+from tempsamp_fast.model.layout import GroupLayout
 from tempsamp_fast.model.linear_layers import State
-from tempsamp_fast.model.packing import GroupLayout
 
 BRANCH_BLOCK = 256
 """Branches of a group are attended together up to this many tokens: fewer calls, against masked-out work."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils import is_flash_attn_2_available
 
 from tempsamp_fast.model.fla_layers import packed_recurrence
-from tempsamp_fast.model.packing import GroupLayout
+from tempsamp_fast.model.layout import GroupLayout
 
 logger = logging.getLogger(__name__)
 

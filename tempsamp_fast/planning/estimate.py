@@ -26,7 +26,7 @@ from tempsamp_fast.learning.engine import effective_zero
 from tempsamp_fast.model.architectures import Parameters
 from tempsamp_fast.model.families import family_of
 from tempsamp_fast.model.flops import layout_flops
-from tempsamp_fast.model.packing import GroupLayout
+from tempsamp_fast.model.layout import GroupLayout
 from tempsamp_fast.model.shapes import text_shape
 from tempsamp_fast.video import Geometry
 

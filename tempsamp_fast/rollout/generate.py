@@ -179,8 +179,15 @@ def _prefill(
 
 def _next_positions(row: PackedRow) -> Tensor:
     """[prompts of the row] int64: one past the largest position of each."""
-    prompts = row.position_ids[:, 0].split([group.prompt_len for group in row.layout], dim=1)
-    return torch.stack([positions.max() + 1 for positions in prompts])
+    found, start = [], 0
+    for tree in row.layout:
+        for node in tree.nodes:
+            if node.is_leaf:
+                path = [tree.nodes[each] for each in node.path] + [node]
+                spans = [slice(start + each.start, start + each.start + each.length) for each in path]
+                found.append(max(int(row.position_ids[:, 0, span].max()) for span in spans) + 1)
+        start += tree.num_tokens
+    return torch.tensor(found)
 
 
 def _most(count: int, synced: bool, device: torch.device) -> int:

@@ -12,7 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tempsamp_fast.model.attention import packed_attention, vision_attention
 from tempsamp_fast.model.flops import _num_attended
-from tempsamp_fast.model.packing import GroupLayout, _logit_indices, pack
+from tempsamp_fast.model.layout import GroupLayout
+from tempsamp_fast.model.packing import _logit_indices, pack
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.model.varlen_attention import VarlenKernel, adapt_flash_attn, adapt_torch_varlen, varlen_kernel
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.functional import conv1d, silu
 
 from tempsamp_fast.model.fla_layers import FlaKernels, FlaRecurrence, fla_kernels, packed_recurrence
+from tempsamp_fast.model.layout import GroupLayout
 from tempsamp_fast.model.linear_layers import HAS_FLA, TreeRecurrence, chunked_delta_rule
-from tempsamp_fast.model.packing import GroupLayout, pack
+from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
 from tests.model.test_cores import TREES
 from tests.model.test_linear_layers import assert_same_with_gradients, inputs

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import conv1d, normalize, pad, silu
 
 from tempsamp_fast.model import linear_layers
+from tempsamp_fast.model.layout import GroupLayout
 from tempsamp_fast.model.linear_layers import TreeRecurrence, chunked_delta_rule
-from tempsamp_fast.model.packing import GroupLayout, pack
+from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
 from tests.model.test_cores import TREES
 

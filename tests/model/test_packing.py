@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tempsamp_fast.model.packing import GroupLayout, pack, pack_prompts
+from tempsamp_fast.model.layout import GroupLayout
+from tempsamp_fast.model.packing import pack, pack_prompts
 
 
 def test_logit_indices_are_the_tokens_before_the_answers(tiny) -> None:
