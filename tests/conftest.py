@@ -6,7 +6,7 @@ Property tests draw the same examples every time and have no time limit: they fa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -132,6 +132,27 @@ class Tiny:
             self.group(self.prompt((2, 4, 4), seed=2, second_per_grid=0.7), [2], seed=12),
             self.group(self.prompt((5, 2, 6), seed=3, second_per_grid=2.5), [3, 3, 1, 1], seed=13),
         ]
+
+    def about(self, prompt: Prompt, questions: Sequence[Sequence[int]]) -> list[Prompt]:
+        """Prompts that begin as this one does up to the text after its video: a question of their own."""
+        start, sample = prompt.input_ids[:-4], prompt.sample
+        return [
+            replace(
+                prompt,
+                input_ids=torch.cat([start, torch.tensor(question)]),
+                sample=replace(sample, sample_id=f"{sample.sample_id}/{index}"),
+            )
+            for index, question in enumerate(questions)
+        ]
+
+    def tree_groups(self) -> list[RolloutGroup]:
+        """Two videos with several questions, some of which begin alike or are one token, and between them one alone."""
+        first = self.about(self.prompt((3, 6, 4), seed=1), [[7, 8, 9, 3], [7, 5], [7, 9, 9]])
+        alone = self.prompt((2, 4, 4), seed=2, second_per_grid=0.7)
+        last = self.about(self.prompt((5, 2, 6), seed=3, second_per_grid=2.5), [[1], [2, 3, 4, 5, 6]])
+        lengths = [[4, 1, 7], [2], [3, 3], [2, 5], [1, 1], [6, 2]]
+        prompts = [*first, alone, *last]
+        return [self.group(prompt, lengths[i], seed=10 + i) for i, prompt in enumerate(prompts)]
 
 
 @pytest.fixture(params=["qwen2_5_vl", "qwen3_vl", "qwen3_5"])

@@ -70,14 +70,11 @@ def shared_levels(prefills: Sequence[PrefillAttention], row_prompts: Tensor) -> 
             root, rest = (root[0], root[1] - 1), [(root[1] - 1, root[1])]
         roots.append([root])
         questions.append(rest)
-    tree_of = torch.tensor(
-        [index for index, of_tree in enumerate(questions) for _ in of_tree], device=row_prompts.device
-    )
-    levels = (
-        [(roots, torch.tensor(tree_of, device=row_prompts.device)[row_prompts]), (questions, row_prompts)]
-        if has_trees
-        else [(roots, row_prompts)]
-    )
+    levels = [(roots, row_prompts)]
+    if has_trees:
+        tree_of = [index for index, of_tree in enumerate(questions) for _ in of_tree]
+        row_trees = torch.tensor(tree_of, device=row_prompts.device)[row_prompts]
+        levels = [(roots, row_trees), (questions, row_prompts)]
     return [
         SharedKeys(
             {layer: _cut(prefills, layer, "keys", spans) for layer in prefills[0].keys},

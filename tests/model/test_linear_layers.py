@@ -106,12 +106,13 @@ def test_a_tree_is_its_paths(begins: str) -> None:
         *tokens, state, channels, weight, tail = tensors
         state, tail = (state, tail) if used else (torch.zeros_like(state), torch.zeros_like(tail))
         convolved, outputs, states, tails = [], [], [], []
-        for path, own in paths(TREES):
+        nodes = [node for group in TREES for node in group.nodes]
+        for node, (path, own) in zip(nodes, paths(TREES), strict=True):
             read = torch.cat([tail, channels[:, path]], dim=1)
             convolved.append(silu(conv1d(read.mT, weight[:, None], groups=3)).mT[:, own])
             output, after = chunked_delta_rule(*(each[:, path] for each in tokens), state)
             outputs.append(output[:, own])
-            if own.start == 0:
+            if node.is_leaf:
                 states.append(after)
                 tails.append(read[:, 1 - kernel :])
         return [torch.cat(each, dim=1) for each in (convolved, outputs)] + [torch.cat(states), torch.cat(tails)]

@@ -3,46 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tempsamp_fast.batch import Prompt, RolloutGroup
 from tempsamp_fast.model import segments
 from tempsamp_fast.model.packing import pack, pack_prompts
 from tempsamp_fast.model.policy import Policy
 
 
-def about(prompt: Prompt, questions: Sequence[Sequence[int]]) -> list[Prompt]:
-    """Prompts with the video and the beginning of this one, each with a question of its own in place of the text."""
-    start = prompt.input_ids[:-4]
-    return [
-        replace(
-            prompt,
-            input_ids=torch.cat([start, torch.tensor(question)]),
-            sample=replace(prompt.sample, sample_id=f"{prompt.sample.sample_id}/{index}"),
-        )
-        for index, question in enumerate(questions)
-    ]
-
-
-def tree_groups(tiny) -> list[RolloutGroup]:
-    """Two videos with several questions, some of which begin alike or are one token, and between them one alone."""
-    first = about(tiny.prompt((3, 6, 4), seed=1), [[7, 8, 9, 3], [7, 5], [7, 9, 9]])
-    alone = tiny.prompt((2, 4, 4), seed=2, second_per_grid=0.7)
-    last = about(tiny.prompt((5, 2, 6), seed=3, second_per_grid=2.5), [[1], [2, 3, 4, 5, 6]])
-    lengths = [[4, 1, 7], [2], [3, 3], [2, 5], [1, 1], [6, 2]]
-    return [
-        tiny.group(prompt, of_prompt, seed=10 + index)
-        for index, (prompt, of_prompt) in enumerate(zip([*first, alone, *last], lengths, strict=True))
-    ]
-
-
 def test_what_prompts_share_is_there_once(tiny) -> None:
     """Videos, tokens and answers; the order of answers stays that of the groups."""
-    groups = tree_groups(tiny)
+    groups = tiny.tree_groups()
     (row,) = pack(groups, config=tiny.model().config, max_tokens_per_row=10_000)
     assert [len(tree.nodes) for tree in row.layout] == [1 + 3 + 6, 1 + 2, 1 + 2 + 4]
     assert row.video_grid_thw.tolist() == [[3, 6, 4], [2, 4, 4], [5, 2, 6]]
@@ -60,7 +33,7 @@ def test_what_prompts_share_is_there_once(tiny) -> None:
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_trees_equal_separate_rows(exact, tiny, max_tokens_per_row: int, gradient_checkpointing: bool) -> None:
     """Logits, loss and the gradient of every parameter, the tower's included."""
-    groups = tree_groups(tiny)
+    groups = tiny.tree_groups()
     model = exact.model(tiny)
     rows = pack(groups, config=model.config, max_tokens_per_row=max_tokens_per_row)
     policy = Policy(model, gradient_checkpointing=gradient_checkpointing)
@@ -68,7 +41,7 @@ def test_trees_equal_separate_rows(exact, tiny, max_tokens_per_row: int, gradien
 
 
 def test_prompts_alone_are_trees_whose_last_tokens_are_wanted(tiny) -> None:
-    prompts = [group.prompt for group in tree_groups(tiny)]
+    prompts = [group.prompt for group in tiny.tree_groups()]
     (row,) = pack_prompts(prompts, config=tiny.model().config, max_tokens_per_row=10_000)
     ends = [int(row.input_ids[0, index]) for index in row.logit_indices]
     assert ends == [int(prompt.input_ids[-1]) for prompt in prompts]
@@ -76,7 +49,7 @@ def test_prompts_alone_are_trees_whose_last_tokens_are_wanted(tiny) -> None:
 
 
 def test_without_packing_every_answer_has_its_own_video(tiny) -> None:
-    groups = tree_groups(tiny)
+    groups = tiny.tree_groups()
     (row,) = pack(groups, config=tiny.model().config, max_tokens_per_row=10_000, mode="none")
     assert len(row.video_grid_thw) == row.num_completions == sum(len(group.completions) for group in groups)
 
@@ -84,7 +57,7 @@ def test_without_packing_every_answer_has_its_own_video(tiny) -> None:
 def test_text_before_the_video_keeps_questions_apart(tiny, caplog: pytest.LogCaptureFixture) -> None:
     """And that is said once."""
     segments._tell_text_first.cache_clear()
-    prompts = about(tiny.prompt((3, 6, 4), seed=1), [[7, 8], [7, 5]])
+    prompts = tiny.about(tiny.prompt((3, 6, 4), seed=1), [[7, 8], [7, 5]])
     other = replace(prompts[1], input_ids=torch.cat([torch.tensor([9]), prompts[1].input_ids[1:]]))
     groups = [tiny.group(prompt, [2, 3]) for prompt in (prompts[0], other, prompts[0])]
     with caplog.at_level(logging.WARNING):
@@ -96,7 +69,7 @@ def test_text_before_the_video_keeps_questions_apart(tiny, caplog: pytest.LogCap
 
 def test_the_same_question_twice_keeps_a_token_of_its_own(oracle, tiny) -> None:
     """Two answers' worth of one prompt, as a replaced sample may bring."""
-    prompt = about(tiny.prompt((3, 6, 4), seed=1), [[7, 8, 9]])[0]
+    prompt = tiny.about(tiny.prompt((3, 6, 4), seed=1), [[7, 8, 9]])[0]
     groups = [tiny.group(prompt, [2, 3], seed=1), tiny.group(prompt, [4], seed=2)]
     (row,) = pack(groups, config=tiny.model().config, max_tokens_per_row=10_000)
     assert row.layout[0].prompt_len == len(prompt.input_ids) - 1
@@ -105,7 +78,7 @@ def test_the_same_question_twice_keeps_a_token_of_its_own(oracle, tiny) -> None:
 
 def test_answers_that_see_another_question_are_noticed(exact, tiny) -> None:
     """The gate itself: a tree flattened into one fork is seen."""
-    groups = tree_groups(tiny)[:3]
+    groups = tiny.tree_groups()[:3]
     model = exact.model(tiny)
     (row,) = pack(groups, config=model.config, max_tokens_per_row=10_000)
     (tree,) = row.layout
