@@ -21,10 +21,11 @@ from tempsamp_fast.model.architectures import count_parameters, model_config
 from tempsamp_fast.model.families import FAMILIES
 from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.model.shapes import text_shape
 from tempsamp_fast.plan import decided, describe_plan, main, peak_memory, with_stage
 from tempsamp_fast.planning.estimate import step_traffic, work_of
 from tempsamp_fast.train import main as train_main
-from tests.conftest import TEXT, Tiny
+from tests.conftest import Tiny
 
 PUBLISHED_COUNTS = {
     "Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976,
@@ -32,11 +33,19 @@ PUBLISHED_COUNTS = {
     "Qwen/Qwen3-VL-2B-Instruct": 2_127_532_032,
     "Qwen/Qwen3-VL-4B-Instruct": 4_437_815_808,
     "Qwen/Qwen3-VL-8B-Instruct": 8_767_123_696,
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": 31_070_754_032,
+    "Qwen/Qwen3.5-0.8B": 852_985_920,
+    "Qwen/Qwen3.5-2B": 2_213_241_664,
+    "Qwen/Qwen3.5-4B": 4_539_265_536,
+    "Qwen/Qwen3.5-9B": 9_409_813_744,
+    "Qwen/Qwen3.5-27B": 27_356_728_560,
+    "Qwen/Qwen3.5-35B-A3B": 35_107_181_936,
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED_COUNTS)
 def test_known_architectures_have_the_published_number_of_parameters(name: str) -> None:
+    """Of Qwen3.5's, what checkpoints hold besides the layer that predicts several tokens at once."""
     model = ModelConfig(model=name)
     assert count_parameters(model_config(model), model).total == PUBLISHED_COUNTS[name]
 
@@ -112,7 +121,8 @@ def test_partitioning_divides_what_it_partitions() -> None:
 def kept_bytes(model: torch.nn.Module, tiny: Tiny) -> tuple[int, int, int]:
     """What autograd keeps of one forward pass besides parameters; tokens and patches of the row."""
     policy = Policy(model).train()
-    (row,) = pack([tiny.group(tiny.prompt((4, 4, 4)), [20, 20])], config=policy.config, max_tokens_per_row=10_000)
+    group = tiny.group(tiny.prompt((4, 4, 4), num_text=50), [64, 64])  # chunks of linear layers are filled
+    (row,) = pack([group], config=policy.config, max_tokens_per_row=10_000)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -129,11 +139,18 @@ def kept_bytes(model: torch.nn.Module, tiny: Tiny) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_keeps_as_much_as_estimated(tiny: Tiny, dtype: torch.dtype) -> None:
-    (few, num_tokens, _), (many, _, _) = (kept_bytes(tiny.model(num_hidden_layers=n).to(dtype), tiny) for n in (2, 4))
-    sizes = TEXT["hidden_size"], 32, 16, TEXT["intermediate_size"]
-    kept = FAMILIES[tiny.family].kept[dtype.itemsize]
-    elements = sum(c * size for c, size in zip(kept.per_token, sizes, strict=True))
-    assert (many - few) / 2 / num_tokens / dtype.itemsize == pytest.approx(elements, rel=0.1)
+    linear = {"linear_key_head_dim": 128, "linear_value_head_dim": 128} if tiny.family == "qwen3_5" else {}
+    models = [tiny.model(num_hidden_layers=n, **linear).to(dtype) for n in (2, 4)]
+    (few, num_tokens, _), (many, _, _) = (kept_bytes(model, tiny) for model in models)
+    kept, shape = FAMILIES[tiny.family].kept[dtype.itemsize], text_shape(models[0].config)
+    elements = 0
+    for coefficients, sizes, num_layers in (
+        (kept.per_token, (shape.query, shape.key), shape.num_attending),
+        (kept.per_linear_token, (shape.channels, shape.linear_value), shape.num_linear),
+    ):
+        every = (shape.hidden, *sizes, shape.intermediate)
+        elements += num_layers * sum(c * size for c, size in zip(coefficients, every, strict=True))
+    assert (many - few) / num_tokens / dtype.itemsize == pytest.approx(elements, rel=0.1)
 
 
 MEASURE = """
