@@ -21,6 +21,9 @@ class RolloutConfig:
         "policy", "what samples: the training weights themselves, or vLLM on the same GPU"
     )
     vllm_memory: float = setting(0.3, "share of the GPU's memory that vLLM takes")
+    max_logp_gap: float = setting(
+        0.2, "end the run where the sampler's log-probs are further than this from the policy's on average; 0: never"
+    )
     cuda_graphs: bool = setting(False, "replay decoding passes as CUDA graphs")
     record_rollouts: str | None = setting(None, "write every sampled answer to this JSONL file")
     replay_rollouts: str | None = setting(None, "take the answers from a recorded file")
@@ -33,6 +36,7 @@ class RolloutConfig:
         require(self.top_k >= 0, "top_k", self.top_k, "zero (off) or more")
         require(self.max_completion_length >= 1, "max_completion_length", self.max_completion_length, "at least 1")
         require(0 < self.vllm_memory < 1, "vllm_memory", self.vllm_memory, "in (0, 1)")
+        require(self.max_logp_gap >= 0, "max_logp_gap", self.max_logp_gap, "0 (no limit) or more")
         require(
             self.record_rollouts is None or self.replay_rollouts is None,
             "record_rollouts", self.record_rollouts, "unset when replay_rollouts is given",

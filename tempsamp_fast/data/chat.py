@@ -18,7 +18,8 @@ from tempsamp_fast.model.families import family_of
 from tempsamp_fast.sample import Mode, Sample, Task
 from tempsamp_fast.system.bounded import bounded
 
-VIDEO_MARKER = "<|vision_start|><|video_pad|><|vision_end|>"
+VIDEO_PAD = "<|video_pad|>"
+VIDEO_MARKER = f"<|vision_start|>{VIDEO_PAD}<|vision_end|>"
 QUESTION = "[the question]"
 """Stands for it while the chat template is rendered."""
 
@@ -42,7 +43,7 @@ class Chat:
     ) -> None:
         if not tokenizer.chat_template:
             raise ValueError(f"tokenizer of {tokenizer.name_or_path!r} has no chat template")
-        if tokenizer.convert_tokens_to_ids("<|video_pad|>") != model_config.video_token_id:
+        if tokenizer.convert_tokens_to_ids(VIDEO_PAD) != model_config.video_token_id:
             raise ValueError(
                 f"tokenizer of {tokenizer.name_or_path!r} does not map <|video_pad|> to the model's "
                 f"video_token_id={model_config.video_token_id}"
@@ -90,8 +91,12 @@ class Chat:
         return Prompt(sample, mode, ids, video, opening)
 
     def unexpanded(self, sample: Sample, mode: Mode, task: Task) -> Tensor:
-        """[num_tokens] int64: the same question with one placeholder for the video, for engines that expand it."""
-        return self.encode(self._question(sample, mode, task)[0])
+        """[num_tokens] int64: the same question with one placeholder for the video, for engines that expand it.
+
+        Without the markers around it where they stand around every frame: an engine writes those of the frames.
+        """
+        text = self._question(sample, mode, task)[0]
+        return self.encode(text.replace(VIDEO_MARKER, VIDEO_PAD) if self.timestamps_in_text else text)
 
     def check(self, modes: Iterable[Mode]) -> None:
         """Raise ValueError, naming the template, for a mode that it cannot be asked in."""
@@ -162,7 +167,7 @@ class Chat:
 
     def _video_text(self, video: VideoPatches) -> str:
         frames, height, width = video.grid_thw
-        pads = "<|video_pad|>" * (height * width // self.merged_patch)
+        pads = VIDEO_PAD * (height * width // self.merged_patch)
         if not self.timestamps_in_text:
             return f"<|vision_start|>{pads * frames}<|vision_end|>"
         return "".join(f"<{t:.1f} seconds><|vision_start|>{pads}<|vision_end|>" for t in video.timestamps_s.tolist())

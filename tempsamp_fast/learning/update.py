@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tempsamp_fast.batch import RolloutGroup
-from tempsamp_fast.config import AlgorithmConfig, Config, Method, RolloutConfig
+from tempsamp_fast.config import AlgorithmConfig, Config, Method
 from tempsamp_fast.learning.balance import balance
 from tempsamp_fast.learning.engine import Forward, RowsTooLargeError, check_fitted, forward_of, in_step, optimizer_step
 from tempsamp_fast.learning.loss import RowTargets, idle_loss, log_probs, policy_loss
 from tempsamp_fast.model.flops import device_peak_flops, forward_flops
 from tempsamp_fast.model.packing import PackedRow, pack
+from tempsamp_fast.model.policy import Head
 from tempsamp_fast.system.ranks import max_over_ranks, num_ranks, of_all_ranks
 from tempsamp_fast.system.stopwatch import Stopwatch
 
@@ -125,6 +126,12 @@ def _update(
         )
         for row, target in zip(own_rows, targets, strict=True)
     ]
+    # vLLM tells log-probs at temperature 1, whatever it samples at.
+    as_sampled: list[Tensor] = []
+    if config.rollout.rollout_backend == "vllm" and temperature != 1 and not is_sft:
+        heads = [
+            _noting(as_sampled, log_probs(row, algorithm, 1.0), head) for row, head in zip(own_rows, heads, strict=True)
+        ]
     heads += [idle_loss] * (len(rows) - len(own_rows))
     num_updates = 1 if is_sft else algorithm.updates_per_batch
     grad_norms = []
@@ -133,9 +140,8 @@ def _update(
             row_metrics, grad_norm = optimizer_step(engine, rows, heads, learning_rate, watch)
             grad_norms.append(grad_norm)
             if index == 0:
-                gap = _logp_gap(
-                    [metrics.token_logps for metrics in row_metrics[: len(own_rows)]], learning, config.rollout
-                )
+                logps = as_sampled or [metrics.token_logps for metrics in row_metrics]
+                gap = _logp_gap(logps[: len(own_rows)], learning, config.rollout.max_logp_gap)
         except RowsTooLargeError as error:
             if index == 0:
                 raise
@@ -166,25 +172,40 @@ def _has_gradient(group: RolloutGroup, is_sft: bool, algorithm: AlgorithmConfig)
     return is_sft or algorithm.beta > 0 or bool(group.advantages.any())
 
 
-def _logp_gap(logps: Sequence[Tensor], groups: Sequence[RolloutGroup], rollout: RolloutConfig) -> dict[str, float]:
+def _noting(found: list[Tensor], logps: Callable[[Tensor, Tensor], Tensor], head: Head) -> Head:
+    """A head that also adds what `logps` gives to `found`."""
+
+    def both(hidden: Tensor, weight: Tensor) -> Any:
+        found.append(logps(hidden, weight))
+        return head(hidden, weight)
+
+    return both
+
+
+def _logp_gap(logps: Sequence[Tensor], groups: Sequence[RolloutGroup], limit: float) -> dict[str, float]:
     """Mean absolute difference between the sampler's log-probs and the policy's, over the sampled tokens of the update.
 
-    Nothing where there are none, and where the sampler's are of what top_k and top_p leave, as vLLM's are.
+    Nothing where there are none. Called by every rank, and raises ValueError on every rank where it is above the limit
+    on one.
 
     logps: [M] of each row, before the first update.
     """
-    if rollout.rollout_backend != "policy" and (rollout.top_k or rollout.top_p < 1):
-        return {}
     answers = [completion for group in groups for completion in group.completions]
-    if all(answer.sampled_logps is None for answer in answers):
-        return {}
-    by_answer = torch.cat(list(logps)).cpu().split([len(answer.ids) for answer in answers])
+    by_answer = torch.cat(list(logps)).cpu().split([len(answer.ids) for answer in answers]) if answers else []
     gaps = [
         (own - answer.sampled_logps).abs()
         for own, answer in zip(by_answer, answers, strict=True)
         if answer.sampled_logps is not None
     ]
-    return {"rollout/logp_gap": float(torch.cat(gaps).mean())}
+    gap = float(torch.cat(gaps).mean()) if gaps else 0.0
+    largest = max(of_all_ranks(gap))
+    if limit and largest > limit:
+        raise ValueError(
+            f"rollout/logp_gap={largest:.3g} is above max_logp_gap={limit}: the log-probs that answers were sampled by "
+            "are not the policy's, as when its weights do not reach the sampler; choose rollout_backend='policy', or a "
+            "higher limit where dtypes or dropout explain it"
+        )
+    return {"rollout/logp_gap": gap} if gaps else {}
 
 
 def _utilisation(rows: Sequence[PackedRow], num_updates: int, engine: Any, watch: Stopwatch) -> dict[str, float]:

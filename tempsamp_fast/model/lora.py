@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.system.files import read_json
@@ -145,6 +145,26 @@ def remember_reference(model: Any) -> None:
             trained = model.get_parameter(name.replace(f".{REFERENCE}.", f".{TRAINED}."))
             with deepspeed.zero.GatheredParameters([parameter, trained], modifier_rank=0):
                 parameter.copy_(trained)
+
+
+@torch.no_grad()
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What the trained adapters make of a model's parameters, by the names in its checkpoint.
+
+    model: without the wrapper of PEFT. One adapted layer at a time is merged, copied, and put back to the bit.
+    """
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        value = parameter.detach()
+        if name.endswith(".base_layer.weight"):
+            layer: Any = model.get_submodule(name.removesuffix(".base_layer.weight"))
+            before = value.clone()
+            layer.merge(adapter_names=[TRAINED])
+            value = parameter.detach().clone()
+            layer.unmerge()
+            parameter.copy_(before)
+        yield name.replace(".base_layer.", "."), value
 
 
 @contextmanager

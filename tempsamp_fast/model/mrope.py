@@ -64,16 +64,21 @@ def _vision_blocks(grids: Sequence[GridTHW], seconds_per_grid: Sequence[float], 
     has_timestamps, blocks = family_of(config).has_timestamps, []
     for (t, h, w), seconds in zip(grids, seconds_per_grid, strict=True):
         if has_timestamps:
-            blocks += [_grid_positions(torch.zeros(1), h // merge, w // merge)] * t
+            blocks += [_grid_positions(torch.zeros(1, dtype=torch.int64), h // merge, w // merge)] * t
         else:
-            # float32 and this order of operations, as the checkpoints were trained.
-            times = torch.arange(t) * torch.tensor(seconds, dtype=torch.float32)
-            blocks.append(_grid_positions(times * config.vision_config.tokens_per_second, h // merge, w // merge))
+            blocks.append(_grid_positions(temporal_positions(t, seconds, config), h // merge, w // merge))
     return blocks
 
 
+def temporal_positions(num_patches: int, seconds: float, config: Any) -> Tensor:
+    """[num_patches] int64: where temporal patches `seconds` apart lie on the clock of Qwen2.5-VL, from the first on."""
+    # float32 and this order of operations, as the checkpoints were trained.
+    times = torch.arange(num_patches) * torch.tensor(seconds, dtype=torch.float32)
+    return (times * config.vision_config.tokens_per_second).long()
+
+
 def _grid_positions(times: Tensor, height: int, width: int) -> Tensor:
-    axes = (times.long(), torch.arange(height), torch.arange(width))
+    axes = (times, torch.arange(height), torch.arange(width))
     return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
 
 

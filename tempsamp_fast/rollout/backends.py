@@ -31,17 +31,14 @@ class RolloutBackend(Protocol):
         """Answers by prompt; arguments and result as of `rollout.generate`."""
 
 
-def build_backend(
-    engine: Any, chat: Chat, checkpoint: str, rollout: RolloutConfig, train: TrainConfig, task: Task
-) -> RolloutBackend:
-    """What `rollout.rollout_backend` names; `checkpoint` is what another engine than the policy starts from."""
+def build_backend(engine: Any, chat: Chat, rollout: RolloutConfig, train: TrainConfig, task: Task) -> RolloutBackend:
+    """What `rollout.rollout_backend` names."""
     if rollout.rollout_backend == "vllm":
         from tempsamp_fast.rollout.vllm import VllmBackend, colocated_llm
 
         room = engine.module.config.text_config.max_position_embeddings
         max_tokens = min(room, train.max_tokens_per_row + rollout.max_completion_length)
-        dtype = engine.module.base_model.dtype
-        llm = colocated_llm(checkpoint, dtype, max_tokens, rollout.vllm_memory, train.seed)
+        llm = colocated_llm(engine.module, chat, max_tokens, rollout.vllm_memory, train.seed)
         return VllmBackend(engine, chat, task, llm)
     return PolicyBackend(
         engine, chat.end_token_ids, chat.banned_token_ids, train.max_tokens_per_row, rollout.cuda_graphs

@@ -1,14 +1,18 @@
-"""Rollouts by vLLM on this rank's GPU, beside the training weights that are copied into it before every batch.
+"""Rollouts by vLLM on this rank's device, beside the training weights that are copied into it before every batch.
 
-Written to vLLM's documented interface as of 0.22 (`LLM.generate` on token prompts with embedding inputs,
-`LLM.apply_model`, `LLM.reset_prefix_cache`), and run against an in-process double of it only.
+Tested against vLLM 0.30.0 on a CPU (`make test-vllm`); `make test` runs it against a double of what was met there.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
+import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,40 +20,78 @@ from torch import Tensor
 
 from tempsamp_fast.batch import Prompt
 from tempsamp_fast.data.chat import Chat
+from tempsamp_fast.model.families import family_of, geometry_of
+from tempsamp_fast.model.lora import merged_parameters
+from tempsamp_fast.model.mrope import temporal_positions
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams, eval_mode
 from tempsamp_fast.sample import Task
+from tempsamp_fast.system.files import write_file
 
+logger = logging.getLogger(__name__)
 BAN = -100.0
 """Added to the logits of ids that must not be drawn."""
+CPU_CACHE_BYTES = 1 << 30
+"""Of keys and values where there is no GPU whose memory could be shared out."""
 
 
-def colocated_llm(checkpoint: str, dtype: torch.dtype, max_tokens: int, gpu_memory_share: float, seed: int) -> Any:
-    """A `vllm.LLM` in this process, on this rank's GPU alone.
+def colocated_llm(policy: Policy, chat: Chat, max_tokens: int, gpu_memory_share: float, seed: int) -> Any:
+    """A `vllm.LLM` in this process, on this rank's device alone, for `VllmBackend` to copy the policy's weights into.
+
+    It begins with random ones, and reads no more of the checkpoint than configuration and tokenizer. It is sent
+    features of videos: its own vision tower, where it has one, stays random. The number of torch's threads stays as it
+    was and can be changed.
 
     max_tokens: of a prompt and its answer. gpu_memory_share: of the whole GPU, for its weights and caches.
     Raises ValueError when vLLM is not installed.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         from vllm import LLM
     except ImportError as error:
         raise ValueError(
-            "rollout_backend='vllm' needs the package vllm (pip install 'tempsamp-fast[vllm]'); choose policy"
+            f"rollout_backend='vllm' needs the package vllm (pip install 'tempsamp-fast[vllm]'): {error}; choose policy"
         ) from error
-    return LLM(
-        model=checkpoint,
-        dtype=str(dtype).removeprefix("torch."),
-        max_model_len=max_tokens,
-        gpu_memory_utilization=gpu_memory_share,
-        distributed_executor_backend="external_launcher",
-        tensor_parallel_size=1,
-        limit_mm_per_prompt={"image": 0, "video": 1},
-        enable_mm_embeds=True,
-        enable_prefix_caching=True,
-        logprobs_mode="processed_logprobs",
-        seed=seed,
-    )
+    # vLLM leaves the tower out where no video may come, and with it what reads the features of early layers.
+    needs_tower = bool(getattr(policy.config.vision_config, "deepstack_visual_indexes", ()))
+    on_cpu: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
+    num_threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
+    try:
+        with TemporaryDirectory(prefix="tempsamp_fast_vllm_") as folder:
+            _write_checkpoint(Path(folder), policy, chat)
+            return LLM(
+                model=folder,
+                load_format="dummy",
+                dtype=str(policy.base_model.dtype).removeprefix("torch."),
+                max_model_len=max_tokens,
+                max_num_batched_tokens=max_tokens,
+                gpu_memory_utilization=gpu_memory_share,
+                distributed_executor_backend="external_launcher",
+                tensor_parallel_size=1,
+                limit_mm_per_prompt={"image": 0, "video": int(needs_tower)},
+                skip_mm_profiling=True,
+                enable_mm_embeds=True,
+                enable_prefix_caching=True,
+                logprobs_mode="raw_logprobs",
+                seed=seed,
+                **({} if torch.cuda.is_available() else on_cpu),
+            )
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(num_threads)
+
+
+def _write_checkpoint(folder: Path, policy: Policy, chat: Chat) -> None:
+    """All but the weights. vLLM asks a processor's settings for the size of patches, although it never cuts any."""
+    config = copy.deepcopy(policy.config)
+    config.architectures = [family_of(config).model_class.__name__]
+    config.save_pretrained(folder)
+    chat.tokenizer.save_pretrained(folder)
+    geometry = geometry_of(policy.config)
+    sizes = {name: getattr(geometry, name) for name in ("patch_size", "temporal_patch_size", "merge_size")}
+    write_file(folder / "preprocessor_config.json", json.dumps(sizes))
 
 
 class VllmBackend:
@@ -57,9 +99,10 @@ class VllmBackend:
 
     Videos come as features of the policy's own tower, so that nothing of vLLM's image processing is relied on and no
     cache of it outlives a weight update. vLLM expands the video's placeholder by itself: prompt ids that differ from
-    the trainer's are refused. The log-probs of the answers are those after ids are banned and cut by top_k and top_p.
+    the trainer's are refused. The log-probs of the answers are the model's own at temperature 1, over the whole
+    vocabulary, before ids are banned or cut by top_k and top_p. The same seed draws other answers than the policy does.
 
-    Raises ValueError for partitioned parameters (ZeRO-3) and for adapters, whose weights are not the checkpoint's.
+    Raises ValueError for partitioned parameters (ZeRO-3).
     """
 
     def __init__(self, engine: Any, chat: Chat, task: Task, llm: Any) -> None:
@@ -67,17 +110,20 @@ class VllmBackend:
             raise ValueError("rollout_backend='vllm' needs whole parameters, and ZeRO stage 3 partitions them; use 2")
         self._engine = engine
         self._policy: Policy = engine.module
-        if self._policy.model is not self._policy.base_model:
-            raise ValueError("rollout_backend='vllm' does not take LoRA adapters; choose policy")
         self._chat, self._task, self._llm = chat, task, llm
         self._synced_step: int | None = None
 
     def sync_weights(self) -> None:
-        """Copy the policy's weights into vLLM, unless no optimizer step has changed them."""
+        """Copy the policy's weights into vLLM, adapters merged, unless no optimizer step has changed them."""
         if self._synced_step == self._engine.global_steps:
             return
-        weights = [(name, parameter.detach()) for name, parameter in self._policy.base_model.named_parameters()]
-        self._llm.apply_model(lambda model: model.load_weights(weights))
+        weights = merged_parameters(self._policy.base_model)
+        language = ((name, weight) for name, weight in weights if not name.startswith("model.visual."))
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": language})
+        if not torch.cuda.is_available():
+            self._llm.apply_model(_repack_head)
+        # Reloading empties the worker's half of the encoder cache, and the scheduler would still count on it.
+        self._llm.llm_engine.reset_encoder_cache()
         self._llm.reset_prefix_cache()
         self._synced_step = self._engine.global_steps
 
@@ -107,10 +153,12 @@ class VllmBackend:
         data = {
             "video_embeds": torch.cat([features.embeds, *features.deepstack], dim=1).cpu(),
             "video_grid_thw": grid,
-            "second_per_grid_ts": torch.tensor([video.second_per_grid]),
         }
         if self._chat.timestamps_in_text:
             data["timestamps"] = video.timestamps_s[None]
+        else:
+            seconds = _second_per_grid(prompt, self._policy.config)
+            data["second_per_grid_ts"] = torch.tensor([seconds], dtype=torch.float64)
         ids = self._chat.unexpanded(prompt.sample, prompt.mode, self._task)
         return {"prompt_token_ids": ids.tolist(), "multi_modal_data": {"video": data}}
 
@@ -132,6 +180,37 @@ class VllmBackend:
             logprobs=0,
             detokenize=False,
         )
+
+
+def _repack_head(model: Any) -> None:
+    """On a CPU a layer multiplies by a copy of its weight; that of a head tied to the embeddings is not made anew."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+def _second_per_grid(prompt: Prompt, config: Any) -> float:
+    """Seconds between temporal patches from which vLLM gets the positions of the trainer.
+
+    Both round the product down, the trainer's in float32 and vLLM's in float64: where it is nearly whole they may
+    differ by one. The middle of what gives the trainer's is far from either. Of long videos at odd frame rates (one in
+    200 of 384 patches) nothing gives all of them, which is told.
+    """
+    num_patches, rate = prompt.video.grid_thw[0], config.vision_config.tokens_per_second
+    if num_patches == 1:
+        return prompt.video.second_per_grid
+    positions = temporal_positions(num_patches, prompt.video.second_per_grid, config)[1:].double()
+    tokens_per_s = rate * torch.arange(1, num_patches).double()
+    seconds = float((positions / tokens_per_s).max() + ((positions + 1) / tokens_per_s).min()) / 2
+    num_other = int(((tokens_per_s * seconds).floor() != positions).sum())
+    if num_other:
+        logger.warning(
+            "sample %r: vLLM takes %d of its %d temporal patches to lie one position off",
+            prompt.sample.sample_id[:80], num_other, num_patches,
+        )  # fmt: skip
+    return seconds
 
 
 def _require_same_ids(prompt: Prompt, ids: Sequence[int]) -> None:

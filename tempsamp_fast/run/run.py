@@ -90,7 +90,7 @@ class Run:
             self.engine = restored_engine(self.policy, train, config.model, dtype, self.resumed_from / ENGINE)
         else:
             self.engine = build_engine(self.policy, train, dtype)
-        self.backend = build_backend(self.engine, self.chat, checkpoint, config.rollout, train, data.task)
+        self.backend = build_backend(self.engine, self.chat, config.rollout, train, data.task)
         self.reference: Forward | None = None
         self.record, self.replay = self._recorded(config.rollout.record_rollouts, config.rollout.replay_rollouts)
 

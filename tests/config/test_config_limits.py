@@ -39,6 +39,7 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (RolloutConfig, "top_k", [0], [-1]),
     (RolloutConfig, "max_completion_length", [1], [0]),
     (RolloutConfig, "vllm_memory", [JUST_ABOVE_0, BELOW_1], [0, 1]),
+    (RolloutConfig, "max_logp_gap", [0], [NEXT_BELOW_0]),
     (AlgorithmConfig, "tau", [JUST_ABOVE_0, 1], [0, ABOVE_1]),
     (AlgorithmConfig, "alpha_1", [JUST_ABOVE_0], [0]),
     (AlgorithmConfig, "alpha_2", [JUST_ABOVE_0], [0]),

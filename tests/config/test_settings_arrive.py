@@ -115,6 +115,10 @@ PLAN: dict[type, dict[str, tuple[str, str]]] = {
         "max_completion_length": ("what the sampler is asked", SAMPLER),
         "rollout_backend": ("which of the two samples", VLLM),
         "vllm_memory": ("what vLLM is made with", VLLM),
+        "max_logp_gap": (
+            "a sampler that is further off ends the run",
+            "run/test_guards.py::test_a_sampler_that_drifts_from_the_policy_is_seen_and_ends_the_run",
+        ),
         "cuda_graphs": ("decoding is asked for graphs", f"{ROLLOUT}test_cuda_graphs_reach_the_decoding_passes"),
         "record_rollouts": ("the file holds the sampled answers", REPLAY),
         "replay_rollouts": ("the answers are the file's, nothing is sampled", REPLAY),

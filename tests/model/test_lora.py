@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.export import export
 from tempsamp_fast.model.loading import load_model
-from tempsamp_fast.model.lora import REFERENCE, as_reference
+from tempsamp_fast.model.lora import REFERENCE, TRAINED, as_reference, merged_parameters
 from tempsamp_fast.run.checkpoint import latest_checkpoint
 from tempsamp_fast.run.log import read_metrics
 
@@ -85,6 +85,23 @@ def test_an_export_is_the_merged_model_and_loads_without_peft(trainer, tmp_path:
     torch.testing.assert_close(plain(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
     base, _ = load_model(str(trainer.checkpoint), ModelConfig(), torch.float32)
     assert not torch.allclose(plain(input_ids=ids).logits, base(input_ids=ids).logits, atol=1e-4)
+
+
+def test_merged_parameters_are_those_of_the_merged_model_and_leave_it_as_it_was(stepper) -> None:
+    """By the names of a checkpoint; with a reference beside the trained adapter, which is not merged."""
+    one = stepper("--phases", "sft:2,tempsamp:1", *LORA)
+    one.steps()
+    policy, before = one.run.policy, weights(one.run.policy)
+    merged = {name: value.clone() for name, value in merged_parameters(policy.base_model)}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
+    expected = weights(policy.model.merge_and_unload(adapter_names=[TRAINED]))
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in merged.items())
+    adapted = [name for name in before if name.endswith(".base_layer.weight")]
+    assert adapted and not any(
+        torch.equal(before[name], merged[name.removeprefix("model.base_model.model.").replace(".base_layer.", ".")])
+        for name in adapted
+    )
 
 
 def test_targets_that_are_no_linear_layers_are_refused_with_the_choices(stepper) -> None:

@@ -1,21 +1,25 @@
-"""Rollouts by vLLM, against an in-process double of its documented interface: vLLM itself needs a GPU."""
+"""Rollouts by vLLM, against an in-process double of it; `test_vllm_engine.py` meets vLLM itself."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from tempsamp_fast.batch import Prompt
+from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
+from tempsamp_fast.config import AlgorithmConfig
+from tempsamp_fast.learning.loss import log_probs
+from tempsamp_fast.model.mrope import temporal_positions
+from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.rollout.backends import PolicyBackend
 from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams
-from tempsamp_fast.rollout.vllm import VllmBackend, colocated_llm
+from tempsamp_fast.rollout.vllm import VllmBackend, _second_per_grid, colocated_llm
+from tests.conftest import Tiny
 from tests.rollout import vllm_double
 
 EOS, BANNED = 7, [5, 6]
@@ -28,44 +32,63 @@ def ids(answers: list[list[SampledAnswer]]) -> list[list[list[int]]]:
 
 
 class Setting:
-    """A policy in a double of an engine, and vLLM's double started from an earlier checkpoint of it."""
+    """A policy in a double of an engine, and vLLM's double."""
 
-    def __init__(self, tiny, folder: Path) -> None:
-        tiny.model().save_pretrained(folder)
+    def __init__(self, tiny, is_tied: bool = True) -> None:
         self.prompts: list[Prompt] = [group.prompt for group in tiny.groups()]
-        policy = Policy(tiny.model())
+        model = tiny.model()
+        if not is_tied:
+            model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().flip(0))
+        policy = Policy(model)
         self.engine = SimpleNamespace(module=policy, global_steps=0, zero_optimization_partition_weights=lambda: False)
         self.chat = SimpleNamespace(
             end_token_ids=[EOS],
             banned_token_ids=BANNED,
             timestamps_in_text=tiny.family != "qwen2_5_vl",
+            tokenizer=SimpleNamespace(save_pretrained=lambda folder: None),
             unexpanded=self._unexpanded,
         )
-        self.llm = colocated_llm(str(folder), torch.float32, 500, 0.3, seed=0)
+        self.llm = colocated_llm(policy, self.chat, 500, 0.3, seed=0)
         self.backend = VllmBackend(self.engine, self.chat, "grounding", self.llm)
         self.own = PolicyBackend(self.engine, [EOS], BANNED, 10_000)
 
     def _unexpanded(self, sample, mode, task) -> torch.Tensor:
         whole = next(prompt.input_ids for prompt in self.prompts if prompt.sample is sample)
-        return torch.cat([whole[:4], torch.tensor([62, 61, 63]), whole[-4:]])
+        video = [61] if self.chat.timestamps_in_text else [62, 61, 63]
+        return torch.cat([whole[:4], torch.tensor(video), whole[-4:]])
 
-    def train(self) -> None:
-        """An optimizer step that turns answers around."""
+    def train(self, of: str = "") -> None:
+        """An optimizer step on the parameters with `of` in their names that turns answers around."""
         with torch.no_grad():
-            for parameter in self.engine.module.parameters():
-                parameter.add_(0.3 * torch.randn_like(parameter))
+            for name, parameter in self.engine.module.named_parameters():
+                if of in name:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
         self.engine.global_steps += 1
+
+    def with_features(self) -> list[Prompt]:
+        """The prompts without pixels, but with what the tower makes of them now."""
+        encode, kept = self.engine.module.encode_videos, []
+        for prompt in self.prompts:
+            features = encode(prompt.video.pixel_values, torch.tensor([prompt.video.grid_thw]))
+            video = replace(prompt.video, pixel_values=torch.empty(0, 0), features=features.map(torch.Tensor.detach))
+            kept.append(replace(prompt, video=video))
+        return kept
 
 
 @pytest.fixture
-def setting(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
+def setting(tiny, monkeypatch: pytest.MonkeyPatch) -> Setting:
     vllm_double.install(monkeypatch)
-    return Setting(tiny, tmp_path)
+    return Setting(tiny)
 
 
-def test_answers_are_those_of_the_policy_after_every_update(setting: Setting) -> None:
-    """Weights of the tower and the language model are synced, and nothing computed with the old ones is used."""
-    seen = []
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_answers_are_those_of_the_policy_after_every_update(
+    tiny, is_tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of the language model and its head are synced, and nothing computed with the old ones is used."""
+    vllm_double.install(monkeypatch)
+    setting, seen = Setting(tiny, is_tied), []
     for _ in range(2):
         setting.backend.sync_weights()
         answers = setting.backend.generate(setting.prompts, 2, GREEDY, seed=(0, 1))
@@ -75,12 +98,71 @@ def test_answers_are_those_of_the_policy_after_every_update(setting: Setting) ->
     assert seen[0] != seen[1]
 
 
+def test_features_of_a_frozen_tower_outlive_an_update(setting: Setting) -> None:
+    """Reloading weights empties the worker's encoder cache, and the scheduler must not count on it."""
+    prompts = setting.with_features()
+    for _ in range(2):
+        setting.backend.sync_weights()
+        answers = setting.backend.generate(prompts, 1, GREEDY, seed=(0,))
+        assert ids(answers) == ids(setting.own.generate(prompts, 1, GREEDY, seed=(0,)))
+        setting.train(of="language_model")
+
+
+def test_log_probs_are_the_models_own(setting: Setting) -> None:
+    """At temperature 1 and over all ids, whatever answers are drawn at; a tenth of the vocabulary is banned here."""
+    setting.backend.sync_weights()
+    answers = setting.backend.generate(setting.prompts, 2, SAMPLED, seed=(0, 1))
+    policy = setting.engine.module
+    for prompt, group in zip(setting.prompts, answers, strict=True):
+        (row,) = pack(
+            [RolloutGroup(prompt, [Completion(answer.ids, "") for answer in group])],
+            config=policy.config,
+            max_tokens_per_row=1000,
+        )
+        logps = policy(row, log_probs(row, AlgorithmConfig(), 1.0))
+        torch.testing.assert_close(torch.cat([answer.logps for answer in group]), logps, rtol=0, atol=1e-5)
+
+
+def test_the_number_of_threads_stays_as_it_was_and_can_be_changed(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM on a CPU leaves one thread, and a `torch.set_num_threads` that does nothing."""
+    before = torch.get_num_threads()
+    vllm_double.install(monkeypatch)
+    try:
+        torch.set_num_threads(3)
+        Setting(tiny)
+        assert torch.get_num_threads() == 3
+        torch.set_num_threads(2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_vllm_rounds_times_to_the_positions_of_the_trainer(caplog: pytest.LogCaptureFixture) -> None:
+    """At frame rates whose times fall below a whole position in float64, which vLLM takes, and on it in float32."""
+    config = Tiny("qwen2_5_vl").model().config
+    rate = config.vision_config.tokens_per_second
+
+    def are_equal(seconds: float, ours: torch.Tensor) -> bool:
+        of_vllm = (torch.arange(60).double() * (seconds * rate)).long()
+        assert int((of_vllm - ours).abs().max()) <= 1
+        return torch.equal(of_vllm, ours)
+
+    short, num_equal, num_equal_as_it_is = Tiny("qwen2_5_vl").prompt((1, 2, 2)), 0, 0
+    for number in range(1, 400):
+        prompt = replace(short, video=replace(short.video, grid_thw=(60, 2, 2), second_per_grid=number / 100))
+        ours = temporal_positions(60, number / 100, config)
+        num_equal += are_equal(_second_per_grid(prompt, config), ours)
+        num_equal_as_it_is += are_equal(number / 100, ours)
+    assert num_equal == 394 and num_equal_as_it_is < 370
+    assert caplog.text.count("one position off") == 5
+
+
 def test_without_an_update_nothing_is_copied(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     copies = []
-    monkeypatch.setattr(setting.llm, "apply_model", lambda function: copies.append(1))
+    monkeypatch.setattr(setting.llm, "collective_rpc", lambda method, kwargs: copies.append(method))
     setting.backend.sync_weights()
     setting.backend.sync_weights()
-    assert len(copies) == 1
+    assert copies == ["reload_weights"]
     setting.train()
     setting.backend.sync_weights()
     assert len(copies) == 2
@@ -104,12 +186,7 @@ def test_sampling_parameters_reach_vllm_and_log_probs_come_back(setting: Setting
 def test_features_at_hand_are_not_computed_again(setting: Setting) -> None:
     setting.backend.sync_weights()
     expected = setting.backend.generate(setting.prompts, 1, GREEDY, seed=(0,))
-    policy = setting.engine.module
-    kept = []
-    for prompt in setting.prompts:
-        features = policy.encode_videos(prompt.video.pixel_values, torch.tensor([prompt.video.grid_thw]))
-        kept.append(replace(prompt, video=replace(prompt.video, pixel_values=torch.empty(0, 0), features=features)))
-    assert ids(setting.backend.generate(kept, 1, GREEDY, seed=(0,))) == ids(expected)
+    assert ids(setting.backend.generate(setting.with_features(), 1, GREEDY, seed=(0,))) == ids(expected)
 
 
 def test_prompts_that_vllm_reads_differently_are_refused(setting: Setting) -> None:
@@ -124,18 +201,7 @@ def test_partitioned_parameters_are_refused(setting: Setting) -> None:
         VllmBackend(setting.engine, setting.chat, "grounding", setting.llm)
 
 
-def test_adapters_are_refused(setting: Setting) -> None:
-    policy = setting.engine.module
-
-    class Wrapped(nn.Module):
-        get_base_model = staticmethod(lambda model=policy.model: model)
-
-    policy.model = Wrapped()
-    with pytest.raises(ValueError, match="LoRA"):
-        VllmBackend(setting.engine, setting.chat, "grounding", setting.llm)
-
-
 def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ValueError, match=r"tempsamp-fast\[vllm\]"):
-        colocated_llm("folder", torch.float32, 500, 0.3, seed=0)
+        colocated_llm(Policy(Tiny("qwen3_vl").model()), SimpleNamespace(), 500, 0.3, seed=0)

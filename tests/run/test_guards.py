@@ -264,8 +264,8 @@ def test_the_record_has_the_bad_videos_of_each_step(trainer, clips: Path, tmp_pa
     assert 0 in [row["data/bad_videos"] for row in rows]
 
 
-def test_a_sampler_that_drifts_from_the_policy_is_seen(stepper) -> None:
-    small = stepper(*GRPO, "--updates_per_batch", "2", "--learning_rate", "1e-2")
+def test_a_sampler_that_drifts_from_the_policy_is_seen_and_ends_the_run(stepper) -> None:
+    small = stepper(*GRPO, "--updates_per_batch", "2", "--learning_rate", "1e-2", "--max_logp_gap", "0")
     first, second, _ = plan(small.run.phases)
     groups = small.groups(first)
     assert small.run.update(first, groups)["rollout/logp_gap"] < 1e-4
@@ -273,8 +273,12 @@ def test_a_sampler_that_drifts_from_the_policy_is_seen(stepper) -> None:
     for completion in (each for group in groups for each in group.completions if not each.is_off_policy):
         completion.sampled_logps += 0.5
     assert small.run.update(second, groups)["rollout/logp_gap"] == pytest.approx(0.5, abs=1e-4)
-    small.run.config.rollout.rollout_backend, small.run.config.rollout.top_p = "vllm", 0.9
-    assert "rollout/logp_gap" not in small.run.update(second, groups)
+    groups = small.groups(second)
+    for completion in (each for group in groups for each in group.completions if not each.is_off_policy):
+        completion.sampled_logps += 0.5
+    small.run.config.rollout.max_logp_gap = 0.4
+    with pytest.raises(ValueError, match=r"rollout/logp_gap=0\.5 is above max_logp_gap=0\.4: .*weights do not reach"):
+        small.run.update(second, groups)
 
 
 def test_sigterm_saves_after_the_step_and_the_run_goes_on_as_if_nothing_was(

@@ -53,7 +53,8 @@ def test_the_sampler_is_asked_as_settings_say(stepper: Callable) -> None:
 def test_policy_sampler_and_reference_read_one_temperature(stepper: Callable) -> None:
     """Their log-probs of the sampled tokens agree at it, before and after an update of almost nothing."""
     words = ("--gradient_accumulation_steps", "1", "--max_completion_length", "4", "--learning_rate", "1e-12")
-    one = stepper("--phases", "tempsamp:2", "--temperature", "0.7", "--beta", "0.1", "--updates_per_batch", "2", *words)
+    words += ("--updates_per_batch", "2", "--max_logp_gap", "0")
+    one = stepper("--phases", "tempsamp:2", "--temperature", "0.7", "--beta", "0.1", *words)
     first, second = plan(one.run.phases)
     groups = one.groups(first)
     metrics = one.run.update(first, groups)
@@ -78,13 +79,13 @@ def test_recorded_answers_are_replayed_in_place_of_sampled_ones(stepper: Callabl
 
 
 def test_vllm_samples_when_asked_for_within_the_memory_given(
-    stepper: Callable, monkeypatch: pytest.MonkeyPatch, checkpoint: Path
+    stepper: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[tuple[Any, ...]] = []
     monkeypatch.setattr(vllm_backend, "colocated_llm", lambda *arguments: made.append(arguments))
     words = ("--rollout_backend", "vllm", "--vllm_memory", "0.45", "--max_tokens_per_row", "999", "--seed", "4")
     run = stepper("--phases", "grpo:1", *words, "--task", "multi_grounding").run
-    assert made == [(str(checkpoint), torch.float32, 999 + 12, 0.45, 4)]
+    assert made == [(run.policy, run.chat, 999 + 12, 0.45, 4)]
     assert isinstance(run.backend, VllmBackend) and run.backend._task == "multi_grounding"
     assert isinstance(stepper("--phases", "grpo:1").run.backend, PolicyBackend)
 
