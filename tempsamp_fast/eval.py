@@ -10,72 +10,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from tempsamp_fast.config import MODES, DataConfig
 from tempsamp_fast.data.catalogue import DATASETS, dataset_name, load_samples, require_clip_scores
-from tempsamp_fast.data.text_files import parse_json
+from tempsamp_fast.evaluation.answer_files import AnswerFiles
+from tempsamp_fast.evaluation.protocols import OWN, PROTOCOLS, Protocol, protocol_for
 from tempsamp_fast.evaluation.published import DEFAULT_TABLES, MIXED, comparison
 from tempsamp_fast.evaluation.scoring import grounding_scores, oracle_ious, score_rows
 from tempsamp_fast.run.log import write_json
 from tempsamp_fast.sample import Mode, Sample, Task
 from tempsamp_fast.system.device import join_ranks, prepare_environment
-from tempsamp_fast.system.files import one_line, open_to_append, own_folder, read_json, write_file
+from tempsamp_fast.system.files import one_line, own_folder, read_json
+from tempsamp_fast.video import Geometry
 
 HOW_FRAMES_ARE_TAKEN = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "sampling")
 HOW_THEY_ARE_READ = ("video_backend", "video_device", "patch_cache")
-
-
-class AnswerFiles:
-    """The answers of one mode in FOLDER: `<mode>.<rank>.jsonl` while they come, `<mode>.jsonl` once all are there.
-
-    A line that a kill cut off is dropped.
-    """
-
-    def __init__(self, folder: Path, mode: Mode, rank: int) -> None:
-        self.merged = folder / f"{mode}.jsonl"
-        self._own = folder / f"{mode}.{rank}.jsonl"
-        if self._own.is_file():
-            content = self._own.read_bytes()
-            write_file(self._own, content[: content.rfind(b"\n") + 1])
-
-    def read(self, samples: Sequence[Sample]) -> dict[str, str]:
-        """The texts so far by sample id, of all ranks.
-
-        Raises ValueError naming the file and line of an answer to another query or video of the same id.
-        """
-        by_id = {sample.sample_id: sample for sample in samples}
-        texts = {}
-        for path in filter(Path.is_file, [self.merged, *self._parts()]):
-            for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
-                row: dict[str, Any] = parse_json(str(path), line) if line.endswith("\n") else {"sample_id": None}
-                sample = by_id.get(row["sample_id"])
-                if sample is None or "skipped" in row:
-                    continue
-                if (row["query"], Path(row["video"]).name) != (sample.query, sample.video.name):
-                    raise ValueError(f"{path}: line {number} answers another query of the id {sample.sample_id!r}")
-                texts[sample.sample_id] = row["text"]
-        return texts
-
-    def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Keep answers of this rank."""
-        with open_to_append(self._own) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-
-    def merge(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Replace the ranks' files by one of all rows."""
-        write_file(self.merged, "".join(json.dumps(row) + "\n" for row in rows))
-        for part in self._parts():
-            part.unlink()
-
-    def _parts(self) -> list[Path]:
-        return list(self.merged.parent.glob(f"{self.merged.stem}.*.jsonl"))
 
 
 def fingerprint(model: str) -> str:
@@ -122,6 +77,9 @@ def evaluate(options: argparse.Namespace) -> str:
     samples = load_samples(options.annotations, options.videos)[: options.max_samples]
     overridable = (*HOW_FRAMES_ARE_TAKEN, *HOW_THEY_ARE_READ, "task")
     given = {name: value for name in overridable if (value := getattr(options, name)) is not None}
+    protocol = protocol_for(options.protocol, dataset_name(options.annotations)) if options.protocol else None
+    if protocol:
+        given |= {"answer_form": protocol.answer_form, "task": "grounding"}
     data = dataclasses.replace(
         read_video_settings(Path(options.model)),
         **given,
@@ -129,7 +87,8 @@ def evaluate(options: argparse.Namespace) -> str:
     )
     _check(options, modes, data.task, samples)
     look_for_videos(samples, options.videos, data.on_bad_sample)
-    params = SamplingParams(options.temperature, options.top_p, options.top_k, options.max_completion_length)
+    longest = options.max_completion_length or (protocol.max_completion_length if protocol else 2048)
+    params = SamplingParams(options.temperature, options.top_p, options.top_k, longest)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world_size > 1:
         join_ranks("gloo", timedelta(days=7))
@@ -137,9 +96,13 @@ def evaluate(options: argparse.Namespace) -> str:
         own_folder(options.output, may_be_link=True)
         frames = {name: getattr(data, name) for name in HOW_FRAMES_ARE_TAKEN}
         settings = {"model": fingerprint(options.model), "annotations": options.annotations, "task": data.task}
+        settings |= {"protocol": options.protocol or OWN, "answer_form": data.answer_form}
+        frames |= {"budget": str(protocol.budget)} if protocol and protocol.budget else {}
         require_same_settings(options.output, settings | frames | dataclasses.asdict(params) | {"seed": options.seed})
     barrier()
-    answerer = Answerer(options.model, data, params, options.seed, base=options.base)
+    frames_of = _frames_of(protocol, given) if protocol and protocol.budget else None
+    answerer = Answerer(options.model, data, params, options.seed, base=options.base, frames_of=frames_of)
+    row_of = lambda sample, text: answer_row(sample, text, not options.untagged, data.answer_form, protocol)
     rows_by_mode = {}
     for mode in modes:
         files = AnswerFiles(options.output, mode, rank)
@@ -148,20 +111,31 @@ def evaluate(options: argparse.Namespace) -> str:
         done = len(texts)
         own = _share([sample for sample in samples if sample.sample_id not in texts], rank, world_size)
         for answers in answerer.answer_all(own, mode, options.batch_size):
-            files.append([answer_row(sample, text, not options.untagged) for sample, text in answers.items()])
+            files.append([row_of(sample, text) for sample, text in answers.items()])
             done += len(answers) * world_size
             if rank == 0:
                 print(f"{mode}: {min(done, len(samples))} of {len(samples)}", file=sys.stderr, flush=True)
         skipped = of_all_ranks({str(path): reason for path, reason in answerer.loader.skipped.items()})
         if rank == 0:
             reasons = {path: reason for part in skipped for path, reason in part.items()}
-            rows_by_mode[mode] = _all_rows(samples, files.read(samples), reasons, not options.untagged)
+            rows_by_mode[mode] = _all_rows(samples, files.read(samples), reasons, row_of)
             files.merge(rows_by_mode[mode])
         barrier()
-    return _report(options, samples, rows_by_mode, data.task) if rank == 0 else ""
+    return _report(options, samples, rows_by_mode, data, protocol) if rank == 0 else ""
+
+
+def _frames_of(protocol: Protocol, given: dict[str, Any]) -> Callable[[Geometry], dict[str, Any]]:
+    """What the protocol shows of a video, in the patches of a model; what was typed counts in its place."""
+    assert protocol.budget
+    budget, typed = protocol.budget, {name: given[name] for name in HOW_FRAMES_ARE_TAKEN if name in given}
+    return lambda geometry: budget.frames(geometry.factor, geometry.counts_every_frame) | typed
 
 
 def _check(options: argparse.Namespace, modes: Sequence[str], task: Task, samples: Sequence[Sample]) -> None:
+    if options.protocol and (options.task not in (None, "grounding") or options.untagged):
+        raise ValueError(
+            f"--protocol {options.protocol} says itself what is asked and read: leave out --task, --untagged"
+        )
     if not modes or set(modes) - set(MODES):
         raise ValueError(f"--mode {options.mode}: choose answer, think or answer+think")
     if options.mixed_cot and (set(modes) != set(MODES) or task != "grounding"):
@@ -179,14 +153,15 @@ def _share(samples: Sequence[Sample], rank: int, world_size: int) -> list[Sample
 
 
 def _all_rows(
-    samples: Sequence[Sample], texts: dict[str, str], skipped: dict[str, str], require_tags: bool
+    samples: Sequence[Sample],
+    texts: dict[str, str],
+    skipped: dict[str, str],
+    row_of: Callable[[Sample, str], dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """A row per sample; one whose video was skipped says why, counts as unparsed and is asked again next time."""
-    from tempsamp_fast.evaluation.asking import answer_row
-
     rows = []
     for sample in samples:
-        row = answer_row(sample, texts.get(sample.sample_id, ""), require_tags)
+        row = row_of(sample, texts.get(sample.sample_id, ""))
         if sample.sample_id not in texts:
             row["skipped"] = skipped[str(sample.video)]
         rows.append(row)
@@ -194,25 +169,38 @@ def _all_rows(
 
 
 def _report(
-    options: argparse.Namespace, samples: Sequence[Sample], rows_by_mode: dict[Mode, list[dict[str, Any]]], task: Task
+    options: argparse.Namespace,
+    samples: Sequence[Sample],
+    rows_by_mode: dict[Mode, list[dict[str, Any]]],
+    data: DataConfig,
+    protocol: Protocol | None,
 ) -> str:
+    followed = {"protocol": options.protocol or OWN}
+    score = lambda rows: (
+        protocol.scores(samples, rows)
+        if protocol
+        else score_rows(samples, rows, data.task, not options.untagged, data.answer_form)
+    )
     scores: list[dict[str, Any]] = [
         {
             "mode": mode,
-            **score_rows(samples, rows, task, not options.untagged),
+            **followed,
+            **score(rows),
             "outside_video": sum(row["outside_video"] for row in rows),
         }
         for mode, rows in rows_by_mode.items()
     ]
     if options.mixed_cot:
         ious = [[row["iou"] if row["span"] else None for row in rows] for rows in rows_by_mode.values()]
-        scores.append({"mode": MIXED, **grounding_scores(oracle_ious(ious))})
+        scores.append({"mode": MIXED, **followed, **grounding_scores(oracle_ious(ious))})
     num_skipped = sum("skipped" in row for rows in rows_by_mode.values() for row in rows)
     write_json(
-        options.output / "scores.json", {"num_queries": len(samples), "num_skipped": num_skipped, "rows": scores}
+        options.output / "scores.json",
+        {"num_queries": len(samples), "num_skipped": num_skipped, **followed, "rows": scores},
     )
     test = dataset_name(options.annotations)
     text = comparison(scores, len(samples), test, None if options.all_published else DEFAULT_TABLES)
+    text += f"\nprotocol {protocol or f'{OWN}: frames, prompt and parser of the checkpoint'}"
     if test and options.max_samples and DATASETS[test].num_queries not in (None, len(samples)):
         text += f"\nours: the first {len(samples)} of {DATASETS[test].num_queries} queries only"
     if num_skipped:
@@ -233,12 +221,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--output", required=True, type=Path, help="folder of answers and scores; one that has some is continued")
     add("--mode", default="answer", help="answer, think or answer+think")
     add("--mixed_cot", action="store_true", help="also the better mode of each query: an upper bound, needs both modes")
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        help="published way to ask, show, read and count; default: the checkpoint's own",
+    )
     add("--task", choices=get_args(Task), help="default: as the checkpoint was trained")
     add("--temperature", type=float, default=0.0, help="0: greedy")
     add("--top_p", type=float, default=1.0)
     add("--top_k", type=int, default=0, help="0: off")
     add("--seed", type=int, default=0, help="of sampled answers")
-    add("--max_completion_length", type=int, default=2048)
+    add("--max_completion_length", type=int, help="default: the protocol's, else 2048")
     add("--batch_size", type=int, default=16, help="queries answered together, per GPU")
     add("--max_samples", type=int, help="the first N queries only")
     add("--untagged", action="store_true", help="read answers without <answer> tags too")

@@ -36,7 +36,7 @@ def infer(
     of `Answerer`. Raises ValueError naming a bad checkpoint, video or query.
     """
     from tempsamp_fast.evaluation.answerer import Answerer
-    from tempsamp_fast.rewards import is_outside, parse_span
+    from tempsamp_fast.rewards import answered_span, is_outside
     from tempsamp_fast.rollout.generate import SamplingParams
     from tempsamp_fast.run.checkpoint import model_folder, read_video_settings
 
@@ -49,7 +49,7 @@ def infer(
     sample = Sample(video.stem, video, query, duration_s=0.0, windows=())
     (prompt,) = answerer.loader.prompts([sample], [mode])
     (completion,) = answerer.answer([prompt])
-    span, second = parse_span(completion.text, require_tags), prompt.video.second_per_grid
+    span, second = answered_span(completion.text, settings.answer_form, require_tags), prompt.video.second_per_grid
     duration_s = prompt.video.grid_thw[0] * second
     return {
         "video": str(video),

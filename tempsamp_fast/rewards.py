@@ -7,11 +7,15 @@ use it there in `TASK_REWARDS`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tempsamp_fast.sample import Sample, Span, Task
+from tempsamp_fast import answers
+from tempsamp_fast.intervals import length, merge, overlap, wasserstein_1
+from tempsamp_fast.intervals import union_iou as multi_segment_iou
+from tempsamp_fast.sample import AnswerForm, Sample, Span, Task
 from tempsamp_fast.times import joined, read_times
 
 Reward = Callable[..., list[float]]
@@ -53,6 +57,30 @@ def parse_span(text: str, require_tags: bool = True) -> Span | None:
     """The last span of `parse_spans`, or None when there is none."""
     spans = parse_spans(text, require_tags)
     return spans[-1] if spans else None
+
+
+READERS: dict[AnswerForm, Callable[[str], list[Span] | None]] = {
+    "example": answers.read_release,
+    "sentence": answers.read_pairs,
+    "json": answers.read_json,
+    "strict": answers.read_strict,
+    "time_tags": answers.read_time_tags,
+}
+"""How the forms of others are read; `text` is read by `parse_spans`."""
+
+
+def read_spans(text: str, answer_form: AnswerForm = "text", require_tags: bool = True) -> list[Span] | None:
+    """The spans that an answer of the given form names, in its order; None where nothing can be read."""
+    spans = (parse_spans(text, require_tags) or None) if answer_form == "text" else READERS[answer_form](text)
+    return spans if spans is None or all(math.isfinite(time) for span in spans for time in span) else None
+
+
+def answered_span(text: str, answer_form: AnswerForm = "text", require_tags: bool = True) -> Span | None:
+    """The one span that counts: the last of `text`, the first of the other forms; None when there is none."""
+    if answer_form == "text":
+        return parse_span(text, require_tags)
+    spans = read_spans(text, answer_form)
+    return spans[0] if spans else None
 
 
 def parse_highlights(text: str, require_tags: bool = True) -> dict[float, float] | None:
@@ -101,51 +129,94 @@ def best_iou(span: Span | None, windows: Sequence[Span]) -> float:
     return max((temporal_iou(span, window) for window in windows), default=0.0)
 
 
-def multi_segment_iou(a: Sequence[Span], b: Sequence[Span]) -> float:
-    """IoU of two sets of spans, each taken as the union of its spans; 0 when both are empty."""
-    merged_a, merged_b = _merge(a), _merge(b)
-    covered = _length(merged_a) + _length(merged_b)
-    intersection = sum(max(0.0, min(x[1], y[1]) - max(x[0], y[0])) for x in merged_a for y in merged_b)
-    return intersection / (covered - intersection) if covered else 0.0
-
-
-def _merge(spans: Sequence[Span]) -> list[Span]:
-    merged: list[Span] = []
-    for start, end in sorted(span for span in spans if span[1] > span[0]):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def _length(spans: Sequence[Span]) -> float:
-    return sum(end - start for start, end in spans)
-
-
 def tiou_reward(
-    completions: Sequence[str], *, samples: Sequence[Sample], require_tags: bool = True, **_: Any
+    completions: Sequence[str],
+    *,
+    samples: Sequence[Sample],
+    require_tags: bool = True,
+    answer_form: AnswerForm = "text",
+    **_: Any,
 ) -> list[float]:
     """IoU of the answered span with the true one (with the best fitting one where the query has several)."""
     return [
-        best_iou(parse_span(text, require_tags), sample.windows)
+        best_iou(answered_span(text, answer_form, require_tags), sample.windows)
         for text, sample in zip(completions, samples, strict=True)
     ]
 
 
 def multi_tiou_reward(
-    completions: Sequence[str], *, samples: Sequence[Sample], require_tags: bool = True, **_: Any
+    completions: Sequence[str],
+    *,
+    samples: Sequence[Sample],
+    require_tags: bool = True,
+    answer_form: AnswerForm = "text",
+    **_: Any,
 ) -> list[float]:
     """IoU of the union of all answered spans with the union of all true ones (as VideoChat-R1's glue reward)."""
     return [
-        multi_segment_iou(parse_spans(text, require_tags), sample.windows)
+        multi_segment_iou(read_spans(text, answer_form, require_tags) or [], sample.windows)
         for text, sample in zip(completions, samples, strict=True)
     ]
+
+
+def wasserstein_reward(
+    completions: Sequence[str],
+    *,
+    samples: Sequence[Sample],
+    beta: float = 1.0,
+    with_iou: bool = True,
+    parse_penalty: float = 1.0,
+    require_tags: bool = True,
+    answer_form: AnswerForm | None = None,
+    **_: Any,
+) -> list[float]:
+    """TimeLens2 (arXiv 2607.17423): `exp(-beta * W1 / L)`, plus the IoU of all spans, less a penalty for no answer.
+
+    W1 is that of the uniform distributions on the merged answered and true spans, L the length of the merged true ones,
+    so that an answer that misses still tells how far it is off. An empty answer and one with an empty span earn 0 in
+    both terms, one that cannot be read `-parse_penalty`. `answer_form=None` reads `A to B, C to D` in answer tags, else
+    JSON.
+    """
+    values = []
+    for text, sample in zip(completions, samples, strict=True):
+        forms: tuple[AnswerForm, ...] = ("text", "json") if answer_form is None else (answer_form,)
+        read = (spans for form in forms if (spans := read_spans(text, form, require_tags)) is not None)
+        spans = next(read, None)
+        values.append(-parse_penalty if spans is None else _transport_score(spans, sample.windows, beta, with_iou))
+    return values
+
+
+def _transport_score(spans: Sequence[Span], windows: Sequence[Span], beta: float, with_iou: bool) -> float:
+    if not spans and not windows:
+        return 1.0 + with_iou
+    if not spans or not windows or any(start >= end for start, end in spans):
+        return 0.0
+    closeness = math.exp(-beta * wasserstein_1(spans, windows) / length(merge(windows)))
+    merged = merge(spans)
+    shared = overlap(merged, windows)
+    return closeness + with_iou * shared / (length(merged) + length(windows) - shared)
+
+
+def soft_overlong(num_tokens: int, max_tokens: int, cache: int) -> float:
+    """DAPO (arXiv 2503.14476): 0 up to `max_tokens - cache`, down to -1 at `max_tokens` in a line, -1 beyond."""
+    return -min(max((num_tokens - (max_tokens - cache)) / cache, 0.0), 1.0)
 
 
 def format_reward(completions: Sequence[str], **_: Any) -> list[float]:
     """1 where the text is exactly one `<think>` block followed by one `<answer>` block, else 0."""
     return [float(_is_think_then_answer(text)) for text in completions]
+
+
+def answer_format_reward(completions: Sequence[str], *, answer_form: AnswerForm = "text", **_: Any) -> list[float]:
+    """1 where the text has the form that is asked for without thoughts, else 0.
+
+    Of `text` and `strict`: an optional think block, then exactly one answer block, and nothing else (OraRL). Of
+    `example`: an answer block holds a pair (the release of TempSamp-R1). Of the others: the spans can be read.
+    """
+    if answer_form in ("text", "strict"):
+        return [float(answers.is_whole(text)) for text in completions]
+    has_block = lambda text: answer_form != "example" or bool(answer_text(text))
+    return [float(has_block(text) and bool(read_spans(text, answer_form))) for text in completions]
 
 
 def _is_think_then_answer(text: str) -> bool:
@@ -182,8 +253,10 @@ def _highlight_score(predicted: Mapping[float, float] | None, targets: Mapping[f
 REWARDS: dict[str, Reward] = {
     "tiou": tiou_reward,
     "multi_tiou": multi_tiou_reward,
+    "wasserstein": wasserstein_reward,
     "highlight": highlight_reward,
     "format": format_reward,
+    "answer_format": answer_format_reward,
 }
 
 TASK_REWARDS: dict[Task, str] = {"grounding": "tiou", "multi_grounding": "multi_tiou", "highlight": "highlight"}

@@ -17,6 +17,11 @@ Task = Literal["grounding", "multi_grounding", "highlight"]
 """Find the one span, find every span, or rate the clips that match the query."""
 
 
+AnswerForm = Literal["text", "example", "sentence", "json", "strict", "time_tags"]
+"""How spans are asked for, written and read: the paper's text, that of its release, TimeLens's sentence, TimeLens2's
+JSON list, OraRL's whole block, OMTG's time tags."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One query about one video, with its ground truth."""
@@ -31,6 +36,8 @@ class Sample:
     """Scores 0 to 4, one per annotator, by the index of the 2-second clip; empty outside highlight detection."""
     difficulty: float | None = None
     """As published with the data set (TimeLens); None where it publishes none."""
+    offline_ious: tuple[float, ...] = ()
+    """Of answers that a model gave before, as published with the data set (TimeLens2)."""
 
     @property
     def video_id(self) -> str:

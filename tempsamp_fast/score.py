@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import get_args
 
 from tempsamp_fast.data.annotations import FORMATS, load_annotations
+from tempsamp_fast.data.catalogue import dataset_name
+from tempsamp_fast.evaluation.protocols import OWN, PROTOCOLS, protocol_for
 from tempsamp_fast.evaluation.scoring import read_predictions, score_rows
-from tempsamp_fast.sample import Task
+from tempsamp_fast.sample import AnswerForm, Task
 from tempsamp_fast.system.files import one_line
 
 
@@ -37,21 +39,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--annotations", required=True, help="annotation file with the ground truth")
     parser.add_argument("--format", default="auto", choices=["auto", *FORMATS], help="format of the annotation file")
-    parser.add_argument("--task", default="grounding", choices=get_args(Task))
+    parser.add_argument("--task", choices=get_args(Task), help="default: grounding")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="published way to read and count")
+    parser.add_argument("--answer_form", choices=get_args(AnswerForm), default="text", help="in which a run answered")
     parser.add_argument("--untagged", action="store_true", help="read answers without <answer> tags too")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     try:
+        if options.protocol and (options.task or options.untagged):
+            raise ValueError(f"--protocol {options.protocol} says itself what counts: leave out --task and --untagged")
         samples = load_annotations(options.annotations, format=options.format)
-        metrics = score_rows(
-            samples, read_predictions(answers_file(options.predictions), samples), options.task, not options.untagged
-        )
+        rows = read_predictions(answers_file(options.predictions), samples)
+        if options.protocol:
+            protocol = protocol_for(options.protocol, dataset_name(options.annotations))
+            metrics, followed = protocol.scores(samples, rows), str(protocol)
+        else:
+            metrics = score_rows(samples, rows, options.task or "grounding", not options.untagged, options.answer_form)
+            followed = f"{OWN}: answers of the form {options.answer_form}" + (", untagged too" * options.untagged)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {one_line(error)}\n")
     metrics = {"num_queries": len(samples), **metrics}
     if options.json:
-        print(json.dumps(metrics))
+        print(json.dumps({"protocol": options.protocol or OWN, **metrics}))
     else:
+        print(f"protocol {followed}")
         print("\n".join(f"{name:12} {value:>8.4g}" for name, value in metrics.items()))
 
 

@@ -31,12 +31,13 @@ FLOORS = (
     {"video"},
     {"arguments"},
     {"config", "batch", "rewards", "system"},
+    {"answers", "intervals"},
     {"sample", "times"},
 )
 """The packages and modules of tempsamp_fast from the street to the cellar: an import goes to a floor below, or stays
 in its package. The facts about model families lie beneath the data, which writes prompts by them."""
 WITHOUT_TORCH = ("sample", "times", "rewards", "config", "arguments", "score", "evaluation.scoring",
-                 "evaluation.published", "data.annotations", "data.catalogue", "data.prompts",
+                 "evaluation.published", "evaluation.protocols", "data.annotations", "data.catalogue", "data.prompts",
                  "data.subsets")  # fmt: skip
 """What scores answers and reads files: it imports neither torch nor what is built on it."""
 TOP_MODULES = 14

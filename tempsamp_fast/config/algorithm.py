@@ -20,6 +20,12 @@ class AlgorithmConfig:
     alpha_2: float = setting(1.0, "steepness of the nonlinear shaping below tau (paper eq. 4)")
     lambda_off: float = setting(1.2, "anchor's off-policy advantage over the largest sampled one (paper eq. 3)")
     downscale: float = setting(0.8, "downscale's share of the largest task reward that the off-policy answer gets")
+    scale_rewards: bool = setting(
+        True, "grpo, mixed and nonlinear divide by the group's standard deviation (off: Dr. GRPO, arXiv 2503.20783)"
+    )
+    prune_ratio: float = setting(
+        0.0, "share of sampled answers that leave each group before the update, balanced by sign (OraRL: 0.5)"
+    )
     cot_off_policy: Literal["template", "answer_only", "skip"] = setting(
         "template", "true answer of a think prompt: with a template of a thought, the answer alone, or none"
     )
@@ -27,6 +33,9 @@ class AlgorithmConfig:
     epsilon_low: float = setting(0.2, "lower clip of the ratio: 1 - epsilon_low")
     epsilon_high: float = setting(0.2, "upper clip of the ratio: 1 + epsilon_high")
     delta: float | None = setting(None, "upper bound of the ratio (two-sided clipping)")
+    dual_clip: float | None = setting(
+        None, "bound of the loss of answers with a negative advantage, in multiples of it (arXiv 1912.09729)"
+    )
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = setting(
         "grpo",
         "mean over the tokens of each answer (grpo), over max_completion_length (dr_grpo), over all tokens (dapo)",
@@ -39,7 +48,15 @@ class AlgorithmConfig:
     )
     off_policy_kl: bool = setting(True, "the true answer pays the KL too")
     updates_per_batch: int = setting(1, "optimizer updates on every sampled batch")
-    format_weight: float = setting(1.0, "weight of the format reward in think mode")
+    format_weight: float = setting(1.0, "weight of the format reward where it is added")
+    format_reward: Literal["think", "add", "factor"] = setting(
+        "think",
+        "added in think mode alone (the paper), in both modes (its release, at format_weight 0.1), or a factor, 0 or "
+        "1, of the task's reward (OraRL)",
+    )
+    soft_overlong: int | None = setting(
+        None, "tokens before max_completion_length over which answers lose up to 1 (DAPO); None: none"
+    )
     require_tags: bool = setting(True, "no <answer> tags, no reward")
     loss_impl: Literal["auto", "triton", "torch"] = setting(
         "auto", "the fused loss in Triton or in torch; auto: Triton on a GPU"
@@ -53,4 +70,10 @@ class AlgorithmConfig:
         require(0 <= self.epsilon_low < 1, "epsilon_low", self.epsilon_low, "in [0, 1)")
         require(self.epsilon_high >= 0, "epsilon_high", self.epsilon_high, "zero or more")
         require(self.delta is None or self.delta > 1 + self.epsilon_high, "delta", self.delta, "over 1 + epsilon_high")
+        require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", self.dual_clip, "over 1")
+        require(0 <= self.prune_ratio < 1, "prune_ratio", self.prune_ratio, "in [0, 1)")
+        scaled = self.shaping in ("downscale", "anchor")
+        require(self.scale_rewards or not scaled, "scale_rewards", False, f"true with shaping={self.shaping!r}")
+        overlong = self.soft_overlong
+        require(overlong is None or overlong >= 1, "soft_overlong", overlong, "at least 1")
         require(self.updates_per_batch >= 1, "updates_per_batch", self.updates_per_batch, "at least 1")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tempsamp_fast.config.setting import parse_range, require, require_texts, setting
-from tempsamp_fast.sample import Task
+from tempsamp_fast.sample import AnswerForm, Task
 
 
 @dataclass
@@ -26,9 +26,24 @@ class DataConfig:
     duration_range: str | None = setting(None, "train on videos of low:high seconds only")
     window_range: str | None = setting(None, "train on true spans of low:high seconds only")
     difficulty_range: str | None = setting(None, "train on difficulties in low:high only")
+    draw: Literal["none", "timelens", "timelens2", "release"] = setting(
+        "none",
+        "train on draw_samples samples, drawn by the offline IoUs or difficulties in their rows as TimeLens, TimeLens2 "
+        "or TempSamp-R1's release draw theirs",
+    )
+    draw_samples: int | None = setting(None, "how many; smaller draws lie within larger ones but for those by stratum")
+    draw_seed: int = setting(0, "which ones")
+    draw_like: str | None = setting(
+        None, "benchmark file or data set name whose lengths and coverages of spans the release's draw has"
+    )
     synthetic_dir: str = setting("data/synthetic", "where the embedded data set is kept")
     synthetic_videos: str = setting("700,20,220", "embedded videos: train,val,test")
     task: Task = setting("grounding", "what is asked of a video: the span of a query, or its highlights with scores")
+    answer_form: AnswerForm = setting(
+        "text",
+        "how spans are asked for, written and read: text (the paper's), json (a list of all spans, TimeLens2), or as "
+        "published with TempSamp-R1's release (example), TimeLens (sentence), OraRL (strict), OMTG (time_tags)",
+    )
     max_eval_samples: int | None = setting(None, "evaluate the first N queries only")
     on_bad_sample: Literal["raise", "skip"] = setting(
         "raise",
@@ -83,6 +98,10 @@ class DataConfig:
         )  # fmt: skip
         few = self.few_shot_videos
         require(few is None or few >= 1, "few_shot_videos", few, "at least 1")
+        number, like = self.draw_samples, self.draw_like
+        require((self.draw == "none") == (number is None), "draw_samples", number, "given with draw")
+        require((self.draw == "release") == (like is not None), "draw_like", like, "given with draw='release' alone")
+        require(number is None or number >= 1, "draw_samples", number, "at least 1")
         for name in ("duration_range", "window_range", "difficulty_range"):
             parse_range(name, getattr(self, name))
         has_test = self.eval_annotations is not None

@@ -1,4 +1,6 @@
-"""Is a data set complete? `python -m tempsamp_fast.data check FILE_OR_NAME --videos DIR`."""
+"""Is a data set complete? `python -m tempsamp_fast.data check FILE_OR_NAME --videos DIR`. Where does one come from?
+`python -m tempsamp_fast.data fetch NAME` prints source, licence and commands, and fetches nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from tempsamp_fast.data.annotations import Annotations, read_annotations
 from tempsamp_fast.data.catalogue import DATASETS, Dataset, find_annotations
 from tempsamp_fast.data.frame_folder import fps_of, images_of
 from tempsamp_fast.data.loader import LENGTH_TOLERANCE
+from tempsamp_fast.data.sources import SOURCES, how_to_fetch
 from tempsamp_fast.system.files import one_line
 from tempsamp_fast.video import VideoError, frames
 from tempsamp_fast.video.torchcodec_backend import open_decoder, shown_span
@@ -93,7 +96,11 @@ def describe(findings: Findings, num_shown: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and print the findings; exits with 1 when there are problems, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.data", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="check")
+    commands = parser.add_subparsers(required=True, metavar="check|fetch", dest="command")
+    fetch = commands.add_parser("fetch", help="source, licence and download commands of a published set")
+    fetch.add_argument("name", metavar="NAME", help=f"one of {', '.join(SOURCES)}")
+    fetch.add_argument("--folder", type=Path, help="to fetch into; default: data/NAME")
+    fetch.add_argument("--accept_licence", action="store_true", help="its terms are accepted: show the commands")
     command = commands.add_parser("check", help="what is missing, unreadable or inconsistent")
     command.add_argument("name", metavar="FILE_OR_NAME", help=f"annotation file, or {', '.join(DATASETS)}")
     command.add_argument("--videos", required=True, type=Path, help="folder of the video files")
@@ -102,6 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     command.add_argument("--show", type=int, default=10, help="findings of each kind to name")
     options = parser.parse_args(arguments)
+    if options.command == "fetch":
+        try:
+            print(how_to_fetch(options.name, options.folder or Path("data") / options.name, options.accept_licence))
+        except ValueError as error:
+            parser.exit(2, f"error: {one_line(error)}\n")
+        return
     dataset = DATASETS.get(options.name)
     try:
         if dataset is None and not Path(options.name).is_file():

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
+from tempsamp_fast.data.newer_formats import UNTOLD, Fields, read_omtg, read_orarl, read_timelens2
 from tempsamp_fast.data.prompts import SHORTEST_S, normalise_query
 from tempsamp_fast.data.text_files import (
     as_float,
@@ -115,6 +116,7 @@ class _Record:
     windows: Any
     clip_scores: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     difficulty: Any = None
+    offline_ious: tuple[float, ...] = ()
 
 
 class _UnusableQuery(ValueError):
@@ -123,7 +125,7 @@ class _UnusableQuery(ValueError):
 
 def _sample(record: _Record, folder: VideoFolder) -> Sample:
     place = record.place
-    duration_s = as_number(place, "duration", record.duration)
+    duration_s = as_number(place, "duration", _last_end(record) if record.duration is UNTOLD else record.duration)
     if duration_s <= 0:
         raise _UnusableQuery(f"{place}: duration {duration_s} is not positive")
     if duration_s < SHORTEST_S:
@@ -149,7 +151,13 @@ def _sample(record: _Record, folder: VideoFolder) -> Sample:
         windows=tuple(_window(place, window, duration_s) for window in windows),
         clip_scores=record.clip_scores,
         difficulty=None if record.difficulty is None else as_number(place, "difficulty", record.difficulty),
+        offline_ious=record.offline_ious,
     )
+
+
+def _last_end(record: _Record) -> float:
+    """In place of a duration that its publisher does not tell."""
+    return max((end for _, end in typed(record.place, "windows", record.windows, list)), default=1.0)
 
 
 def _window(place: str, window: Any, duration_s: float) -> Span:
@@ -262,21 +270,8 @@ def _read_timelens(path: Path) -> Iterator[_Record]:
         )
 
 
-def _read_timelens_100k(path: Path) -> Iterator[_Record]:
-    for place, number, row in json_rows(path):
-        video = typed(place, "video_path", get(place, row, "video_path"), str)
-        place = f"{place}, video {shown(video)}"
-        for index, event in enumerate(typed(place, "events", get(place, row, "events"), list)):
-            fields = typed(place, "event", event, dict)
-            query, windows = get(place, fields, "query"), get(place, fields, "span")
-            yield _Record(
-                f"{place}, query {index}",
-                f"{video}/{number}/{index}",
-                video,
-                query,
-                get(place, row, "duration"),
-                windows,
-            )
+def _read_fields(path: Path, reader: Callable[[Path], Iterator[Fields]]) -> Iterator[_Record]:
+    return (_Record(**fields) for fields in reader(path))
 
 
 def _read_time_r1(path: Path) -> Iterator[_Record]:
@@ -294,27 +289,31 @@ def _read_time_r1(path: Path) -> Iterator[_Record]:
 FORMATS: dict[str, Callable[[Path], Iterator[_Record]]] = {
     "captions": partial(_read_by_video, queries_key="sentences", windows_key="timestamps"),
     "charades_text": _read_charades_text,
+    "omtg": partial(_read_fields, reader=read_omtg),
+    "orarl": partial(_read_fields, reader=read_orarl),
     "qvhighlights": _read_qvhighlights,
     "time_r1": _read_time_r1,
     "timelens": _read_timelens,
-    "timelens_100k": _read_timelens_100k,
+    "timelens_100k": partial(_read_fields, reader=read_timelens2),
     "timelens_bench": partial(_read_by_video, queries_key="queries", windows_key="spans"),
 }
 """Readers by name. `captions` is the JSON of Charades-STA and of ActivityNet Captions; `qvhighlights` is moment_detr's
-form, with saliency or without; `timelens_100k` is TimeLens-100K as published, `timelens` the rows of question and
-answer that TempSamp-R1's release made from it; `time_r1` is the list of Time-R1. Rows are JSON lines or one JSON list;
-any file may be compressed by gzip."""
+form, with saliency or without; `timelens_100k` is TimeLens-100K as published and TimeLens2-93K, whose rows may have
+several spans and offline rollouts; `timelens` the rows of question and answer that TempSamp-R1's release made from it;
+`time_r1` is the list of Time-R1, `orarl` the rows of OraRL, `omtg` the table of OMTG. Rows are JSON lines or one JSON
+list; any file may be compressed by gzip."""
 
 
 def _detect_format(path: Path) -> str:
     """A name of `FORMATS`, by the suffix and the keys of the first entry."""
     suffix = PurePath(path.name.lower().removesuffix(".gz")).suffix
-    if suffix == ".txt":
-        return "charades_text"
+    if suffix in (".txt", ".tsv"):
+        return "charades_text" if suffix == ".txt" else "omtg"
     is_rows = suffix == ".jsonl" or read_text(path).lstrip().startswith("[")
     keys = set[str]().union(*(row for _, _, row in islice(json_rows(path), 1))) if is_rows else set[str]()
     if keys or suffix == ".jsonl":
-        of_key = {"problem": "timelens", "events": "timelens_100k", "sentence": "time_r1"}
+        of_key = {"images": "orarl", "problem": "timelens", "sentence": "time_r1"}
+        of_key |= dict.fromkeys(("events", "span"), "timelens_100k")
         return next((name for key, name in of_key.items() if key in keys), "qvhighlights")
     entries = islice(json_object(path).values(), 1)
     return "timelens_bench" if any(isinstance(entry, dict) and "queries" in entry for entry in entries) else "captions"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tempsamp_fast.config import DataConfig, parse_range
 from tempsamp_fast.data.annotations import load_annotations
+from tempsamp_fast.data.draws import drawn_as_release, drawn_as_timelens, drawn_as_timelens2
 from tempsamp_fast.data.subsets import few_shot, shared_videos, within
 from tempsamp_fast.rewards import highlight_targets
 from tempsamp_fast.sample import Sample
@@ -35,10 +36,16 @@ DATASETS = {
     "activitynet-test": Dataset(("activitynet_val_2.json", "val_2.json"), 4885, 17031),
     "qvhighlights-train": Dataset(("qvhighlights_train.jsonl", "highlight_train_release.jsonl"), None, 7218),
     "qvhighlights-val": Dataset(("qvhighlights_val.jsonl", "highlight_val_release.jsonl"), None, 1550),
-    "timelens-100k": Dataset(("timelens-100k.jsonl",)),
-    "timelens-bench-charades": Dataset(("charades-timelens.json",)),
-    "timelens-bench-activitynet": Dataset(("activitynet-timelens.json",)),
-    "timelens-bench-qvhighlights": Dataset(("qvhighlights-timelens.json",)),
+    "timelens-100k": Dataset(("timelens-100k.jsonl",), 19466, 96586),
+    "timelens-bench-charades": Dataset(("charades-timelens.json",), 1313, 3363),
+    "timelens-bench-activitynet": Dataset(("activitynet-timelens.json",), 1455, 4500),
+    "timelens-bench-qvhighlights": Dataset(("qvhighlights-timelens.json",), 1511, 1541),
+    "timelens2-93k": Dataset(("timelens2-93k.jsonl", "timelens2_93k.jsonl"), 23793, 93232),
+    "omtg-bench": Dataset(("OMTGBench.tsv",), 287, 320),
+    "vue-tr": Dataset(()),
+    "vue-tr-v2": Dataset(()),
+    "momentseeker": Dataset(()),
+    "ego4d-nlq": Dataset(()),
 }
 """QVHighlights publishes no ground truth for its test split."""
 
@@ -49,7 +56,8 @@ def find_annotations(dataset: Dataset, videos: Path) -> Path:
         for name in dataset.files:
             if (folder / name).is_file():
                 return folder / name
-    raise ValueError(f"no {' or '.join(dataset.files)} in {videos} or above it; name the file with --annotations")
+    names = " or ".join(dataset.files) or "file of a usual name"
+    raise ValueError(f"no {names} in {videos} or above it; name the file with --annotations")
 
 
 def dataset_name(annotations: str) -> str | None:
@@ -78,6 +86,18 @@ def require_clip_scores(annotations: str, samples: Sequence[Sample]) -> None:
         raise ValueError(f"--task highlight: {annotations} has no clip scores; it takes QVHighlights annotations")
 
 
+def _drawn(train: list[Sample], data: DataConfig) -> list[Sample]:
+    if data.draw_samples is None:
+        return train
+    if data.draw == "release":
+        assert data.draw_like is not None and data.videos is not None
+        like = load_samples(data.draw_like, Path(data.videos))
+        return drawn_as_release(train, data.draw_samples, data.draw_seed, like)
+    return (drawn_as_timelens if data.draw == "timelens" else drawn_as_timelens2)(
+        train, data.draw_samples, data.draw_seed
+    )
+
+
 def load_training_data(data: DataConfig) -> tuple[list[Sample], list[Sample]]:
     """What a run learns from, filtered and few-shot as `data` says, and the held-out samples it is tested on.
 
@@ -99,6 +119,7 @@ def load_training_data(data: DataConfig) -> tuple[list[Sample], list[Sample]]:
         raise ValueError(f"annotations={data.annotations!r}: none of {len(every)} samples lies within {ranges}")
     if data.few_shot_videos is not None:
         train = few_shot(train, data.few_shot_videos, data.few_shot_seed, data.few_shot_queries == "one")
+    train = _drawn(train, data)
     if len(train) < len(every):
         logger.info("training on %d of %d samples", len(train), len(every))
     if data.eval_annotations is None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tempsamp_fast.batch import Completion, Prompt, VideoPatches
-from tempsamp_fast.data.prompts import normalise_query, question
+from tempsamp_fast.data.prompts import QUESTION_FORMS, question
 from tempsamp_fast.data.text_files import shown
 from tempsamp_fast.model.families import family_of
-from tempsamp_fast.sample import Mode, Sample, Task
+from tempsamp_fast.sample import AnswerForm, Mode, Sample, Task
 from tempsamp_fast.system.bounded import bounded
 
 VIDEO_PAD = "<|video_pad|>"
@@ -49,6 +49,8 @@ class Chat:
                 f"video_token_id={model_config.video_token_id}"
             )
         self.tokenizer: Any = tokenizer
+        self.answer_form: AnswerForm = "text"
+        """How everything is asked from now on."""
         self._rendered: dict[tuple[Any, Mode], tuple[str, str]] = {}
         self._template("answer")
         self.preprocessor_files = preprocessor_files
@@ -105,7 +107,7 @@ class Chat:
 
     def _question(self, sample: Sample, mode: Mode, task: Task) -> tuple[str, str]:
         """The prompt as text, and what of the answer stands at its end already."""
-        asked = question(self._as_text(sample), mode, task)
+        asked = question(self._as_text(sample), mode, task, self.answer_form)
         text = asked.join(self._template(mode))
         name = self.tokenizer.name_or_path
         if text.count(VIDEO_MARKER) != 1:
@@ -129,7 +131,7 @@ class Chat:
 
     def _as_text(self, sample: Sample) -> str:
         """The query, in which no token of the tokenizer's own is left: those are broken by a space."""
-        query = normalise_query(sample.query)
+        query = QUESTION_FORMS[self.answer_form].clean(sample.query)
         for token in sorted(self._added.values(), key=len, reverse=True):
             if len(token) > 1:
                 query = query.replace(token, f"{token[0]} {token[1:]}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tempsamp_fast.rewards import highlight_targets
-from tempsamp_fast.sample import Mode, Sample, Span, Task
+from tempsamp_fast.sample import AnswerForm, Mode, Sample, Span, Task
 
 CotOffPolicy = Literal["template", "answer_only", "skip"]
 """Off-policy text in think mode: a think block naming the span then the answer; the answer alone; no text at all."""
@@ -14,7 +16,7 @@ CotOffPolicy = Literal["template", "answer_only", "skip"]
 SHORTEST_S = 0.01
 """The shortest video and the shortest span that an answer can name."""
 
-_ASK = {
+_ASK: dict[Task, str] = {
     "grounding": 'When does "{query}" happen in the video?',
     "multi_grounding": 'Find every time span of the video in which "{query}" happens.',
     "highlight": 'Which 2-second clips of the video show "{query}" best? Rate each one from 1 to 5.',
@@ -23,7 +25,7 @@ _THINK = (
     "First reason inside <think> </think>, with each time or range you rely on inside <timestep> </timestep>, "
     "then answer."
 )
-_FORMAT = {
+_FORMAT: dict[Task, str] = {
     "grounding": "Give its start and end in seconds with two decimals, as <answer> start time to end time </answer>",
     "multi_grounding": "Give starts and ends in seconds with two decimals, as "
     "<answer> start time to end time, start time to end time </answer>",
@@ -38,28 +40,118 @@ def normalise_query(query: str) -> str:
     return query.lower().strip().rstrip(". ")
 
 
-def question(query: str, mode: Mode, task: Task = "grounding") -> str:
-    """The user turn's text that goes with the video."""
-    ask = _ASK[task].format(query=normalise_query(query))
-    return " ".join([ask, *([_THINK] if mode == "think" else []), _FORMAT[task]])
+def collapse_query(query: str) -> str:
+    """With single spaces, without full stops at either end, its case kept (TimeLens)."""
+    return " ".join(query.split()).strip(".").strip()
+
+
+@dataclass(frozen=True)
+class QuestionForm:
+    """How an answer form asks and writes; of the tasks that it does not name, none can be asked so."""
+
+    clean: Callable[[str], str]
+    """The form in which the query is asked."""
+    ask: Mapping[Task, str]
+    says: Mapping[Task, str]
+    """The form of the answer, in the words of the question."""
+    write: Callable[[Sequence[str]], str]
+    """An answer that names spans, each given as `12.54 to 17.83`."""
+    names_all: bool = False
+    """Every span, also where the task is one."""
+    thinks: bool = True
+
+
+def _both(text: str) -> dict[Task, str]:
+    return {"grounding": text, "multi_grounding": text}
+
+
+_ALL_SPANS = _both(_ASK["multi_grounding"])
+QUESTION_FORMS: dict[AnswerForm, QuestionForm] = {
+    "text": QuestionForm(normalise_query, _ASK, _FORMAT, lambda spans: f"<answer> {', '.join(spans)} </answer>"),
+    "example": QuestionForm(
+        normalise_query,
+        {"grounding": _ASK["grounding"]},
+        {
+            "grounding": "Give its start and end in seconds with two decimals inside <answer> </answer>, for example "
+            "<answer> 12.5 to 17.8 </answer>"
+        },
+        lambda spans: f"<answer> {spans[0]} </answer>",
+    ),
+    "sentence": QuestionForm(
+        collapse_query,
+        {"grounding": "Which event of the video does the sentence '{query}' describe? Find where it starts and ends."},
+        {"grounding": "Answer in this form: The event happens in <start time> - <end time> seconds."},
+        lambda spans: f"The event happens in {spans[0].replace(' to ', ' - ')} seconds.",
+        thinks=False,
+    ),
+    "json": QuestionForm(
+        collapse_query,
+        _ALL_SPANS,
+        _both(
+            "Give all of them as one JSON list of pairs in seconds inside <answer> </answer>, for example "
+            "<answer>[[0, 3.5], [10, 12]]</answer>"
+        ),
+        lambda spans: f"<answer>[{', '.join('[' + span.replace(' to ', ', ') + ']' for span in spans)}]</answer>",
+        names_all=True,
+    ),
+    "strict": QuestionForm(
+        collapse_query,
+        {"grounding": _ASK["grounding"]},
+        {
+            "grounding": "Give its start and end in seconds as start time to end time inside <answer> </answer>, for "
+            "example <answer>12 to 18</answer>"
+        },
+        lambda spans: f"<answer>{' to '.join(f'{float(time):g}' for time in spans[0].split(' to '))}</answer>",
+    ),
+    "time_tags": QuestionForm(
+        str.strip,
+        _ALL_SPANS,
+        _both("Give each of them as <time>start - end seconds</time>."),
+        lambda spans: " ".join(f"<time>{span.replace(' to ', ' - ')} seconds</time>" for span in spans),
+        names_all=True,
+        thinks=False,
+    ),
+}
+
+
+def question_form(answer_form: AnswerForm, mode: Mode, task: Task) -> QuestionForm:
+    """The form by its name. Raises ValueError for a task or a mode that it cannot be asked in."""
+    form = QUESTION_FORMS[answer_form]
+    if task not in form.ask:
+        raise ValueError(f"answer_form={answer_form!r} cannot ask for the task {task}: choose {' or '.join(form.ask)}")
+    if mode == "think" and not form.thinks:
+        raise ValueError(f"answer_form={answer_form!r} has no thoughts: choose the mode answer, or another form")
+    return form
+
+
+def question(query: str, mode: Mode, task: Task = "grounding", answer_form: AnswerForm = "text") -> str:
+    """The user turn's text that goes with the video. Raises ValueError as `question_form` does."""
+    form = question_form(answer_form, mode, task)
+    ask = form.ask[task].format(query=form.clean(query))
+    return " ".join([ask, *([_THINK] if mode == "think" else []), form.says[task]])
 
 
 def off_policy_text(
-    sample: Sample, mode: Mode, cot_off_policy: CotOffPolicy = "template", task: Task = "grounding"
+    sample: Sample,
+    mode: Mode,
+    cot_off_policy: CotOffPolicy = "template",
+    task: Task = "grounding",
+    answer_form: AnswerForm = "text",
 ) -> str | None:
     """The ground truth as the model should have said it, without an end-of-sequence token; None for `skip`.
 
     None too where there is nothing to say: no clip scores for highlights, a video shorter than `SHORTEST_S`. Raises
-    ValueError for an unknown `cot_off_policy`.
+    ValueError for an unknown `cot_off_policy`, and as `question_form` does.
     """
     if cot_off_policy not in get_args(CotOffPolicy):
         raise ValueError(f"cot_off_policy {cot_off_policy!r}: choose from {', '.join(get_args(CotOffPolicy))}")
-    windows = sample.windows[:1] if task == "grounding" else sample.windows
+    form = question_form(answer_form, mode, task)
+    windows = sample.windows[:1] if task == "grounding" and not form.names_all else sample.windows
     spans = [text for window in windows if (text := span_text(window, sample.duration_s))]
-    said = _highlights(sample) if task == "highlight" else ", ".join(spans)
-    if not said:
+    said = [_highlights(sample)] if task == "highlight" else spans
+    if not any(said):
         return None
-    answer = f"<answer> {said} </answer>"
+    answer = form.write(said)
     if mode == "answer" or cot_off_policy == "answer_only":
         return answer
     if cot_off_policy == "skip":

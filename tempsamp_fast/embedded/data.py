@@ -9,10 +9,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tempsamp_fast.config import DataConfig
-from tempsamp_fast.data.prompts import off_policy_text, question
+from tempsamp_fast.data.prompts import QUESTION_FORMS, off_policy_text, question
 from tempsamp_fast.embedded.model import build_tiny_checkpoint
 from tempsamp_fast.embedded.videos import SyntheticConfig, generate
-from tempsamp_fast.sample import Sample, Task
+from tempsamp_fast.sample import AnswerForm, Mode, Sample, Task
 from tempsamp_fast.system.files import fresh_folder
 from tempsamp_fast.system.ranks import made_by_first_rank
 
@@ -36,13 +36,19 @@ def embedded_videos(data: DataConfig) -> SyntheticConfig:
     return SyntheticConfig(num_train=train, num_val=val, num_test=test)
 
 
-def embedded_checkpoint(folder: Path, samples: Sequence[Sample], task: Task, family: str, seed: int) -> str:
+def embedded_checkpoint(
+    folder: Path, samples: Sequence[Sample], task: Task, family: str, seed: int, answer_form: AnswerForm = "text"
+) -> str:
     """The embedded model in `folder`, its tokenizer learned from what is asked and answered; called by every rank."""
+    modes: tuple[Mode, ...] = ("answer", "think") if QUESTION_FORMS[answer_form].thinks else ("answer",)
     texts = [
         text
         for sample in samples
-        for mode in ("answer", "think")
-        for text in (question(sample.query, mode, task), off_policy_text(sample, mode) or "")
+        for mode in modes
+        for text in (
+            question(sample.query, mode, task, answer_form),
+            off_policy_text(sample, mode, answer_form=answer_form) or "",
+        )
     ]
     return str(made_by_first_rank(lambda: build_tiny_checkpoint(fresh_folder(folder), texts, family, seed)))
 

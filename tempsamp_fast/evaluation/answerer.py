@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from tempsamp_fast.batch import Completion, Prompt
 from tempsamp_fast.config import DataConfig, ModelConfig
@@ -14,6 +16,10 @@ from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.rollout.generate import SamplingParams, generate
 from tempsamp_fast.sample import Mode, Sample
 from tempsamp_fast.system.device import training_device
+from tempsamp_fast.video import Geometry
+
+TEXT_TOKENS = 8192
+"""For the time stamps and the question beside a video that a protocol allows to be longer than a usual row."""
 
 
 class Answerer:
@@ -23,6 +29,7 @@ class Answerer:
     base: the hub name to fetch where `checkpoint` holds adapters on it; otherwise the hub's cache must have it.
     data: how frames are taken, and the task.
     params: how answers are drawn; temperature 0 is greedy.
+    frames_of: settings over `data` that depend on the model's patches.
     seed: of sampled answers; each depends on it, its sample and its mode alone.
     Raises ValueError for a checkpoint that cannot be used.
     """
@@ -35,9 +42,15 @@ class Answerer:
         seed: int = 0,
         max_tokens_per_row: int = 32_768,
         base: str | None = None,
+        frames_of: Callable[[Geometry], Mapping[str, Any]] | None = None,
     ) -> None:
         device = training_device()
         model, self._chat = load_model(checkpoint, ModelConfig(model=base or checkpoint), resolve_dtype("auto", device))
+        self._chat.answer_form = data.answer_form
+        if frames_of:
+            data = replace(data, **frames_of(geometry_of(model.config)))
+            longest = (data.total_pixels or 0) // geometry_of(model.config).factor ** 2
+            max_tokens_per_row = max(max_tokens_per_row, longest + TEXT_TOKENS)
         geometry = geometry_of(model.config, data.min_pixels, data.max_pixels, data.total_pixels)
         self.loader = PromptLoader(self._chat, geometry, data, max_prompt_tokens=max_tokens_per_row)
         self._policy = Policy(model).eval().to(device)

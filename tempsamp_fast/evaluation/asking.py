@@ -11,9 +11,10 @@ from typing import Any
 
 from tempsamp_fast.batch import Prompt
 from tempsamp_fast.data.loader import PromptLoader
+from tempsamp_fast.evaluation.protocols import Protocol
 from tempsamp_fast.learning.groups import Sampler
-from tempsamp_fast.rewards import best_iou, is_outside, parse_span
-from tempsamp_fast.sample import Mode, Sample
+from tempsamp_fast.rewards import answered_span, best_iou, is_outside
+from tempsamp_fast.sample import AnswerForm, Mode, Sample
 from tempsamp_fast.system.files import own_folder, write_file
 from tempsamp_fast.system.progress import Progress
 from tempsamp_fast.system.ranks import is_first_rank, num_ranks, of_all_ranks, own_rank
@@ -28,6 +29,7 @@ def evaluate(
     loader: PromptLoader,
     batch_size: int,
     require_tags: bool = True,
+    answer_form: AnswerForm = "text",
 ) -> list[dict[str, Any]]:
     """One row per sample, in order, shared out over the ranks: what was asked, the answer's text, its span and IoU.
 
@@ -49,7 +51,7 @@ def evaluate(
     texts = {sample_id: text for part in of_all_ranks(texts) for sample_id, text in part.items()}
     skipped: dict[str, Any] = {"skipped": True}
     return [
-        answer_row(sample, texts.get(sample.sample_id, ""), require_tags)
+        answer_row(sample, texts.get(sample.sample_id, ""), require_tags, answer_form)
         | ({} if sample.sample_id in texts else skipped)
         for sample in samples
     ]
@@ -60,10 +62,17 @@ def _first_prompt(samples: Sequence[Sample], mode: Mode, loader: PromptLoader) -
     return next((prompts for sample in samples if (prompts := loader.prompts([sample], [mode]))), [])
 
 
-def answer_row(sample: Sample, text: str, require_tags: bool = True) -> dict[str, Any]:
-    """What was asked and answered, ready for JSON."""
-    span = parse_span(text, require_tags)
-    return {
+def answer_row(
+    sample: Sample,
+    text: str,
+    require_tags: bool = True,
+    answer_form: AnswerForm = "text",
+    protocol: Protocol | None = None,
+) -> dict[str, Any]:
+    """What was asked and answered, ready for JSON; read by `protocol`, where there is one."""
+    spans = protocol.spans({"text": text}) if protocol else None
+    span = (spans[0] if spans else None) if protocol else answered_span(text, answer_form, require_tags)
+    return ({"spans": spans} if protocol else {}) | {
         "sample_id": sample.sample_id,
         "video": str(sample.video),
         "query": sample.query,
@@ -71,7 +80,7 @@ def answer_row(sample: Sample, text: str, require_tags: bool = True) -> dict[str
         "windows": sample.windows,
         "text": text,
         "span": span,
-        "iou": best_iou(span, sample.windows),
+        "iou": protocol.iou(spans, sample) if protocol else best_iou(span, sample.windows),
         "outside_video": is_outside(span, sample.duration_s),
     }
 

@@ -20,10 +20,17 @@ METRICS = {
     "mr_map@0.75": "mAP@0.75",
     "hl_map": "HL mAP",
     "hit@1": "HIT@1",
+    "c_acc": "C-Acc",
+    "tiou": "tIoU",
+    "tf1@0.3": "tF1@0.3",
+    "tf1@0.5": "tF1@0.5",
+    "tf1@0.7": "tF1@0.7",
+    "etf1": "EtF1",
     "parse_rate": "parsed",
 }
-"""Metrics of `score.score_rows` by the heading they are printed under."""
-DEFAULT_TABLES = ("main", "out of domain")
+"""Metrics of `scoring.score_rows` and of protocols by the heading they are printed under."""
+DEFAULT_TABLES = ("main", "out of domain", "field of 2026")
+MIXED_PROTOCOLS = "protocols differ (last column): figures compare within one protocol only"
 MIXED = "mixed"
 MIXED_NOTE = "mixed: the better of both modes for each query, chosen by looking at the truth; an upper bound, no result"
 
@@ -43,6 +50,10 @@ class Published:
     """What it was trained on, where that is not the training set that belongs to `test`."""
     recipe: str | None = None
     """The file of configs/ that repeats it, without suffix; None for other people's rows."""
+    protocol: str = "paper"
+    """A name of `protocols.PROTOCOLS`, or `-` where it is not stated."""
+    source: str = ""
+    """Where the figures are from, and of which model they are where the method does not say so."""
 
     @property
     def label(self) -> str:
@@ -61,20 +72,16 @@ def published_results() -> list[Published]:
     for table, entries in content.items():
         for entry in entries if isinstance(entries, list) else []:
             metrics = {name: entry.pop(name) for name in METRICS if name in entry}
-            rows.append(Published(table=table, metrics=metrics, **entry))
+            usual = content["sources"].get(table, content["source"])
+            rows.append(Published(table=table, metrics=metrics, **{"source": usual, **entry}))
     return rows
-
-
-def source() -> str:
-    """Where the figures are from, and of which model they are."""
-    content = yaml.safe_load(FILE.read_text())
-    return f"{content['source']}; {content['model']}"
 
 
 def comparison(
     ours: Sequence[Mapping[str, Any]], num_queries: int, test: str | None, tables: Sequence[str] | None = DEFAULT_TABLES
 ) -> str:
-    """Our scores (`mode` and metrics in [0, 1]) above the published ones for the data set `test`, in per cent.
+    """Our scores (`mode`, `protocol` and metrics in [0, 1]) above the published ones for the data set `test`, in per
+    cent. Where they are of several protocols, a line says so.
 
     tables: which published tables; None for all. Nothing is published for `test=None`, a data set of one's own.
     """
@@ -85,13 +92,19 @@ def comparison(
         if row.test == test and (tables is None or row.table in tables) and set(names) & row.metrics.keys()
     ]
     lines = [f"{test or 'own data'}: {num_queries} queries, in per cent"]
-    lines.append(_line("", "mode", [METRICS[name] for name in names]))
+    lines.append(_line("", "mode", [METRICS[name] for name in names], "protocol"))
     for row in ours:
         in_per_cent = {name: 100 * row[name] for name in names if name in row}
-        lines.append(_line("ours", row["mode"], _cells(names, in_per_cent)))
-    if theirs:
-        lines.append(f"published: {source()}")
-        lines += [_line(published.label, published.mode, _cells(names, published.metrics)) for published in theirs]
+        lines.append(_line("ours", row["mode"], _cells(names, in_per_cent), row["protocol"]))
+    for source in dict.fromkeys(row.source for row in theirs):
+        lines.append(f"published: {source}")
+        lines += [
+            _line(row.label, row.mode, _cells(names, row.metrics), row.protocol)
+            for row in theirs
+            if row.source == source
+        ]
+    if len({row["protocol"] for row in ours} | {row.protocol for row in theirs}) > 1:
+        lines.append(MIXED_PROTOCOLS)
     if MIXED in [row["mode"] for row in ours] + [row.mode for row in theirs]:
         lines.append(MIXED_NOTE)
     return "\n".join(lines)
@@ -101,5 +114,5 @@ def _cells(names: Sequence[str], metrics: Mapping[str, float]) -> list[str]:
     return [f"{metrics[name]:.1f}" if name in metrics else "" for name in names]
 
 
-def _line(label: str, mode: str, cells: Sequence[str]) -> str:
-    return f"{label:<30}{mode:<8}" + "".join(f"{cell:>9}" for cell in cells)
+def _line(label: str, mode: str, cells: Sequence[str], protocol: str) -> str:
+    return f"{label:<30}{mode:<8}" + "".join(f"{cell:>9}" for cell in cells) + f"  {protocol}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import numpy as np
 
 from tempsamp_fast.data.prompts import normalise_query
 from tempsamp_fast.data.text_files import json_rows, shown
-from tempsamp_fast.rewards import CLIP_S, best_iou, parse_highlights, parse_spans, temporal_iou
-from tempsamp_fast.sample import Sample, Span, Task
+from tempsamp_fast.rewards import CLIP_S, best_iou, parse_highlights, read_spans, temporal_iou
+from tempsamp_fast.sample import AnswerForm, Sample, Span, Task
 
 RECALL_THRESHOLDS = (0.3, 0.5, 0.7)
 MAP_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
@@ -200,14 +201,19 @@ def _some(names: Sequence[str]) -> str:
 
 
 def score_rows(
-    samples: Sequence[Sample], rows: Iterable[Mapping[str, Any]], task: Task, require_tags: bool = True
+    samples: Sequence[Sample],
+    rows: Iterable[Mapping[str, Any]],
+    task: Task,
+    require_tags: bool = True,
+    answer_form: AnswerForm = "text",
 ) -> dict[str, float]:
     """The metrics of `task` for one prediction row per sample: its `text`, or else what a model without words predicts.
 
     That is `pred_saliency_scores` for `highlight`: numbers in the order of the 2-second clips, the higher the better.
     For the other tasks it is a `span`, `spans`, the most confident first, or `pred_relevant_windows` of (start, end,
     confidence). `grounding` takes the last span of a text and the most confident one of several, `multi_grounding` the
-    first one for mIoU and R1. `require_tags=False` reads texts without `<answer>` tags too.
+    first one for mIoU and R1; answers of another form than `text` begin with the one that counts. `require_tags=False`
+    reads texts without `<answer>` tags too.
 
     Raises ValueError naming the row that has none of these or something else in their place.
     """
@@ -218,9 +224,10 @@ def score_rows(
             **highlight_scores(samples, highlights),
             "parse_rate": float(np.mean([bool(each) for each in highlights])),
         }
-    predicted = [_row_spans(row, require_tags) for row in rows]
+    read = lambda text: read_spans(text, answer_form, require_tags)
+    predicted = [row_spans(row, read) or [] for row in rows]
     if task == "grounding":
-        place_of_answer = [-1 if row.get("text") is not None else 0 for row in rows]
+        place_of_answer = [-1 if answer_form == "text" and row.get("text") is not None else 0 for row in rows]
         answers = [spans[place] if spans else None for spans, place in zip(predicted, place_of_answer, strict=True)]
         return score_spans(samples, answers)
     first = [spans[0] if spans else None for spans in predicted]
@@ -238,13 +245,19 @@ def _row_saliency(row: Mapping[str, Any], require_tags: bool) -> dict[float, flo
     return {float(CLIP_S * clip): float(score) for clip, score in enumerate(scores)}
 
 
-def _row_spans(row: Mapping[str, Any], require_tags: bool) -> list[Span]:
+def row_spans(row: Mapping[str, Any], read: Callable[[str], list[Span] | None]) -> list[Span] | None:
+    """What `read` makes of a prediction row's `text`, or the row's own spans, the most confident first.
+
+    None where nothing is read, where a time is not finite, and for a row that predicts no span. Raises ValueError for a
+    row that has neither.
+    """
     if row.get("text") is not None:
-        return parse_spans(str(row["text"]), require_tags)
+        said = read(str(row["text"]))
+        return said if said is None or all(math.isfinite(time) for span in said for time in span) else None
     key = next((key for key in ("pred_relevant_windows", "spans", "span") if key in row), None)
     if key is None:
         raise ValueError(f"prediction {shown(dict(row))} has no text, span, spans or pred_relevant_windows")
-    spans = row[key] if key != "span" else [row[key]] if row[key] is not None else []
+    spans: list[Any] = row[key] if key != "span" else [row[key]] if row[key] is not None else []
     if not isinstance(spans, list):
         raise ValueError(f"prediction {shown(dict(row))}: {key} is not a list")
     numbers = ("start", "end", "confidence") if key == "pred_relevant_windows" else ("start", "end")
@@ -254,7 +267,7 @@ def _row_spans(row: Mapping[str, Any], require_tags: bool) -> list[Span]:
             raise ValueError(f"prediction {shown(dict(row))}: {key} has {shown(span)}, {expected}")
     if key == "pred_relevant_windows":
         spans = sorted(spans, key=lambda span: -span[2])
-    return [(float(start), float(end)) for start, end, *_ in spans]
+    return [(float(start), float(end)) for start, end, *_ in spans] or None
 
 
 def _is_number(value: Any) -> bool:

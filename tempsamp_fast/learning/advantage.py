@@ -9,12 +9,15 @@ from typing import get_args
 
 import torch
 from tempsamp_kernels import grouped_advantages
+from tempsamp_kernels.advantages import shape_rewards
 from torch import Tensor
 
-from tempsamp_fast.batch import RolloutGroup
+from tempsamp_fast.batch import Completion, RolloutGroup
 from tempsamp_fast.config import AlgorithmConfig, Method, Shaping
 
 logger = logging.getLogger(__name__)
+UNSCALED = ("grpo", "mixed", "nonlinear")
+"""Rules that divide by the standard deviation of the group unless `scale_rewards` is off."""
 
 
 def assign_advantages(groups: Sequence[RolloutGroup], method: Method, algorithm: AlgorithmConfig) -> None:
@@ -40,22 +43,39 @@ def _advantages(groups: Sequence[RolloutGroup], shaping: str, algorithm: Algorit
     task_rewards, format_rewards = [], []
     for group in groups:
         for completion in group.completions:
-            rewards = dict(completion.rewards)
-            format_rewards.append(rewards.pop("format", 0.0) * algorithm.format_weight)
-            task_rewards.append(sum(rewards.values()))
+            task, added = task_and_added(completion, algorithm)
+            task_rewards.append(task)
+            format_rewards.append(added)
     sizes = torch.tensor([len(group.completions) for group in groups])
+    rewards, added_rewards = (torch.tensor(each, dtype=torch.float32) for each in (task_rewards, format_rewards))
+    if not algorithm.scale_rewards and shaping in UNSCALED:
+        if shaping == "nonlinear":
+            rewards = shape_rewards(rewards, algorithm.tau, algorithm.alpha_1, algorithm.alpha_2)
+        return torch.cat([_centred(values) for values in (rewards + added_rewards).split(sizes.tolist())])
     return grouped_advantages(
-        torch.tensor(task_rewards, dtype=torch.float32),
+        rewards,
         torch.repeat_interleave(torch.arange(len(groups)), sizes),
         torch.cat([group.is_off_policy() for group in groups]),
         shaping=shaping,
-        format_rewards=torch.tensor(format_rewards, dtype=torch.float32),
+        format_rewards=added_rewards,
         tau=algorithm.tau,
         alpha_1=algorithm.alpha_1,
         alpha_2=algorithm.alpha_2,
         lambda_off=algorithm.lambda_off,
         downscale=algorithm.downscale,
     )
+
+
+def task_and_added(completion: Completion, algorithm: AlgorithmConfig) -> tuple[float, float]:
+    """What the task is worth, which rules shape, and what is added after: the weighted format, a penalty for length."""
+    rewards = dict(completion.rewards)
+    added = rewards.pop("format", 0.0) * algorithm.format_weight + rewards.pop("overlong", 0.0)
+    return sum(rewards.values()), added
+
+
+def _centred(values: Tensor) -> Tensor:
+    """Without their mean; exactly 0 where all are equal."""
+    return values - values.mean() if values.max() > values.min() else torch.zeros_like(values)
 
 
 def advantages_by_rule(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
+from typing import Any
 
 import torch
 
@@ -14,8 +15,8 @@ from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
 from tempsamp_fast.config import AlgorithmConfig, Method
 from tempsamp_fast.data.chat import Chat
 from tempsamp_fast.data.prompts import off_policy_text
-from tempsamp_fast.rewards import REWARDS, TASK_REWARDS
-from tempsamp_fast.sample import Task
+from tempsamp_fast.rewards import REWARDS, TASK_REWARDS, soft_overlong
+from tempsamp_fast.sample import AnswerForm, Task
 from tempsamp_fast.system.files import open_to_append
 
 TIED = 1e-6
@@ -32,11 +33,13 @@ def answer(
     chat: Chat,
     algorithm: AlgorithmConfig,
     task: Task,
+    max_completion_length: int = 0,
 ) -> list[RolloutGroup]:
     """One scored group per prompt: `sft` the true answer alone, `grpo` sampled answers alone, `tempsamp` both.
 
     A `tempsamp` group has `num_generations - 1` sampled answers and the off-policy one; all sampled with
     `shaping="grpo"`, and where `cot_off_policy="skip"` leaves a think prompt without off-policy text.
+    `max_completion_length` is read with `soft_overlong`.
     """
     off_policy = [_off_policy(prompt, method, chat, algorithm, task) for prompt in prompts]
     if method == "sft":
@@ -47,7 +50,7 @@ def answer(
         for prompt, drawn, given in zip(prompts, sampled, off_policy, strict=True)
     ]
     for group in groups:
-        score(group, task, algorithm)
+        score(group, task, algorithm, chat.answer_form, max_completion_length)
     return groups
 
 
@@ -55,23 +58,40 @@ def _off_policy(prompt: Prompt, method: Method, chat: Chat, algorithm: Algorithm
     if method == "grpo" or (method == "tempsamp" and algorithm.shaping == "grpo"):
         return []
     style = "template" if method == "sft" else algorithm.cot_off_policy
-    text = off_policy_text(prompt.sample, prompt.mode, style, task)
+    text = off_policy_text(prompt.sample, prompt.mode, style, task, chat.answer_form)
     if text is None and method == "sft":
         raise ValueError(f"sample {prompt.sample.sample_id!r}: there is no true answer to learn")
     return [] if text is None else [chat.off_policy_completion(text, prompt.opening)]
 
 
-def score(group: RolloutGroup, task: Task, algorithm: AlgorithmConfig) -> None:
-    """Fill `rewards` of every completion: the task's reward, and `format` in think mode.
+def score(
+    group: RolloutGroup,
+    task: Task,
+    algorithm: AlgorithmConfig,
+    answer_form: AnswerForm = "text",
+    max_completion_length: int = 0,
+) -> None:
+    """Fill `rewards` of every completion: the task's reward, `format` where it is added, `overlong` where asked for.
+
+    With `format_reward="factor"` the task's reward is 0 where the format is wrong.
 
     To add a reward, register it in `rewards.REWARDS` and name it in `rewards.TASK_REWARDS`.
     """
     texts = [completion.text for completion in group.completions]
-    names = [TASK_REWARDS[task]] + (["format"] if group.prompt.mode == "think" else [])
+    of_task, how = TASK_REWARDS[task], algorithm.format_reward
+    is_think = group.prompt.mode == "think"
+    names = [of_task] + (["format"] if is_think else ["answer_format"] if how != "think" else [])
+    options: dict[str, Any] = {"require_tags": algorithm.require_tags, "answer_form": answer_form}
     for name in names:
-        values = REWARDS[name](texts, samples=[group.prompt.sample] * len(texts), require_tags=algorithm.require_tags)
+        values = REWARDS[name](texts, samples=[group.prompt.sample] * len(texts), **options)
         for completion, value in zip(group.completions, values, strict=True):
-            completion.rewards[name] = value
+            completion.rewards[name.removeprefix("answer_")] = value
+    for completion in group.completions:
+        if how == "factor":
+            completion.rewards[of_task] *= completion.rewards.pop("format")
+        if algorithm.soft_overlong is not None:
+            length = len(completion.ids)
+            completion.rewards["overlong"] = soft_overlong(length, max_completion_length, algorithm.soft_overlong)
 
 
 class RecordedRollouts:

@@ -58,6 +58,7 @@ def policy_loss(
             "epsilon_low": algorithm.epsilon_low,
             "epsilon_high": algorithm.epsilon_high,
             "delta": algorithm.delta,
+            "dual_clip": algorithm.dual_clip,
             "off_policy_ratio": algorithm.off_policy_ratio,
             "off_policy_kl": algorithm.off_policy_kl,
             "max_completion_length": max_completion_length,

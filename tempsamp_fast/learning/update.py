@@ -19,6 +19,7 @@ from tempsamp_fast.config import AlgorithmConfig, Config, Method
 from tempsamp_fast.learning.balance import balance
 from tempsamp_fast.learning.engine import Forward, RowsTooLargeError, check_fitted, forward_of, in_step, optimizer_step
 from tempsamp_fast.learning.loss import RowTargets, idle_loss, log_probs, policy_loss
+from tempsamp_fast.learning.pruning import prune_groups, prune_metrics
 from tempsamp_fast.model.flops import device_peak_flops, forward_flops
 from tempsamp_fast.model.packing import PackedRow, pack
 from tempsamp_fast.model.policy import Head
@@ -55,10 +56,13 @@ def update(
     Raises ValueError when that does not fit either.
 
     Groups whose advantages are all zero are left out where they have no gradient: they count in the loss's normalisers,
-    but `policy/*` describes the answers of the others.
+    but `policy/*` describes the answers of the others. With `prune_ratio` all of this is of the answers that stay.
     """
     shorter: dict[str, float] = {}
     train = config.train
+    if method != "sft" and config.algorithm.prune_ratio:
+        sampled, groups = groups, prune_groups(groups, config.algorithm)
+        shorter = prune_metrics(sampled, groups, train, prompts_per_row, engine.module.config)
     while True:
         try:
             found = _update(engine, reference, groups, method, config, prompts_per_row, learning_rate, watch)
@@ -76,7 +80,7 @@ def update(
             )
         logger.warning("max_tokens_per_row=%d does not fit the memory: this batch again with %d", too_much, budget)
         config = dataclasses.replace(config, train=dataclasses.replace(train, max_tokens_per_row=budget))
-        shorter = {"batch/max_tokens_per_row": float(budget)}
+        shorter |= {"batch/max_tokens_per_row": float(budget)}
 
 
 def _longest_part(group: RolloutGroup) -> int:

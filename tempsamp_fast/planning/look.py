@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tempsamp_fast.config import DataConfig
-from tempsamp_fast.data.prompts import question
+from tempsamp_fast.data.prompts import QUESTION_FORMS, question
 from tempsamp_fast.model.families import geometry_of
 from tempsamp_fast.planning.estimate import FRAME_SIZE, TEXT_TOKENS, num_frames, text_and_video_tokens, video_grid
 from tempsamp_fast.sample import Mode, Sample
@@ -64,11 +64,12 @@ def look_at_prompts(
     """
     geometry = geometry_of(model_config, data.min_pixels, data.max_pixels, data.total_pixels)
 
+    form = data.answer_form
+    asked_in = [mode for mode in modes if mode == "answer" or QUESTION_FORMS[form].thinks]
+
     def estimated_text(sample: Sample) -> int:
-        return (
-            TEXT_TOKENS
-            + max(len(question(sample.query, mode, data.task).encode()) for mode in modes) // BYTES_PER_TOKEN
-        )
+        num_bytes = max(len(question(sample.query, mode, data.task, form).encode()) for mode in asked_in)
+        return TEXT_TOKENS + num_bytes // BYTES_PER_TOKEN
 
     counts = {sample.duration_s: num_frames(sample.duration_s, data) for sample in samples}
     grids = {number: video_grid(geometry, number, FRAME_SIZE) for number in set(counts.values())}

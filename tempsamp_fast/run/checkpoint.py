@@ -36,7 +36,8 @@ MODEL = "model"
 ENGINE = "engine"
 STATE = "state.json"
 VIDEO_SETTINGS = "video.json"
-VIDEO_FIELDS = ("sampling", "fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "task")
+VIDEO_FIELDS = ("sampling", "fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "task",
+                "answer_form")  # fmt: skip
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tempsamp_fast.evaluation.asking import evaluate, write_rows
+from tempsamp_fast.evaluation.protocols import OWN
 from tempsamp_fast.evaluation.scoring import best_constant_span, score_rows
 from tempsamp_fast.run.log import RunLog, write_json
 from tempsamp_fast.run.run import Run
@@ -43,15 +44,15 @@ class Results:
             return
         for mode in cast("list[Mode]", run.config.train.eval_modes.split("+")):
             logger.info("evaluating %d queries in %s mode", len(run.eval_samples), mode)
-            tags = run.config.algorithm.require_tags
-            answers = evaluate(run.eval_samples, mode, run.greedy, run.loader, run.config.train.eval_batch_size, tags)
-            scores = score_rows(run.eval_samples, answers, run.config.data.task, tags)
+            how = run.config.algorithm.require_tags, run.config.data.answer_form
+            answers = evaluate(run.eval_samples, mode, run.greedy, run.loader, run.config.train.eval_batch_size, *how)
+            scores = score_rows(run.eval_samples, answers, run.config.data.task, *how)
             outside = {"outside_video": sum(row["outside_video"] for row in answers)}
             measured = {f"eval/{mode}/{name}": value for name, value in (scores | outside).items()}
             log.log(num_steps, "eval", measured, advance=False)
             if run.rank == 0:
                 write_rows(self.answers_path(stage, mode), answers)
-                row = {"stage": stage, "mode": mode, "num_steps": num_steps, **scores}
+                row = {"stage": stage, "mode": mode, "num_steps": num_steps, "protocol": OWN, **scores}
                 row["num_skipped"] = sum("skipped" in answer for answer in answers)
                 self.rows.append(row)
                 write_json(self.path, self.rows)
@@ -91,8 +92,8 @@ class Results:
 
 def table(rows: Sequence[dict[str, Any]], num_queries: int) -> str:
     """Evaluations as text, one per line with the metrics of the task."""
-    names = [name for name in rows[0] if name not in ("stage", "mode", "num_steps", "num_skipped")]
-    lines = [f"{num_queries} held-out queries"]
+    names = [name for name in rows[0] if name not in ("stage", "mode", "num_steps", "num_skipped", "protocol")]
+    lines = [f"{num_queries} held-out queries, protocol {OWN}: frames, prompt and parser of this run"]
     lines.append(f"{'after':<24}{'mode':<8}" + "".join(f"{name:>12}" for name in names))
     for row in rows:
         skipped = f"  {row['num_skipped']} skipped, counted as wrong" if row.get("num_skipped") else ""

@@ -67,6 +67,7 @@ class Run:
         check_attention_core(config.model.attention_core, dtype, self.device)
         checkpoint = start.model or self._initial_checkpoint()
         self.policy, self.chat = self._load_policy(checkpoint, dtype)
+        self.chat.answer_form = data.answer_form
         held_out = train.eval_modes.split("+") if self.eval_samples else []
         self.chat.check({mode for phase in self.phases for mode in phase.modes} | {*cast("list[Mode]", held_out)})
         self.loader = PromptLoader(
@@ -106,7 +107,7 @@ class Run:
         if model.model != "tiny":
             return model.model
         folder, seed = self.folder / "tiny_model", self.config.train.seed
-        return embedded_checkpoint(folder, self.train_samples, data.task, model.tiny_family, seed)
+        return embedded_checkpoint(folder, self.train_samples, data.task, model.tiny_family, seed, data.answer_form)
 
     def _load_policy(self, checkpoint: str, dtype: torch.dtype) -> tuple[Policy, Chat]:
         """Adapters that learned something before reinforcement are not switched off for its reference but kept."""
@@ -183,8 +184,9 @@ class Run:
             return answers
 
         config, asked, method = self.config, self.with_features(prompts), at.phase.method
-        num_answers, task = config.rollout.num_generations, config.data.task
-        groups = answer(asked, method, num_answers, sampler, self.chat, config.algorithm, task)
+        rollout, task = config.rollout, config.data.task
+        longest = rollout.max_completion_length
+        groups = answer(asked, method, rollout.num_generations, sampler, self.chat, config.algorithm, task, longest)
         self.watch.lap("reward")
         return groups
 

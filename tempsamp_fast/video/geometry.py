@@ -73,6 +73,11 @@ class Geometry:
         return self.patch_size * self.merge_size
 
     @property
+    def counts_every_frame(self) -> bool:
+        """Whether `total_pixels` counts both frames of a temporal patch, which qwen-vl-utils counts as one."""
+        return self.family == "qwen3_vl"
+
+    @property
     def row_width(self) -> int:
         """Values in one patch row: channels * frames * height * width."""
         return 3 * self.temporal_patch_size * self.patch_size**2

@@ -49,7 +49,17 @@ def test_published_rows_are_whole() -> None:
 
 
 def test_the_comparison_shows_the_main_rows_of_the_data_set_or_all() -> None:
-    ours = [{"mode": "answer", "miou": 0.5, "r1@0.3": 0.6, "r1@0.5": 0.4, "r1@0.7": 0.25, "parse_rate": 1.0}]
+    ours = [
+        {
+            "mode": "answer",
+            "protocol": "paper",
+            "miou": 0.5,
+            "r1@0.3": 0.6,
+            "r1@0.5": 0.4,
+            "r1@0.7": 0.25,
+            "parse_rate": 1.0,
+        }
+    ]
     short = comparison(ours, 10, "charades-test")
     assert "ours                          answer       50.0     60.0     40.0     25.0    100.0" in short
     assert "VideoChat-R1" in short and "52.4" not in short and "50 videos" not in short

@@ -45,12 +45,17 @@ PLAN: dict[type, dict[str, tuple[str, str]]] = {
         "duration_range": ("videos within it alone", LOADED),
         "window_range": ("true spans within it alone", LOADED),
         "difficulty_range": ("difficulties within it alone", LOADED),
+        "draw": ("whose rule draws", f"{DATA}test_training_samples_are_drawn_as_asked"),
+        "draw_samples": ("so many are drawn", f"{DATA}test_training_samples_are_drawn_as_asked"),
+        "draw_seed": ("others are drawn", f"{DATA}test_training_samples_are_drawn_as_asked"),
+        "draw_like": ("strata of that benchmark", f"{DATA}test_training_samples_are_drawn_as_asked"),
         "synthetic_dir": ("videos are made there", f"{DATA}test_the_embedded_data_set_has_as_many_videos_as_asked_for"),
         "synthetic_videos": ("so many are", f"{DATA}test_the_embedded_data_set_has_as_many_videos_as_asked_for"),
         "task": (
             "question, true answer and reward of that task",
             f"{DATA}test_the_task_is_asked_answered_and_rewarded",
         ),
+        "answer_form": ("question, true answer, reward and score of that form", f"{DATA}test_the_form_asked_for_is"),
         "max_eval_samples": ("the first held-out samples alone", LOADED),
         "on_bad_sample": (
             "a bad video ends the run or is replaced",
@@ -141,6 +146,17 @@ PLAN: dict[type, dict[str, tuple[str, str]]] = {
             ),
             ("the loss of the kernel with that number", LOSS),
         ),
+        "scale_rewards": ("advantages that are not divided", ADVANTAGES),
+        "dual_clip": ("the loss of the kernel with that number", LOSS),
+        "prune_ratio": (
+            "the answers of the update",
+            "learning/test_pruning.py::test_an_update_is_of_the_rows_that_stay",
+        ),
+        "format_reward": (
+            "where it is added, or a factor",
+            f"{ALGORITHM}test_the_format_is_added_or_a_factor_as_asked",
+        ),
+        "soft_overlong": ("what long answers lose", f"{ALGORITHM}test_long_answers_lose_as_much_as_asked"),
         "cot_off_policy": ("the off-policy text", f"{ALGORITHM}test_the_off_policy_text_of_think_prompts"),
         "updates_per_batch": ("optimizer steps", f"{ALGORITHM}test_a_batch_is_used_for_as_many_updates_as_asked_for"),
         "require_tags": (

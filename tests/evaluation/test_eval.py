@@ -73,6 +73,7 @@ def test_answers_are_those_of_inference_and_scores_those_of_the_answers(
     (scores,) = json.loads((tmp_path / "out/scores.json").read_text())["rows"]
     assert scores == {
         "mode": "answer",
+        "protocol": "own",
         **score_rows(samples, found, "grounding", require_tags=False),
         "outside_video": 0,
     }

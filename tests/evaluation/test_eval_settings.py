@@ -13,6 +13,7 @@ import pytest
 from tempsamp_fast.eval import fingerprint, main
 from tempsamp_fast.rollout.generate import SamplingParams
 from tempsamp_fast.sample import Sample
+from tempsamp_fast.video import Geometry
 
 TEXTS = {"answer": "<answer> 1 to 2 </answer> no, 5 to 6", "think": "5 to 6"}
 
@@ -21,8 +22,10 @@ class AnswererDouble:
     """Says the text of the mode to every query and keeps what it was made with."""
 
     made: ClassVar[list[tuple[Any, ...]]] = []
+    frames_of: ClassVar[list[Any]] = []
 
-    def __init__(self, *given: Any, base: str | None = None) -> None:
+    def __init__(self, *given: Any, base: str | None = None, frames_of: Any = None) -> None:
+        self.frames_of.append(frames_of)
         self.made.append(given)
         self.loader = SimpleNamespace(skipped={})
 
@@ -94,3 +97,38 @@ def test_checkpoints_of_the_same_shape_are_told_apart_by_their_weights(tmp_path:
     assert fingerprint(str(tmp_path)) == before != fingerprint("hub/name")
     file.write_bytes(b"\1" * 300_000)
     assert fingerprint(str(tmp_path)) != before
+
+
+def test_a_protocol_sets_what_is_asked_shown_read_and_counted(evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames are in the patches of the model; what is typed counts in their place."""
+    monkeypatch.setitem(TEXTS, "answer", "from 0.6 - 2.4, or 5 to 6")
+    (_, data, params, _), folder = evaluate("timelens", "--protocol", "timelens", "--fps", "1")
+    assert (data.answer_form, data.task, params.max_completion_length) == ("sentence", "grounding", 512)
+    frames = AnswererDouble.frames_of[-1](Geometry())
+    assert frames | {"fps": 1, "min_pixels": 64 * 28 * 28, "total_pixels": 14_336 * 28 * 28} == frames
+    assert AnswererDouble.frames_of[-1](Geometry.of_family("qwen3_vl"))["total_pixels"] == 2 * 14_336 * 32 * 32
+    assert spans(folder, "answer") == [[1.0, 2.0]] * 3
+    (row,) = scores(folder)
+    assert (row["protocol"], row["miou"]) == ("timelens", pytest.approx(1 / 3))
+    assert json.loads((folder / "scores.json").read_text())["protocol"] == "timelens"
+    kept = json.loads((folder / "settings.json").read_text())
+    assert (kept["protocol"], kept["answer_form"], "14336 tokens in all" in kept["budget"]) == (
+        "timelens",
+        "sentence",
+        True,
+    )
+
+
+def test_a_protocol_and_what_it_sets_itself_do_not_go_together(evaluate, tmp_path: Path, capsys) -> None:
+    for words in (["--untagged"], ["--task", "highlight"]):
+        with pytest.raises(AssertionError):
+            evaluate("out", "--protocol", "orarl", *words)
+        assert "says itself what is asked and read" in capsys.readouterr().err
+
+
+def test_every_span_counts_where_the_protocol_asks_for_all(evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TEXTS, "answer", "<time>1 - 2 seconds</time> <time>5 - 6 seconds</time>")
+    _, folder = evaluate("omtg", "--protocol", "omtg")
+    (row,) = scores(folder)
+    assert AnswererDouble.frames_of[-1] is None and (row["c_acc"], row["tiou"], row["etf1"]) == (0, 0.5, 0)
+    assert json.loads((folder / "answer.jsonl").read_text().splitlines()[0])["spans"] == [[1.0, 2.0], [5.0, 6.0]]

@@ -24,6 +24,8 @@ SETTINGS: dict[str, dict[str, Any]] = {"default": {}, "untagged": {"require_tags
 class Letters:
     """A chat whose tokens are letters."""
 
+    answer_form = "text"
+
     def completion(self, ids: torch.Tensor, *_: object, opening: str = "") -> Completion:
         return Completion(ids, "".join(map(chr, ids.tolist())))
 

@@ -34,7 +34,7 @@ def test_the_settings_of_an_evaluation_reach_it(run, monkeypatch: pytest.MonkeyP
     """Untagged answers count where tags are not required, in the record as in the scores."""
     asked = []
 
-    def evaluate(eval_samples, mode, sampler, loader, batch_size, require_tags=True):
+    def evaluate(eval_samples, mode, sampler, loader, batch_size, require_tags=True, answer_form="text"):
         asked.append((mode, batch_size, require_tags))
         return [answer_row(sample, "6 to 9", require_tags) for sample in eval_samples]
 

@@ -44,6 +44,10 @@ def normalised(values: list[float]) -> list[float]:
     return [(value - mean) / (std + 1e-4) for value in values]
 
 
+def centred(values: list[float]) -> list[float]:
+    return [value - sum(values) / len(values) for value in values]
+
+
 def shaped(reward: float, tau: float = 0.8, alpha_1: float = 0.01, alpha_2: float = 1.0) -> float:
     if reward >= tau:
         return tau + alpha_1 * math.log(1 + reward - tau)
@@ -65,6 +69,8 @@ ADVANTAGES: list[tuple[dict[str, Any], list[float]]] = [
     ({"alpha_1": 0.7}, by_nonlinear(alpha_1=0.7)),
     ({"alpha_2": 3.0}, by_nonlinear(alpha_2=3.0)),
     ({"format_weight": 0.25}, by_nonlinear(0.25)),
+    ({"scale_rewards": False}, centred([shaped(task) + form for task, form in zip(REWARDS, FORMATS, strict=True)])),
+    ({"scale_rewards": False, "shaping": "mixed"}, centred([1.2, 0.9, 1.5, 2.0])),
     ({"shaping": "anchor", "lambda_off": 0.6}, by_anchor(0.6)),
     (
         {"shaping": "downscale", "downscale": 0.3},
@@ -113,11 +119,43 @@ def test_answers_without_tags_are_worth_something_only_where_allowed(
             ("evaluate", [{"text": "2 to 4", "span": None, "outside_video": False}]),
             ("score_rows", {}),
         ):
-            note = lambda *of, asked=asked, answered=answered: asked.append(of[-1]) or answered
+            note = lambda *of, asked=asked, answered=answered: asked.append(of[-2]) or answered
             monkeypatch.setattr(results_module, name, note)
         with run.log() as log:
             Results(run).evaluate("start", 0, log)
         assert asked == [required, required]
+
+
+@pytest.mark.parametrize(
+    ("how", "mode", "earned"),
+    [
+        ("think", "answer", [{"tiou": 1.0}, {"tiou": 1.0}]),
+        ("think", "think", [{"tiou": 1.0, "format": 0.0}, {"tiou": 1.0, "format": 0.0}]),
+        ("add", "answer", [{"tiou": 1.0, "format": 1.0}, {"tiou": 1.0, "format": 0.0}]),
+        ("factor", "answer", [{"tiou": 1.0}, {"tiou": 0.0}]),
+        ("factor", "think", [{"tiou": 0.0}, {"tiou": 0.0}]),
+    ],
+)
+def test_the_format_is_added_or_a_factor_as_asked(how: Any, mode: Any, earned: list[dict[str, float]]) -> None:
+    group = group_of()
+    prompt = replace(group.prompt, mode=mode)
+    texts = "<answer>2 to 4</answer>", "it is <answer>2 to 4</answer>"
+    group = RolloutGroup(prompt, [Completion(torch.tensor([1]), text) for text in texts])
+    score(group, "grounding", AlgorithmConfig(format_reward=how))
+    assert [each.rewards for each in group.completions] == earned
+
+
+def test_long_answers_lose_as_much_as_asked() -> None:
+    """What they lose is added after the rule has shaped the task's rewards, as a format reward is."""
+    group = RolloutGroup(group_of().prompt, [Completion(torch.zeros(n), "") for n in (80, 90, 100, 101)])
+    score(group, "grounding", AlgorithmConfig(soft_overlong=20), max_completion_length=100)
+    assert [each.rewards["overlong"] for each in group.completions] == [0, -0.5, -1, -1]
+    assign_advantages([group], "grpo", AlgorithmConfig(soft_overlong=20))
+    assert group.advantages is not None
+    assert group.advantages.tolist() == pytest.approx(normalised([0, -0.5, -1, -1]), abs=1e-5)
+    plain = RolloutGroup(group.prompt, [Completion(torch.zeros(200), "")])
+    score(plain, "grounding", AlgorithmConfig(), max_completion_length=100)
+    assert "overlong" not in plain.completions[0].rewards
 
 
 LOSSES: list[dict[str, Any]] = [
@@ -126,6 +164,7 @@ LOSSES: list[dict[str, Any]] = [
     {"epsilon_low": 0.9},
     {"epsilon_high": 0.9},
     {"delta": 1.3},
+    {"dual_clip": 1.05},
     {"loss_type": "dr_grpo"},
     {"loss_type": "dapo"},
     {"importance_sampling_level": "sequence"},
@@ -147,8 +186,9 @@ def test_every_number_of_the_loss_is_the_one_asked_for(tiny) -> None:
     found = []
     for changed in LOSSES:
         options = {
-            "beta": 0.04, "epsilon_low": 0.2, "epsilon_high": 0.2, "delta": None, "loss_type": "grpo",
-            "importance_sampling_level": "token", "off_policy_ratio": "detach", "off_policy_kl": True,
+            "beta": 0.04, "epsilon_low": 0.2, "epsilon_high": 0.2, "delta": None, "dual_clip": None,
+            "loss_type": "grpo", "importance_sampling_level": "token", "off_policy_ratio": "detach",
+            "off_policy_kl": True,
         } | changed  # fmt: skip
         expected, _ = fused_linear_grpo_loss(
             hidden, weight, row.token_ids, row.row_ids, advantages=advantages, is_off_policy=targets.is_off_policy,

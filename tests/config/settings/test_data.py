@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tempsamp_fast.batch import VideoPatches
+from tempsamp_fast.batch import Completion, VideoPatches
 from tempsamp_fast.config import DataConfig
 from tempsamp_fast.data import loader
 from tempsamp_fast.data.catalogue import load_training_data
+from tempsamp_fast.run.checkpoint import VIDEO_FIELDS
+from tempsamp_fast.run.results import Results
 from tempsamp_fast.run.run import Run
 from tempsamp_fast.run.schedule import plan
 from tempsamp_fast.video import Sampling, load_videos
@@ -80,6 +83,30 @@ def test_what_is_learnt_from_and_tested_on(changed: dict[str, Any], train: str, 
     assert [str(sample.video.with_suffix("")) for sample in tested] == held_out.split()
 
 
+def test_training_samples_are_drawn_as_asked(in_data_folder: None) -> None:
+    hard, easy = ([{"rollouts": [iou] * 2} for _ in range(8)] for iou in (0.05, 1.0))
+    flat = [
+        {"video_path": f"{index}.mp4", "duration": 10, "query": "q", "span": [0, 2]} | more
+        for index, more in enumerate([*hard, *easy])
+    ]
+    Path("flat.jsonl").write_text("\n".join(map(json.dumps, flat)))
+
+    def drawn(**settings: Any) -> list[str]:
+        data = DataConfig(**({"annotations": "flat.jsonl", "videos": "here"} | settings))
+        return [sample.video_id for sample in load_training_data(data)[0]]
+
+    for rule in ("timelens", "timelens2"):
+        of_seed_0, of_seed_1 = (drawn(draw=rule, draw_samples=4, draw_seed=seed) for seed in (0, 1))
+        assert len(of_seed_0) == 4 and of_seed_0 != of_seed_1
+    assert {*drawn(draw="timelens2", draw_samples=4)} <= {*map(str, range(8))}
+    Path("like.jsonl").write_text(rows(x=(10, 2, 0.1)))
+    release = {"draw": "release", "draw_samples": 2, "draw_like": "like.jsonl", "annotations": "train.jsonl"}
+    assert set(drawn(**release)) <= {"a", "b", "c"} and len(drawn(**release)) == 2
+    for wrong in ({"draw": "timelens"}, {"draw_samples": 3}, {"draw": "release", "draw_samples": 1}):
+        with pytest.raises(ValueError, match="draw_"):
+            drawn(**wrong)
+
+
 def test_the_embedded_data_set_has_as_many_videos_as_asked_for_where_asked_for(trainer, tmp_path: Path) -> None:
     words = ("--annotations", "synthetic", "--synthetic_videos", "2,0,1", "--synthetic_dir", str(tmp_path / "made"))
     run = trainer.run(tmp_path / "run", *SHORT, *words, "--max_eval_samples", "9")
@@ -99,6 +126,27 @@ def test_the_task_is_asked_answered_and_rewarded(stepper: Callable) -> None:
     assert group.completions[0].text == "<answer> 0.00 to 1.00, 2.00 to 3.00 </answer>"
     (group,) = run.answer(second, [two_spans])
     assert [list(each.rewards) for each in group.completions] == [["multi_tiou"]] * 3
+
+
+def test_the_form_asked_for_is_asked_answered_rewarded_and_scored(stepper: Callable) -> None:
+    run = stepper("--phases", "sft:1,grpo:1", "--answer_form", "json").run
+    first, second = plan(run.phases)
+    prompt = run.prompts(first)[0]
+    assert "JSON list" in run.chat.tokenizer.decode(prompt.input_ids)
+    two_spans = replace(prompt, sample=replace(prompt.sample, windows=((0.0, 1.0), (2.0, 3.0))))
+    (group,) = run.answer(first, [two_spans])
+    text = group.completions[0].text
+    assert text == "<answer>[[0.00, 1.00], [2.00, 3.00]]</answer>"
+    run.sample = lambda prompts, counts, *_, **__: [[Completion(torch.tensor([1]), text)] * counts[0]]
+    (group,) = run.answer(second, [two_spans])
+    assert [each.rewards for each in group.completions] == [{"tiou": 1.0}] * 3
+    run.eval_samples = [two_spans.sample]
+    with run.log() as log:
+        results = Results(run)
+        run.greedy = lambda prompts, counts: [[Completion(torch.tensor([1]), text)] for _ in prompts]
+        results.evaluate("start", 0, log)
+    assert (results.rows[0]["miou"], results.rows[0]["protocol"]) == (1.0, "own")
+    assert "answer_form" in VIDEO_FIELDS
 
 
 def whole(run: Run) -> VideoPatches:

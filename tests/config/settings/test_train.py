@@ -166,7 +166,7 @@ def test_evaluations_are_in_the_modes_and_batches_asked_for(
     run = stepper(*SHORT, *held_out, "--eval_modes", "think+answer", "--eval_batch_size", "2").run
     asked: list[tuple[int, str]] = []
 
-    def evaluate(samples: list, mode: str, sampler: Any, loader: Any, batch_size: int, tags: bool) -> list:
+    def evaluate(samples: list, mode: str, sampler: Any, loader: Any, batch_size: int, *_: Any) -> list:
         asked.append((len(samples), mode, batch_size))
         return [{"text": "", "span": None, "outside_video": False}] * len(samples)
 
