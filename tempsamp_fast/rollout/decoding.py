@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tempsamp_kernels.head import mm, multiplies_into_fp32
 from torch import Tensor
 
 from tempsamp_fast.rollout.kv_cache import SharedPrefixCache
@@ -88,8 +89,10 @@ def record_cuda_graph(run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
 
 
 def next_token_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden [M, hidden_size], weight [vocab_size, hidden_size] -> [M, vocab_size]."""
-    return hidden @ weight.T
+    """hidden [M, hidden_size], weight [vocab_size, hidden_size] -> float32 [M, vocab_size], as the loss has its own."""
+    if multiplies_into_fp32(hidden.device.type, hidden.dtype):
+        return mm(hidden, weight.T)
+    return hidden.float() @ weight.float().T
 
 
 def _new_tokens(tokens: Tensor, positions: Tensor) -> _NewTokens:

@@ -137,10 +137,11 @@ class _Answers:
         """Token `index` of every row being decoded; a finished row's is beyond its length and never read."""
         self._ids[self.rows, index] = tokens
         self._logps[self.rows, index] = logps
-        ends = torch.isin(tokens, self._eos) & ~self._is_finished[self.rows]
-        self._lengths[self.rows[ends]] = index + 1
-        self._is_finished[self.rows[ends]] = True
-        self.unfinished -= int(ends.sum())
+        was_finished = self._is_finished[self.rows]
+        ends = torch.isin(tokens, self._eos) & ~was_finished
+        self._lengths[self.rows] = self._lengths[self.rows].masked_fill(ends, index + 1)
+        self._is_finished[self.rows] = was_finished | ends
+        self.unfinished = len(was_finished) - int((was_finished | ends).sum())  # the only wait of a token
 
     def retire(self, share: float) -> Tensor | None:
         """Stop decoding finished rows once they are this share of all; returns the indices into `rows` that stay."""

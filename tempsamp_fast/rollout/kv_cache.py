@@ -47,7 +47,7 @@ class SharedPrefixCache:
             self._own_values = {i: _doubled(values, 2, 0.0) for i, values in self._own_values.items()}
             self._own_bias = _doubled(self._own_bias, 0, float("-inf"))
             self.version += 1
-        self._own_bias[self._num_own] = 0.0
+        self._own_bias[self._num_own].fill_(0.0)  # an assignment would wait for the device
         self._newest.fill_(self._num_own)
         self._num_own += 1
 
@@ -55,13 +55,13 @@ class SharedPrefixCache:
         """query [R, heads, 1, dim], key and value [R, kv_heads, 1, dim] -> [R, 1, heads, dim]."""
         own_keys = self._own_keys[layer_index].index_copy_(2, self._newest, key)
         own_values = self._own_values[layer_index].index_copy_(2, self._newest, value)
-        query = (query * scaling)[:, :, 0].unflatten(1, (key.shape[1], -1))
-        output, lse = attend(query, own_keys, own_values, self._own_bias)
+        query = query[:, :, 0].unflatten(1, (key.shape[1], -1))
+        output, lse = attend(query, own_keys, own_values, self._own_bias, scaling)
         for shared in self._shared:
-            theirs, their_lse = shared.attend(layer_index, query)
-            share = torch.sigmoid(their_lse - lse)[..., None].to(output.dtype)
+            theirs, their_lse = shared.attend(layer_index, query, scaling)
+            share = torch.sigmoid(their_lse - lse)[..., None]
             output, lse = torch.lerp(output, theirs, share), torch.logaddexp(lse, their_lse)
-        return output.flatten(1, 2)[:, None]
+        return output.flatten(1, 2)[:, None].to(value.dtype)
 
     def retire(self, keep: Tensor) -> None:
         """Keep only these rows ([R] int64, increasing) and the prompts that they continue."""

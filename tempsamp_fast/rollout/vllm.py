@@ -149,7 +149,7 @@ class VllmBackend:
         video = prompt.video
         grid = torch.tensor([video.grid_thw])
         device = next(self._policy.parameters()).device
-        features = video.features or self._policy.encode_videos(video.pixel_values.to(device), grid.to(device))
+        features = video.features or self._policy.encode_videos(video.pixel_values.to(device), grid)
         data = {
             "video_embeds": torch.cat([features.embeds, *features.deepstack], dim=1).cpu(),
             "video_grid_thw": grid,
