@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from transformers.utils import is_flash_attn_2_available
 
 from tempsamp_fast.model.fla_layers import packed_recurrence
@@ -52,19 +54,59 @@ def adapt_flash_attn(flash_attn_varlen_func: Callable[..., Any]) -> VarlenKernel
 
 
 def adapt_torch_varlen(varlen_attn: Callable[..., Any]) -> VarlenKernel:
-    """torch's `varlen_attn`, whose keywords differ between releases: causal by flag or by window, grouped or not."""
+    """torch's `varlen_attn`, whose keywords differ between releases: causal by flag or by window, grouped or not.
+
+    A release without a keyword for grouped heads may take them all the same: a trial says so, once per device and
+    dtype.
+    """
     parameters = inspect.signature(varlen_attn).parameters
     by_window, has_gqa = "window_size" in parameters, "enable_gqa" in parameters
 
-    def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, causal):
+    def call(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, causal):
         options = {"window_size": (-1, 0 if causal else -1)} if by_window else {"is_causal": causal}
         if has_gqa:
             options["enable_gqa"] = query.shape[1] != key.shape[1]
-        else:
-            key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
         return varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, scale=scale, **options)
 
+    groups_right = cache(lambda device, dtype: has_gqa or groups_heads(call, device, dtype))
+
+    def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, causal):
+        if query.shape[1] != key.shape[1] and not groups_right(query.device, query.dtype):
+            key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
+        return call(query, key, value, cu_q, cu_k, max_q, max_k, scale=scale, causal=causal)
+
     return kernel
+
+
+def groups_heads(kernel: VarlenKernel, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether grouped heads give what repeated ones do, gradients included; where not, it is logged.
+
+    Its own saved tensors are hidden from a layer that is being recorded for recomputation.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = (48, 4, 64), (48, 2, 64), (48, 2, 64)
+    inputs = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+    cu = _cumulative([16, 32], device)
+
+    def results(repeats: int) -> list[Tensor]:
+        query, *keys_values = inputs
+        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in keys_values)
+        output = kernel(query, key, value, cu, cu, 32, 32, scale=0.125, causal=True)
+        return [output, *torch.autograd.grad(output.float().square().sum(), inputs)]
+
+    with torch.enable_grad(), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        expected = results(2)
+        try:
+            actual = results(1)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            logger.warning("grouped heads are repeated: the kernel refuses them (%s)", str(error).splitlines()[:1])
+            return False
+    pairs = [(a.detach().float(), b.detach().float()) for a, b in zip(actual, expected, strict=True)]
+    error = float(torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max())
+    if not error <= 0.05:
+        logger.warning("grouped heads are repeated: the kernel's results of them are off by %.2g", error)
+        return False
+    return True
 
 
 class VarlenAttention:
@@ -81,9 +123,26 @@ class VarlenAttention:
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        key, value = key[self._keys], value[self._keys]
+        key, value = _Gathered.apply(key, self._keys), _Gathered.apply(value, self._keys)
         bounds = self._cu_q, self._cu_k, self._max_q, self._max_k
         return self._kernel(query.contiguous(), key, value, *bounds, scale=scaling, causal=True)[None]
+
+
+class _Gathered(torch.autograd.Function):
+    """`tensor[index]` along the first axis; the gradients of what is taken often are summed in float32, unsorted."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.length = len(tensor)
+        return tensor.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        total = torch.zeros(ctx.length, *gradient.shape[1:], device=gradient.device, dtype=torch.float32)
+        return total.index_add_(0, index, gradient.float()).to(gradient.dtype), None
 
 
 def _sequences(layout: Sequence[GroupLayout]) -> tuple[list[int], list[list[tuple[int, int]]]]:
@@ -100,4 +159,4 @@ def _sequences(layout: Sequence[GroupLayout]) -> tuple[list[int], list[list[tupl
 
 
 def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
@@ -9,13 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from tempsamp_fast.model.attention import packed_attention, vision_attention
 from tempsamp_fast.model.flops import _num_attended
 from tempsamp_fast.model.layout import GroupLayout
 from tempsamp_fast.model.packing import _logit_indices, pack
 from tempsamp_fast.model.policy import Policy
-from tempsamp_fast.model.varlen_attention import VarlenKernel, adapt_flash_attn, adapt_torch_varlen, varlen_kernel
+from tempsamp_fast.model.varlen_attention import (
+    VarlenKernel,
+    _Gathered,
+    adapt_flash_attn,
+    adapt_torch_varlen,
+    varlen_kernel,
+)
 
 LAYOUT = (GroupLayout(5, (2, 1, 4)), GroupLayout(3, (6,)), GroupLayout(4, ()))
 
@@ -58,6 +66,20 @@ def torch_with_gqa(
     return flash_double(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, causal=causal, gqa=enable_gqa)
 
 
+def torch_that_groups(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """Causal by window; no keyword for grouped heads, which it takes all the same."""
+    causal = window_size == (-1, 0)
+    return flash_double(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, causal=causal, gqa=True)
+
+
+def torch_that_groups_wrongly(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """Takes grouped heads in another order than the model's."""
+    if query.shape[1] != key.shape[1]:
+        key, value = key.flip(1), value.flip(1)
+    options = {"scale": scale, "window_size": window_size}
+    return torch_that_groups(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options)
+
+
 def flash_attn(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
 ):
@@ -70,6 +92,8 @@ KERNELS: dict[str, Callable[[], VarlenKernel]] = {
     "torch_with_flag": lambda: adapt_torch_varlen(torch_with_flag),
     "torch_with_window": lambda: adapt_torch_varlen(torch_with_window),
     "torch_with_gqa": lambda: adapt_torch_varlen(torch_with_gqa),
+    "torch_that_groups": lambda: adapt_torch_varlen(torch_that_groups),
+    "torch_that_groups_wrongly": lambda: adapt_torch_varlen(torch_that_groups_wrongly),
     "flash_attn": lambda: adapt_flash_attn(flash_attn),
 }
 
@@ -223,3 +247,35 @@ def test_windows_on_a_gpu_equal_one_by_one() -> None:
     torch.testing.assert_close(
         vision_attention(None, **arguments)[0], windows_one_by_one(**arguments), rtol=2e-2, atol=2e-2
     )
+
+
+@pytest.mark.parametrize(
+    ("varlen_attn", "heads"),
+    [(torch_with_window, 4), (torch_that_groups, 2), (torch_that_groups_wrongly, 4)],
+    ids=["refuses", "groups", "groups_wrongly"],
+)
+def test_keys_are_repeated_only_where_grouped_heads_come_out_wrong(varlen_attn, heads: int) -> None:
+    """Also inside a checkpointed layer, whose own saved tensors the trial leaves alone."""
+    seen = []
+
+    def spy(query, key, *arguments, window_size, **options):
+        seen.append(key.shape[1])
+        return varlen_attn(query, key, *arguments, window_size=window_size, **options)
+
+    spy.__signature__ = inspect.signature(varlen_attn)
+    kernel, cu = adapt_torch_varlen(spy), torch.tensor([0, 3, 8], dtype=torch.int32)
+    query, key, value = (torch.randn(8, n, 16, requires_grad=True) for n in (4, 2, 2))
+    run = lambda *tensors: kernel(*tensors, cu, cu, 5, 5, scale=0.25, causal=True)
+    output = checkpoint(run, query, key, value, use_reentrant=False)
+    output.sum().backward()
+    assert seen[-2:] == [heads] * 2
+
+
+def test_gradients_of_keys_that_are_read_often_are_summed_in_float32() -> None:
+    keys = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    index = torch.tensor([0, 1, 2] + [0] * 64)
+    gradient = torch.full((len(index), 2, 4), 1.0)
+    gradient[0] = 256.0  # in bfloat16, 256 + 1 is 256
+    _Gathered.apply(keys, index).backward(gradient.bfloat16())
+    assert keys.grad is not None
+    assert keys.grad[0].unique().tolist() == [320.0] and keys.grad[1:].unique().tolist() == [1.0]
