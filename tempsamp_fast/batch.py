@@ -34,7 +34,8 @@ class VideoPatches:
     """One video, ready for the vision tower."""
 
     pixel_values: Tensor
-    """[num_patches, channels * temporal_patch * patch * patch], rows in the vision tower's order."""
+    """[num_patches, channels * temporal_patch * patch * patch], rows in the vision tower's order: normalised, or uint8
+    as `video.normalise_rows` takes them."""
     grid_thw: tuple[int, int, int]
     """Patches along time, height and width, before spatial merging."""
     second_per_grid: float

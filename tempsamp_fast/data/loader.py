@@ -24,7 +24,7 @@ from tempsamp_fast.data.frame_folder import load_frame_folder
 from tempsamp_fast.data.prompts import SHORTEST_S
 from tempsamp_fast.sample import Mode, Sample
 from tempsamp_fast.system.device import training_device
-from tempsamp_fast.video import Geometry, Sampling, VideoError, load_videos, normalise_rows
+from tempsamp_fast.video import Geometry, Sampling, VideoError, load_videos
 from tempsamp_fast.video.patch_cache import PatchCache
 
 LENGTH_TOLERANCE = 0.05
@@ -129,7 +129,6 @@ class PromptLoader:
         """One prompt per good sample, in order."""
         with self._lock:
             self._decode([sample.video for sample in samples])
-            made: dict[Path, VideoPatches] = {}
             for sample in samples:
                 if sample.video not in self.skipped:
                     self._compare_lengths(sample)
@@ -137,7 +136,7 @@ class PromptLoader:
                 prompt
                 for sample, mode in zip(samples, modes, strict=True)
                 if sample.video not in self.skipped
-                and (prompt := self._prompt(sample, mode, self._whole(sample.video, made)))
+                and (prompt := self._prompt(sample, mode, self._videos[sample.video]))
             ]
             self._evict()
         return prompts
@@ -151,10 +150,9 @@ class PromptLoader:
         chosen = [sample_index(position, len(samples), seed) for position in positions]
         with self._lock:
             self._decode([samples[index].video for index in chosen])
-            made: dict[Path, VideoPatches] = {}
             prompts = []
             for index, position, mode in zip(chosen, positions, modes, strict=True):
-                prompt = self._first_good(samples, index, position, mode, seed, made)
+                prompt = self._first_good(samples, index, position, mode, seed)
                 if prompt.is_replacement:
                     self._count_bad(position // len(samples), samples[index])
                 prompts.append(prompt)
@@ -168,7 +166,6 @@ class PromptLoader:
         position: int,
         mode: Mode,
         seed: int,
-        made: dict[Path, VideoPatches],
     ) -> Prompt:
         """Of the samples from `index` on."""
         for offset in range(len(samples)):
@@ -180,9 +177,9 @@ class PromptLoader:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
             if torch.rand((), generator=generator) < self.config.random_crop:
                 sample, stretch = crop(sample, self._videos[sample.video], generator)
-                video = self._normalised(stretch)
+                video = stretch
             else:
-                video = self._whole(sample.video, made)
+                video = self._videos[sample.video]
             if prompt := self._prompt(sample, mode, video):
                 return dataclasses.replace(prompt, is_replacement=offset > 0)
         raise ValueError(
@@ -215,17 +212,6 @@ class PromptLoader:
             raise ValueError(f"{reason}; raise that, or leave such samples out with --on_bad_sample skip")
         self.skipped[sample.sample_id] = reason
         return None
-
-    def _whole(self, path: Path, made: dict[Path, VideoPatches]) -> VideoPatches:
-        """Prompts made together about one video share it: `made` holds what they have already."""
-        if path not in made:
-            made[path] = self._normalised(self._videos[path])
-        return made[path]
-
-    def _normalised(self, video: VideoPatches) -> VideoPatches:
-        if video.features is not None:
-            return video
-        return dataclasses.replace(video, pixel_values=normalise_rows(video.pixel_values, self.geometry))
 
     def _count_bad(self, epoch: int, sample: Sample) -> None:
         self.replaced[epoch] += 1

@@ -75,6 +75,6 @@ def assign_groups(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
 
 def _on_cpu(group: RolloutGroup) -> RolloutGroup:
     video = group.prompt.video
-    if video.features is None:
-        return group
-    return replace(group, prompt=replace(group.prompt, video=replace(video, features=video.features.to("cpu"))))
+    features = video.features and video.features.to("cpu")
+    on_cpu = replace(video, pixel_values=video.pixel_values.cpu(), features=features)
+    return replace(group, prompt=replace(group.prompt, video=on_cpu))

@@ -68,7 +68,7 @@ def policy_loss(
         return fused_linear_grpo_loss(
             hidden,
             weight,
-            row.token_ids.to(hidden.device),
+            row.token_ids.to(hidden.device, non_blocking=True),
             row.row_ids,
             is_off_policy=targets.is_off_policy,
             num_rows=num_answers,
@@ -96,7 +96,7 @@ def log_probs(row: PackedRow, algorithm: AlgorithmConfig, temperature: float) ->
     @torch.no_grad()
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
         impl = None if algorithm.loss_impl == "auto" else algorithm.loss_impl
-        token_ids, chunk_size = row.token_ids.to(hidden.device), _chunk_size(row, weight)
+        token_ids, chunk_size = row.token_ids.to(hidden.device, non_blocking=True), _chunk_size(row, weight)
         logps, _ = linear_logprob(hidden, weight, token_ids, temperature=temperature, chunk_size=chunk_size, impl=impl)
         return logps
 

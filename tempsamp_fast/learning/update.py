@@ -114,7 +114,7 @@ def _update(
             mode=config.train.packing,
         )
     ]
-    rows = in_step(engine, own_rows)
+    rows = [row.to(engine.device) for row in in_step(engine, own_rows)]
     watch.lap("pack")
     old = ref = None
     if algorithm.updates_per_batch > 1 and not is_sft:
@@ -255,7 +255,7 @@ def _log_probs(
     try:
         for row in rows:
             head = log_probs(row, algorithm, temperature)
-            found.append(forward(row.to(engine.device), head))
+            found.append(forward(row, head))
     except torch.OutOfMemoryError:
         if engine.zero_optimization_stage() == 3:
             raise

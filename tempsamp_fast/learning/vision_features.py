@@ -14,6 +14,7 @@ from tempsamp_fast.batch import Prompt, VideoPatches
 from tempsamp_fast.learning.engine import forward_of, is_partitioned
 from tempsamp_fast.model.packing import idle_video
 from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.system.device import sent
 from tempsamp_fast.system.ranks import max_over_ranks
 
 
@@ -42,6 +43,14 @@ def with_vision_features(policy: Any, prompts: Sequence[Prompt]) -> list[Prompt]
     for _ in range(num_passes - len(missing)):
         encoded(idle_video(module.config))
     return [replace(prompt, video=made.get(id(prompt.video), prompt.video)) for prompt in prompts]
+
+
+def with_pixels_on(device: torch.device, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts with the pixels of their videos on the device, each video sent once for all passes of a step."""
+    moved: dict[int, VideoPatches] = {}
+    for video in (prompt.video for prompt in prompts):
+        moved[id(video)] = replace(video, pixel_values=sent(video.pixel_values, device))
+    return [replace(prompt, video=moved[id(prompt.video)]) for prompt in prompts]
 
 
 def features_key(policy: Policy, is_cached: bool) -> str:

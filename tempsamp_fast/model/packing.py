@@ -16,6 +16,7 @@ from torch import Tensor
 from tempsamp_fast.batch import Prompt, RolloutGroup, Sample, VideoPatches, VisionFeatures
 from tempsamp_fast.model.layout import GroupLayout
 from tempsamp_fast.model.segments import Segment, segment, segments
+from tempsamp_fast.system.device import sent
 
 PackingMode = Literal["shared_prefix", "none"]
 
@@ -29,7 +30,7 @@ class PackedRow:
     position_ids: Tensor
     """[3, 1, N] int64; every branch restarts after its prompt."""
     pixel_values: Tensor
-    """[num_patches, patch_dim]: the videos of the row's groups, in order."""
+    """[num_patches, patch_dim], normalised or uint8: the videos of the row's groups, in order."""
     video_grid_thw: Tensor
     """[num_videos, 3] int64."""
     layout: tuple[GroupLayout, ...]
@@ -53,9 +54,10 @@ class PackedRow:
         return sum(group.num_leaves for group in self.layout)
 
     def to(self, device: torch.device | str) -> PackedRow:
-        """The same row with every tensor on `device`."""
+        """The same row with every tensor on `device`, but for the grids, which the CPU reads."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        del tensors["video_grid_thw"]
+        moved: dict[str, Any] = {name: sent(value, torch.device(device)) for name, value in tensors.items()}
         if self.vision is not None:
             moved["vision"] = self.vision.to(device)
         return replace(self, **moved)
@@ -157,7 +159,7 @@ def _concatenate(trees: Sequence[Segment], branch_chunks: tuple[tuple[int, ...],
     return PackedRow(
         input_ids=torch.cat([tree.input_ids for tree in trees])[None],
         position_ids=torch.cat([tree.position_ids for tree in trees], dim=1)[:, None],
-        pixel_values=torch.cat([video.pixel_values for video in videos]) if videos else torch.empty(0, 0),
+        pixel_values=_pixels(videos),
         video_grid_thw=torch.tensor([video.grid_thw for video in videos], dtype=torch.int64).reshape(-1, 3),
         layout=layout,
         logit_indices=_logit_indices(layout) if answers else _last_tokens(trees),
@@ -166,6 +168,15 @@ def _concatenate(trees: Sequence[Segment], branch_chunks: tuple[tuple[int, ...],
         vision=_features(videos),
         branch_chunks=branch_chunks,
     )
+
+
+def _pixels(videos: Sequence[VideoPatches]) -> Tensor:
+    """Those of one video as they are, without a copy."""
+    if not videos:
+        return torch.empty(0, 0)
+    dtypes = {video.pixel_values.dtype for video in videos}
+    assert len(dtypes) == 1, f"a row's videos have pixels of {dtypes}"
+    return videos[0].pixel_values if len(videos) == 1 else torch.cat([video.pixel_values for video in videos])
 
 
 def _features(videos: Sequence[VideoPatches]) -> VisionFeatures | None:

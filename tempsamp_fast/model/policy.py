@@ -20,6 +20,7 @@ from tempsamp_fast.model.families import FAMILIES
 from tempsamp_fast.model.layout import GroupLayout
 from tempsamp_fast.model.packing import PackedRow
 from tempsamp_fast.model.split_attention import BranchAttention
+from tempsamp_fast.model.vision_tower import prepare_tower, run_tower
 
 Head = Callable[[Tensor, Tensor], Any]
 """(hidden [M, hidden_size], lm_head weight [vocab_size, hidden_size]) -> whatever the caller wants of them."""
@@ -70,6 +71,7 @@ class Policy(nn.Module):
         self.attention_core = attention_core
         check_architecture(self.base_model)
         use_packed_attention(self.base_model)
+        prepare_tower(self.base_model)
         for index, layer in enumerate(self.base_model.model.language_model.layers):
             _set_checkpointing(layer, gradient_checkpointing and index % checkpoint_every == 0)
         for block in self.base_model.model.visual.blocks:
@@ -96,7 +98,7 @@ class Policy(nn.Module):
         attention: how the tokens attend; by default as the layout of a `PackedRow` says.
         """
         if isinstance(row, VideoPatches):
-            return self.encode_videos(row.pixel_values, torch.tensor([row.grid_thw], device=row.pixel_values.device))
+            return self.encode_videos(row.pixel_values, torch.tensor([row.grid_thw]))
         embeds, deepstack = self._embed(row)
         if isinstance(row, PackedRow) and row.branch_chunks:
             hidden = self._run_in_stages(row, embeds, deepstack)
@@ -109,10 +111,9 @@ class Policy(nn.Module):
         return hidden if head is None else head(hidden, self.base_model.lm_head.weight)
 
     def encode_videos(self, pixel_values: Tensor, video_grid_thw: Tensor) -> VisionFeatures:
-        """Run the vision tower; without a graph when it is frozen."""
-        visual = self.base_model.model.visual
+        """Run the vision tower, without a graph when it is frozen; arguments as of `run_tower`."""
         with torch.no_grad() if self.has_frozen_tower else nullcontext():
-            output = visual(pixel_values.to(visual.dtype), grid_thw=video_grid_thw)
+            output = run_tower(self.base_model, pixel_values, video_grid_thw)
         return VisionFeatures(output.pooler_output, tuple(getattr(output, "deepstack_features", ())))
 
     @property
@@ -126,11 +127,13 @@ class Policy(nn.Module):
         if not isinstance(row, PackedRow) or not len(row.video_grid_thw):
             return embeds, {}
         vision = row.vision or self.encode_videos(row.pixel_values, row.video_grid_thw)
-        is_video = row.input_ids == self.config.video_token_id
-        embeds = embeds.masked_scatter(is_video[..., None], vision.embeds.to(embeds.dtype))
+        # Sorted, not searched: how many there are is known, and nothing waits for the device to count them.
+        is_video = row.input_ids[0] == self.config.video_token_id
+        places = is_video.byte().argsort(descending=True, stable=True)[: len(vision.embeds)]
+        embeds = embeds.index_copy(1, places, vision.embeds.to(embeds.dtype)[None])
         if not vision.deepstack:
             return embeds, {}
-        return embeds, {"visual_pos_masks": is_video, "deepstack_visual_embeds": list(vision.deepstack)}
+        return embeds, {"visual_pos_masks": places, "deepstack_visual_embeds": list(vision.deepstack)}
 
     def _run_text(
         self, embeds: Tensor, position_ids: Tensor, attention: PackedAttention, deepstack: dict[str, Any] | None = None
@@ -153,8 +156,6 @@ class Policy(nn.Module):
         (group,) = row.layout
         prompt = GroupLayout(group.prompt_len, ())
         prefill = PrefillAttention([prompt], self._core([prompt], embeds))
-        if deepstack:
-            deepstack = deepstack | {"visual_pos_masks": deepstack["visual_pos_masks"][:, : group.prompt_len]}
         start = group.prompt_len
         outputs = [self._run_text(embeds[:, :start], row.position_ids[..., :start], prefill, deepstack)]
         for branch_lens in row.branch_chunks:

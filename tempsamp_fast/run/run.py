@@ -21,7 +21,7 @@ from tempsamp_fast.learning.engine import Forward, build_engine, learning_rate, 
 from tempsamp_fast.learning.groups import RecordedRollouts, answer
 from tempsamp_fast.learning.universal import restored_engine
 from tempsamp_fast.learning.update import update
-from tempsamp_fast.learning.vision_features import features_key, with_vision_features
+from tempsamp_fast.learning.vision_features import features_key, with_pixels_on, with_vision_features
 from tempsamp_fast.model.attention import check_attention_core
 from tempsamp_fast.model.families import family_named, geometry_of
 from tempsamp_fast.model.loading import load_model, resolve_dtype
@@ -183,7 +183,8 @@ class Run:
             self.watch.lap("rollout")
             return answers
 
-        config, asked, method = self.config, self.with_features(prompts), at.phase.method
+        config, method = self.config, at.phase.method
+        asked = with_pixels_on(self.device, self.with_features(prompts))
         rollout, task = config.rollout, config.data.task
         longest = rollout.max_completion_length
         groups = answer(asked, method, rollout.num_generations, sampler, self.chat, config.algorithm, task, longest)

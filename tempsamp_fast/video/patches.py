@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,6 +54,13 @@ def normalise_rows(rows: Tensor, geometry: Geometry, dtype: torch.dtype = torch.
         raise ValueError(f"dtype must be one of {PATCH_DTYPES}, got {dtype}")
     if dtype == torch.uint8:
         return rows
-    mean, std = (255 * torch.tensor(values, device=rows.device).view(3, 1) for values in (geometry.mean, geometry.std))
+    mean, std = _mean_and_std(geometry, rows.device)
     values = rows.view(len(rows), 3, -1).float()
     return values.sub_(mean).div_(std).view_as(rows).to(dtype)
+
+
+@cache
+def _mean_and_std(geometry: Geometry, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[3, 1] each, of values from 0 to 255; made once, since sending them waits for the device."""
+    mean, std = (255 * torch.tensor(values).view(3, 1).to(device) for values in (geometry.mean, geometry.std))
+    return mean, std
