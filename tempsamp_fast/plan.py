@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from tempsamp_fast.config import Config, DataConfig, ModelConfig, parse_phases, 
 from tempsamp_fast.data.catalogue import DATASETS, find_annotations, load_training_data
 from tempsamp_fast.embedded.data import embedded_videos
 from tempsamp_fast.embedded.videos import draw_videos
-from tempsamp_fast.learning.engine import effective_zero
+from tempsamp_fast.learning.engine import effective_zero, least_zero_stage
 from tempsamp_fast.model.architectures import count_parameters, model_config
 from tempsamp_fast.model.families import geometry_of
 from tempsamp_fast.model.flops import PEAK_BF16_TFLOPS
@@ -45,6 +46,7 @@ from tempsamp_fast.run.checkpoint import model_folder
 from tempsamp_fast.run.schedule import in_steps
 from tempsamp_fast.system.files import one_line
 
+logger = logging.getLogger(__name__)
 SHORTEST_ANSWER = {"answer": 20, "think": 45}
 """Tokens of the shortest useful answers: the span in its tags, and the template that thinks before it."""
 GIB = 2**30
@@ -110,16 +112,21 @@ def value_size(model: ModelConfig) -> int:
 def decided(config: Config, world_size: int) -> Config:
     """The settings with a run folder as `model` taken for its newest checkpoint, and `zero_stage="auto"` chosen.
 
-    That is the least stage whose `peak_memory` leaves a tenth of the card free; 0 without a card.
+    That is the least stage whose `peak_memory` leaves a tenth of the card free; 0 without a card. Stage 0 of a bfloat16
+    run on a GPU becomes 1, which is told.
     """
     config = copy.deepcopy(config)
     config.model.model = model_folder(config.model.model)
+    least = str(least_zero_stage(torch.bfloat16 if value_size(config.model) == 2 else torch.float32))
+    if config.train.zero_stage == "0" != least:
+        logger.info("zero_stage=0: bfloat16 on a GPU takes 1, for the optimizer that runs on a CPU too")
+        config.train = dataclasses.replace(config.train, zero_stage=least)
     if config.train.zero_stage == "auto":
-        config.train.zero_stage = "0"
+        config.train.zero_stage = least
         card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf
         found = training_data(config.data) if card < math.inf else None
         asked = config.train.offload
-        for stage, offload in (("0", asked), ("2", asked), ("3", asked), ("3", "all")):
+        for stage, offload in ((least, asked), ("2", asked), ("3", asked), ("3", "all")):
             tried: dict[str, Any] = {"zero_stage": stage, "offload": offload}
             config.train = dataclasses.replace(config.train, **tried)
             if found is None or peak_memory(config, world_size, found).total < 0.9 * card:

@@ -57,7 +57,9 @@ def deepspeed_config(train: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
                 "lr": train.learning_rate,
                 "betas": [0.9, train.adam_beta2],
                 "weight_decay": train.weight_decay,
-                "torch_adam": not torch.cuda.is_available(),
+                # Without compiling DeepSpeed's own at the start, which takes a minute and nvcc.
+                "torch_adam": True,
+                "fused": torch.cuda.is_available(),
             },
         },
         "steps_per_print": 10**9,
@@ -73,7 +75,21 @@ def deepspeed_config(train: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
     least_stage = {"none": 0, "optimizer": 1, "all": 3}[train.offload]
     if stage < least_stage:
         raise ValueError(f"offload={train.offload!r}: needs --zero_stage {least_stage} or more; this run has {stage}")
+    if torch.cuda.is_available():
+        if stage < least_zero_stage(dtype):
+            raise ValueError(
+                f"zero_stage={stage}: bfloat16 on a GPU needs 1 or more, or another optimizer runs than on a CPU, one "
+                "that waits for the device once per parameter; set --zero_stage 1, or --dtype float32"
+            )
+        if (merged["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none":
+            merged["optimizer"]["params"] |= {"torch_adam": False}  # DeepSpeed's own for the CPU
+            del merged["optimizer"]["params"]["fused"]
     return merged
+
+
+def least_zero_stage(dtype: torch.dtype) -> int:
+    """Stage 0 keeps bfloat16 weights by other optimizers on a GPU than on a CPU."""
+    return 1 if dtype == torch.bfloat16 and torch.cuda.is_available() else 0
 
 
 def effective_zero(train: TrainConfig) -> tuple[int, set[str]]:
@@ -163,6 +179,7 @@ def build_engine(policy: nn.Module, train: TrainConfig, dtype: torch.dtype, *, l
             f"run is in {str(dtype).removeprefix('torch.')}: leave it out, or set --dtype"
         )
     gather_with_their_readers(policy)
+    buffers = {name: buffer.dtype for name, buffer in policy.named_buffers()}
     try:
         engine, _, _, _ = deepspeed.initialize(model=policy, model_parameters=trainable, config=settings)
     except (AssertionError, TypeError, AttributeError, KeyError, DeepSpeedConfigError) as error:
@@ -170,6 +187,12 @@ def build_engine(policy: nn.Module, train: TrainConfig, dtype: torch.dtype, *, l
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"deepspeed_config={train.deepspeed_config!r}: DeepSpeed refuses it: {reason:.200}") from error
+    for name, buffer in policy.named_buffers():
+        if buffer.dtype != buffers.get(name, buffer.dtype):
+            raise ValueError(
+                f"deepspeed {deepspeed.__version__} rounds the buffer {name} from {buffers[name]} to {buffer.dtype}, "
+                "and positions with it; install deepspeed>=0.19"
+            )
     return engine
 
 

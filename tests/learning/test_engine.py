@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tempsamp_fast.arguments import parse_args
-from tempsamp_fast.learning.engine import deepspeed_config
+from tempsamp_fast.learning.engine import build_engine, deepspeed_config
 
 
 def test_settings_of_the_optimizer_reach_deepspeed() -> None:
@@ -16,3 +17,37 @@ def test_settings_of_the_optimizer_reach_deepspeed() -> None:
     assert settings["optimizer"]["params"]["betas"] == [0.9, 0.9]
     assert settings["bf16"] == {"enabled": True}
     assert deepspeed_config(parse_args(words).train, torch.float32)["bf16"] == {"enabled": False}
+
+
+def test_on_a_gpu_torch_own_fused_optimizer_runs_and_no_other_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for DeepSpeed's on the CPU where the optimizer is offloaded."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    optimizer = lambda *words: deepspeed_config(parse_args(list(words)).train, torch.bfloat16)["optimizer"]["params"]
+    plain, offloaded = optimizer("--zero_stage", "2"), optimizer("--zero_stage", "2", "--offload", "optimizer")
+    assert (plain["torch_adam"], plain["fused"]) == (True, True)
+    assert (offloaded["torch_adam"], "fused" in offloaded) == (False, False)
+
+
+def test_bfloat16_on_a_gpu_needs_stage_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage 0 has another optimizer there than on a CPU."""
+    train = parse_args(["--zero_stage", "0"]).train
+    assert deepspeed_config(train, torch.bfloat16)["zero_optimization"]["stage"] == 0
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert deepspeed_config(train, torch.float32)["zero_optimization"]["stage"] == 0
+    with pytest.raises(ValueError, match="zero_stage=0: bfloat16 on a GPU"):
+        deepspeed_config(train, torch.bfloat16)
+
+
+def test_an_engine_that_rounds_the_frequencies_of_positions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed
+
+    policy = torch.nn.Module()
+    policy.register_buffer("inv_freq", torch.ones(2))
+    policy.weight = torch.nn.Parameter(torch.ones(2))
+
+    def initialize(model: torch.nn.Module, **_: object) -> tuple[torch.nn.Module, None, None, None]:
+        return model.bfloat16(), None, None, None
+
+    monkeypatch.setattr(deepspeed, "initialize", initialize)
+    with pytest.raises(ValueError, match=r"rounds the buffer inv_freq from torch\.float32 to torch\.bfloat16"):
+        build_engine(policy, parse_args(["--zero_stage", "1"]).train, torch.bfloat16)

@@ -90,7 +90,7 @@ def test_the_plan_follows_deepspeeds_settings(name: str, chosen: str, capsys: py
 
 @pytest.mark.parametrize(
     ("gib", "num_gpus", "chosen"),
-    [(1000, 1, ("0", "none")), (80, 8, ("2", "none")), (80, 1, ("3", "all"))],
+    [(1000, 1, ("1", "none")), (80, 8, ("1", "none")), (80, 1, ("3", "all"))],
 )
 def test_the_plan_sizes_a_run_on_own_videos_to_the_card(
     monkeypatch: pytest.MonkeyPatch, gib: int, num_gpus: int, chosen: tuple[str, str]
