@@ -6,7 +6,7 @@ APT_PACKAGES := ffmpeg libavcodec-dev libavformat-dev libavutil-dev libswscale-d
 	pkg-config g++ python3-dev python3-venv
 
 .DEFAULT_GOAL := $(VENV)
-.PHONY: demo test test-all test-browser test-ffmpeg7 lint bench gpu clean system-packages $(VENV)
+.PHONY: demo test test-all test-browser test-ffmpeg7 lint bench gpu rehearse clean system-packages $(VENV)
 
 # Installs the packages $(1) where this user may, else prints the command and fails.
 define apt_install
@@ -71,5 +71,29 @@ bench: $(VENV)
 gpu: $(VENV)
 	$(BIN)/python bench/gpu.py
 
+# The GPU path on a pretended card, with the CUDA build of torch that the first real one has; QUICK=1 plays a selection.
+REHEARSAL := .rehearsal
+PLAY := cd $(CURDIR) && env LD_LIBRARY_PATH=$(CURDIR)/$(REHEARSAL)/stub LD_PRELOAD=$(CURDIR)/$(REHEARSAL)/stub/stub.so \
+	TRITON_CACHE_DIR=$(CURDIR)/$(REHEARSAL)/triton PYTHONPATH=$(CURDIR):$(CURDIR)/kernels DS_ACCELERATOR=cuda \
+	OMP_NUM_THREADS=1 $(REHEARSAL)/bin/python
+
+rehearse: $(REHEARSAL)/stub/libcuda.so.1
+	$(PLAY) -m bench.rehearsal $(if $(QUICK),--quick,)
+	$(if $(QUICK),,$(PLAY) -m bench.rehearsal.traps)
+
+$(REHEARSAL)/.installed:
+	test -x $(REHEARSAL)/bin/python || $(PYTHON) -m venv $(REHEARSAL)
+	PIP_CONSTRAINT= $(REHEARSAL)/bin/pip install -q torch==2.11.0 transformers==5.17.0 numpy pillow liger-kernel==0.8.5 \
+		peft==0.21.2 accelerate pyyaml tensorboard hjson py-cpuinfo setuptools wheel ninja matplotlib jinja2
+	PIP_CONSTRAINT= DS_BUILD_OPS=0 $(REHEARSAL)/bin/pip install -q --no-build-isolation deepspeed==0.19.8
+	touch $@
+
+$(REHEARSAL)/stub/libcuda.so.1: $(REHEARSAL)/.installed bench/rehearsal/stub.c
+	mkdir -p $(@D)/crt
+	touch $(@D)/crt/host_defines.h
+	$(CC) -shared -fPIC -O1 -o $(@D)/stub.so bench/rehearsal/stub.c -I $(@D) \
+		-I $$(echo $(REHEARSAL)/lib/python3.*/site-packages/nvidia/cu13/include)
+	cp $(@D)/stub.so $@
+
 clean:
-	rm -rf $(VENV) build data runs *.egg-info
+	rm -rf $(VENV) $(REHEARSAL) build data runs *.egg-info

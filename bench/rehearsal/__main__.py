@@ -1,0 +1,138 @@
+"""The GPU path rehearsed without a GPU: `make rehearse` (QUICK=1 for a selection) writes bench/results/rehearsal.json.
+
+Tensors on `cuda:0` are fakes of a pretended H100: shapes, dtypes, strides and devices are torch's own, there is no
+memory behind them and nothing is computed. Tensors on the CPU are real. Every operation on a fake is booked (`ledger`)
+at what it costs by its shapes (`costs`), every wait for the device with the line that waits, every storage that lives.
+Triton kernels are compiled for sm_90 with the types of the call and stop there (`triton_double`). `rules` says what
+makes a rehearsal fail, `scenarios` what is played, `traps` proves that it fails.
+
+It sees wrong devices and dtypes, waits, what a CUDA graph cannot record, kernels that do not compile or spill, peaks of
+memory and counts of launches, FLOPs and bytes. It cannot see a value, a race, an address, what an operator does inside
+itself, fragmentation, NCCL, another thread, or real speed: its milliseconds are simulated, not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.rehearsal.card import CARD
+from bench.rehearsal.ledger import LEDGER
+from bench.rehearsal.rules import failures
+from bench.rehearsal.scenarios import engine, kernels, rollouts, small, timezero, updates
+from bench.rehearsal.scenarios.models import Shape
+from bench.rehearsal.stage import set_up
+from bench.rehearsal.triton_double import COMPILED
+
+RESULTS = Path(__file__).parents[1] / "results" / "rehearsal.json"
+Case, Variant = rollouts.Case, updates.Variant
+WHOLE = [
+    Variant(has_liger=False), Variant(), Variant(recomputed="all"), Variant(recomputed="tower"),
+    Variant(is_packed=False), Variant(has_frozen_tower=True), Variant(Shape(256)),
+    Variant(Shape(num_groups=4), recomputed="all"),
+]  # fmt: skip
+UPDATES = {"3B": WHOLE, "7B": [Variant(), Variant(Shape(256))], "Qwen3-VL-8B": [Variant(), Variant(is_packed=False)]}
+ROLLOUTS = {
+    "3B": [Case(1, False), Case(32, False), *(Case(number, True) for number in (1, 8, 32)), Case(4, False, True),
+           Case(4, True, True)],
+    "7B": [Case(8, True)],
+    "Qwen3-VL-8B": [Case(8, True)],
+}  # fmt: skip
+ENGINES = [(0, 2, False), (1, 2, False), (2, 2, False), (3, 2, False), (1, 2, True), (1, None, False)]
+"""(ZeRO stage, layers, frozen tower)."""
+
+
+def scenarios(is_quick: bool) -> dict[str, Callable[[], Any]]:
+    """What is played, by name; results go to the place that the name says."""
+    sizes = ["3B"] if is_quick else list(UPDATES)
+    found: dict[str, Callable[[], Any]] = {}
+    for size in sizes:
+        variants = [Variant(), Variant(is_packed=False)] if is_quick else UPDATES[size]
+        cases = [Case(1, True), Case(4, False, True)] if is_quick else ROLLOUTS[size]
+        found[f"{size}/update"] = partial(updates.play, size, variants)
+        found[f"{size}/rollout"] = partial(rollouts.play, size, cases)
+    if not is_quick:
+        found["3B/step"] = partial(steps, "3B")
+    for stage, depth, frozen in ENGINES[1:2] if is_quick else ENGINES:
+        name = f"ZeRO {stage}, {depth or 'all'} layers{', frozen tower' * frozen}"
+        found[f"3B/update() behind {name}"] = partial(engine.play, stage, depth, frozen)
+    if not is_quick:
+        found["kernels"] = kernels.play
+    return found
+
+
+def steps(size: str) -> dict[str, Any]:
+    return {f"C={length}": timezero.play(size, length) for length in (32, 128)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.rehearsal", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a selection, which writes no results")
+    parser.add_argument("--small", action="store_true", help="an update and a rollout of two layers, for `traps`")
+    parser.add_argument("--only", help="scenarios whose name has this part")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    set_up()
+    models: dict[str, Any] = {}
+    played = {"small": small.play} if options.small else scenarios(options.quick)
+    for name, play in played.items():
+        if options.only and options.only not in name:
+            continue
+        began, LEDGER.peak = time.perf_counter(), LEDGER.live
+        with CARD:
+            figures = play()
+        gc.collect()
+        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+        if figures:
+            size, _, what = name.partition("/")
+            models.setdefault(size, {})[what] = figures
+            print(json.dumps(figures, indent=1), flush=True)
+    wrong = failures(models)
+    table = sorted({(entry.name, *entry.resources().values()) for entry in COMPILED.values()})
+    document = {
+        "what": "simulated on a pretended H100, not measured",
+        "gpu": "simulated H100",
+        "simulated": True,
+        "models": models,
+        "kernels": [dict(zip(("kernel", "registers", "spilled", "shared"), row, strict=True)) for row in table],
+        "sections": sections(models),
+    }
+    if not (options.quick or options.small or options.only):
+        options.out.write_text(json.dumps(document, indent=1) + "\n")
+    for line in wrong:
+        print(f"FAILED {line}")
+    print(f"{len(wrong)} failures, {len(COMPILED)} kernels compiled")
+    return 1 if wrong else 0
+
+
+def sections(models: dict[str, Any]) -> dict[str, Any]:
+    """The cautious figures as `bench/gpu.py` writes measured ones, for `tempsamp_fast.plan --measured`."""
+    update_rows, rollout_rows = [], []
+    for size, parts in models.items():
+        for name, row in parts.get("update", {}).items():
+            if name.endswith(" packed"):
+                ms, flops = row["cautious_ms"], row["model_flops"]
+                figures = {"ms": ms, "tflop": flops / 1e12, "mfu": row["mfu_cautious"]}
+                update_rows.append({"label": f"{size} {name}", **figures})
+        for name, row in parts.get("rollout", {}).items():
+            number, _, rest = name.partition(" prompts")
+            if size != "3B" or "rows end" in rest:
+                continue
+            length, count = 128, int(number) * rollouts.NUM_ANSWERS
+            ms = 1e3 * rollouts.seconds(row, length)
+            rates = {"rollouts_per_s": 1e3 * count / ms, "tokens_per_s": 1e3 * count * length / ms}
+            rollout_rows.append({"label": f"{number} prompts ours{rest}", "ms": ms, **rates})
+    return {"update": {"rows": update_rows}, "rollout": {"rows": rollout_rows}}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
