@@ -117,7 +117,7 @@ def decided(config: Config, world_size: int) -> Config:
     """
     config = copy.deepcopy(config)
     config.model.model = model_folder(config.model.model)
-    least = str(least_zero_stage(torch.bfloat16 if value_size(config.model) == 2 else torch.float32))
+    least: Any = str(least_zero_stage(torch.bfloat16 if value_size(config.model) == 2 else torch.float32))
     if config.train.zero_stage == "0" != least:
         logger.info("zero_stage=0: bfloat16 on a GPU takes 1, for the optimizer that runs on a CPU too")
         config.train = dataclasses.replace(config.train, zero_stage=least)

@@ -102,9 +102,9 @@ def groups_heads(kernel: VarlenKernel, device: torch.device, dtype: torch.dtype)
             logger.warning("grouped heads are repeated: the kernel refuses them (%s)", str(error).splitlines()[:1])
             return False
     pairs = [(a.detach().float(), b.detach().float()) for a, b in zip(actual, expected, strict=True)]
-    error = float(torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max())
-    if not error <= 0.05:
-        logger.warning("grouped heads are repeated: the kernel's results of them are off by %.2g", error)
+    distance = float(torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max())
+    if not distance <= 0.05:
+        logger.warning("grouped heads are repeated: the kernel's results of them are off by %.2g", distance)
         return False
     return True
 

@@ -49,5 +49,5 @@ def test_an_engine_that_rounds_the_frequencies_of_positions_is_refused(monkeypat
         return model.bfloat16(), None, None, None
 
     monkeypatch.setattr(deepspeed, "initialize", initialize)
-    with pytest.raises(ValueError, match=r"rounds the buffer inv_freq from torch\.float32 to torch\.bfloat16"):
+    with pytest.raises(ValueError, match="rounds inv_freq"):
         build_engine(policy, parse_args(["--zero_stage", "1"]).train, torch.bfloat16)

@@ -61,6 +61,16 @@ def test_facts_of_a_grid_are_made_once(tiny) -> None:
     assert (after.hits, after.misses) == (before.hits + 1, before.misses)
 
 
+@pytest.mark.parametrize("tiny", ["qwen2_5_vl"], indirect=True)
+def test_the_longest_window_is_told(tiny) -> None:
+    """Flash attention reads no further; on a CPU nobody looks at it."""
+    vision = tiny.model().config.vision_config
+    sizes = vision.spatial_merge_size, vision.window_size, vision.patch_size, 0
+    facts = _facts(((2, 10, 6), (1, 4, 16)), sizes, torch.device("cpu"))
+    assert facts["max_window_seqlen"] == int(facts["cu_window_seqlens"].diff().max()) > 1
+    assert facts["max_seqlen"] == 64
+
+
 def test_uint8_pixels_are_normalised_by_the_policy(tiny) -> None:
     """To the bits of pixels that were normalised before."""
     policy = Policy(tiny.model())
