@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tempsamp_fast.config.setting import require, setting
+from tempsamp_fast.config.setting import require, require_types, setting
 
 Shaping = Literal["grpo", "mixed", "downscale", "anchor", "nonlinear", "orarl"]
 
@@ -63,9 +63,13 @@ class AlgorithmConfig:
     )
 
     def __post_init__(self) -> None:
+        require_types(self)
         require(0 < self.tau <= 1, "tau", self.tau, "in (0, 1]")
         require(self.alpha_1 > 0, "alpha_1", self.alpha_1, "positive")
         require(self.alpha_2 > 0, "alpha_2", self.alpha_2, "positive")
+        require(self.lambda_off > 0, "lambda_off", self.lambda_off, "positive")
+        require(0 <= self.downscale <= 1, "downscale", self.downscale, "in [0, 1]")
+        require(self.format_weight >= 0, "format_weight", self.format_weight, "zero or more")
         require(self.beta >= 0, "beta", self.beta, "zero or more")
         require(0 <= self.epsilon_low < 1, "epsilon_low", self.epsilon_low, "in [0, 1)")
         require(self.epsilon_high >= 0, "epsilon_high", self.epsilon_high, "zero or more")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from tempsamp_fast.config.setting import parse_range, require, require_texts, setting
+from tempsamp_fast.config.setting import parse_range, require, require_types, setting
 from tempsamp_fast.sample import AnswerForm, Task
 
 
@@ -81,7 +81,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        require_texts(self)
+        require_types(self)
         require(0 < self.fps < math.inf, "fps", self.fps, "positive")
         require(2 <= self.min_frames <= self.max_frames, "min_frames", self.min_frames, "between 2 and max_frames")
         require(0 <= self.random_crop <= 1, "random_crop", self.random_crop, "in [0, 1]")

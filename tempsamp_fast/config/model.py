@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tempsamp_fast.config.setting import require, require_texts, setting
+from tempsamp_fast.config.setting import require, require_types, setting
 
 LigerLayers = Literal["auto", "on", "off"]
 AttentionCore = Literal["auto", "split", "varlen", "flex"]
@@ -41,7 +41,7 @@ class ModelConfig:
     allow_pickle: bool = setting(False, "also load weights and state from pickles, which can run any code")
 
     def __post_init__(self) -> None:
-        require_texts(self)
+        require_types(self)
         require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "at least 1")
         require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "zero (off) or more")
         require(self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "positive")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tempsamp_fast.config.setting import require, require_texts, setting
+from tempsamp_fast.config.setting import require, require_types, setting
 
 
 @dataclass
@@ -29,7 +29,7 @@ class RolloutConfig:
     replay_rollouts: str | None = setting(None, "take the answers from a recorded file")
 
     def __post_init__(self) -> None:
-        require_texts(self)
+        require_types(self)
         require(self.num_generations >= 2, "num_generations", self.num_generations, "at least 2")
         require(self.temperature > 0, "temperature", self.temperature, "positive")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import field
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def setting(default: Any, meaning: str, former_name: str | None = None) -> Any:
@@ -29,10 +29,27 @@ def parse_range(name: str, text: str | None) -> tuple[float, float]:
     return ends
 
 
-def require_texts(section: Any) -> None:
-    """Refuse a setting of `section` that is an empty text."""
-    for name, value in vars(section).items():
-        require(not isinstance(value, str) or bool(value.strip()), name, value, "a name, or left out")
+def require_types(section: Any) -> None:
+    """Refuse a setting of `section` of another type or choice than its field's, an empty text, and NaN or infinity."""
+    for name, type_ in get_type_hints(type(section)).items():
+        is_choice = get_origin(type_) is Literal
+        kinds = get_args(type_) if not is_choice and get_args(type_) else (type_,)
+        value, rules = getattr(section, name), [_rule(kind) for kind in kinds]
+        require(any(_fits(value, kind) for kind in kinds), name, value, " or ".join(rules))
+
+
+def _rule(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    return {str: "a name", int: "a whole number", float: "a finite number", bool: "true or false"}.get(kind, "left out")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind and (kind is not str or bool(value.strip()))
 
 
 def require(condition: bool, name: str, value: object, rule: str) -> None:

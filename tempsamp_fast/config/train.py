@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tempsamp_fast.config.phases import MODES, Phase, parse_phases
-from tempsamp_fast.config.setting import require, require_texts, setting
+from tempsamp_fast.config.setting import require, require_types, setting
 
 MAX_SEED = 2**40
 """Generators take 64 bits, of which the step or the epoch needs some."""
@@ -62,8 +62,8 @@ class TrainConfig:
     local_rank: int = setting(0, "set by the deepspeed launcher")
 
     def __post_init__(self) -> None:
-        parse_phases(self.phases)
-        require_texts(self)
+        parse_phases(str(self.phases))
+        require_types(self)
         for name in (
             "prompts_per_device", "sft_prompts_per_device", "gradient_accumulation_steps", "max_tokens_per_row",
             "eval_batch_size", "keep_checkpoints",

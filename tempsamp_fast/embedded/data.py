@@ -47,7 +47,7 @@ def embedded_checkpoint(
         for mode in modes
         for text in (
             question(sample.query, mode, task, answer_form),
-            off_policy_text(sample, mode, answer_form=answer_form) or "",
+            off_policy_text(sample, mode, task=task, answer_form=answer_form) or "",
         )
     ]
     return str(made_by_first_rank(lambda: build_tiny_checkpoint(fresh_folder(folder), texts, family, seed)))

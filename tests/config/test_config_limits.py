@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -43,6 +44,9 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (AlgorithmConfig, "tau", [JUST_ABOVE_0, 1], [0, ABOVE_1]),
     (AlgorithmConfig, "alpha_1", [JUST_ABOVE_0], [0]),
     (AlgorithmConfig, "alpha_2", [JUST_ABOVE_0], [0]),
+    (AlgorithmConfig, "lambda_off", [JUST_ABOVE_0], [0]),
+    (AlgorithmConfig, "downscale", [0, 1.0], [NEXT_BELOW_0, ABOVE_1]),
+    (AlgorithmConfig, "format_weight", [0.0], [NEXT_BELOW_0]),
     (AlgorithmConfig, "beta", [0], [NEXT_BELOW_0]),
     (AlgorithmConfig, "epsilon_low", [0, BELOW_1], [NEXT_BELOW_0, 1]),
     (AlgorithmConfig, "epsilon_high", [0, 1], [NEXT_BELOW_0]),
@@ -84,6 +88,23 @@ def test_no_number_is_no_value_of_a_bounded_setting() -> None:
     for section, name in bounded:
         with pytest.raises(ValueError, match=f"^{name}="):
             section(**{name: math.nan})
+
+
+NOTHING_OF = {int: 2.5, float: "0.5", bool: 1, str: 7}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_value_of_another_type_or_choice_is_refused(section: type) -> None:
+    """Files are read into sections too: a choice that there is not must not wait until it is used."""
+    for field in fields(section):
+        type_ = get_type_hints(section)[field.name]
+        kinds = [kind for kind in get_args(type_) or [type_] if kind is not type(None)]
+        is_choice = get_origin(type_) is Literal
+        wrong = ["surprise", None, ["x"]] if is_choice else [NOTHING_OF[kinds[0]], ["x"], {}]
+        wrong += [math.inf, -math.inf, math.nan] if kinds[0] in (int, float) else [" "] if str in kinds else []
+        for value in wrong:
+            with pytest.raises(ValueError, match=f"^{field.name}[=:]"):
+                section(**{field.name: value})
 
 
 def test_an_open_end_of_a_range_is_infinite() -> None:
