@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -138,7 +139,7 @@ def parse_args(arguments: Sequence[str]) -> Config:
         raise ValueError(f"unknown flag: {' '.join(unknown)}")
     made = Config(*settings)
     if given.resume and "offline" not in typed:
-        is_hub_name = made.model.model != "tiny" and not Path(made.model.model).expanduser().exists()
+        is_hub_name = made.model.model != "tiny" and not os.path.exists(os.path.expanduser(made.model.model))
         made.model.offline = is_hub_name and "model" not in typed
     return made
 

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import hashlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -26,7 +27,7 @@ from tempsamp_fast.evaluation.scoring import grounding_scores, oracle_ious, scor
 from tempsamp_fast.run.log import write_json
 from tempsamp_fast.sample import Mode, Sample, Task
 from tempsamp_fast.system.device import join_ranks, prepare_environment
-from tempsamp_fast.system.files import one_line, own_folder, read_json
+from tempsamp_fast.system.files import log_printably, one_line, own_folder, read_json
 from tempsamp_fast.video import Geometry
 
 HOW_FRAMES_ARE_TAKEN = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "sampling")
@@ -210,11 +211,12 @@ def _report(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit code 2 and one line on stderr for bad input."""
+    log_printably()
     parser = argparse.ArgumentParser(
         prog="python -m tempsamp_fast.eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", required=True, help="run folder, checkpoint folder or hub name")
+    add("--model", required=True, help="run folder (RUN/best: of its best evaluation), checkpoint folder or hub name")
     add("--base", help="hub name of the model that adapters belong on, where the hub's cache lacks it")
     add("--annotations", required=True, help=f"file or data set: {', '.join(DATASETS)}")
     add("--videos", required=True, type=Path, help="folder of <video id>.{mp4,mkv,webm,avi,mov,m4v}")
@@ -254,6 +256,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"error: Ctrl-C; the same words go on with the answers in {options.output}\n")
+        return 128 + signal.SIGINT
     if text:
         print(text)
     return 0

@@ -21,7 +21,7 @@ from tempsamp_fast.config import ModelConfig  # noqa: E402
 from tempsamp_fast.model.loading import DTYPES, load_model  # noqa: E402
 from tempsamp_fast.model.lora import base_checkpoint  # noqa: E402
 from tempsamp_fast.run.checkpoint import VIDEO_SETTINGS, model_folder  # noqa: E402
-from tempsamp_fast.system.files import one_line, write_file  # noqa: E402
+from tempsamp_fast.system.files import log_printably, one_line, write_file  # noqa: E402
 
 
 def export(source: Path, out: Path, dtype: torch.dtype, base: str | None = None) -> None:
@@ -50,6 +50,7 @@ def export(source: Path, out: Path, dtype: torch.dtype, base: str | None = None)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit code 2 on bad input."""
+    log_printably()
     parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.export", description=__doc__)
     parser.add_argument("source", type=Path, metavar="RUN_OR_MODEL")
     parser.add_argument("out", type=Path)

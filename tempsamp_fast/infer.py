@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from tempsamp_fast.sample import Mode, Sample
 from tempsamp_fast.system.device import prepare_environment
-from tempsamp_fast.system.files import one_line
+from tempsamp_fast.system.files import log_printably, one_line
 from tempsamp_fast.video import BackendName
 
 
@@ -63,8 +63,11 @@ def infer(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; prints the answer as one JSON object. Exit code 2 on bad input."""
+    log_printably()
     parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.infer", description=__doc__)
-    parser.add_argument("--model", required=True, help="run folder, checkpoint folder or hub name")
+    parser.add_argument(
+        "--model", required=True, help="run folder (RUN/best: of its best evaluation), checkpoint folder or hub name"
+    )
     parser.add_argument("--base", help="hub name of the model that adapters belong on, where the hub's cache lacks it")
     parser.add_argument("--video", required=True, type=Path)
     parser.add_argument("--query", required=True)

@@ -44,7 +44,7 @@ from tempsamp_fast.planning.forecast import Forecast, Measured, describe, foreca
 from tempsamp_fast.planning.look import look_at_prompts, look_for_all_videos
 from tempsamp_fast.run.checkpoint import model_folder
 from tempsamp_fast.run.schedule import in_steps
-from tempsamp_fast.system.files import one_line
+from tempsamp_fast.system.files import escaped, log_printably, one_line
 
 logger = logging.getLogger(__name__)
 SHORTEST_ANSWER = {"answer": 20, "think": 45}
@@ -235,6 +235,7 @@ def describe_plan(config: Config, world_size: int, gpu: str | None = None, measu
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; every flag of train.py is understood too. Exit code 2 and one line on stderr for bad input."""
+    log_printably()
     parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.plan", description=__doc__, allow_abbrev=False)
     parser.add_argument("--gpus", type=int, default=1, help="per node")
     parser.add_argument("--nodes", type=int, default=1)
@@ -249,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--gpus {options.gpus} --nodes {options.nodes}: must be at least 1")
         measured = read_measured(options.measured) if options.measured else None
         world_size = options.gpus * options.nodes
-        print(describe_plan(decided(parse_args(words), world_size), world_size, options.gpu, measured))
+        print(escaped(describe_plan(decided(parse_args(words), world_size), world_size, options.gpu, measured)))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return 2

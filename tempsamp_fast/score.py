@@ -14,7 +14,7 @@ from tempsamp_fast.data.catalogue import dataset_name
 from tempsamp_fast.evaluation.protocols import OWN, PROTOCOLS, protocol_for
 from tempsamp_fast.evaluation.scoring import read_predictions, score_rows
 from tempsamp_fast.sample import AnswerForm, Task
-from tempsamp_fast.system.files import one_line
+from tempsamp_fast.system.files import log_printably, one_line
 
 
 def answers_file(given: str) -> Path:
@@ -31,6 +31,7 @@ def answers_file(given: str) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, print the metrics."""
+    log_printably()
     parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.score", description="Score predicted spans.")
     parser.add_argument(
         "--predictions",

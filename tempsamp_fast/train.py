@@ -28,7 +28,7 @@ from tempsamp_fast.learning.update import mean_over_ranks  # noqa: E402
 from tempsamp_fast.plan import decided, describe_plan, look_before  # noqa: E402
 from tempsamp_fast.run.results import Results  # noqa: E402
 from tempsamp_fast.run.run import Run  # noqa: E402
-from tempsamp_fast.system.files import one_line, write_file  # noqa: E402
+from tempsamp_fast.system.files import escaped, log_printably, one_line, write_file  # noqa: E402
 from tempsamp_fast.system.heartbeat import LOST_RANK_EXIT, RankLostError  # noqa: E402
 from tempsamp_fast.system.ranks import of_all_ranks  # noqa: E402
 
@@ -43,8 +43,10 @@ def train(run: Run) -> None:
     """The whole job: sample, score, advantage, update, and an evaluation and a checkpoint after each phase."""
     algorithm, results = run.config.algorithm, Results(run)
     with run.log() as log, run.heartbeat, run.graceful_stop, run.steps() as steps:
-        if run.first_step == 0 and run.config.train.eval_start:
-            results.evaluate("start", 0, log)
+        results.make_up(log)
+        if run.is_stopping():
+            logger.warning("stopped before step %d as asked; go on with --resume %s", run.first_step, run.folder)
+            return
         run.watch.restart()
         for at, prompts in steps:
             run.watch.lap("data")
@@ -61,7 +63,7 @@ def train(run: Run) -> None:
 
             if at.is_last_of_phase:
                 results.evaluate(f"{at.phase_index + 1}_{at.phase}", at.step + 1, log)
-            is_stopping = run.graceful_stop.agreed(run.device)
+            is_stopping = run.is_stopping()
             if at.is_last_of_phase or run.is_save_step(at) or is_stopping:
                 run.save(at.step + 1)
             if is_stopping:
@@ -73,6 +75,7 @@ def train(run: Run) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, build, train; user errors end with one line on stderr and exit code 2, the traceback in RUN/error.log."""
+    log_printably()
     logging.basicConfig(level=logging.INFO if os.environ["RANK"] == "0" else logging.WARNING, format="%(message)s")
     disable_progress_bar()
     folder = None
@@ -87,7 +90,7 @@ def main(arguments: Sequence[str]) -> None:
             )
         if config.train.dry_run:
             if is_first:
-                print(describe_plan(config, world_size))
+                print(escaped(describe_plan(config, world_size)))
                 look_before(config)
             return
         folder = Path(config.train.resume or config.train.output_dir)

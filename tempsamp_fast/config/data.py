@@ -9,6 +9,8 @@ from typing import Literal
 from tempsamp_fast.config.setting import parse_range, require, require_types, setting
 from tempsamp_fast.sample import AnswerForm, Task
 
+MOST_SYNTHETIC = 100_000
+
 
 @dataclass
 class DataConfig:
@@ -113,8 +115,11 @@ class DataConfig:
         """Embedded videos for training, validation and test."""
         try:
             train, val, test = (int(part) for part in self.synthetic_videos.split(","))
+            if not 0 <= min(train, val, test) <= max(train, val, test) <= MOST_SYNTHETIC:
+                raise ValueError
         except ValueError:
             raise ValueError(
-                f"synthetic_videos={self.synthetic_videos!r}: must be train,val,test such as 600,20,300"
+                f"synthetic_videos={self.synthetic_videos!r}: must be train,val,test such as 600,20,300, each at most "
+                f"{MOST_SYNTHETIC}"
             ) from None
         return train, val, test

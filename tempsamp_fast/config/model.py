@@ -15,7 +15,10 @@ AttentionCore = Literal["auto", "split", "varlen", "flex"]
 class ModelConfig:
     """Which model learns, and what of it."""
 
-    model: str = setting("tiny", "checkpoint folder, hub name, or 'tiny' for the embedded model")
+    model: str = setting(
+        "tiny",
+        "folder of a run (RUN/best: of its best evaluation) or checkpoint, hub name, or 'tiny' for the embedded one",
+    )
     tiny_family: str = setting("qwen2_5_vl", "of the embedded model: a record of model/families.py, by its name")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
     freeze_vision: bool = setting(False, "train the language model alone; each video is then encoded once a step")

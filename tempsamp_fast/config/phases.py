@@ -12,7 +12,7 @@ from tempsamp_fast.sample import Mode
 Method = Literal["sft", "grpo", "tempsamp"]
 METHODS: tuple[str, ...] = get_args(Method)
 MODES: tuple[str, ...] = get_args(Mode)
-PHASE = r"(\w+)(?:/([\w+]+))?:(?:(\d+)|(\d+(?:\.\d+)?)epochs?)(?:@(\d+(?:\.\d+)?(?:e[+-]?\d+)?))?"
+PHASE = r"(\w+)(?:/([\w+]+))?:(?:(\d{1,9})|(\d{1,9}(?:\.\d{1,9})?)epochs?)(?:@(\d+(?:\.\d+)?(?:e[+-]?\d+)?))?"
 
 
 @dataclass(frozen=True)

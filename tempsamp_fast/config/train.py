@@ -56,6 +56,7 @@ class TrainConfig:
     save_steps: int = setting(0, "0: at the end of each phase, and every save_minutes")
     save_minutes: float = setting(30.0, "checkpoint after the step at which this time has passed; 0: off")
     keep_checkpoints: int = setting(2, "newest checkpoints that are kept")
+    keep_best: bool = setting(True, "keep the checkpoint of the best evaluation too: RUN/best as a model")
     max_skipped_steps: int = setting(5, "steps in a row whose loss or gradient may be non-finite; they are skipped")
     stall_timeout_s: float = setting(1800.0, "seconds after which a silent rank, or no progress of any, ends the run")
     stop_grace_s: float = setting(30.0, "seconds from SIGTERM or Ctrl-C until the end, even without a checkpoint")

@@ -17,7 +17,7 @@ from tempsamp_fast.data.catalogue import DATASETS, Dataset, find_annotations
 from tempsamp_fast.data.frame_folder import fps_of, images_of
 from tempsamp_fast.data.loader import LENGTH_TOLERANCE
 from tempsamp_fast.data.sources import SOURCES, how_to_fetch
-from tempsamp_fast.system.files import one_line
+from tempsamp_fast.system.files import escaped, log_printably, one_line
 from tempsamp_fast.video import VideoError, frames
 from tempsamp_fast.video.torchcodec_backend import open_decoder, shown_span
 
@@ -52,8 +52,8 @@ def check(annotations: Annotations, dataset: Dataset) -> Findings:
         )
         if published not in (None, found)
     ]
-    present = [video for video in by_video if video.exists()]
-    findings.problems["missing"] = [str(video) for video in by_video if not video.exists()]
+    present = [video for video in by_video if video.is_file() or video.is_dir()]
+    findings.problems["missing"] = [str(video) for video in by_video if video not in set(present)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         lengths = dict(zip(present, pool.map(_length_s, present), strict=True))
     findings.problems["unreadable"] = [str(error) for error in lengths.values() if isinstance(error, VideoError)]
@@ -95,6 +95,7 @@ def describe(findings: Findings, num_shown: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and print the findings; exits with 1 when there are problems, 2 for bad input."""
+    log_printably()
     parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.data", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="check|fetch", dest="command")
     fetch = commands.add_parser("fetch", help="source, licence and download commands of a published set")
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         findings = check(read_annotations(options.annotations or usual, options.videos), dataset or Dataset(()))
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {one_line(error)}\n")
-    print(describe(findings, options.show))
+    print(escaped(describe(findings, options.show)))
     sys.exit(1 if any(findings.problems.values()) else 0)
 
 

@@ -29,7 +29,7 @@ class Chat:
 
     preprocessor_files: texts by name of the checkpoint's image and video processor settings. They are not read here,
         only written beside the weights of checkpoints made from it.
-    generation_eos: `eos_token_id` of the checkpoint's generation_config.
+    generation_eos: `eos_token_id` of the checkpoint's generation_config: an id or several; what is none is left aside.
     Raises ValueError when the tokenizer has no chat template that can be used, no end of sequence, or lacks the vision
     tokens.
     """
@@ -39,8 +39,10 @@ class Chat:
         tokenizer: PreTrainedTokenizerBase,
         model_config: Any,
         preprocessor_files: Mapping[str, str] = MappingProxyType({}),
-        generation_eos: int | Sequence[int] | None = None,
+        generation_eos: Any = None,
     ) -> None:
+        if isinstance(tokenizer.chat_template, dict):  # by names, of which files are made where it is saved
+            tokenizer.chat_template = tokenizer.chat_template.get("default")
         if not tokenizer.chat_template:
             raise ValueError(f"tokenizer of {tokenizer.name_or_path!r} has no chat template")
         if tokenizer.convert_tokens_to_ids(VIDEO_PAD) != model_config.video_token_id:
@@ -67,7 +69,7 @@ class Chat:
         never = {*special, *padding} - {*self.end_token_ids}
         self.banned_token_ids = sorted(token for token in never if token < self._num_embeddings)
 
-    def _ends(self, generation_eos: int | Sequence[int] | None, special: Sequence[int]) -> list[int]:
+    def _ends(self, generation_eos: Any, special: Sequence[int]) -> list[int]:
         """The special token behind an assistant's turn, that of the tokenizer, those of the generation_config."""
         name, eos = self.tokenizer.name_or_path, self.tokenizer.eos_token_id
         if eos is None:
@@ -80,8 +82,9 @@ class Chat:
             behind = ""
         first = self.tokenizer(behind.strip(), add_special_tokens=False).input_ids[:1]
         ours = [token for token in first if token in special]
-        theirs = [generation_eos] if isinstance(generation_eos, int) else [*(generation_eos or ())]
-        ends = [token for token in dict.fromkeys([*ours, eos, *theirs]) if token < self._num_embeddings]
+        theirs = generation_eos if isinstance(generation_eos, (list, tuple)) else [generation_eos]
+        known = [token for token in theirs if isinstance(token, int)]
+        ends = [token for token in dict.fromkeys([*ours, eos, *known]) if 0 <= token < self._num_embeddings]
         if not ends:
             raise ValueError(f"tokenizer of {name!r}: eos_token {eos} is beyond the model's {self._num_embeddings} ids")
         return ends
@@ -183,6 +186,13 @@ class Chat:
                 f"and the model {self._num_embeddings} embeddings; resize them to {len(self.tokenizer)}"
             )
         return ids
+
+    def are_answers(self, ids: Any) -> bool:
+        """Whether this is a list of lists of the model's token ids."""
+        return isinstance(ids, list) and all(
+            isinstance(answer, list) and all(type(i) is int and 0 <= i < self._num_embeddings for i in answer)
+            for answer in ids
+        )
 
     def completion(self, ids: Tensor, sampled_logps: Tensor | None = None, opening: str = "") -> Completion:
         """A sampled answer with its text, that which the prompt had written of it included."""

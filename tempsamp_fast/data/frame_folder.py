@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Sequence
@@ -13,11 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from tempsamp_fast.batch import VideoPatches
+from tempsamp_fast.system.files import read_bytes
 from tempsamp_fast.video import Geometry, Limits, Sampling, VideoError, VideoResult, frames
 from tempsamp_fast.video.patches import patchify, resize_frames
 from tempsamp_fast.video.sampling import FRAME_FACTOR, frames_on_screen, sample_indices, sample_times
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+"""What such a file may be inside: Pillow would read any of its formats, whatever the suffix."""
 
 
 def load_frame_folder(folder: Path, sampling: Sampling, geometry: Geometry) -> VideoPatches:
@@ -85,7 +89,7 @@ def fps_of(folder: Path) -> float:
     for path in (folder / "fps.txt", folder.parent / "fps.txt"):
         if path.is_file():
             try:
-                fps = float(path.read_text(encoding="utf-8-sig"))
+                fps = float(read_bytes(path).decode("utf-8-sig"))
             except ValueError:
                 fps = math.nan
             if not 0 < fps < math.inf:
@@ -97,7 +101,10 @@ def fps_of(folder: Path) -> float:
 def _picture(folder: Path, path: Path) -> Tensor:
     """[3, height, width] uint8."""
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read_bytes(path)), formats=FORMATS) as image:
+            Limits().check(path, image.height * image.width, 1, 3 * image.height * image.width)
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except VideoError:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise VideoError(folder, "DECODE_FAILED", f"{path.name} cannot be read ({str(error)[:90]})") from error

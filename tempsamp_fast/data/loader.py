@@ -237,6 +237,8 @@ class PromptLoader:
         for path in [path for path in wanted if path not in self._videos and path.is_dir()]:
             try:
                 self._keep(path, load_frame_folder(path, self.sampling, self.geometry))
+                if self._disk:
+                    self._disk.put(path, self.sampling, self._videos[path])
             except VideoError as error:
                 if self.config.on_bad_sample == "raise":
                     raise

@@ -13,8 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tempsamp_fast.system.files import read_bytes
+
 MAX_TEXT_BYTES = 2**30
-"""Of a compressed file: a small one must not fill the memory."""
+"""Of a file, once unpacked: it must not fill the memory."""
+MAX_VALUES = 2**24
+"""Of a JSON text: an empty list of three characters takes a hundred bytes once it is read."""
 
 _REPR = reprlib.Repr()
 _REPR.maxstring, _REPR.maxother, _REPR.maxlist, _REPR.maxlevel = 90, 90, 12, 3
@@ -28,7 +32,7 @@ def shown(value: Any) -> str:
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, or of one compressed by gzip. Raises ValueError for any other."""
-    content = path.read_bytes()
+    content = read_bytes(path, MAX_TEXT_BYTES)
     try:
         if content.startswith(b"\x1f\x8b"):
             content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MAX_TEXT_BYTES + 1)
@@ -65,6 +69,8 @@ def json_object(path: Path) -> dict[str, Any]:
 
 def parse_json(place: str, text: str) -> Any:
     """What a JSON text holds. Raises ValueError naming `place`, also for a key that comes twice in one object."""
+    if len(text) > MAX_VALUES and sum(map(text.count, "[{,")) > MAX_VALUES:
+        raise ValueError(f"{place}: holds more than {MAX_VALUES} values")
     try:
         return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,11 @@ def evaluate(
     batch_size: int,
     require_tags: bool = True,
     answer_form: AnswerForm = "text",
-) -> list[dict[str, Any]]:
+    is_stopping: Callable[[], bool] = lambda: False,
+) -> list[dict[str, Any]] | None:
     """One row per sample, in order, shared out over the ranks: what was asked, the answer's text, its span and IoU.
+
+    is_stopping: asked before every batch, by every rank alike; once it says so the evaluation is dropped: None.
 
     A sample that had to be skipped leaves an empty text, which scores 0 like any answer that does not parse, and a row
     that says so.
@@ -41,6 +44,8 @@ def evaluate(
     with Progress(len(samples), every_s=PROGRESS_S) if is_first_rank() else nullcontext() as progress:
         # Every rank samples equally often, as partitioned parameters need it, if only an answer that others have too.
         for start in range(0, math.ceil(len(samples) / num_ranks()), batch_size):
+            if is_stopping():
+                return None
             batch = own[start : start + batch_size]
             prompts = loader.prompts(batch, [mode] * len(batch)) or _first_prompt(samples, mode, loader)
             answers = sampler(prompts, [1] * len(prompts)) if prompts else []

@@ -15,6 +15,7 @@ from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
 from tempsamp_fast.config import AlgorithmConfig, Method
 from tempsamp_fast.data.chat import Chat
 from tempsamp_fast.data.prompts import off_policy_text
+from tempsamp_fast.data.text_files import get, json_rows, shown
 from tempsamp_fast.rewards import REWARDS, TASK_REWARDS, soft_overlong
 from tempsamp_fast.sample import AnswerForm, Task
 from tempsamp_fast.system.files import open_to_append
@@ -116,9 +117,12 @@ class RecordedRollouts:
     def read(self, step: int, prompts: Sequence[Prompt], num_completions: Sequence[int]) -> list[list[Completion]]:
         """The recorded answers to `prompts`. Raises ValueError naming the file and what it lacks."""
         if not self._answers:
-            with self.path.open() as file:
-                for row in map(json.loads, file):
-                    self._answers[row["step"], row["sample_id"], row["mode"]] = row["ids"]
+            for place, _, row in json_rows(self.path):
+                at, name, mode = (get(place, row, field) for field in ("step", "sample_id", "mode"))
+                ids = get(place, row, "ids")
+                if [type(at), type(name), type(mode)] != [int, str, str] or not self.chat.are_answers(ids):
+                    raise ValueError(f"{place}: {shown(row)} is no row of sampled answers")
+                self._answers[at, name, mode] = ids
         found = []
         for prompt, number in zip(prompts, num_completions, strict=True):
             key = (step, prompt.sample.sample_id, prompt.mode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -47,7 +48,7 @@ def model_config(model: ModelConfig) -> Any:
     family = next((each for each in FAMILIES.values() if name in each.published), None)
     if family and not Path(model.model).exists():
         return family.published_config(name)
-    if (folder := Path(model.model).expanduser()).is_dir():
+    if (folder := Path(os.path.expanduser(model.model))).is_dir():
         check_folder(folder, model.allow_pickle)
     try:
         with hub_for(model.model, model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 import urllib.error
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 from huggingface_hub import constants as hub
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import cached_file
 
@@ -29,6 +29,8 @@ from tempsamp_fast.system.files import WEIGHTS, check_files, read_json
 logger = logging.getLogger(__name__)
 HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
 HUB_TIMEOUT_S = 4.0
+MOST_LAYERS = 4096
+"""Of a checkpoint: each takes time to build, whatever it weighs."""
 PREPROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
 FETCH = "the hub is only asked for what is typed; fetch it (hf download NAME), or type --model (train) or --base NAME"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -61,6 +63,7 @@ def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tupl
     with hub_for(weights, config):
         settings = check_architecture(weights, config.trust_remote_code)
         settings._attn_implementation = "sdpa"  # of all parts: they may name a kernel on the hub
+        _check_size(settings, weights)
         try:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 weights,
@@ -71,8 +74,10 @@ def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tupl
                 output_loading_info=True,
             )
             model, loading = loaded
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"model={checkpoint!r}: cannot be loaded: {error}") from error
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # settings and weights of anything make transformers raise every kind
+            raise ValueError(f"model={checkpoint!r}: cannot be loaded: {_reason(error)}") from error
     with hub_for(checkpoint, config):
         tokenizer, preprocessor_files = _load_tokenizer(checkpoint, config), _preprocessor_files(checkpoint)
     if loading["missing_keys"]:
@@ -84,11 +89,34 @@ def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tupl
     return model, Chat(tokenizer, model.config, preprocessor_files, eos)
 
 
+def _check_size(settings: Any, weights: str) -> None:
+    """Raise ValueError for a configuration of more layers or weights than the folder's files can hold."""
+    folder = Path(weights)
+    if not folder.is_dir():
+        return
+    layers = settings.text_config.num_hidden_layers + settings.vision_config.depth
+    held = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHTS)
+    build: Any = family_of(settings).model_class
+    try:
+        with torch.device("meta"):
+            described = sum(each.numel() for each in build(settings).parameters()) if layers <= MOST_LAYERS else None
+    except Exception as error:  # as where it is loaded
+        raise ValueError(f"model={weights!r}: config.json describes no model: {_reason(error)}") from error
+    if described is None or described > held:
+        what = f"{layers} layers" if described is None else f"{described} weights"
+        raise ValueError(f"model={weights!r}: config.json describes {what}, and its files hold {held} bytes of weights")
+
+
 def _load_tokenizer(checkpoint: str, config: ModelConfig) -> Any:
     try:
         return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # what a damaged file raises is plain Exception in tokenizers
-        raise ValueError(f"model={checkpoint!r}: its tokenizer cannot be used: {error}") from error
+        raise ValueError(f"model={checkpoint!r}: its tokenizer cannot be used: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What a library says that may quote a whole file."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 @contextmanager
@@ -139,7 +167,7 @@ def found_checkpoint(name: str) -> str:
     Raises ValueError for a path that is no folder with a config.json, and within `HUB_TIMEOUT_S` for a hub name that is
     neither to be reached nor cached.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     beside = folder.parent != Path() and (folder.parent.exists() or folder.parent == Path("runs"))
     is_path = beside or not re.fullmatch(HUB_NAME, name)
     if folder.exists() or is_path:
@@ -188,9 +216,11 @@ def check_architecture(checkpoint: str, trust_remote_code: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except Exception as error:  # a configuration of anything makes transformers raise nearly every kind
-        raise ValueError(f"model={checkpoint!r}: cannot be read as a checkpoint: {error}") from error
+        raise ValueError(f"model={checkpoint!r}: cannot be read as a checkpoint: {_reason(error)}") from error
     try:
         family_of(config)
     except ValueError as error:
         raise ValueError(f"model={checkpoint!r}: {error}") from None
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"model={checkpoint!r}: its weights are quantised (quantization_config); take the unquantised")
     return config

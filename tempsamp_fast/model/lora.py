@@ -125,11 +125,15 @@ def _settings_of(folder: Path) -> Any:
     more = [name for name in more if name not in (*TAKEN, *IGNORED)]
     if more:
         raise ValueError(f"{ADAPTER_CONFIG} sets {', '.join(more)}, which is not supported")
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as weights:
+        names = list(weights.keys())
+        ranks = {weights.get_slice(name).get_shape()[0] for name in names if ".lora_A." in name}
+    if any(rank != settings.get("r") for rank in ranks):
+        raise ValueError(f"{ADAPTER_CONFIG} has r={settings.get('r')!r}, its weights {sorted(ranks)}")
     targets = settings.get("target_modules")
     if not isinstance(targets, str) or not re.fullmatch(OWN_TARGETS, targets):
-        with safe_open(folder / ADAPTER_WEIGHTS, "pt") as weights:
-            names = [name.partition(".lora_") for name in weights.keys()]  # noqa: SIM118
-        targets = sorted({name.removeprefix("base_model.model.") for name, adapter, _ in names if adapter})
+        places = [name.partition(".lora_") for name in names]
+        targets = sorted({name.removeprefix("base_model.model.") for name, adapter, _ in places if adapter})
     taken = {name: settings[name] for name in TAKEN if name in settings}
     base = settings["base_model_name_or_path"]
     return LoraConfig(**taken, target_modules=targets, base_model_name_or_path=base)

@@ -80,7 +80,7 @@ def read_measured(file: Path) -> Measured:
         found = [(row, re.fullmatch(r"\d+ prompts ours(, graphs)?", row["label"])) for row in rows["rollout"]]
         samplings = tuple(_sampling(row, bool(match[1])) for row, match in found if match and "ms" in row)
         gpu = str(document["gpu"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"--measured {file}: not a results file of bench/gpu.py: {error!r}") from error
     for name, figures in (("update", updates), ("rollout", samplings)):
         if not figures:

@@ -27,7 +27,7 @@ def look_for_videos(samples: Sequence[Sample], folder: str | Path, on_bad: str, 
     With `skip` that is a warning, but for a folder that is not there.
     """
     every = dict.fromkeys(sample.video for sample in samples)
-    missing = [video for video in every if not video.exists()]
+    missing = [video for video in every if not (video.is_file() or video.is_dir())]
     if samples and not Path(folder).is_dir():
         raise ValueError(
             f"{setting}={str(folder)!r}: no such folder, so all {len(every)} videos are missing, the first "

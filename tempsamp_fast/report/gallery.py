@@ -28,7 +28,8 @@ def pick_samples(runs: Sequence[RunRecord], mode: str, num_samples: int) -> list
     rows = sorted((row for row in runs[0].answers[mode] if row["sample_id"] in common), key=lambda row: row["iou"])
     if len(rows) <= num_samples:
         return [row["sample_id"] for row in rows]
-    return [rows[round(index * (len(rows) - 1) / (num_samples - 1))]["sample_id"] for index in range(num_samples)]
+    step = (len(rows) - 1) / max(num_samples - 1, 1)
+    return [rows[round(index * step)]["sample_id"] for index in range(num_samples)]
 
 
 def gallery(runs: Sequence[RunRecord], colours: Mapping[str, str], num_samples: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle, groupby
@@ -17,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from tempsamp_fast.data.text_files import parse_json
+from tempsamp_fast.data.text_files import json_rows
 from tempsamp_fast.sample import Mode, Span
 from tempsamp_fast.system.files import own_folder, write_file
 
@@ -30,17 +31,20 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6
 GRID = "#d5d9de"
 PHASE_SHADES = ("#f1f3f6", "#e3e8ee")
 EVAL_PHASE = "eval"
+STAGE = r"start|\d{1,9}"
+"""What a file of answers begins with: the phase after which they were given, from 1."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON lines file; none for a file that is missing."""
-    return [parse_json(str(path), line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [row for _, _, row in json_rows(path)] if path.is_file() else []
 
 
 def eval_files(run: Path, mode: str) -> list[Path]:
     """The answers of a run in one mode, from the cold start to the last phase."""
-    files = (run / "eval").glob(f"*_{mode}.jsonl")
-    return sorted(files, key=lambda file: -1 if file.stem.startswith("start_") else int(file.stem.split("_")[0]))
+    stages = {file: file.stem.partition("_")[0] for file in (run / "eval").glob(f"*_{mode}.jsonl")}
+    numbers = {file: int(stage.replace("start", "0")) for file, stage in stages.items() if re.fullmatch(STAGE, stage)}
+    return sorted(numbers, key=numbers.__getitem__)
 
 
 def plot_run(run: Path) -> list[Path]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
+from statistics import fmean
 from typing import Any
 
 from safetensors import SafetensorError
@@ -34,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 MODEL = "model"
 ENGINE = "engine"
+BEST = "best"
+EVALUATIONS = "results.json"
 STATE = "state.json"
 VIDEO_SETTINGS = "video.json"
 VIDEO_FIELDS = ("sampling", "fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "task",
@@ -80,7 +84,7 @@ def read_video_settings(folder: Path) -> DataConfig:
 def save_checkpoint(
     run: Path, step: int, engine: Any, policy: Policy, chat: Chat, config: Config, facts: dict[str, Any]
 ) -> Path:
-    """Write a checkpoint aside, sync and rename it when complete, then delete all but the newest `keep_checkpoints`.
+    """Write a checkpoint aside, sync and rename it when complete, then delete all but those that are to be kept.
 
     `step` optimizer steps are done. `facts` of the run (see `resume.facts_of`) and the hash of every file are kept in
     `state.json`. Called by every rank. Where the disk is almost full nothing is written; a write that fails raises
@@ -101,8 +105,10 @@ def save_checkpoint(
         stage = int(engine.zero_optimization_stage())
         _complete(final, {"step": step, "zero_stage": stage, **facts}, [run / name for name in RECORDS])
         if is_first_rank():
+            best = best_checkpoint(run) if config.train.keep_best else None
             for old in checkpoints(run)[: -config.train.keep_checkpoints]:
-                remove(old)
+                if old != best:
+                    remove(old)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{final}: checkpoint not written: {str(error).splitlines()[0]}") from error
@@ -139,18 +145,56 @@ def _expected_size(run: Path, policy: Policy) -> int:
 def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folders = (run / "checkpoints").glob("step_*")
-    return sorted(folder for folder in folders if folder.suffix == "" and (folder / STATE).is_file())
+    complete = [each for each in folders if re.fullmatch(r"step_\d{6,12}", each.name) and (each / STATE).is_file()]
+    return sorted(complete, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The number of steps after which a checkpoint was made, by its name."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def model_folder(given: str) -> str:
     """The model that a name stands for: of a run folder its newest checkpoint's, of a checkpoint its own, else itself.
 
-    Raises ValueError for a run without a complete checkpoint.
+    `RUN/best` is that of the run's best evaluation. Raises ValueError for a run without such a checkpoint.
     """
     folder = Path(given)
-    if (folder / "checkpoints").is_dir() or (folder / "machine.json").is_file():
+    if _is_run(folder):
         return str(latest_checkpoint(folder)[0] / MODEL)
+    if folder.name == BEST and _is_run(folder.parent):
+        best = best_checkpoint(folder.parent)
+        if best is None:
+            raise ValueError(f"{folder}: no checkpoint of this run was evaluated; {folder.parent} is its newest")
+        return str(best / MODEL)
     return str(folder / MODEL) if (folder / STATE).is_file() and (folder / MODEL).is_dir() else given
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "checkpoints").is_dir() or (folder / "machine.json").is_file()
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """Of the checkpoints that were evaluated, that with the best first score (mIoU), in the mean of its modes.
+
+    Of several the newest; None without any. Raises ValueError naming evaluations that cannot be read.
+    """
+    path = run / EVALUATIONS
+    rows = read_json(path) if path.is_file() else []
+    scores: dict[int, list[float]] = {}
+    try:
+        for row in rows:
+            name = score_names(row)[0]
+            scores.setdefault(row["num_steps"], []).append(float(row[name]))
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: cannot be read: {error!r}") from error
+    evaluated = [each for each in checkpoints(run) if step_of(each) in scores]
+    return max(evaluated, key=lambda each: (fmean(scores[step_of(each)]), step_of(each)), default=None)
+
+
+def score_names(row: dict[str, Any]) -> list[str]:
+    """The metrics of an evaluation's row, the first one first."""
+    return [name for name in row if name not in ("stage", "mode", "num_steps", "num_skipped", "protocol")]
 
 
 def latest_checkpoint(run: Path) -> tuple[Path, int]:
@@ -158,7 +202,7 @@ def latest_checkpoint(run: Path) -> tuple[Path, int]:
     found = checkpoints(run)
     if not found:
         raise ValueError(f"{run}: no complete checkpoint in {run / 'checkpoints'}")
-    return found[-1], read_json(found[-1] / STATE)["step"]
+    return found[-1], step_of(found[-1])
 
 
 def sound_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -197,7 +241,7 @@ def _check(folder: Path) -> tuple[list[str], dict[str, Any]]:
         files = _digests(state["files"]) if "files" in state else None
     except (ValueError, KeyError, TypeError) as error:
         return [f"{STATE} cannot be read: {error}"], {}
-    if step != int(folder.name.removeprefix("step_")):
+    if step != step_of(folder):
         return [f"{STATE} is of step {step}"], {}
     if files is None:
         logger.warning("%s: made by an earlier version, without hashes: taken unchecked", folder)
@@ -211,7 +255,9 @@ def _digests(files: Any) -> Digests:
         raise ValueError(f"files is {repr(files)[:60]}; expected bytes and SHA-256 by name")
     for name, digest in files.items():
         if not isinstance(digest, list) or [type(part) for part in digest] != [int, str]:
-            raise ValueError(f"files has {digest!r} for {name!r}; expected bytes and SHA-256")
+            raise ValueError(f"files has {repr(digest)[:60]} for {name[:60]!r}; expected bytes and SHA-256")
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            raise ValueError(f"files names {name[:60]!r}, which is not in the folder")
     return {name: (size, found) for name, (size, found) in files.items()}
 
 

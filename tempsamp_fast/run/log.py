@@ -16,7 +16,7 @@ import torch
 
 from tempsamp_fast.batch import RolloutGroup
 from tempsamp_fast.config import Config
-from tempsamp_fast.system.files import open_to_append, own_folder, write_file
+from tempsamp_fast.system.files import open_to_append, own_folder, read_bytes, write_file
 from tempsamp_fast.system.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,8 @@ SHOWN = {
     "perf/tokens_per_s": "tok/s",
     "perf/mfu": "mfu",
 }
+MOST_OF_RECORD = 1 << 32
+"""Bytes."""
 ZERO_STEPS = 5
 """So many steps in a row without any reward are told."""
 RECORDS = ("metrics.jsonl", "groups.jsonl", "results.json", "config.json")
@@ -148,7 +150,7 @@ def drop_rows_from(path: Path, first_step: int) -> None:
     if not path.is_file():
         return
     try:
-        *lines, _ = path.read_text().split("\n")
+        *lines, _ = read_bytes(path, MOST_OF_RECORD).decode().split("\n")
         kept = [line + "\n" for line in lines if _is_before(json.loads(line), first_step)]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: the record cannot be read: {error}") from error

@@ -12,6 +12,7 @@ from typing import Any, cast
 from tempsamp_fast.evaluation.asking import evaluate, write_rows
 from tempsamp_fast.evaluation.protocols import OWN
 from tempsamp_fast.evaluation.scoring import best_constant_span, score_rows
+from tempsamp_fast.run.checkpoint import EVALUATIONS, score_names
 from tempsamp_fast.run.log import RunLog, write_json
 from tempsamp_fast.run.run import Run
 from tempsamp_fast.sample import Mode
@@ -29,23 +30,43 @@ class Results:
 
     def __init__(self, run: Run):
         self.run = run
-        self.path = run.folder / "results.json"
+        self.path = run.folder / EVALUATIONS
         resumed = run.first_step > 0 and self.path.is_file()
         try:
             kept = read_json(self.path) if resumed else []
-        except ValueError as error:
-            raise ValueError(f"{self.path}: the evaluations so far cannot be read: {error}") from error
-        self.rows: list[dict[str, Any]] = [row for row in kept if row["num_steps"] <= run.first_step]
+            self.rows: list[dict[str, Any]] = [row for row in kept if row["num_steps"] <= run.first_step]
+            if self.rows:
+                table(self.rows, 0)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{self.path}: the evaluations so far cannot be read: {error!r}") from error
+
+    def make_up(self, log: RunLog) -> None:
+        """Evaluate where the run begins or goes on, if that was not done: it may have been stopped there."""
+        run = self.run
+        if run.first_step == 0 and run.config.train.eval_start:
+            self.evaluate("start", 0, log)
+        num_steps = 0
+        for index, phase in enumerate(run.phases, start=1):
+            num_steps += phase.num_steps
+            if num_steps == run.first_step:
+                self.evaluate(f"{index}_{phase}", num_steps, log)
 
     def evaluate(self, stage: str, num_steps: int, log: RunLog) -> None:
-        """Evaluate in every mode of `eval_modes`; writes RUN/eval/<stage>_<mode>.jsonl."""
+        """Evaluate in every mode of `eval_modes`, until the run is to stop; writes RUN/eval/<stage>_<mode>.jsonl."""
         run = self.run
         if not run.eval_samples:
             return
+        done = [row["mode"] for row in self.rows if row["num_steps"] == num_steps]
         for mode in cast("list[Mode]", run.config.train.eval_modes.split("+")):
+            if mode in done:
+                continue
             logger.info("evaluating %d queries in %s mode", len(run.eval_samples), mode)
             how = run.config.algorithm.require_tags, run.config.data.answer_form
-            answers = evaluate(run.eval_samples, mode, run.greedy, run.loader, run.config.train.eval_batch_size, *how)
+            given = run.greedy, run.loader, run.config.train.eval_batch_size, *how
+            answers = evaluate(run.eval_samples, mode, *given, is_stopping=run.is_stopping)
+            if answers is None:
+                logger.warning("the evaluation was stopped; it is made up for when the run goes on")
+                return
             scores = score_rows(run.eval_samples, answers, run.config.data.task, *how)
             outside = {"outside_video": sum(row["outside_video"] for row in answers)}
             measured = {f"eval/{mode}/{name}": value for name, value in (scores | outside).items()}
@@ -92,7 +113,7 @@ class Results:
 
 def table(rows: Sequence[dict[str, Any]], num_queries: int) -> str:
     """Evaluations as text, one per line with the metrics of the task."""
-    names = [name for name in rows[0] if name not in ("stage", "mode", "num_steps", "num_skipped", "protocol")]
+    names = score_names(rows[0])
     lines = [f"{num_queries} held-out queries, protocol {OWN}: frames, prompt and parser of this run"]
     lines.append(f"{'after':<24}{'mode':<8}" + "".join(f"{name:>12}" for name in names))
     for row in rows:

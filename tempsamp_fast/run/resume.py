@@ -14,7 +14,7 @@ from typing import Any
 from tempsamp_fast.config import Config, RolloutConfig, TrainConfig, parse_phases
 from tempsamp_fast.learning.engine import effective_zero
 from tempsamp_fast.run.checkpoint import MODEL, checkpoints, sound_checkpoint
-from tempsamp_fast.run.schedule import in_steps, plan
+from tempsamp_fast.run.schedule import in_steps
 from tempsamp_fast.sample import Sample
 from tempsamp_fast.system.files import own_folder, read_json
 from tempsamp_fast.system.ranks import barrier
@@ -103,11 +103,14 @@ def check_same_run(
     Raises ValueError that lists every setting in the way, with the run's value and the one asked for.
     """
     then = state.get("config") or read_json(run / "config.json")
-    refused = [
-        *_changed_work(state, then["train"], config, samples, world_size),
-        *_changed_stage(state, config),
-        *_changed_settings(then, config),
-    ]
+    try:
+        refused = [
+            *_changed_work(state, then["train"], config, samples, world_size),
+            *_changed_stage(state, config),
+            *_changed_settings(then, config),
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"resume={str(run)!r}: its checkpoint does not say how it was made: {error!r}") from error
     if refused:
         raise ValueError(f"resume={str(run)!r} cannot go on with other settings: {'; '.join(refused)}")
 
@@ -167,10 +170,10 @@ def _is_fixed(section: str, name: str) -> bool:
 
 
 def _done(phases: str, num_steps: int, config: Config, samples: Sequence[Sample], world_size: int) -> list[Any]:
-    """Method and modes of every step that was taken, and where in its phase it was; rates are free to change."""
-    counted = in_steps(parse_phases(phases), config.train, len(samples), world_size)
-    return [
-        (at.phase.method, at.phase.modes, at.phase_index, at.step_in_phase)
-        for at in plan(counted)
-        if at.step < num_steps
-    ]
+    """Method, modes and number of the steps taken in every phase begun; rates are free to change."""
+    done = []
+    for phase in in_steps(parse_phases(phases), config.train, len(samples), world_size):
+        taken = min(phase.num_steps, num_steps)
+        done += [(phase.method, phase.modes, taken)] if taken else []
+        num_steps -= taken
+    return done

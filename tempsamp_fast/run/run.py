@@ -236,6 +236,10 @@ class Run:
         config = self.config
         return reference_of(self.folder, self.engine, self.chat, config.model, config.data, config.train, is_first)
 
+    def is_stopping(self) -> bool:
+        """Whether any rank was asked to stop; every rank asks at the same places."""
+        return self.graceful_stop.agreed(self.device)
+
     def is_save_step(self, at: PhaseStep) -> bool:
         """Whether `save_steps`, or `save_minutes` by the clock of rank 0, ask for a checkpoint after this step."""
         every, minutes = self.config.train.save_steps, self.config.train.save_minutes

@@ -41,12 +41,16 @@ def plan(phases: Sequence[Phase], first_step: int = 0) -> Iterator[PhaseStep]:
     """Every optimizer step from `first_step` on."""
     step = 0
     for phase_index, phase in enumerate(phases):
-        for step_in_phase in range(phase.num_steps):
-            if step >= first_step:
-                yield PhaseStep(step, phase, phase_index, step_in_phase)
-            step += 1
+        for step_in_phase in range(max(first_step - step, 0), phase.num_steps):
+            yield PhaseStep(step + step_in_phase, phase, phase_index, step_in_phase)
+        step += phase.num_steps
 
 
 def first_reinforcement_step(phases: Sequence[Phase]) -> int | None:
     """The first step whose method is not `sft`; None without one."""
-    return next((at.step for at in plan(phases) if at.phase.method != "sft"), None)
+    step = 0
+    for phase in phases:
+        if phase.method != "sft" and phase.num_steps:
+            return step
+        step += phase.num_steps
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import stat
@@ -70,13 +71,20 @@ def open_to_append(path: Path) -> TextIO:
     return file
 
 
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """What a file holds. Raises ValueError naming one of over `most` bytes, a pipe or a device; OSError."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+            raise ValueError(f"{path}: cannot be read: no regular file of at most {most >> 20} MiB")
+        return file.read(most)
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises ValueError naming one that is too large, nested too deep or no JSON; OSError."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_BYTES:
-        raise ValueError(f"{path}: cannot be read: no regular file of at most {MOST_BYTES >> 20} MiB")
+    content = read_bytes(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read: malformed JSON ({error})") from error
 
@@ -101,6 +109,21 @@ def check_files(folder: Path) -> None:
             read_json(real)
 
 
+def escaped(text: object) -> str:
+    """A text as a terminal may show it: what does not print escaped, but for the ends of lines."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(text))
+
+
 def one_line(error: object) -> str:
-    """An error as a terminal may show it: on one line, and what does not print escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).split()))
+    """An error as a terminal may show it, on one line."""
+    return escaped(" ".join(str(error).split()))
+
+
+class _PrintableRecord(logging.LogRecord):
+    def getMessage(self) -> str:
+        return escaped(super().getMessage())
+
+
+def log_printably() -> None:
+    """From now on every log line of this process, of any library, is as a terminal may show it."""
+    logging.setLogRecordFactory(_PrintableRecord)

@@ -14,6 +14,7 @@ from typing import get_args
 
 import torch
 
+from tempsamp_fast.system.files import log_printably
 from tempsamp_fast.video import Geometry, Sampling, load_videos
 from tempsamp_fast.video.backend import why_no_extension
 from tempsamp_fast.video.geometry import Processor
@@ -25,6 +26,7 @@ SUFFIXES = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".mpg", ".fl
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 1 when a file failed."""
+    log_printably()
     parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.video", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     probing = commands.add_parser("probe", help="what files are and what sampling they give, one JSON object each")

@@ -31,6 +31,7 @@ LOSS = f"{ALGORITHM}test_every_number_of_the_loss_is_the_one_asked_for"
 ROWS = f"{TRAIN}test_a_step_has_the_rows_asked_for"
 RATE = f"{TRAIN}test_every_step_has_the_rate_of_its_schedule"
 STATE = f"{TRAIN}test_optimizer_state_lies_where_asked_for"
+BEST = "run/test_results.py::test_the_checkpoint_of_the_best_evaluation_stays_if_asked_for"
 PATIENCE = f"{TRAIN}test_patience_is_as_asked_for"
 
 PLAN: dict[type, dict[str, tuple[str, str]]] = {
@@ -196,6 +197,7 @@ PLAN: dict[type, dict[str, tuple[str, str]]] = {
             "planning/test_look_before.py::test_the_clock_asks_for_a_checkpoint_and_rank_0_decides",
         ),
         "save_steps": ("the steps that save", f"{TRAIN}test_as_many_checkpoints_stay_as_asked_for"),
+        "keep_best": ("that of the best evaluation stays, or does not", BEST),
         "keep_checkpoints": ("the folders that stay", f"{TRAIN}test_as_many_checkpoints_stay_as_asked_for"),
         "max_skipped_steps": ("one more in a row ends the run", PATIENCE),
         "stall_timeout_s": ("the patience of the heartbeat", PATIENCE),

@@ -15,6 +15,7 @@ from tempsamp_fast.data.annotations import load_annotations, read_annotations
 from tempsamp_fast.data.catalogue import Dataset
 from tempsamp_fast.data.frame_folder import load_frame_folder, thumbnails
 from tempsamp_fast.video import Geometry, Sampling, VideoError
+from tempsamp_fast.video.patch_cache import PatchCache
 from tempsamp_fast.video.patches import unpatchify
 
 GEOMETRY = Geometry.of_family("qwen2_5_vl", min_pixels=56 * 56, max_pixels=56 * 56)
@@ -89,3 +90,18 @@ def test_a_folder_that_is_not_whole_is_refused_by_name(tmp_path: Path, change, s
     with pytest.raises(VideoError, match="^" + str(folder)) as error:
         load_frame_folder(folder, Sampling(fps=5.0), GEOMETRY)
     assert said in str(error.value)
+
+
+def test_a_changed_frame_or_rate_is_another_video_to_the_patch_cache(tmp_path: Path) -> None:
+    """Also one changed in place, which leaves the folder's own time as it was."""
+    folder = frame_folder(tmp_path / "videos/v", count=8, fps="")
+    above = tmp_path / "videos/fps.txt"
+    above.write_text("5")
+    cache, sampling = PatchCache(tmp_path / "kept", GEOMETRY), Sampling(fps=2.0)
+    cache.put(folder, sampling, load_frame_folder(folder, sampling, GEOMETRY))
+    assert cache.get(folder, sampling) is not None
+    Image.new("RGB", (56, 56), (1, 2, 3)).save(folder / "frame_00003.PNG")
+    assert cache.get(folder, sampling) is None
+    cache.put(folder, sampling, load_frame_folder(folder, sampling, GEOMETRY))
+    above.write_text("10")
+    assert cache.get(folder, sampling) is None

@@ -12,6 +12,7 @@ import pytest
 from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.evaluation.asking import answer_row
 from tempsamp_fast.run import results
+from tempsamp_fast.run.checkpoint import checkpoints, model_folder, step_of
 from tempsamp_fast.run.results import Results
 from tempsamp_fast.sample import Sample
 
@@ -26,7 +27,8 @@ def run(tmp_path: Path) -> Any:
     words = ["--require_tags", "false", "--eval_modes", "answer+think", "--eval_batch_size", "3"]
     config = parse_args([*words, "--output_dir", str(tmp_path)])
     learned, held_out = samples((0.0, 2.0), (0.0, 2.0)), samples((6.0, 9.0), (6.0, 9.0))
-    shared = {"config": config, "folder": tmp_path, "rank": 0, "greedy": None, "loader": None}
+    shared: dict[str, Any] = {"config": config, "folder": tmp_path, "rank": 0, "greedy": None, "loader": None}
+    shared |= {"phases": [], "is_stopping": lambda: False}
     return SimpleNamespace(**shared, first_step=4, train_samples=learned, eval_samples=held_out)
 
 
@@ -34,7 +36,7 @@ def test_the_settings_of_an_evaluation_reach_it(run, monkeypatch: pytest.MonkeyP
     """Untagged answers count where tags are not required, in the record as in the scores."""
     asked = []
 
-    def evaluate(eval_samples, mode, sampler, loader, batch_size, require_tags=True, answer_form="text"):
+    def evaluate(eval_samples, mode, sampler, loader, batch_size, require_tags=True, answer_form="text", **_):
         asked.append((mode, batch_size, require_tags))
         return [answer_row(sample, "6 to 9", require_tags) for sample in eval_samples]
 
@@ -59,3 +61,30 @@ def test_a_resumed_run_keeps_the_evaluations_up_to_its_checkpoint(run) -> None:
 def test_the_constant_baseline_has_seen_the_training_samples_alone(run) -> None:
     baseline = Results(run).constant_baseline()
     assert baseline["miou"] == 0.0 and baseline["stage"] == "constant 0.0-2.0 s"
+
+
+@pytest.mark.parametrize("keep_best", ["yes", "no"])
+def test_the_checkpoint_of_the_best_evaluation_stays_if_asked_for(stepper, keep_best: str) -> None:
+    """In the mean of its modes, by the first score; of equal ones the newest. `RUN/best` is its model."""
+    run = stepper("--phases", "sft:9", "--keep_checkpoints", "1", "--keep_best", keep_best).run
+    with pytest.raises(ValueError, match="no checkpoint of this run was evaluated"):
+        (run.folder / "checkpoints").mkdir()
+        model_folder(f"{run.folder}/best")
+    rows: list[dict[str, Any]] = [{"stage": "start", "mode": "answer", "num_steps": 0, "miou": 0.9, "r1@0.3": 0.0}]
+    for num_steps, mious in enumerate([(0.1, 0.1), (0.6, 0.4), (0.7, 0.1), (0.3, 0.7), (0.0, 0.9)], start=1):
+        for mode, miou in zip(("answer", "think"), mious, strict=True):
+            rows.append({"stage": "x", "mode": mode, "num_steps": num_steps, "miou": miou, "r1@0.3": 1 / num_steps})
+        (run.folder / "results.json").write_text(json.dumps(rows))
+        run.save(num_steps)
+    assert [step_of(each) for each in checkpoints(run.folder)] == ([4, 5] if keep_best == "yes" else [5])
+    found = Path(model_folder(f"{run.folder}/best"))
+    assert (step_of(found.parent), found.name) == (4 if keep_best == "yes" else 5, "model")
+
+
+@pytest.mark.parametrize(
+    "text", ["3", "[3]", '[{"num_steps": []}]', '[{"num_steps": 1, "stage": 1, "mode": "x", "miou": "y"}]', "[[]]"]
+)
+def test_evaluations_that_no_run_writes_are_named(run, text: str) -> None:
+    (run.folder / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=r"results\.json: the evaluations so far cannot be read"):
+        Results(run)

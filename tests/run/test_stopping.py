@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tempsamp_fast.run.checkpoint import latest_checkpoint
+from tempsamp_fast.run.checkpoint import checkpoints, latest_checkpoint, step_of
 from tempsamp_fast.run.log import read_metrics
 from tempsamp_fast.run.run import Run
 from tempsamp_fast.system import heartbeat
@@ -86,3 +87,43 @@ def test_ctrl_c_before_the_first_step_is_one_line(
         main(trainer.flags(tmp_path / "run"))
     assert exit_.value.code == 128 + signal.SIGINT
     assert "error: Ctrl-C" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("when", [1, 5, 7])
+def test_ctrl_c_in_an_evaluation_saves_and_it_is_made_up_for(
+    trainer, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, when: int
+) -> None:
+    """In the evaluation before the first step, in that after a phase, and in the second mode of that."""
+    held_out = ("--eval_annotations", str(clips / "annotations/test.json"), "--eval_modes", "answer+think")
+    words = ("--phases", "sft:2,sft/think:1", *held_out, "--max_eval_samples", "2", "--eval_batch_size", "1")
+    whole, folder, greedy, calls = tmp_path / "whole", tmp_path / "run", Run.greedy, []
+
+    def interrupted(run: Run, *arguments: Any) -> Any:
+        calls.append(run)
+        if len(calls) == when:
+            os.kill(os.getpid(), signal.SIGINT)
+        return greedy(run, *arguments)
+
+    trainer.main(whole, *words)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "greedy", interrupted)
+        trainer.main(folder, *words)
+    assert "is made up for" in caplog.text and f"go on with --resume {folder}" in caplog.text
+    assert [step_of(each) for each in checkpoints(folder)] == ([2] if when > 4 else [])
+    main(["--resume", str(folder)])
+    assert json.loads((folder / "results.json").read_text()) == json.loads((whole / "results.json").read_text())
+    assert [row["step"] for row in read_metrics(folder)] == [row["step"] for row in read_metrics(whole)]
+
+
+def test_ctrl_c_in_eval_is_one_line_that_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tempsamp_fast import eval as door
+
+    def interrupted(options: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(door, "evaluate", interrupted)
+    words = ["--model", "m", "--annotations", "a.json", "--videos", "v", "--output", str(tmp_path / "answers")]
+    assert door.main(words) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == f"error: Ctrl-C; the same words go on with the answers in {tmp_path}/answers\n"

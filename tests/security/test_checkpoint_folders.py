@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from tempsamp_fast.model.architectures import model_config
 from tempsamp_fast.model.loading import check_folder, hub_for, load_model
 from tempsamp_fast.run.checkpoint import read_video_settings
 from tempsamp_fast.system.bounded import bounded
+from tempsamp_fast.system.files import log_printably
 
 SECRET = json.dumps({"token": "hf_secret"})
 
@@ -190,6 +192,7 @@ def test_a_configuration_names_no_kernel(
     config[key] = config["text_config"][key] = "someone/kernel"
     (model / "config.json").write_text(json.dumps(config))
     small_tokenizer().save_pretrained(model)
+    save_file({"a": torch.zeros(1 << 20)}, model / "model.safetensors")  # as many bytes as the model has weights
     with pytest.raises(ValueError, match="has no weights for"):
         load_model(str(model), ModelConfig(), torch.float32)
     assert asked == [] and requests == []
@@ -197,7 +200,7 @@ def test_a_configuration_names_no_kernel(
 
 @cache
 def small_tokenizer() -> Any:
-    return train_tokenizer(["where is the red square"], 300)
+    return own_tokenizer()
 
 
 MORE = {
@@ -270,3 +273,77 @@ def test_a_chat_template_cannot_be_a_bomb(what: str, monkeypatch: pytest.MonkeyP
     tokenizer.chat_template = BOMBS[what]
     with pytest.raises(ValueError, match="chat template"):
         Chat(tokenizer, tiny_config(len(tokenizer), tokenizer.convert_tokens_to_ids, "qwen2_5_vl"))
+
+
+HUGE, ESCAPE = 10**12, "x\x1b]0;owned\x07"
+CONFIGS: list[tuple[str, Any]] = [
+    ("model_type", ESCAPE), ("model_type", 7), ("architectures", 7), ("dtype", ESCAPE), ("dtype", [1]),
+    ("text_config", 7), ("text_config", None), ("vision_config", ESCAPE), ("text_config.hidden_size", ESCAPE),
+    ("text_config.hidden_size", 0), ("text_config.hidden_size", -128), ("text_config.hidden_size", HUGE),
+    ("text_config.num_attention_heads", 0), ("text_config.num_hidden_layers", ESCAPE),
+    ("text_config.num_hidden_layers", 10**9), ("text_config.vocab_size", HUGE), ("text_config.hidden_act", ESCAPE),
+    ("text_config.rope_parameters", [[]]), ("text_config.rope_parameters", {"rope_type": ESCAPE}),
+    ("vision_config.depth", 10**9), ("vision_config.patch_size", 0), ("vision_config.spatial_merge_size", 0),
+    ("vision_config.num_heads", 0), ("quantization_config", {"quant_method": "bitsandbytes"}),
+    ("quantization_config", 7),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "value"), CONFIGS, ids=[f"{place}-{value!r:.20}" for place, value in CONFIGS])
+def test_a_configuration_of_anything_is_one_line(
+    model: Path, place: str, value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Types, sizes and names of every kind: no traceback, no endless building, no error that repeats the file."""
+    log_printably()
+    config = part = json.loads((model / "config.json").read_text())
+    *parents, name = place.split(".")
+    for parent in parents:
+        part = part[parent]
+    part[name] = value
+    (model / "config.json").write_text(json.dumps(config))
+    small_tokenizer().save_pretrained(model)
+    started = time.process_time()
+    with pytest.raises(ValueError, match="model=") as error:
+        load_model(str(model), ModelConfig(), torch.float32)
+    assert time.process_time() - started < 10
+    assert len(str(error.value)) < 700 and "\x1b" not in caplog.text
+
+
+def test_a_configuration_describes_no_more_than_its_files_hold(model: Path) -> None:
+    for place, value in (("num_hidden_layers", 5000), ("intermediate_size", 10**7)):
+        config = json.loads((model / "config.json").read_text())
+        config["text_config"] |= {"layer_types": None, place: value}
+        (model / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"config\.json describes .*, and its files hold \d+ bytes of weights"):
+            load_model(str(model), ModelConfig(), torch.float32)
+
+
+@pytest.mark.parametrize("eos", [ESCAPE, 1.5, [[]], {"a": 1}, [ESCAPE, None], -7, 10**30, [HUGE], True])
+def test_an_end_of_answers_that_is_no_token_is_left_aside(eos: Any) -> None:
+    tokenizer = own_tokenizer()
+    config = tiny_config(len(tokenizer), tokenizer.convert_tokens_to_ids, "qwen2_5_vl")
+    known = Chat(tokenizer, config).end_token_ids
+    assert set(Chat(tokenizer, config, generation_eos=eos).end_token_ids) <= {*known, 1}
+
+
+def own_tokenizer() -> Any:
+    return train_tokenizer(["where is the red square"], 300)
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/elsewhere/evil", "a/b", "..", ESCAPE])
+def test_a_chat_template_names_no_file(tmp_path: Path, name: str) -> None:
+    """Where a tokenizer has several by name, the one for chats alone is taken and saved."""
+    tokenizer = own_tokenizer()
+    tokenizer.chat_template = {"default": tokenizer.chat_template, name: "owned"}
+    chat = Chat(tokenizer, tiny_config(len(tokenizer), tokenizer.convert_tokens_to_ids, "qwen2_5_vl"))
+    folder = tmp_path / "a/b/saved"
+    chat.tokenizer.save_pretrained(folder)
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {path.name for path in folder.iterdir()}
+    assert not any("owned" in path.read_text() for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("rank", [10**9, 1, "2", None, [2]])
+def test_adapters_have_the_rank_of_their_weights(tmp_path: Path, rank: Any) -> None:
+    folder = adapters(tmp_path / "adapters", r=rank)
+    with pytest.raises(ValueError, match=r"adapter_config\.json has r=.*, its weights \[2\]"):
+        lora._settings_of(folder)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tempsamp_fast.arguments import RUNS_CODE, TYPED_AGAIN, parse_args
+from tempsamp_fast.arguments import FIELDS, RUNS_CODE, SECTIONS, TYPED_AGAIN, parse_args
+from tempsamp_fast.config import Phase
+from tempsamp_fast.run.schedule import first_reinforcement_step, plan
 
 
 def recorded(folder: Path, section: str = "model", **settings: Any) -> Path:
@@ -94,3 +97,50 @@ def test_a_record_cannot_be_a_bomb(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json cannot be read"):
         parse_args(["--resume", str(tmp_path)])
+
+
+HOSTILE = [
+    "x\x1b[31m",
+    "../../etc/passwd",
+    "--allow_pickle",
+    -1,
+    0,
+    10**12,
+    10**400,
+    1e308,
+    True,
+    None,
+    [],
+    [[1]],
+    {"a": 1},
+]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_record_of_anything_is_one_line(tmp_path: Path, section: type) -> None:
+    """Every setting with values of every kind: taken as a setting of this run, or an error; never another setting."""
+    for index, field in enumerate(fields(section)):
+        for value in HOSTILE[index % 4 :: 4]:
+            run = recorded(tmp_path / "run", **{field.name: value})
+            try:
+                config = parse_args(["--resume", str(run)])
+            except ValueError as error:
+                assert len(str(error)) < 1000, (field.name, value)
+                continue
+            others = {name: each for part in config.as_dict().values() for name, each in part.items()}
+            changed = {name for name, each in others.items() if each != FIELDS[name].default}
+            assert changed <= {field.name, "resume", "offline"}, (field.name, value)
+
+
+def test_a_record_cannot_count_forever(tmp_path: Path) -> None:
+    """Phases of more steps than anyone takes, and the steps of a run that is far on."""
+    for phases in ("sft:99999999999", "sft:" + "9" * 5000, "sft:9999999999epochs", "sft:" + "9" * 400 + "epochs"):
+        with pytest.raises(ValueError, match="phases: "):
+            parse_args(["--resume", str(recorded(tmp_path / "run", "train", phases=phases))])
+    phases = [Phase("sft", ("answer",), 999_999_999), Phase("grpo", ("answer",), 999_999_999)]
+    started = time.process_time()
+    assert first_reinforcement_step(phases) == 999_999_999
+    assert next(plan(phases, 1_999_999_000)).step_in_phase == 999_999_001
+    assert time.process_time() - started < 1
+    with pytest.raises(ValueError, match="each at most"):
+        parse_args(["--synthetic_videos", "999999999,1,1"]).data.num_synthetic_videos()

@@ -16,6 +16,7 @@ from tempsamp_fast.export import export
 from tempsamp_fast.export import main as export_main
 from tempsamp_fast.run.checkpoint import latest_checkpoint
 from tempsamp_fast.run.log import read_metrics
+from tempsamp_fast.run.schedule import plan
 from tempsamp_fast.train import main
 
 WRITTEN = (
@@ -129,3 +130,43 @@ def test_an_honest_export_is_as_before(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "out", torch.float32)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "video.json"} <= names
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("files", {"../../../secret": [1, "x"]}), ("files", {"/etc/passwd": [1, "x"]}),
+        ("files", [1]), ("files", {"a": 1}),
+        ("step", "x"), ("step", 7), ("step", None), ("step", 10**400),
+        ("config", {"train": 7}), ("config", [1]), ("config", {"train": {"phases": 3}}), ("world_size", [2]),
+        ("zero_stage", {}), ("samples", 7),
+    ],
+)  # fmt: skip
+def test_a_state_of_anything_is_one_line(run: Path, refused, field: str, value: Any) -> None:
+    """It names files in its folder alone, and says how the run was made in no other way than runs do."""
+    for folder in (run / "checkpoints").iterdir():
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(state | {field: value}))
+    assert len(refused(["--resume", str(run), *MORE])) < 2000
+
+
+@pytest.mark.parametrize("name", ["step_abc", "step_", "step_000009.old", "step_-00001", "step_9999999999999999"])
+def test_a_folder_beside_the_checkpoints_is_none(run: Path, name: str) -> None:
+    last = latest_checkpoint(run)
+    shutil.copytree(last[0], run / "checkpoints" / name)
+    assert latest_checkpoint(run) == last
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["3", "[]", "{}", "{", '{"step": 0, "sample_id": [], "mode": "answer", "ids": []}',
+     '{"step": 0, "sample_id": "a", "mode": "answer", "ids": [[1, 99999999]]}',
+     '{"step": 0, "sample_id": "a", "mode": "answer", "ids": [[-1]]}',
+     '{"step": 0, "sample_id": "a", "mode": "answer", "ids": 7}'],
+)  # fmt: skip
+def test_recorded_answers_of_anything_are_named(trainer, tmp_path: Path, row: str) -> None:
+    (tmp_path / "kept.jsonl").write_text(row + "\n")
+    run = trainer.run(tmp_path / "run", "--phases", "grpo:1", "--replay_rollouts", str(tmp_path / "kept.jsonl"))
+    at = next(plan(run.phases))
+    with pytest.raises(ValueError, match=r"kept\.jsonl"):
+        run.answer(at, run.prompts(at))
