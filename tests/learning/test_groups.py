@@ -29,6 +29,9 @@ class Letters:
     def completion(self, ids: torch.Tensor, *_: object, opening: str = "") -> Completion:
         return Completion(ids, "".join(map(chr, ids.tolist())))
 
+    def are_answers(self, _: object) -> bool:
+        return True
+
     def off_policy_completion(self, text: str, opening: str = "") -> Completion:
         return Completion(torch.tensor([*map(ord, text), 0]), text, is_off_policy=True)
 
