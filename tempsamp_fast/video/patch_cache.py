@@ -74,11 +74,11 @@ class PatchCache:
     def _entry(self, video: Path, sampling: Sampling) -> Path | None:
         """Where the patches are or would be; None for a file that is not there."""
         try:
-            states = [path.stat() for path in (video, *_parts(video))]
+            found = [path.stat() for path in (video, *_parts(video))]
         except OSError:
             return None
-        state = [(each.st_size, each.st_mtime_ns) for each in states]
-        key = repr((FORMAT, str(video.absolute()), *state[0], *state[1:], sampling, self.geometry))
+        states = [(each.st_size, each.st_mtime_ns) for each in found]
+        key = repr((FORMAT, str(video.absolute()), states, sampling, self.geometry))
         return self.folder / f"{hashlib.sha256((key + self.tower).encode()).hexdigest()[:32]}.pt"
 
 
