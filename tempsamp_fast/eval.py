@@ -25,7 +25,7 @@ from tempsamp_fast.evaluation.protocols import OWN, PROTOCOLS, Protocol, protoco
 from tempsamp_fast.evaluation.published import DEFAULT_TABLES, MIXED, comparison
 from tempsamp_fast.evaluation.scoring import grounding_scores, oracle_ious, score_rows
 from tempsamp_fast.run.log import write_json
-from tempsamp_fast.sample import Mode, Sample, Task
+from tempsamp_fast.sample import Mode, Sample, Task, by_video
 from tempsamp_fast.system.device import join_ranks, prepare_environment
 from tempsamp_fast.system.files import log_printably, one_line, own_folder, read_json
 from tempsamp_fast.video import Geometry
@@ -146,11 +146,8 @@ def _check(options: argparse.Namespace, modes: Sequence[str], task: Task, sample
 
 
 def _share(samples: Sequence[Sample], rank: int, world_size: int) -> list[Sample]:
-    """Whole videos, whose queries follow each other: each is decoded once, by one rank."""
-    by_video: dict[Path, list[Sample]] = {}
-    for sample in samples:
-        by_video.setdefault(sample.video, []).append(sample)
-    return [sample for queries in list(by_video.values())[rank::world_size] for sample in queries]
+    """Whole videos, whose queries follow each other: each is decoded and prefilled once, by one rank."""
+    return [sample for queries in by_video(samples)[rank::world_size] for sample in queries]
 
 
 def _all_rows(

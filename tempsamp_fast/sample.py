@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -42,3 +42,11 @@ class Sample:
     @property
     def video_id(self) -> str:
         return self.video.stem
+
+
+def by_video(samples: Iterable[Sample]) -> list[list[Sample]]:
+    """The queries of each video, in order, videos by their first query."""
+    found: dict[Path, list[Sample]] = {}
+    for sample in samples:
+        found.setdefault(sample.video, []).append(sample)
+    return list(found.values())

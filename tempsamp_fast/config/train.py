@@ -28,6 +28,11 @@ class TrainConfig:
     seed: int = setting(0, "of data order, crops, sampling and fresh weights")
     prompts_per_device: int = setting(1, "prompts per device and micro-step")
     sft_prompts_per_device: int | None = setting(None, "the same in sft phases; None: equal")
+    queries_per_video: int = setting(
+        1,
+        "most queries of one video that are asked in the same micro-step, which then share it in rollout and update; "
+        "prompts_per_device must be a multiple; 1: the paper's order",
+    )
     gradient_accumulation_steps: int = setting(2, "micro-steps per optimizer step")
     max_tokens_per_row: int = setting(32768, "token budget of one packed row")
     packing: Literal["shared_prefix", "none"] = setting(
@@ -67,10 +72,13 @@ class TrainConfig:
         require_types(self)
         for name in (
             "prompts_per_device", "sft_prompts_per_device", "gradient_accumulation_steps", "max_tokens_per_row",
-            "eval_batch_size", "keep_checkpoints",
+            "eval_batch_size", "keep_checkpoints", "queries_per_video",
         ):  # fmt: skip
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
+        for name in ("prompts_per_device", "sft_prompts_per_device"):
+            whole = (getattr(self, name) or 0) % self.queries_per_video == 0
+            require(whole, name, getattr(self, name), f"a multiple of queries_per_video={self.queries_per_video}")
         rate = self.learning_rate
         require(rate > 0 and math.isfinite(rate), "learning_rate", rate, "positive")
         require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "in [0, 1]")

@@ -1,4 +1,4 @@
-"""Prompts in training order: which sample comes at which step, its video decoded once and kept while memory lasts.
+"""Prompts in training order, the video of each decoded once and kept while memory lasts.
 
 Of a frozen tower, its features may be kept instead: their video is neither decoded nor encoded again.
 """
@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from tempsamp_fast.batch import Prompt, VideoPatches
 from tempsamp_fast.config import DataConfig
 from tempsamp_fast.data.chat import Chat
+from tempsamp_fast.data.crop import crop
 from tempsamp_fast.data.frame_folder import load_frame_folder
-from tempsamp_fast.data.prompts import SHORTEST_S
+from tempsamp_fast.data.order import TrainingOrder
 from tempsamp_fast.sample import Mode, Sample
 from tempsamp_fast.system.device import training_device
 from tempsamp_fast.video import Geometry, Sampling, VideoError, load_videos
@@ -30,52 +28,8 @@ from tempsamp_fast.video.patch_cache import PatchCache
 LENGTH_TOLERANCE = 0.05
 """Share of its annotated duration that a video may be longer or shorter, but at least a second."""
 logger = logging.getLogger(__name__)
-
-
-def sample_index(position: int, num_samples: int, seed: int) -> int:
-    """The sample at a position of the endless training order: every epoch its own seeded permutation."""
-    epoch, within = divmod(position, num_samples)
-    return _epoch_order(epoch, num_samples, seed)[within]
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(epoch: int, num_samples: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(num_samples, generator=generator).tolist()
-
-
-def crop(sample: Sample, video: VideoPatches, generator: torch.Generator) -> tuple[Sample, VideoPatches]:
-    """A random stretch of the video that still holds every true span, as if the file had been cut there.
-
-    It starts and ends between two temporal patches; spans, duration and timestamps count from its start.
-    """
-    grid_t, height, width = video.grid_thw
-    second = video.second_per_grid
-    latest_start = int(min(sample.duration_s - SHORTEST_S, *(start for start, _ in sample.windows)) / second)
-    earliest_end = math.ceil(max(end for _, end in sample.windows) / second)
-    first = int(torch.randint(min(latest_start, grid_t - 1) + 1, (), generator=generator))
-    last = int(torch.randint(min(earliest_end, grid_t), grid_t + 1, (), generator=generator))
-    last = max(last, first + 1)
-    shift_s = first * second
-    features = video.features
-
-    def cut(rows: Tensor) -> Tensor:
-        return rows[first * (len(rows) // grid_t) : last * (len(rows) // grid_t)]
-
-    stretch = dataclasses.replace(
-        video,
-        pixel_values=cut(video.pixel_values),
-        grid_thw=(last - first, height, width),
-        timestamps_s=video.timestamps_s[first:last] - shift_s,
-        features=features and features.map(cut),  # no temporal patch sees another in the tower
-        is_whole=False,
-    )
-    moved = dataclasses.replace(
-        sample,
-        duration_s=min((last - first) * second, sample.duration_s - shift_s),
-        windows=tuple((start - shift_s, end - shift_s) for start, end in sample.windows),
-    )
-    return moved, stretch
+View = tuple[Sample, VideoPatches]
+"""A query, and what of its video it is asked about: spans count from the beginning of that."""
 
 
 class PromptLoader:
@@ -141,51 +95,66 @@ class PromptLoader:
             self._evict()
         return prompts
 
-    def training_prompts(
-        self, samples: Sequence[Sample], positions: Sequence[int], modes: Sequence[Mode], seed: int
-    ) -> list[Prompt]:
+    def training_prompts(self, order: TrainingOrder, positions: Sequence[int], modes: Sequence[Mode]) -> list[Prompt]:
         """The prompts at these positions of the training order: bad samples replaced by those that follow, a share
-        `random_crop` of the videos cropped.
+        `random_crop` of the videos cropped; queries that the order keeps together share one stretch.
         """
-        chosen = [sample_index(position, len(samples), seed) for position in positions]
+        chosen = [order[position] for position in positions]
         with self._lock:
-            self._decode([samples[index].video for index in chosen])
+            self._decode([order.samples[index].video for index in chosen])
+            together: dict[tuple[int, Path], list[int]] = {}
+            for place, (index, position) in enumerate(zip(chosen, positions, strict=True)):
+                together.setdefault((position // order.queries_per_video, order.samples[index].video), []).append(place)
+            views: dict[int, View] = {}
+            for (_, path), places in together.items():
+                if path not in self.skipped:
+                    of_video = [order.samples[chosen[place]] for place in places]
+                    seen = self._seen(of_video, order.seed, positions[places[0]])
+                    views |= dict(zip(places, seen, strict=True))
             prompts = []
-            for index, position, mode in zip(chosen, positions, modes, strict=True):
-                prompt = self._first_good(samples, index, position, mode, seed)
+            for place, (index, position, mode) in enumerate(zip(chosen, positions, modes, strict=True)):
+                prompt = self._first_good(order, index, position, mode, views.get(place))
                 if prompt.is_replacement:
-                    self._count_bad(position // len(samples), samples[index])
+                    self._count_bad(position // len(order.samples), order.samples[index])
                 prompts.append(prompt)
             self._evict()
         return prompts
 
     def _first_good(
         self,
-        samples: Sequence[Sample],
+        order: TrainingOrder,
         index: int,
         position: int,
         mode: Mode,
-        seed: int,
+        view: View | None,
     ) -> Prompt:
-        """Of the samples from `index` on."""
-        for offset in range(len(samples)):
+        """Of the samples from `index` on, whose own `view` is at hand unless its video is bad."""
+        if view and (prompt := self._prompt(view[0], mode, view[1])):
+            return prompt
+        samples = order.samples
+        for offset in range(1, len(samples)):
             sample = samples[(index + offset) % len(samples)]
             self._decode([sample.video])
             if sample.video in self.skipped:
                 continue
-            self._compare_lengths(sample)
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
-            if torch.rand((), generator=generator) < self.config.random_crop:
-                sample, stretch = crop(sample, self._videos[sample.video], generator)
-                video = stretch
-            else:
-                video = self._videos[sample.video]
+            ((sample, video),) = self._seen([sample], order.seed, position)
             if prompt := self._prompt(sample, mode, video):
-                return dataclasses.replace(prompt, is_replacement=offset > 0)
+                return dataclasses.replace(prompt, is_replacement=True)
         raise ValueError(
             f"none of the {len(samples)} samples has a readable video and a prompt that fits a row; "
             f"{next(iter(self.skipped.values()))}"
         )
+
+    def _seen(self, samples: Sequence[Sample], seed: int, position: int) -> list[View]:
+        """What queries about one video are asked about: the whole of it, or one stretch for all of them."""
+        for sample in samples:
+            self._compare_lengths(sample)
+        video = self._videos[samples[0].video]
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+        if torch.rand((), generator=generator) >= self.config.random_crop:
+            return [(sample, video) for sample in samples]
+        moved, stretch = crop(samples, video, generator)
+        return [(sample, stretch) for sample in moved]
 
     def _compare_lengths(self, sample: Sample) -> None:
         """Warn once of a video that does not last as long as it is annotated to."""

@@ -14,7 +14,7 @@ from tempsamp_fast.data.loader import PromptLoader
 from tempsamp_fast.evaluation.protocols import Protocol
 from tempsamp_fast.learning.groups import Sampler
 from tempsamp_fast.rewards import answered_span, best_iou, is_outside
-from tempsamp_fast.sample import AnswerForm, Mode, Sample
+from tempsamp_fast.sample import AnswerForm, Mode, Sample, by_video
 from tempsamp_fast.system.files import own_folder, write_file
 from tempsamp_fast.system.progress import Progress
 from tempsamp_fast.system.ranks import is_first_rank, num_ranks, of_all_ranks, own_rank
@@ -34,25 +34,29 @@ def evaluate(
 ) -> list[dict[str, Any]] | None:
     """One row per sample, in order, shared out over the ranks: what was asked, the answer's text, its span and IoU.
 
+    Queries of one video are asked together, so that it is decoded, encoded and prefilled once.
+
     is_stopping: asked before every batch, by every rank alike; once it says so the evaluation is dropped: None.
 
     A sample that had to be skipped leaves an empty text, which scores 0 like any answer that does not parse, and a row
     that says so.
     """
     texts: dict[str, str] = {}
-    own = samples[own_rank() :: num_ranks()]
+    ordered = [sample for queries in by_video(samples) for sample in queries]
+    size = max(1, min(batch_size, math.ceil(len(samples) / num_ranks())))
+    batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     with Progress(len(samples), every_s=PROGRESS_S) if is_first_rank() else nullcontext() as progress:
         # Every rank samples equally often, as partitioned parameters need it, if only an answer that others have too.
-        for start in range(0, math.ceil(len(samples) / num_ranks()), batch_size):
+        for index in range(0, len(batches), num_ranks()):
             if is_stopping():
                 return None
-            batch = own[start : start + batch_size]
+            batch = next(iter(batches[index + own_rank() : index + own_rank() + 1]), [])
             prompts = loader.prompts(batch, [mode] * len(batch)) or _first_prompt(samples, mode, loader)
             answers = sampler(prompts, [1] * len(prompts)) if prompts else []
             for prompt, (completion,) in zip(prompts, answers, strict=True):
                 texts[prompt.sample.sample_id] = completion.text
             if progress:
-                progress.update(f"evaluation/{mode}", {}, by=batch_size * num_ranks())
+                progress.update(f"evaluation/{mode}", {}, by=size * num_ranks())
     texts = {sample_id: text for part in of_all_ranks(texts) for sample_id, text in part.items()}
     skipped: dict[str, Any] = {"skipped": True}
     return [

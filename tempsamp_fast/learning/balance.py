@@ -1,4 +1,4 @@
-"""Whole groups exchanged between ranks, so that no rank waits long for another in the update."""
+"""Whole groups, and those about one video together, exchanged between ranks: none waits long in the update."""
 
 from __future__ import annotations
 
@@ -9,39 +9,44 @@ from typing import Any
 import torch.distributed as dist
 
 from tempsamp_fast.batch import RolloutGroup
+from tempsamp_fast.model.segments import by_tree, num_tree_tokens
 from tempsamp_fast.system.ranks import num_ranks, of_all_ranks, own_rank
 
 MIN_GAIN = 0.05
 """The share by which the largest load must fall for groups to travel: a video is tens of megabytes."""
 
 
-def balance(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+def balance(groups: Sequence[RolloutGroup], config: Any) -> list[RolloutGroup]:
     """This rank's share of all ranks' groups: its own ones if their tokens are even, else some travel, videos and all.
 
-    A rank may be left without a group. Every rank has to call this together.
+    Neighbours about one video stay together. A rank may be left without a group. Every rank has to call this together.
+
+    config: the model's transformers configuration.
     """
     if num_ranks() == 1:
         return list(groups)
-    num_tokens = of_all_ranks([group.num_tokens for group in groups])
-    rank, mine = own_rank(), []
+    trees = by_tree(groups)
+    num_tokens = of_all_ranks([num_tree_tokens(tree, config) for tree in trees])
+    rank = own_rank()
+    mine: list[RolloutGroup] = []
     # All ranks go through all transfers in one order, so that no two wait for each other.
     for sender, receivers in enumerate(new_owners(num_tokens)):
         for index, receiver in enumerate(receivers):
             if rank == sender == receiver:
-                mine.append(groups[index])
+                mine += trees[index]
             elif rank == sender:
-                dist.send_object_list([_on_cpu(groups[index])], receiver)
+                dist.send_object_list([_on_cpu(trees[index])], receiver)
             elif rank == receiver:
                 received: list[Any] = [None]
                 dist.recv_object_list(received, sender)
-                mine += received
+                mine += received[0]
     return mine
 
 
 def new_owners(num_tokens: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The rank that each group goes to, by the rank that has it.
+    """The rank that each tree goes to, by the rank that has it.
 
-    num_tokens: of each group, by rank.
+    num_tokens: of each tree, by rank.
     """
     home = [rank for rank, counts in enumerate(num_tokens) for _ in counts]
     tokens = [count for counts in num_tokens for count in counts]
@@ -73,8 +78,9 @@ def assign_groups(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
     return [sorted(groups) for groups in ranks]
 
 
-def _on_cpu(group: RolloutGroup) -> RolloutGroup:
-    video = group.prompt.video
+def _on_cpu(tree: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    """All still about one and the same video."""
+    video = tree[0].prompt.video
     features = video.features and video.features.to("cpu")
-    on_cpu = replace(video, pixel_values=video.pixel_values.cpu(), features=features)
-    return replace(group, prompt=replace(group.prompt, video=on_cpu))
+    video = replace(video, pixel_values=video.pixel_values.cpu(), features=features)
+    return [replace(group, prompt=replace(group.prompt, video=video)) for group in tree]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tempsamp_fast.batch import RolloutGroup
-from tempsamp_fast.config import AlgorithmConfig, Config, Method
+from tempsamp_fast.config import AlgorithmConfig, Config, Method, TrainConfig
 from tempsamp_fast.learning.balance import balance
 from tempsamp_fast.learning.engine import Forward, RowsTooLargeError, check_fitted, forward_of, in_step, optimizer_step
 from tempsamp_fast.learning.loss import RowTargets, idle_loss, log_probs, policy_loss
@@ -103,7 +103,7 @@ def _update(
     num_answers = _mean_over_ranks(sum(len(group.completions) for group in groups), engine.device)
     num_tokens = _mean_over_ranks(sum(group.num_answer_tokens for group in groups), engine.device)
     having_gradient = [group for group in groups if _has_gradient(group, is_sft, algorithm)]
-    learning = balance(having_gradient)
+    learning = balance(having_gradient, engine.module.config)
     own_rows = [
         row
         for start in range(0, len(learning), prompts_per_row)
@@ -165,6 +165,7 @@ def _update(
             "batch/num_tokens": float(sum(row.num_tokens for row in own_rows)),
             "batch/skipped_share": 1 - len(having_gradient) / len(groups),
         }
+        | _tree_saving(own_rows, learning, config.train)
         | gap
         | _utilisation(own_rows, num_updates, engine, watch)
     )
@@ -210,6 +211,13 @@ def _logp_gap(logps: Sequence[Tensor], groups: Sequence[RolloutGroup], limit: fl
             "higher limit where dtypes or dropout explain it"
         )
     return {"rollout/logp_gap": gap} if gaps else {}
+
+
+def _tree_saving(rows: Sequence[PackedRow], groups: Sequence[RolloutGroup], train: TrainConfig) -> dict[str, float]:
+    """`batch/tree_saving`: how many times fewer tokens the rows have than with the video again for every question."""
+    if train.queries_per_video == 1 or train.packing != "shared_prefix" or not rows:
+        return {}
+    return {"batch/tree_saving": sum(group.num_tokens for group in groups) / sum(row.num_tokens for row in rows)}
 
 
 def _utilisation(rows: Sequence[PackedRow], num_updates: int, engine: Any, watch: Stopwatch) -> dict[str, float]:

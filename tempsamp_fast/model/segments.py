@@ -89,6 +89,11 @@ def num_shared(prompts: Sequence[Prompt], config: Any) -> int:
     return shared
 
 
+def by_tree(groups: Iterable[RolloutGroup]) -> list[list[RolloutGroup]]:
+    """Neighbours about one video (the same object) together."""
+    return [list(neighbours) for _, neighbours in groupby(groups, lambda group: id(group.prompt.video))]
+
+
 def num_tree_tokens(groups: Sequence[RolloutGroup], config: Any) -> int:
     """Tokens of neighbouring groups about one video as one tree."""
     shared = num_shared([group.prompt for group in groups], config)

@@ -34,7 +34,7 @@ MAY_CHANGE = {
 }  # fmt: skip
 """Settings of data and model that a run survives a change of: paths (samples are compared themselves) and ways to get
 the same thing. All others of these two sections are fixed."""
-FIXED = {"train": ("seed", "prompts_per_device", "sft_prompts_per_device")}
+FIXED = {"train": ("seed", "prompts_per_device", "sft_prompts_per_device", "queries_per_video")}
 """Settings of the other sections that are fixed, for they say which prompts come next.
 `gradient_accumulation_steps` may change with the number of ranks, so that a step's prompts stay as many."""
 

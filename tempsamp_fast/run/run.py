@@ -15,6 +15,7 @@ from tempsamp_fast.config import Config, parse_phases, prompts_per_row, prompts_
 from tempsamp_fast.data.catalogue import load_training_data
 from tempsamp_fast.data.chat import Chat
 from tempsamp_fast.data.loader import PromptLoader
+from tempsamp_fast.data.order import TrainingOrder
 from tempsamp_fast.data.prefetch import Prefetch
 from tempsamp_fast.embedded.data import embedded_checkpoint, with_embedded_data
 from tempsamp_fast.learning.engine import Forward, build_engine, learning_rate, partitioned_loading
@@ -57,6 +58,7 @@ class Run:
         self.folder, self.resumed_from, self.first_step = start.path, start.resumed_from, start.first_step
         made = with_embedded_data(data)
         self.train_samples, self.eval_samples = load_training_data(made)
+        self.order = TrainingOrder(self.train_samples, train.seed, train.queries_per_video)
         look_for_all_videos(made, self.train_samples, self.eval_samples)
         self.phases = in_steps(parse_phases(train.phases), train, len(self.train_samples), self.world_size)
         if start.state:
@@ -157,7 +159,7 @@ class Run:
         first = self._prompts_before(at) + per_rank * self.rank
         positions = range(first, first + per_rank)
         modes = [at.phase.modes[position % len(at.phase.modes)] for position in positions]
-        return self.loader.training_prompts(self.train_samples, positions, modes, self.config.train.seed)
+        return self.loader.training_prompts(self.order, positions, modes)
 
     def _prompts_before(self, at: PhaseStep) -> int:
         earlier = [(phase, phase.num_steps) for phase in self.phases[: at.phase_index]]

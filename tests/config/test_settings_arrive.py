@@ -177,6 +177,10 @@ PLAN: dict[type, dict[str, tuple[str, str]]] = {
         "seed": ("the order of prompts; of answers, adapters and models too", f"{TRAIN}test_another_seed_asks_in"),
         "prompts_per_device": ("prompts of a row", ROWS),
         "sft_prompts_per_device": ("the same in supervised phases alone", ROWS),
+        "queries_per_video": (
+            "questions about a video in one row",
+            "learning/test_tree_training.py::test_trees_train_as_rows_of_single_questions_do",
+        ),
         "gradient_accumulation_steps": ("rows of a step", ROWS),
         "max_tokens_per_row": ("tokens of a row", f"{TRAIN}test_rows_and_prefill_passes_keep_the_budget_asked_for"),
         "packing": ("a row's groups of one answer each", ROWS),

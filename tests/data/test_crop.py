@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tempsamp_fast.batch import VideoPatches
-from tempsamp_fast.data.loader import crop
+from tempsamp_fast.data.crop import crop
+from tempsamp_fast.data.order import TrainingOrder
 from tempsamp_fast.sample import Sample
 
 SECOND = 2.0
@@ -16,12 +17,15 @@ GRID = (10, 2, 3)
 VIDEO = VideoPatches(torch.arange(60.0)[:, None], GRID, SECOND, torch.arange(10, dtype=torch.float64) * SECOND + 0.5)
 
 
+@pytest.mark.parametrize("duration_s", [19.6, 21.4], ids=["", "with an end between two frames"])
 @pytest.mark.parametrize("windows", [((7.0, 9.5),), ((0.0, 20.0),), ((3.0, 4.0), (15.5, 16.0)), ((18.0, 25.0),)])
-def test_a_crop_holds_every_true_span_and_counts_from_its_start(windows: tuple[tuple[float, float], ...]) -> None:
-    sample = Sample("clip/0", Path("clip.mp4"), "a square", 19.6, windows)
+def test_a_crop_holds_every_true_span_and_counts_from_its_start(
+    windows: tuple[tuple[float, float], ...], duration_s: float
+) -> None:
+    sample = Sample("clip/0", Path("clip.mp4"), "a square", duration_s, windows)
     firsts = set()
     for seed in range(20):
-        moved, stretch = crop(sample, VIDEO, torch.Generator().manual_seed(seed))
+        (moved,), stretch = crop([sample], VIDEO, torch.Generator().manual_seed(seed))
         first = int(stretch.pixel_values[0, 0]) // 6
         firsts.add(first)
         shift_s = first * SECOND
@@ -40,7 +44,9 @@ def test_the_same_position_of_the_training_order_is_cropped_alike(stepper) -> No
     """Whatever the rank and however often it is made; another seed crops otherwise."""
     words = ("--phases", "sft:1", "--gradient_accumulation_steps", "4", "--random_crop", "1")
     run = stepper(*words).run
-    prompts = lambda seed: run.loader.training_prompts(run.train_samples, [5, 6, 7], ["answer"] * 3, seed)
+    prompts = lambda seed: run.loader.training_prompts(
+        TrainingOrder(run.train_samples, seed), [5, 6, 7], ["answer"] * 3
+    )
     spans = lambda made: [(prompt.sample.sample_id, prompt.sample.windows, prompt.video.grid_thw) for prompt in made]
     assert spans(prompts(0)) == spans(prompts(0))
     assert spans(prompts(0)) != spans(prompts(1))

@@ -13,7 +13,8 @@ import torch
 
 from tempsamp_fast.batch import VideoPatches, VisionFeatures
 from tempsamp_fast.config import DataConfig
-from tempsamp_fast.data.loader import crop, sample_index
+from tempsamp_fast.data.crop import crop
+from tempsamp_fast.data.order import TrainingOrder
 from tempsamp_fast.run.checkpoint import read_video_settings, save_model
 from tempsamp_fast.sample import Sample
 from tempsamp_fast.video import Geometry, Sampling, patch_cache
@@ -28,7 +29,7 @@ def test_features_of_a_crop_are_not_taken_for_those_of_the_whole_video(stepper: 
     for memory_gib in ("1", "0"):
         run = stepper(*SHORT, *caching, "--random_crop", "1", "--video_cache_gib", memory_gib).run
         sample = run.train_samples[0]
-        cropped = run.loader.training_prompts([sample], range(4), ["answer"] * 4, seed=0)
+        cropped = run.loader.training_prompts(TrainingOrder([sample], seed=0), range(4), ["answer"] * 4)
         run.with_features(cropped)
         (whole,) = run.loader.prompts([sample], ["answer"])
         assert whole.video.is_whole and whole.video.features is None
@@ -39,7 +40,7 @@ def test_features_of_a_crop_are_not_taken_for_those_of_the_whole_video(stepper: 
 def test_features_kept_of_a_whole_video_are_cut_for_a_crop(stepper: Callable) -> None:
     run = stepper(*SHORT, "--freeze_vision", "--cache_features", "--random_crop", "1").run
     (whole,) = run.with_features(run.loader.prompts(run.train_samples[:1], ["answer"]))
-    prompts = run.loader.training_prompts(run.train_samples[:1], range(8), ["answer"] * 8, seed=0)
+    prompts = run.loader.training_prompts(TrainingOrder(run.train_samples[:1], seed=0), range(8), ["answer"] * 8)
     num_rows = {len(each.video.features.embeds) for each in prompts}
     assert len(num_rows) > 1 and max(num_rows) <= len(whole.video.features.embeds)
     for each in prompts:
@@ -52,7 +53,7 @@ def test_another_position_crops_the_same_video_otherwise(stepper: Callable) -> N
     sample = [replace(run.train_samples[0], windows=((4.0, 4.5),))]
     crops = lambda positions: [
         (prompt.sample.windows, prompt.video.grid_thw)
-        for prompt in run.loader.training_prompts(sample, positions, ["answer"] * len(positions), seed=0)
+        for prompt in run.loader.training_prompts(TrainingOrder(sample, seed=0), positions, ["answer"] * len(positions))
     ]
     together = crops(range(8))
     assert len(set(together)) > 2
@@ -66,7 +67,7 @@ def test_a_crop_may_begin_with_its_span_and_end_with_it() -> None:
     sample = Sample("clip/0", Path("clip.mp4"), "a square", 20.0, ((6.0, 10.0),))
     ends = set()
     for seed in range(120):
-        pixels = crop(sample, video, torch.Generator().manual_seed(seed))[1].pixel_values
+        pixels = crop([sample], video, torch.Generator().manual_seed(seed))[1].pixel_values
         ends.add((int(pixels[0]), int(pixels[-1]) + 1))
     assert {first for first, _ in ends} == {0, 1, 2, 3} and {last for _, last in ends} == {5, 6, 7, 8, 9, 10}
 
@@ -134,7 +135,8 @@ def test_a_saved_model_tells_every_setting_that_its_frames_and_prompts_depend_on
 
 
 def test_every_epoch_has_an_order_of_its_own() -> None:
-    first, second = ([sample_index(epoch * 20 + place, 20, seed=3) for place in range(20)] for epoch in (0, 1))
+    order = TrainingOrder([None] * 20, seed=3)
+    first, second = ([order[epoch * 20 + place] for place in range(20)] for epoch in (0, 1))
     assert sorted(first) == sorted(second) == list(range(20))
     assert first != second
 

@@ -15,6 +15,7 @@ from PIL import Image
 from tempsamp_fast.batch import Prompt
 from tempsamp_fast.data import loader
 from tempsamp_fast.data.loader import PromptLoader
+from tempsamp_fast.data.order import TrainingOrder
 from tempsamp_fast.infer import main as infer_main
 from tempsamp_fast.run.checkpoint import latest_checkpoint
 from tempsamp_fast.run.run import Run
@@ -23,7 +24,9 @@ SHORT = ("--phases", "sft:1")
 
 
 def training_prompts(run: Run, source: PromptLoader, num_prompts: int) -> list[Prompt]:
-    return source.training_prompts(run.train_samples, range(num_prompts), ["answer"] * num_prompts, seed=0)
+    return source.training_prompts(
+        TrainingOrder(run.train_samples, seed=0), range(num_prompts), ["answer"] * num_prompts
+    )
 
 
 def test_all_queries_about_a_video_share_one_decode(stepper: Callable, decoded: list[Path]) -> None:

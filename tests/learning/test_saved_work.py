@@ -191,13 +191,33 @@ def test_a_group_arrives_with_its_features_and_advantages(tiny, monkeypatch: pyt
     arrived = {}
     for rank, own in enumerate([groups, []]):
         monkeypatch.setattr(balance_module, "own_rank", lambda rank=rank: rank)
-        arrived[rank] = balance(own)
+        arrived[rank] = balance(own, tiny.model().config)
     assert [len(arrived[rank]) for rank in range(2)] == [2, 1] and not sent
     assert {group.prompt.sample.sample_id for group in [*arrived[0], *arrived[1]]} == {f"sample-{i}" for i in range(3)}
     for group in [*arrived[0], *arrived[1]]:
         seed, features = float(group.prompt.sample.sample_id.removeprefix("sample-")), group.prompt.video.features
         assert bool((features.embeds == seed).all()) and bool((features.deepstack[0] == -seed).all())
         assert group.advantages.tolist() == [1.0, seed]
+
+
+def test_groups_about_one_video_travel_together_and_stay_about_one(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weighed by what they are as a tree."""
+    groups, sent = tiny.tree_groups(), []
+    config = tiny.model().config
+    weights: list[list[int]] = []
+    monkeypatch.setattr(balance_module, "num_ranks", lambda: 2)
+    monkeypatch.setattr(balance_module, "of_all_ranks", lambda own: weights.append(own) or [own, []])
+    monkeypatch.setattr(balance_module, "own_rank", lambda: 0)
+    monkeypatch.setattr(balance_module.dist, "send_object_list", lambda objects, to: sent.append(objects[0]))
+    stay = balance(groups, config)
+    units = [stay, *(pickle.loads(pickle.dumps(tree)) for tree in sent)]
+    assert sorted(len(unit) for unit in units) == [1, 2, 3]
+    found = []
+    for unit in units:
+        (row,) = pack(unit, config=config, max_tokens_per_row=10_000)
+        assert len(row.layout) == 1
+        found.append(row.num_tokens)
+    assert sorted(found) == sorted(weights[0])
 
 
 def test_every_phase_of_a_step_is_timed(finished_run) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tempsamp_fast.batch import Prompt
-from tempsamp_fast.data.loader import PromptLoader, crop
+from tempsamp_fast.data.crop import crop
+from tempsamp_fast.data.loader import PromptLoader
 from tempsamp_fast.learning.vision_features import tower_fingerprint, with_vision_features
 from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
@@ -125,7 +126,7 @@ def test_a_stretch_of_the_features_is_the_features_of_the_stretch(tiny) -> None:
 
     stretches = set()
     for seed in range(4):
-        stretch = lambda video, seed=seed: crop(sample, video, torch.Generator().manual_seed(seed))[1]
+        stretch = lambda video, seed=seed: crop([sample], video, torch.Generator().manual_seed(seed))[1]
         ours = stretch(encoded(whole).video)
         theirs = encoded(replace(whole, video=stretch(whole.video))).video
         assert ours.grid_thw == theirs.grid_thw and not ours.is_whole

@@ -15,6 +15,7 @@ from tempsamp_fast.batch import Completion, VideoPatches
 from tempsamp_fast.config import DataConfig
 from tempsamp_fast.data import loader
 from tempsamp_fast.data.catalogue import load_training_data
+from tempsamp_fast.data.order import TrainingOrder
 from tempsamp_fast.run.checkpoint import VIDEO_FIELDS
 from tempsamp_fast.run.results import Results
 from tempsamp_fast.run.run import Run
@@ -212,7 +213,7 @@ def test_the_share_asked_for_is_cropped(stepper: Callable) -> None:
     """Within three standard errors, the same positions whatever else is asked for."""
     for share in (0.25, 0.75):
         run = stepper(*SHORT, "--random_crop", str(share)).run
-        prompts = run.loader.training_prompts(run.train_samples, range(40), ["answer"] * 40, seed=0)
+        prompts = run.loader.training_prompts(TrainingOrder(run.train_samples, seed=0), range(40), ["answer"] * 40)
         cropped = sum(not prompt.video.is_whole for prompt in prompts) / 40
         assert abs(cropped - share) < 3 * (0.25 * 0.75 / 40) ** 0.5
 
@@ -247,9 +248,9 @@ def test_as_many_bad_videos_an_epoch_are_replaced_as_allowed(stepper: Callable) 
         samples = list({sample.video: sample for sample in run.train_samples}.values())[:3]
         run.loader.skipped = dict.fromkeys((sample.video for sample in samples[:2]), "broken")
         if allowed == 2:
-            prompts = run.loader.training_prompts(samples, range(6), ["answer"] * 6, seed=0)
+            prompts = run.loader.training_prompts(TrainingOrder(samples, seed=0), range(6), ["answer"] * 6)
             assert {prompt.sample.sample_id for prompt in prompts} == {samples[2].sample_id}
             assert [sum(each.is_replacement for each in prompts[at : at + 3]) for at in (0, 3)] == [2, 2]
         else:
             with pytest.raises(ValueError, match=r"epoch 0 has 2 bad videos \(max_bad_videos=1\)"):
-                run.loader.training_prompts(samples, range(3), ["answer"] * 3, seed=0)
+                run.loader.training_prompts(TrainingOrder(samples, seed=0), range(3), ["answer"] * 3)

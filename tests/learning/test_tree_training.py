@@ -1,0 +1,61 @@
+"""Training with several questions about a video in a row: the answers and gradients of one row per question."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tempsamp_fast.learning import update
+from tempsamp_fast.run.schedule import plan
+
+WORDS = (
+    *("--phases", "sft:1,tempsamp:2", "--beta", "0.04", "--shaping", "anchor", "--prompts_per_device", "4"),
+    *("--queries_per_video", "2", "--gradient_accumulation_steps", "1", "--max_completion_length", "6"),
+)
+
+
+def test_trees_train_as_rows_of_single_questions_do(stepper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same prompts and answers: only what is computed once differs."""
+    together = stepper(*WORDS)
+    found = together.steps()
+    saving = [step["batch/tree_saving"] for step in found]
+    assert min(saving) > 1 and max(saving) > 1.1
+    packed = update.pack
+    monkeypatch.setattr(
+        update, "pack", lambda groups, **options: [row for group in groups for row in packed([group], **options)]
+    )
+    expected = stepper(*WORDS).steps()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["batch/num_tokens"] < theirs["batch/num_tokens"]
+        for name in ("loss", "optim/grad_norm", "reward/on_policy_mean", "policy/kl"):
+            if name in theirs:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-7), name
+
+
+def test_questions_about_a_video_share_its_stretch(stepper) -> None:
+    run = stepper(*WORDS, "--random_crop", "1").run
+    prompts = run.prompts(next(plan(run.phases)))
+    videos = {id(prompt.video) for prompt in prompts}
+    assert len(videos) < len(prompts)
+    by_path: dict[Path, set[int]] = {}
+    for prompt in prompts:
+        by_path.setdefault(prompt.sample.video, set()).add(id(prompt.video))
+        assert all(0 <= start < end <= prompt.sample.duration_s for start, end in prompt.sample.windows)
+    assert any(len(of_path) == 1 for of_path in by_path.values())
+
+
+def test_a_resumed_run_goes_on_with_the_same_questions(trainer, tmp_path: Path) -> None:
+    words = ("--phases", "sft:1,tempsamp:3", *WORDS[2:], "--save_steps", "2")
+    whole = trainer.main(tmp_path / "whole", *words)
+    trainer.main(tmp_path / "part", "--phases", "sft:1,tempsamp:1", *words[2:])
+    rest = trainer.main(tmp_path / "part", *words, "--resume", str(tmp_path / "part"))
+    compared = ("loss", "optim/grad_norm", "batch/num_tokens", "batch/tree_saving")
+    for ours, theirs in zip(rest, whole, strict=True):
+        assert {name: ours.get(name) for name in compared} == {name: theirs.get(name) for name in compared}
+
+
+@pytest.mark.parametrize("words", [("--prompts_per_device", "3"), ("--sft_prompts_per_device", "5")])
+def test_rows_that_would_cut_a_video_are_refused(stepper, words: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=f"{words[0][2:]}={words[1]}.*multiple of queries_per_video=2"):
+        stepper(*WORDS, *words)
