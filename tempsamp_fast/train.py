@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 from tempsamp_fast.arguments import describe_settings, parse_args  # noqa: E402
 from tempsamp_fast.learning.advantage import advantage_metrics, assign_advantages  # noqa: E402
 from tempsamp_fast.learning.groups import reward_metrics  # noqa: E402
-from tempsamp_fast.learning.update import mean_over_ranks  # noqa: E402
+from tempsamp_fast.learning.metrics import mean_over_ranks  # noqa: E402
 from tempsamp_fast.plan import decided, describe_plan, look_before  # noqa: E402
 from tempsamp_fast.run.results import Results  # noqa: E402
 from tempsamp_fast.run.run import Run  # noqa: E402

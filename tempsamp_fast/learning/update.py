@@ -5,36 +5,25 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import operator
 from collections.abc import Callable, Sequence
-from statistics import fmean
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tempsamp_fast.batch import RolloutGroup
-from tempsamp_fast.config import AlgorithmConfig, Config, Method, TrainConfig
+from tempsamp_fast.config import AlgorithmConfig, Config, Method
 from tempsamp_fast.learning.balance import balance
 from tempsamp_fast.learning.engine import Forward, RowsTooLargeError, check_fitted, forward_of, in_step, optimizer_step
 from tempsamp_fast.learning.loss import RowTargets, idle_loss, log_probs, policy_loss
+from tempsamp_fast.learning.metrics import combine, logp_gap, number_per_rank, tree_saving, utilisation
 from tempsamp_fast.learning.pruning import prune_groups, prune_metrics
-from tempsamp_fast.model.flops import device_peak_flops, forward_flops
 from tempsamp_fast.model.packing import PackedRow, pack
 from tempsamp_fast.model.policy import Head
 from tempsamp_fast.system.ranks import max_over_ranks, num_ranks, of_all_ranks
 from tempsamp_fast.system.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
-
-REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
-    "loss": sum,
-    "num_tokens": sum,
-    "ratio_min": min,
-    "ratio_max": max,
-}
-"""How the figures of rows that are no means become one."""
 
 
 def update(
@@ -100,8 +89,8 @@ def _update(
 ) -> dict[str, float]:
     algorithm, temperature = config.algorithm, config.rollout.temperature
     is_sft = method == "sft"
-    num_answers = _mean_over_ranks(sum(len(group.completions) for group in groups), engine.device)
-    num_tokens = _mean_over_ranks(sum(group.num_answer_tokens for group in groups), engine.device)
+    num_answers = number_per_rank(sum(len(group.completions) for group in groups), engine.device)
+    num_tokens = number_per_rank(sum(group.num_answer_tokens for group in groups), engine.device)
     having_gradient = [group for group in groups if _has_gradient(group, is_sft, algorithm)]
     learning = balance(having_gradient, engine.module.config)
     own_rows = [
@@ -145,7 +134,7 @@ def _update(
             grad_norms.append(grad_norm)
             if index == 0:
                 logps = as_sampled or [metrics.token_logps for metrics in row_metrics]
-                gap = _logp_gap(logps[: len(own_rows)], learning, config.rollout.max_logp_gap)
+                gap = logp_gap(logps[: len(own_rows)], learning, config.rollout.max_logp_gap)
         except RowsTooLargeError as error:
             if index == 0:
                 raise
@@ -165,9 +154,9 @@ def _update(
             "batch/num_tokens": float(sum(row.num_tokens for row in own_rows)),
             "batch/skipped_share": 1 - len(having_gradient) / len(groups),
         }
-        | _tree_saving(own_rows, learning, config.train)
+        | tree_saving(own_rows, learning, config.train)
         | gap
-        | _utilisation(own_rows, num_updates, engine, watch)
+        | utilisation(own_rows, num_updates, engine, watch)
     )
 
 
@@ -185,54 +174,6 @@ def _noting(found: list[Tensor], logps: Callable[[Tensor, Tensor], Tensor], head
         return head(hidden, weight)
 
     return both
-
-
-def _logp_gap(logps: Sequence[Tensor], groups: Sequence[RolloutGroup], limit: float) -> dict[str, float]:
-    """Mean absolute difference between the sampler's log-probs and the policy's, over the sampled tokens of the update.
-
-    Nothing where there are none. Called by every rank, and raises ValueError on every rank where it is above the limit
-    on one.
-
-    logps: [M] of each row, before the first update.
-    """
-    answers = [completion for group in groups for completion in group.completions]
-    by_answer = torch.cat(list(logps)).cpu().split([len(answer.ids) for answer in answers]) if answers else []
-    gaps = [
-        (own - answer.sampled_logps).abs()
-        for own, answer in zip(by_answer, answers, strict=True)
-        if answer.sampled_logps is not None
-    ]
-    gap = float(torch.cat(gaps).mean()) if gaps else 0.0
-    largest = max(of_all_ranks(gap))
-    if limit and largest > limit:
-        raise ValueError(
-            f"rollout/logp_gap={largest:.3g} is above max_logp_gap={limit}: the log-probs that answers were sampled by "
-            "are not the policy's, as when its weights do not reach the sampler; choose rollout_backend='policy', or a "
-            "higher limit where dtypes or dropout explain it"
-        )
-    return {"rollout/logp_gap": gap} if gaps else {}
-
-
-def _tree_saving(rows: Sequence[PackedRow], groups: Sequence[RolloutGroup], train: TrainConfig) -> dict[str, float]:
-    """`batch/tree_saving`: how many times fewer tokens the rows have than with the video again for every question."""
-    if train.queries_per_video == 1 or train.packing != "shared_prefix" or not rows:
-        return {}
-    return {"batch/tree_saving": sum(group.num_tokens for group in groups) / sum(row.num_tokens for row in rows)}
-
-
-def _utilisation(rows: Sequence[PackedRow], num_updates: int, engine: Any, watch: Stopwatch) -> dict[str, float]:
-    """Tokens of all ranks' packed rows per second of the step; model FLOPs utilisation (MFU) of this device.
-
-    MFU: three times the forward FLOPs of the rows over the time of forward and backward passes and the device's dense
-    bf16 peak; nothing where the peak is not known.
-    """
-    num_tokens = _mean_over_ranks(sum(row.num_tokens for row in rows), engine.device) * num_ranks()
-    found = {"perf/tokens_per_s": num_tokens / watch.total()["time/step_s"]}
-    peak = device_peak_flops(engine.device)
-    if peak is not None:
-        flops = 3 * num_updates * sum(forward_flops(row, engine.module.config) for row in rows)
-        found["perf/mfu"] = flops / watch.seconds["time/forward_backward_s"] / peak
-    return found
 
 
 def _targets(
@@ -269,40 +210,3 @@ def _log_probs(
             raise
     check_fitted(rows, len(found) == len(rows), engine.device)
     return found
-
-
-def _mean_over_ranks(number: float, device: torch.device) -> float:
-    if num_ranks() == 1:
-        return float(number)
-    total = torch.tensor(float(number), device=device)
-    dist.all_reduce(total)
-    return float(total) / num_ranks()
-
-
-def combine(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The metrics of a step from `LossMetrics.as_dict` of all of its rows, as `loss` and `policy/<name>`.
-
-    Losses add up (each is already divided by the step's counts) and so do token counts; extremes stay extremes, and
-    all others are means over tokens. A row may lack the names of a side (on or off policy) that it has no answer of.
-    """
-    combined = {}
-    for name in dict.fromkeys(name for part in parts for name in part):
-        having = [part for part in parts if name in part]
-        side, _, figure = name.rpartition("/")
-        values = [part[name] for part in having]
-        if figure in REDUCTIONS:
-            value = REDUCTIONS[figure](values)
-        else:
-            counts = [part[f"{side}/num_tokens" if side else "num_tokens"] for part in having]
-            value = sum(map(operator.mul, values, counts)) / sum(counts)
-        combined[name if name == "loss" else f"policy/{name}"] = value
-    return combined
-
-
-def mean_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
-    """Every metric averaged over the ranks that have it; of lengths the extremes stay extremes."""
-    parts = of_all_ranks(metrics)
-    names = dict.fromkeys(name for part in parts for name in part)
-    having = {name: [part[name] for part in parts if name in part] for name in names}
-    extremes = {"completion/min_length": min, "completion/max_length": max}
-    return {name: extremes.get(name, fmean)(values) for name, values in having.items()}

@@ -16,7 +16,7 @@ from tempsamp_fast.learning import advantage
 from tempsamp_fast.learning.advantage import assign_advantages
 from tempsamp_fast.learning.engine import learning_rate
 from tempsamp_fast.learning.groups import reward_metrics
-from tempsamp_fast.learning.update import combine
+from tempsamp_fast.learning.metrics import combine
 from tempsamp_fast.run.schedule import in_steps, plan
 
 THREE_STEPS = ("--phases", "sft:1,tempsamp:2", "--shaping", "anchor", "--beta", "0.04")

@@ -18,7 +18,7 @@ from tempsamp_fast.evaluation.asking import evaluate
 from tempsamp_fast.infer import main as infer_main
 from tempsamp_fast.learning.advantage import advantage_metrics, assign_advantages
 from tempsamp_fast.learning.groups import reward_metrics
-from tempsamp_fast.learning.update import mean_over_ranks
+from tempsamp_fast.learning.metrics import mean_over_ranks
 from tempsamp_fast.rollout.token_sampling import SamplingParams, choose_tokens
 from tempsamp_fast.run.log import ZERO_STEPS, RunLog
 from tempsamp_fast.run.results import table
