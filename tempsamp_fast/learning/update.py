@@ -133,7 +133,7 @@ def _update(
             row_metrics, grad_norm = optimizer_step(engine, rows, heads, learning_rate, watch)
             grad_norms.append(grad_norm)
             if index == 0:
-                logps = as_sampled or [metrics.token_logps for metrics in row_metrics]
+                logps = as_sampled or [metrics.token_logps for metrics in row_metrics[: len(own_rows)]]
                 gap = logp_gap(logps[: len(own_rows)], learning, config.rollout.max_logp_gap)
         except RowsTooLargeError as error:
             if index == 0:

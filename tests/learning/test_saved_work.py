@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tempsamp_fast.batch import Completion, Prompt, VisionFeatures
 from tempsamp_fast.data.prompts import off_policy_text
 from tempsamp_fast.learning import balance as balance_module
-from tempsamp_fast.learning import update as update_module
+from tempsamp_fast.learning import metrics as metrics_module
 from tempsamp_fast.learning.balance import MIN_GAIN, assign_groups, balance, new_owners
 from tempsamp_fast.learning.groups import RecordedRollouts
 from tempsamp_fast.learning.loss import idle_loss
@@ -67,7 +67,7 @@ def test_groups_without_advantage_are_left_out_and_nothing_changes(
     ours = skipping.steps()
     assert [metrics["batch/skipped_share"] for metrics in ours] == [0.5, 0.75, 1, 0]
     assert ours[2]["loss"] == ours[2]["optim/grad_norm"] == 0
-    monkeypatch.setattr(update_module, "_has_gradient", lambda *_: True)
+    monkeypatch.setattr("tempsamp_fast.learning.update._has_gradient", lambda *_: True)
     complete = stepper(*words)
     theirs = complete.steps()
     for name in ("loss", "optim/grad_norm"):
@@ -237,7 +237,7 @@ def test_every_phase_of_a_step_is_timed(finished_run) -> None:
 def test_mfu_is_three_forwards_of_the_packed_rows_over_their_time_and_the_peak(
     stepper, replay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(update_module, "device_peak_flops", lambda _: 1e12)
+    monkeypatch.setattr(metrics_module, "device_peak_flops", lambda _: 1e12)
     one = stepper(*replay, "--gradient_accumulation_steps", "4", "--updates_per_batch", "2")
     at = next(plan(one.run.phases))
     groups = one.groups(at)
