@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from tempsamp_fast.model.attention import PrefillAttention
-from tempsamp_fast.model.linear_layers import at_least_float32, normalised
+from tempsamp_fast.model.linear_layers import at_least_float32
+from tempsamp_fast.rollout.delta_step import delta_step
 
 
 class LinearCache:
@@ -39,15 +40,8 @@ class LinearCache:
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor
     ) -> Tensor:
         """As of `Recurrence`, N = 1."""
-        state, repeats = self._states[layer_index], value.shape[2] // key.shape[2]
-        query, key = (
-            each[:, 0].repeat_interleave(repeats, dim=1)[:, :, None]
-            for each in normalised(query.to(state.dtype), key.to(state.dtype))
-        )
-        state.mul_(log_decay[:, 0].exp()[..., None, None])
-        correction = beta[:, 0, :, None, None] * (value[:, 0, :, None].to(state.dtype) - key @ state)
-        state.add_(key.mT * correction)
-        return (query @ state).transpose(1, 2).to(value.dtype)
+        query, key, value, log_decay, beta = (each[:, 0] for each in (query, key, value, log_decay, beta))
+        return delta_step(self._states[layer_index], query, key, value, log_decay, beta)[:, None]
 
     def retire(self, keep: Tensor) -> None:
         """Keep only these rows: [R] int64."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from torch import nn
 
+from tempsamp_fast.model.families import FAMILIES, UNSUPPORTED, family_of
+from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
 
 
@@ -50,3 +54,26 @@ def test_adapters_on_the_head_are_refused(tiny) -> None:
     adapter = peft.LoraConfig(target_modules=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match="adapters on the head are not supported"):
         Policy(peft.get_peft_model(tiny.model(), adapter))
+
+
+@pytest.mark.parametrize("name", [*UNSUPPORTED, "llava"])
+def test_other_types_are_refused_by_name_with_what_is_in_their_way(name: str) -> None:
+    with pytest.raises(ValueError, match=f"model_type='{name}' is not supported.*{', '.join(FAMILIES)}") as refused:
+        family_of(SimpleNamespace(model_type=name))
+    assert UNSUPPORTED.get(name, "") in str(refused.value)
+
+
+@pytest.mark.parametrize("tiny", ["qwen3_vl_moe", "qwen3_5_moe"], indirect=True)
+def test_the_auxiliary_loss_of_experts_is_refused(tiny) -> None:
+    with pytest.raises(ValueError, match="output_router_logits=True is not supported"):
+        Policy(tiny.model(output_router_logits=True))
+
+
+@pytest.mark.parametrize("tiny", ["qwen3_vl_moe", "qwen3_5_moe"], indirect=True)
+def test_a_router_sees_each_token_of_a_prompt_once(tiny) -> None:
+    policy, seen = Policy(tiny.model()), []
+    (row,) = pack(tiny.groups(), config=policy.config, max_tokens_per_row=10_000)
+    for layer in policy.base_model.model.language_model.layers:
+        layer.mlp.gate.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[0]))
+    policy(row)
+    assert seen == [row.num_tokens] * 3

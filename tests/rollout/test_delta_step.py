@@ -1,0 +1,57 @@
+"""One token of the delta rule in place: the kernel, its twin, and the rule as the paper writes it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tempsamp_fast.rollout.delta_step import delta_step
+from tests.model.test_linear_layers import inputs, token_by_token
+
+NUM_ROWS = 3
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dims", [(16, 64), (6, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_is_the_rule(impl: str, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    """For every row by itself, states of float32 whatever the dtype of what is read."""
+    *tokens, state = (each.detach().float() for each in inputs(1, batch=NUM_ROWS, dims=dims))
+    tokens = [each.to(dtype) for each in tokens]
+    expected, expected_state = token_by_token(*(each.float() for each in tokens), state)
+    own = state.clone()
+    output = delta_step(own, *(each[:, 0] for each in tokens), impl=impl)
+    assert output.dtype == dtype
+    rough = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(output.float(), expected[:, 0], **rough)
+    torch.testing.assert_close(own, expected_state, rtol=1e-5, atol=1e-5)
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from tempsamp_fast.rollout.delta_step import BLOCK_V, delta_step_kernel
+
+types = {"state": "*fp32", "query": "*bf16", "key": "*bf16", "value": "*bf16", "log_decay": "*fp32", "beta": "*bf16",
+         "output": "*bf16", "heads": "i32", "repeats": "i32", "scale": "fp32"}
+sizes = {"key_dim": 128, "value_dim": 128, "BLOCK_K": 128, "BLOCK_V": BLOCK_V}
+aligned = {(index,): [["tt.divisibility", 16]] for index in range(7)}
+source = ASTSource(delta_step_kernel, types | dict.fromkeys(sizes, "constexpr"), sizes, aligned)
+for arch in (80, 90):
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    assert "ld.global.v4" in made.asm["ptx"] and ".local" not in made.asm["ptx"]
+print("compiled")
+"""
+
+
+def test_the_kernel_compiles_for_gpus_with_wide_loads_and_without_spills() -> None:
+    """Heads of 128 as Qwen3.5 has them, for chips that are not here."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "compiled" in done.stdout, done.stderr
