@@ -112,9 +112,10 @@ def packed_step(
 
 def huggingface_inputs(prompt: Prompt, copies: int = 1) -> dict[str, Tensor]:
     ids = prompt.input_ids[None].repeat(copies, 1)
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if not prompt.video.grid_thw[0]:
+        return text
+    return text | {
         "mm_token_type_ids": (ids == VIDEO).int() * 2,
         "pixel_values_videos": prompt.video.pixel_values.repeat(copies, 1),
         "video_grid_thw": torch.tensor([prompt.video.grid_thw], device=ids.device).repeat(copies, 1),

@@ -24,7 +24,8 @@ def test_two_ranks_train_as_one(trainer, tmp_path: Path, family: str, stage: str
     recorded = str(tmp_path / "rollouts.jsonl")
     steps = (*STEPS, "--tiny_family", family)
     one = trainer.main(tmp_path / "one", *steps, "--gradient_accumulation_steps", "2", "--record_rollouts", recorded)
-    two = trainer.ranks(tmp_path / "two", 2, *steps, "--zero_stage", stage, "--replay_rollouts", recorded)
+    words = ("--gradient_accumulation_steps", "1", "--zero_stage", stage, "--replay_rollouts", recorded)
+    two = trainer.ranks(tmp_path / "two", 2, *steps, *words)
     assert len(one) == len(two) == 5
     for ours, theirs in zip(two, one, strict=True):
         for name in COMPARED:
@@ -37,6 +38,7 @@ def test_ranks_sample_from_partitioned_states_and_experts(trainer, tmp_path: Pat
     steps = ("--phases", "grpo:1", "--model", "tiny", "--tiny_family", "qwen3_5_moe")
     files = [tmp_path / name for name in ("one.jsonl", "two.jsonl")]
     trainer.main(tmp_path / "one", *steps, "--gradient_accumulation_steps", "2", "--record_rollouts", str(files[0]))
-    trainer.ranks(tmp_path / "two", 2, *steps, "--zero_stage", "3", "--record_rollouts", str(files[1]))
+    words = ("--gradient_accumulation_steps", "1", "--zero_stage", "3", "--record_rollouts", str(files[1]))
+    trainer.ranks(tmp_path / "two", 2, *steps, *words)
     one, two = (sorted(file.read_text().splitlines()) for file in files)
     assert one == two and one

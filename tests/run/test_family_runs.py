@@ -17,11 +17,12 @@ TINY = ("--model", "tiny", "--learning_rate", "1e-3")
 
 @FAMILIES
 def test_a_saved_checkpoint_answers_the_same_without_this_package(stepper, tmp_path: Path, family: str) -> None:
-    """Plain `from_pretrained` and a forward over prompt and answer: the sampler's tokens are its best ones, and the
-    log-probs of sampler and trainer are its own."""
-    one = stepper("--phases", "sft:1,grpo:2", "--tiny_family", family, *TINY)
+    """Plain `from_pretrained` and a forward over prompt and answer: greedy tokens are its best ones, and the log-probs
+    of sampler and trainer are its own.
+    """
+    one = stepper("--phases", "sft:1,grpo:2", "--beta", "0.04", "--tiny_family", family, *TINY)
     rows = one.steps()
-    assert 0 < rows[1]["rollout/logp_gap"] < 1e-5 and rows[1]["loss"] == pytest.approx(0, abs=1e-6)
+    assert 0 < rows[1]["rollout/logp_gap"] < 1e-5
     one.run.policy.base_model.save_pretrained(tmp_path / "saved")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").eval()
     (prompt, *_) = one.run.prompts(list(plan(one.run.phases))[-1])
