@@ -128,12 +128,10 @@ class FlaRecurrence(TreeRecurrence):
                 assert states is not None
                 ended.append(states)
         if self.keep:
-            order = [node for level in self._levels for node in level]
-            places = torch.tensor([order.index(end) for end in self._ends], device=self._device)
-            kept = torch.cat(ended).index_select(0, places) if len(ended) > 1 else ended[0]
+            kept = torch.cat(ended).index_select(0, self._end_places) if len(ended) > 1 else ended[0]
             self.after.setdefault(layer_index, (kept, self._tails[layer_index]))
         output = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
-        return output if self._order is None else output.index_select(1, self._order.argsort())
+        return output if self._back is None else output.index_select(1, self._back)
 
     @cached_property
     def _nodes(self) -> _Sequences:
@@ -160,6 +158,17 @@ class FlaRecurrence(TreeRecurrence):
         starts = [*accumulate(self._lengths, initial=0)]
         order = torch.cat([torch.arange(starts[i], starts[i + 1]) for level in self._levels for i in level])
         return None if torch.equal(order, torch.arange(len(order))) else order.to(self._device)
+
+    @cached_property
+    def _back(self) -> Tensor | None:
+        """[N] int64: from there to the order of the row."""
+        return None if self._order is None else self._order.argsort()
+
+    @cached_property
+    def _end_places(self) -> Tensor:
+        """[leaves] int64: where they are among the nodes in order of depth."""
+        order = [node for level in self._levels for node in level]
+        return torch.tensor([order.index(end) for end in self._ends], device=self._device)
 
     @cached_property
     def _tail_indices(self) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from tempsamp_fast.config import ModelConfig
+from tempsamp_fast.embedded.model import build_tiny_checkpoint
+from tempsamp_fast.model.loading import load_model
 from tempsamp_fast.model.mrope import mrope_positions
 from tempsamp_fast.run.schedule import plan
 
@@ -51,6 +56,24 @@ def plain_logits(model, prompt, ids: torch.Tensor) -> torch.Tensor:
         video_grid_thw=torch.tensor([video.grid_thw]),
         use_cache=False,
     ).logits[0, -length - 1 : -1]
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_checkpoints_come_in_shards_with_layers_that_are_not_used(tmp_path: Path, family: str) -> None:
+    """As the published ones do: theirs predict several tokens at once."""
+    folder = build_tiny_checkpoint(tmp_path / "made", ["When? <answer> 1.00 to 2.00 </answer>"] * 2, family)
+    expected, _ = load_model(str(folder), ModelConfig(), torch.float32)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    extra = {"mtp.fc.weight": torch.ones(4, 4), "mtp.norm.weight": torch.ones(4)}
+    shards = {"model-00001-of-00002.safetensors": weights, "model-00002-of-00002.safetensors": extra}
+    for name, tensors in shards.items():
+        save_file(tensors, folder / name, {"format": "pt"})
+    places = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    model, _ = load_model(str(folder), ModelConfig(), torch.float32)
+    for (name, weight), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(weight, other), name
 
 
 @pytest.mark.parametrize("family", ["qwen3_5"])
