@@ -148,7 +148,8 @@ class TreeRecurrence:
                 parents = [self._parents[node] for node in nodes]
                 state = torch.stack([root_state if parent is None else states[parent] for parent in parents])
                 batch = [pad_sequence([pieces[node] for node in nodes], batch_first=True) for pieces in by_node]
-                output, state = chunked_delta_rule(*(*batch, state))
+                with torch.autocast(value.device.type, enabled=False):
+                    output, state = chunked_delta_rule(*(*batch, state))
                 for place, node in enumerate(nodes):
                     outputs[node], states[node] = output[place, : self._lengths[node]], state[place]
         if self.keep:
