@@ -81,8 +81,10 @@ def step_table() -> str:
 def video_table() -> str:
     """File to patches on one core against the fastest of torchcodec and decord, and the corpus of hostile files."""
     corpus = json.loads((RESULTS / "video_corpus.json").read_text())
-    count = f"Of {corpus['num_files']} damaged or odd files, returned right or refused with a reason: ours "
-    count += "{tempsamp_native}, torchcodec {torchcodec}, decord {decord}.".format(**corpus["solved"])
+    solved = {"ours": corpus["solved"]["tempsamp_native"]}
+    solved |= {name: number for name, number in corpus["solved"].items() if not name.startswith("tempsamp_")}
+    count = f"Of {corpus['num_files']} damaged or odd files, returned right or refused with a reason: "
+    count += ", ".join(f"{name} {number}" for name, number in solved.items()) + "."
     return _ratio_table("video_cpu.json", "file to patches, one core", VIDEO_ROWS) + f"\n\n{count}"
 
 

@@ -1,11 +1,12 @@
 """Which frames come back from awkward and broken files: ours beside torchcodec and decord on the same corpus.
 
     python -m bench.video_corpus --out bench/results/video_corpus.json
+    OTHER/python -m bench.video_corpus --backends --peers torchcodec --beside bench/results/video_corpus.json
 
-Peers are asked for every frame by index, in random order, as a data loader would, each file in a process of its own.
-A file counts as solved when no wrong frame came back and every frame that ffmpeg's command line decodes did; a file
-without video, when there was an error. Files that only our rules refuse (too short, too thin, too large) are not held
-against the peers.
+The second line adds a peer of another release, from an environment that has it. Peers are asked for every frame by
+index, in random order, as a data loader would, each file in a process of its own. A file counts as solved when no wrong
+frame came back and every frame that ffmpeg's command line decodes did; a file without video, when there was an error.
+Files that only our rules refuse (too short, too thin, too large) are not held against the peers.
 """
 
 from __future__ import annotations
@@ -119,8 +120,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench/results/video_corpus.json"))
     parser.add_argument("--backends", nargs="*", default=["native", "torchcodec"], help="our backends")
+    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--beside", type=Path, help="earlier report on the same files, whose decoders come first")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
+    peers = {name: f"{name} {importlib.metadata.version(name)}" for name in arguments.peers}
     table: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder_name:
         folder = Path(folder_name)
@@ -129,16 +133,18 @@ def main() -> None:
         for case in CASES + USER_CASES:
             wanted = 0 if case.expect == "refused" else len(truth(folder / (case.pristine or case.name), case.size)[1])
             row: dict[str, Any] = {"file": case.name, "frames": wanted}
-            for name in PEERS:
-                row[name] = asdict(peer_score(name, case, folder))
+            for name, release in peers.items():
+                row[release] = asdict(peer_score(name, case, folder))
             for name in arguments.backends:
                 row[f"tempsamp_{name}"] = asdict(our_score(name, case, folder))
             table.append(row)
             print("  ".join([f"{case.name:28}"] + [f"{n}: {row[n]['right']}/{row[n]['wrong']}" for n in list(row)[2:]]))
-    decoders = list(table[0])[2:]
-    solved = {name: sum(row[name]["solved"] for row in table) for name in decoders}
-    versions = {name: importlib.metadata.version(name) for name in PEERS}
-    report = {"num_files": len(table), "solved": solved, "versions": versions, "files": []}
+    if arguments.beside:
+        earlier = json.loads(arguments.beside.read_text())["files"]
+        assert [row["file"] for row in earlier] == [row["file"] for row in table], "a report on other files"
+        table = [old | new for old, new in zip(earlier, table, strict=True)]
+    solved = {name: sum(row[name]["solved"] for row in table) for name in list(table[0])[2:]}
+    report = {"num_files": len(table), "solved": solved, "files": []}
     rows = ",\n".join(json.dumps(row) for row in table)
     arguments.out.write_text(json.dumps(report)[:-2] + f"\n{rows}\n]}}\n")
     print(f"{len(table)} files, solved: {solved}")

@@ -180,6 +180,7 @@ PYBIND11_MODULE(_video, m) {
         .def_property_readonly("num_keys", [](const Index& i) { return i.keys.size(); })
         .def_property_readonly("num_frames", [](const Index& i) { return i.shown.size(); })
         .def_property_readonly("num_restarts", &Index::num_restarts, "How often the clock of the file starts again.")
+        .def_readonly("num_left_out", &Index::num_left_out)
         .def_readonly("unapplied_degrees", &Index::unapplied_degrees, "A rotation for display that is no quarter turn.")
         .def_property_readonly("clock", clock_of,
                                "[2, num_frames] int64 ticks: begin and duration of each frame in order of "

@@ -84,7 +84,9 @@ Status Demuxer::open(const std::string& path, bool keep_others) {
         stream_ = best_stream(format_.get());
     }
     if (!stream_) return {Code::kNoVideoStream, "has no video stream"};
-    for (unsigned i = 0; !keep_others && i < format_->nb_streams; ++i) {
+    // Else where another stream is cut off, reading would end.
+    const bool keeps = keep_others && promised_end_s() > 0;
+    for (unsigned i = 0; !keeps && i < format_->nb_streams; ++i) {
         if (format_->streams[i] != stream_) format_->streams[i]->discard = AVDISCARD_ALL;
     }
     if (stream_->codecpar->codec_id == AV_CODEC_ID_MPEG4) unpacker_.emplace(stream_->codecpar);

@@ -19,7 +19,7 @@ public:
     // `watch` must outlive the demuxer.
     Demuxer(const Limits& limits, const Watch& watch) : limits_(limits), watch_(watch) {}
 
-    // Packets of other streams are skipped unless `keep_others`.
+    // Packets of other streams are skipped unless `keep_others` and the header tells when the last of them ends.
     Status open(const std::string& path, bool keep_others = false);
     // Next packet of the stream, never an empty one: 0, AVERROR_EOF or another FFmpeg error.
     int read(AVPacket* packet);

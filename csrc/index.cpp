@@ -124,6 +124,7 @@ void Index::sort_shown() {
     for (size_t i = 1; i < order.size(); ++i) {
         if (!is_before(order[i - 1], order[i])) has_times = false;
     }
+    num_left_out = has_times ? static_cast<int>(shown.size() - order.size()) : 0;
     if (has_times) shown = std::move(order);
 }
 

@@ -69,6 +69,7 @@ struct Index {
     std::vector<int32_t> shown;          // packet of each frame, in order of presentation
     std::vector<int32_t> keys;           // packets that decoding can start from, ascending
     std::vector<ShownTime> shown_times;  // of `shown` with has_times, else ascending; empty where packets have none
+    int num_left_out = 0;  // frames that are not in `shown`: they need what was before the file, or before a part of it
     int reorder_depth = 0;               // packets that may come before one that is shown earlier
 
     // The one packet with this pts, or -1.

@@ -73,7 +73,10 @@ PictureType PictureTypeReader::read(const uint8_t* data, int size) {
         case AV_CODEC_ID_WMV2:
         case AV_CODEC_ID_VP6:
         case AV_CODEC_ID_VP6F: return intra(starts_with(0, 1) == kIntra);
-        case AV_CODEC_ID_THEORA: return intra(starts_with(0, 2) == kIntra);
+        case AV_CODEC_ID_THEORA: {
+            const bool is_header = starts_with(0, 1);  // of a file that is joined to the first
+            return {starts_with(0, 2) == kIntra, false, false, !is_header};
+        }
         case AV_CODEC_ID_VP8: return {starts_with(7, 1) == kIntra, false, false, starts_with(3, 1) == 1};
         case AV_CODEC_ID_VP9: return vp9_type(data, size);
         default: return intra(is_intra_only_);

@@ -22,6 +22,7 @@ class Index:
     num_keys: int
     num_frames: int
     num_restarts: int
+    num_left_out: int
     unapplied_degrees: int
     clock: np.ndarray
     packets: dict[str, np.ndarray]

@@ -270,14 +270,13 @@ def _plan(
 
 def _notes(index: _video.Index) -> list[str]:
     """What of the file the result does not show as it stands there."""
-    notes = []
-    if index.unapplied_degrees:
-        notes.append(f"its rotation by {index.unapplied_degrees} degrees is not applied")
-    if index.has_false_times:
-        notes.append("its times are in the order of decoding: frames are in order, some a frame early or late")
-    if index.num_restarts:
-        notes.append(f"its clock starts again {index.num_restarts} times: the parts follow one another")
-    return notes
+    told = {
+        f"its rotation by {index.unapplied_degrees} degrees is not applied": index.unapplied_degrees,
+        "its times are in decoding order: frames are in order, some a frame early or late": index.has_false_times,
+        f"{index.num_left_out} frames are left out: what they refer to is not in the file": index.num_left_out,
+        f"its clock starts again {index.num_restarts} times: the parts follow one another": index.num_restarts,
+    }
+    return [note for note, is_so in told.items() if is_so]
 
 
 def _frame_rate(index: _video.Index) -> float:
@@ -294,6 +293,6 @@ def frame_times(index: _video.Index) -> tuple[np.ndarray, float, float]:
         step = 1 / (index.frame_rate if 0 < index.frame_rate < math.inf else DEFAULT_FPS)
         return np.arange(index.num_frames) * step, index.num_frames * step, 0.0
     numerator, denominator = index.time_base
-    seconds = begins * numerator / denominator
-    end = (begins[-1] + durations[-1]) * numerator / denominator
-    return seconds - seconds[0], float(end - seconds[0]), float(seconds[0])
+    begin, end = int(begins[0]), int(begins[-1] + durations[-1])
+    seconds = (begins - begin) * numerator / denominator
+    return seconds, (end - begin) * numerator / denominator, begin * numerator / denominator

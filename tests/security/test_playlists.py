@@ -92,7 +92,7 @@ def test_an_index_of_no_frame_rate_is_no_traceback(rate: float) -> None:
     class Index:
         clock = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         frame_rate, has_times, size, coded_size, time_base, num_frames = rate, True, (64, 64), (64, 64), (1, 25), 8
-        unapplied_degrees = num_restarts = 0
+        unapplied_degrees = num_restarts = num_left_out = 0
         has_false_times = False
 
     for sampling in (Sampling(), Sampling(mode="qwen_utils")):

@@ -98,8 +98,9 @@ def command_line_frames(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT)) -> 
     """What ffmpeg's command line decodes: times [n] in seconds (NaN where it has none), and the numbers shown."""
     width, height = size
     scale = f"scale={width}:{height}:out_range=full,format=gray,showinfo"
-    command = ["ffmpeg", "-nostdin", "-copyts", "-i", str(path), "-vf", scale, "-fps_mode", "passthrough"]
-    done = subprocess.run([*command, "-f", "rawvideo", "-"], capture_output=True, check=False, stdin=subprocess.DEVNULL)
+    command = ["ffmpeg", "-nostdin", "-copyts", "-threads", "1", "-i", str(path), "-vf", scale]
+    command += ["-fps_mode", "passthrough", "-f", "rawvideo", "-"]
+    done = subprocess.run(command, capture_output=True, check=False, stdin=subprocess.DEVNULL)
     frames = np.frombuffer(done.stdout, np.uint8).reshape(-1, height, width)
     stamps = re.findall(rb"showinfo.* n: *\d+ .*?pts_time:(\S+)", done.stderr)
     times = np.array([np.nan if stamp == b"NOPTS" else float(stamp) for stamp in stamps])

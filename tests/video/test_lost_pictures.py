@@ -45,6 +45,10 @@ def test_whole_streams_have_no_losses(name: str, container: str, tmp_path: Path)
     assert cuts(clip) == 0
 
 
+def test_whole_streams_of_fields_have_no_losses(corpus: Path) -> None:
+    assert cuts(corpus / "h264_fields.h264") == 0
+
+
 def test_streams_that_were_cut_and_joined_between_keys_have_no_losses(tmp_path: Path) -> None:
     source = ["-f", "lavfi", "-i", "testsrc2=s=128x96:r=25,trim=end_frame=150", "-pix_fmt", "yuv420p"]
     ffmpeg(*source, *ENCODERS["b_frames"], "-g", "40", tmp_path / "whole.mp4")

@@ -132,6 +132,7 @@ def test_a_kept_index_is_the_index(corpus: Path, name: str, tmp_path: Path) -> N
         "has_times",
         "num_keys",
         "num_restarts",
+        "num_left_out",
     ):
         assert getattr(fresh, field) == getattr(kept, field)
     assert np.array_equal(fresh.clock, kept.clock)

@@ -16,7 +16,7 @@ import torch
 from tempsamp_fast.video import BackendName, Geometry, Sampling, VideoError, VideoResult, load_videos
 from tempsamp_fast.video.backend import why_no_extension
 from tests.video.corpus import HEIGHT, MADE_FROM_H264, WIDTH, cut
-from tests.video.user_files import replaced, turned
+from tests.video.user_files import FEW, replaced, turned
 from tests.video.verdict import EVERY_FRAME, GEOMETRY, numbers_shown, truth
 
 native_only = pytest.mark.skipif(bool(why_no_extension()), reason=why_no_extension())
@@ -48,6 +48,11 @@ def test_a_refusal_names_its_cause(name: str, reason: str, corpus: Path) -> None
         ("one_frame.gif", "single frame: it is repeated"),
         ("joined.mkv", "clock starts again 1 times"),
         ("joined_back.ts", "clock starts again 1 times"),
+        ("joined.ogv", "clock starts again 1 times"),
+        ("no_first_key.mkv", "frames are left out"),
+        ("h264_no_first_key.ts", "frames are left out"),
+        ("h264_open_gop.mp4", ""),
+        ("sound_laced_ebml.mkv", ""),
         ("h264_clock_wraps.ts", ""),
         ("segments_h264.ts", ""),
         ("hour_gap.mp4", ""),
@@ -56,6 +61,16 @@ def test_a_refusal_names_its_cause(name: str, reason: str, corpus: Path) -> None
 def test_a_good_file_with_a_peculiarity_is_noted(name: str, note: str, corpus: Path) -> None:
     result = load(corpus / name)
     assert result.status == "ok" and (note in result.note if note else not result.note)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_animated_webp_is_right_or_refused_by_name(backend: BackendName, corpus: Path) -> None:
+    """Some releases of FFmpeg read it."""
+    request = [(corpus / "pictures.webp", EVERY_FRAME)]
+    batch = load_videos(request, GEOMETRY, backend=backend, dtype=torch.uint8, on_error="skip")
+    (result,) = batch.results
+    is_right = result.status == "ok" and numbers_shown(batch.pixel_values, result) == list(range(FEW))
+    assert is_right or (result.code == "OPEN_FAILED" and "webp" in result.message)
 
 
 @native_only

@@ -26,10 +26,12 @@ from tests.video.corpus import (
     remuxed,
     words,
 )
+from tests.video.lacing import Lacing, laced
 
 MPEG4 = words("-c:v mpeg4 -q:v 3 -g 25 -pix_fmt yuv420p")
 MPEG2 = words("-c:v mpeg2video -bf 2 -q:v 3 -pix_fmt yuv420p")
 MSMPEG4 = words("-c:v msmpeg4v2 -q:v 3 -g 25 -pix_fmt yuv420p")
+THEORA = words("-c:v libtheora -q:v 7 -g 32 -pix_fmt yuv420p")
 XVID = words("-c:v libxvid -bf 2 -g 25 -q:v 3 -pix_fmt yuv420p")
 ONE_GOP = [*H264, "-g", "250", "-x264-params", "b-pyramid=normal:b-adapt=0"]
 PICTURES = words("-q:v 3 -pix_fmt yuvj420p")
@@ -123,6 +125,34 @@ def without_order(data: bytearray) -> bytes:
     return bytes(data)
 
 
+def sound_laced(lacing: Lacing) -> Surgery:
+    return lambda data: laced(bytes(data), lacing)
+
+
+def without_sound(data: bytearray) -> bytearray:
+    """An MP4 whose second track lies behind the end of the file."""
+    at = data.rindex(b"stco") + 8
+    (count,) = struct.unpack_from(">I", data, at)
+    struct.pack_into(f">{count}I", data, at + 4, *range(1 << 30, (1 << 30) + count))
+    return data
+
+
+def edited(*edits: tuple[int, int]) -> Surgery:
+    """An MP4 that shows its track's (milliseconds, from this time in its own ticks; -1: nothing) one after another."""
+
+    def operation(data: bytearray) -> bytes:
+        at = data.index(b"elst") - 4
+        (size,) = struct.unpack_from(">I", data, at)
+        rows = b"".join(struct.pack(">Iii", duration, begin, 1 << 16) for duration, begin in edits)
+        box = struct.pack(">I4sII", 16 + len(rows), b"elst", 0, len(edits)) + rows
+        for parent in (b"moov", b"trak", b"edts"):
+            begin = data.rindex(parent, 0, at) - 4
+            struct.pack_into(">I", data, begin, struct.unpack_from(">I", data, begin)[0] + len(box) - size)
+        return bytes(data[:at]) + box + bytes(data[at + size :])
+
+    return operation
+
+
 def segments(base: str, *arguments: str):
     """Builder: cut into transport streams of a second, as for HTTP Live Streaming, and joined again."""
 
@@ -173,6 +203,11 @@ PARTS = {
     "false_times.mp4": remuxed(MADE_FROM_H264, *FALSE_TIMES),
     "false_times.mkv": remuxed("hevc.mp4", *FALSE_TIMES),
     "false_times_mpeg2.mkv": remuxed("mpeg2_next.mkv", *FALSE_TIMES),
+    "theora.ogv": encoded(*THEORA),
+    "theora_next.ogv": encoded(*THEORA, first=NEXT),
+    "with_mp3.mkv": remuxed("hevc.mp4", *words("-c:a libmp3lame"), more_inputs=TONE),
+    "with_sound.mp4": remuxed(MADE_FROM_H264, *AAC, more_inputs=TONE),
+    "pictures.webp": encoded("-c:v", "libwebp_anim", num_frames=FEW),
     "one_gop.mp4": encoded(*ONE_GOP, num_frames=FEW),
 }
 """What the cases are made of, besides the corpus."""
@@ -184,6 +219,10 @@ USER_CASES = [
     Case("sound_pcm.mkv", remuxed("vp9.webm", *words("-ac 2 -c:a pcm_s24le"), more_inputs=NOISE)),
     Case("sound_live.mkv", remuxed("sound_ac3.mkv", "-live", "1")),
     Case("sound_flac.mkv", remuxed("mpeg2_next.mkv", *words("-ac 2 -c:a flac"), more_inputs=NOISE)),
+    Case("sound_laced_xiph.mkv", cut("with_mp3.mkv", sound_laced("xiph"))),
+    Case("sound_laced_ebml.mkv", cut("with_mp3.mkv", sound_laced("ebml"))),
+    Case("sound_laced_fixed.mkv", cut("sound_pcm.mkv", sound_laced("fixed"))),
+    Case("sound_lost.mp4", cut("with_sound.mp4", without_sound)),
     # Containers that mark every packet as a key.
     Case("all_keys.avi", cut("msmpeg4.avi", all_keys_in_list)),
     Case("all_keys.asf", remuxed("all_keys.avi")),
@@ -197,6 +236,7 @@ USER_CASES = [
     Case("joined.ts", joined("h264.ts", "next.ts")),
     Case("joined_hevc.ts", joined("hevc.ts", "hevc_next.ts")),
     Case("joined.mpg", joined("mpeg2.mpg", "mpeg2_next.mpg")),
+    Case("joined.ogv", joined("theora.ogv", "theora_next.ogv")),
     Case("joined_back.ts", joined("starts_late.ts", "next.ts")),
     # B-frames packed behind other frames.
     Case("packed.avi", remuxed("xvid.avi")),
@@ -217,6 +257,12 @@ USER_CASES = [
     Case("cut_open_gop_hevc.mkv", remuxed("hevc_open_gop.mp4", before=("-ss", "3.3"))),
     Case("cut_open_gop_hevc.mp4", remuxed("hevc_open_gop.mkv", before=("-ss", "3.3"))),
     Case("cut_open_gop_mpeg2.mkv", remuxed("mpeg2_next.mkv", before=("-ss", "2.5"))),
+    # Edits, and cuts inside a GOP.
+    Case("edits_two.mp4", cut(MADE_FROM_H264, edited((2000, 1536), (2000, 40960)))),
+    Case("edits_back.mp4", cut(MADE_FROM_H264, edited((2000, 40960), (2000, 5120)))),
+    Case("edits_pause.mp4", cut("hevc.mp4", edited((1000, -1), (2000, 15360)))),
+    Case("no_first_key.mkv", remuxed(MADE_FROM_H264, *words("-copyinkf -ss 1.75"))),
+    Case("no_first_key.mp4", remuxed(MADE_FROM_H264, *words("-copyinkf -ss 1.75"))),
     # Files that seem to end early and do not.
     Case("empty_sample.mp4", cut("h264_faststart.mp4", without_last_sample)),
     Case("empty_sample_hevc.mp4", cut("hevc.mp4", without_last_sample)),
