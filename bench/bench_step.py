@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -28,8 +29,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bench import step_contenders as step
+from tempsamp_fast.batch import Prompt
 from tempsamp_fast.data.prefetch import Prefetch
+from tempsamp_fast.learning.vision_features import with_vision_features
 from tempsamp_fast.model.families import family_named
+from tempsamp_fast.model.packing import PackedRow, PackingMode, pack
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.rollout.generate import SamplingParams, generate
 
@@ -66,6 +70,14 @@ def report(benchmark: Any, ratios: list[float], goal: float, **extra: object) ->
     benchmark.extra_info.update(ratio=median(ratios), spread=[min(ratios), max(ratios)], goal=goal, **extra)
 
 
+def weighted_log_probs(logits: Tensor, token_ids: Tensor, weights: Tensor) -> Tensor:
+    return (weights * logits.log_softmax(-1).gather(-1, token_ids[:, None])[:, 0]).sum()
+
+
+def weighted_log_probs_of(token_ids: Tensor, weights: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
+    return weighted_log_probs(hidden @ head.T, token_ids, weights)
+
+
 def assert_same_gradients(actual: PreTrainedModel, expected: PreTrainedModel) -> None:
     for (name, left), right in zip(actual.named_parameters(), expected.parameters(), strict=True):
         if right.grad is not None:
@@ -95,9 +107,6 @@ def update_packed(benchmark: Any, shape: tuple[int, int, int], family: str, shar
     row = step.packed_row(policy, group)
     weights = torch.linspace(-1, 1, len(row.token_ids))
 
-    def weighted_log_probs(logits: Tensor, token_ids: Tensor, weights: Tensor) -> Tensor:
-        return (weights * logits.log_softmax(-1).gather(-1, token_ids[:, None])[:, 0]).sum()
-
     def separate() -> None:
         for completion, weight in zip(group.completions, weights.split(completion_len), strict=True):
             ids = torch.cat([group.prompt.input_ids, completion.ids])[None]
@@ -105,7 +114,7 @@ def update_packed(benchmark: Any, shape: tuple[int, int, int], family: str, shar
             weighted_log_probs(logits, completion.ids, weight).backward()
 
     def packed() -> None:
-        policy(row, lambda hidden, head: weighted_log_probs(hidden @ head.T, row.token_ids, weights)).backward()
+        policy(row, partial(weighted_log_probs_of, row.token_ids, weights)).backward()
 
     separate()
     packed()
@@ -190,7 +199,71 @@ def test_step_against_trl(benchmark, tmp_path):
     report(benchmark, ratios, goal=3.0, **seconds)
 
 
-# (e) Time blocked on the video queue.
+# (e) Four questions about one video as a tree, against the video again for every question or answer.
+
+
+@pytest.fixture
+def asked_together() -> list[Prompt]:
+    """Prompts of 1607 tokens in common, the video among them, and of a question of 60 each."""
+    first = step.make_prompt(1667, (4, 40, 40))
+    question = lambda seed: step.make_prompt(60, (0, 0, 0), seed).input_ids
+    ids = [torch.cat([first.input_ids[:1607], question(seed)]) for seed in range(4)]
+    return [
+        replace(first, input_ids=ids[seed], sample=replace(first.sample, sample_id=f"question-{seed}"))
+        for seed in range(4)
+    ]
+
+
+def compare_updates(benchmark: Any, prompts: list[Prompt], mode: PackingMode, goal: float) -> None:
+    """Five answers of 48 tokens; the features of the video at hand on both sides, so that the tower is left out."""
+    policy, other = Policy(tiny_model()), Policy(tiny_model())
+    for each in (policy, other):
+        each.base_model.model.visual.requires_grad_(False)
+    groups = [step.random_group(prompt, 48, 5) for prompt in with_vision_features(policy, prompts)]
+    rows_of = partial(pack, config=policy.config, max_tokens_per_row=step.UNLIMITED)
+    trees, others = rows_of(groups), [row for group in groups for row in rows_of([group], mode=mode)]
+    weights = torch.linspace(-1, 1, len(trees[0].token_ids))
+
+    def update(of: Policy, rows: list[PackedRow]) -> None:
+        of.zero_grad()
+        for row, own in zip(rows, weights.split([len(row.token_ids) for row in rows]), strict=True):
+            of(row, partial(weighted_log_probs_of, row.token_ids, own)).backward()
+
+    update(policy, trees)
+    update(other, others)
+    assert_same_gradients(policy.base_model, other.base_model)
+    compare(benchmark, partial(update, policy, trees), partial(update, other, others), goal=goal, rounds=2)
+
+
+def compare_answers(benchmark: Any, prompts: list[Prompt], num_answers: int, temperature: float) -> None:
+    """The tower on both sides as it runs: once for the tree, once for each question of the peer."""
+    policy, params = Policy(tiny_model()), SamplingParams(temperature, max_completion_length=24)
+    apart = [replace(prompt, video=replace(prompt.video)) for prompt in prompts]
+    ours, peer = (
+        partial(generate, policy, asked, num_answers, params, seed=(0,), **step.NO_EOS) for asked in (prompts, apart)
+    )
+    for tree, alone in zip(ours(), peer(), strict=True):
+        assert [answer.ids.tolist() for answer in tree] == [answer.ids.tolist() for answer in alone]
+    compare(benchmark, ours, peer, goal=2.0)
+
+
+def test_tree_update_against_one_fork_per_question(benchmark, asked_together):
+    compare_updates(benchmark, asked_together, "shared_prefix", goal=2.3)
+
+
+def test_tree_update_against_one_row_per_completion(benchmark, asked_together):
+    compare_updates(benchmark, asked_together, "none", goal=8.0)
+
+
+def test_tree_rollout_against_one_prefill_per_question(benchmark, asked_together):
+    compare_answers(benchmark, asked_together, num_answers=5, temperature=1.0)
+
+
+def test_tree_evaluation_against_one_prefill_per_question(benchmark, asked_together):
+    compare_answers(benchmark, asked_together, num_answers=1, temperature=0.0)
+
+
+# (f) Time blocked on the video queue.
 
 
 def decode_for(seconds: float) -> None:
