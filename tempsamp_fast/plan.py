@@ -44,6 +44,7 @@ from tempsamp_fast.planning.forecast import Forecast, Measured, describe, foreca
 from tempsamp_fast.planning.look import look_at_prompts, look_for_all_videos
 from tempsamp_fast.run.checkpoint import model_folder
 from tempsamp_fast.run.schedule import in_steps
+from tempsamp_fast.sample import by_video
 from tempsamp_fast.system.files import escaped, log_printably, one_line
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,12 @@ class Data:
     durations_s: tuple[float, ...]
     """One per sample; empty where only counts are known."""
     note: str
+    queries: tuple[float, ...] = (1.0,)
+    """Of each video; where only counts are known, their mean alone."""
+
+    def together(self, most: int) -> float:
+        """Queries of a video that are asked together where at most so many are, on average."""
+        return sum(self.queries) / sum(math.ceil(number / most) for number in self.queries)
 
 
 def are_here(data: DataConfig) -> bool:
@@ -77,18 +84,23 @@ def training_data(data: DataConfig) -> Data:
     if data.annotations == "synthetic":
         videos = draw_videos(embedded_videos(data))["train"]
         durations = [video.annotation["duration"] for video in videos for _ in video.annotation["sentences"]]
-        return Data(len(durations), tuple(durations), "the embedded data set")
+        queries = tuple(float(len(video.annotation["sentences"])) for video in videos)
+        return Data(len(durations), tuple(durations), "the embedded data set", queries)
     dataset = DATASETS.get(data.annotations)
     if are_here(data):
         samples, _ = load_training_data(dataclasses.replace(data, eval_annotations=None, eval_videos=None))
-        return Data(len(samples), tuple(sample.duration_s for sample in samples), f"read from {data.annotations}")
+        queries = tuple(float(len(of_video)) for of_video in by_video(samples))
+        durations = [sample.duration_s for sample in samples]
+        return Data(len(samples), tuple(durations), f"read from {data.annotations}", queries)
     missing = f"{data.annotations} is not here"
     if dataset is None or dataset.num_queries is None:
         return Data(None, (), f"{missing}, and no counts are published")
+    per_video = dataset.num_queries / (dataset.num_videos or dataset.num_queries)
     if data.few_shot_videos is None:
-        return Data(dataset.num_queries, (), f"{missing}: published count, filters left aside")
-    per_video = 1.0 if data.few_shot_queries == "one" else dataset.num_queries / (dataset.num_videos or 1)
-    return Data(round(per_video * data.few_shot_videos), (), f"{missing}: mean of the published counts")
+        return Data(dataset.num_queries, (), f"{missing}: published count, filters left aside", (per_video,))
+    per_video = 1.0 if data.few_shot_queries == "one" else per_video
+    number = round(per_video * data.few_shot_videos)
+    return Data(number, (), f"{missing}: mean of the published counts", (per_video,))
 
 
 def video_grids(data: DataConfig, found: Data, config: Any) -> list[tuple[int, int, int]]:
@@ -187,14 +199,16 @@ def describe_plan(config: Config, world_size: int, gpu: str | None = None, measu
         f"video    {known}at most {max(tokens)} tokens of a prompt (frames taken to be {size})",
     ]
     phases = in_steps(parse_phases(config.train.phases), config.train, found.num_samples or 0, world_size)
-    longest = config.rollout.max_completion_length
+    longest, together = config.rollout.max_completion_length, found.together(config.train.queries_per_video)
+    if config.train.queries_per_video > 1:
+        lines.append(f"trees    {together:.2g} questions about a video share it in a row, on average")
     forecasts: list[Forecast] = []
     for phase in phases:
         per_step = prompts_per_step(config.train, phase, world_size)
         per_device = prompts_per_step(config.train, phase, 1)
         short = min(longest, min(SHORTEST_ANSWER[mode] for mode in phase.modes))
         least, most = (
-            work_of(largest(grids), shape, phase.method, config.rollout.num_generations, length)
+            work_of(largest(grids), shape, phase.method, config.rollout.num_generations, length, together)
             for length in (short, longest)
         )
         flops = [step_flops(work, shape, config, phase.method, per_device) for work in (least, most)]

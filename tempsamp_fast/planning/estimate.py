@@ -47,6 +47,8 @@ class Work:
     answer_len: int
     num_answers: int
     num_sampled: int
+    queries: float = 1.0
+    """About the same video in the same row, on average; what they share counts once for all in FLOPs, not in memory."""
 
     @property
     def num_tokens(self) -> int:
@@ -60,7 +62,11 @@ class Work:
     def forward_flops(self, num_answers: int, model_config: Any) -> float:
         """Of one pass over the prompt and so many answers."""
         layout = GroupLayout(self.prompt_len, (self.answer_len,) * num_answers)
-        return layout_flops([layout], max(1, num_answers * self.answer_len), [self.grid_thw], model_config)
+        alone = layout_flops([layout], max(1, num_answers * self.answer_len), [self.grid_thw], model_config)
+        if self.queries == 1:
+            return alone
+        shared = GroupLayout(self.prompt_len - TEXT_TOKENS, ())
+        return alone - (1 - 1 / self.queries) * layout_flops([shared], 0, [self.grid_thw], model_config)
 
 
 @dataclass(frozen=True)
@@ -100,12 +106,18 @@ def text_and_video_tokens(grid_thw: tuple[int, int, int], model_config: Any, tex
 
 
 def work_of(
-    grid_thw: tuple[int, int, int], model_config: Any, method: str, num_generations: int, answer_len: int
+    grid_thw: tuple[int, int, int],
+    model_config: Any,
+    method: str,
+    num_generations: int,
+    answer_len: int,
+    queries: float = 1.0,
 ) -> Work:
-    """One prompt of a phase of `method`."""
+    """One prompt of a phase of `method`, with so many `queries` about its video."""
     num_answers = 1 if method == "sft" else num_generations
     num_sampled = {"sft": 0, "grpo": num_generations, "tempsamp": num_generations - 1}[method]
-    return Work(grid_thw, text_and_video_tokens(grid_thw, model_config), answer_len, num_answers, num_sampled)
+    prompt_len = text_and_video_tokens(grid_thw, model_config)
+    return Work(grid_thw, prompt_len, answer_len, num_answers, num_sampled, queries)
 
 
 def step_flops(work: Work, model_config: Any, config: Config, method: str, num_prompts: int) -> float:

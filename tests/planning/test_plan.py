@@ -19,11 +19,13 @@ from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.embedded.model import tiny_model, train_tokenizer
 from tempsamp_fast.model.architectures import count_parameters, model_config
 from tempsamp_fast.model.families import FAMILIES
+from tempsamp_fast.model.flops import layout_flops
+from tempsamp_fast.model.layout import GroupLayout
 from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.model.shapes import text_shape
 from tempsamp_fast.plan import decided, describe_plan, main, peak_memory, with_stage
-from tempsamp_fast.planning.estimate import step_traffic, work_of
+from tempsamp_fast.planning.estimate import TEXT_TOKENS, Work, step_traffic, work_of
 from tempsamp_fast.train import main as train_main
 from tests.conftest import Tiny
 
@@ -196,3 +198,23 @@ def test_the_plan_reads_the_annotations_that_are_there(clips: Path) -> None:
     words = ["--annotations", str(clips / "annotations/train.json"), "--videos", str(clips / "videos")]
     num_queries = sum(len(e["sentences"]) for e in json.loads(Path(words[1]).read_text()).values())
     assert f"samples  {num_queries} (read from" in describe_plan(decided(parse_args(words), 1), 1)
+
+
+def test_a_prompt_of_a_tree_costs_its_share(tiny: Tiny) -> None:
+    """Four prompts of the plan are the tree that is packed: what they share counts once."""
+    config, answers = tiny.model().config, (7,) * 20
+    grid, prompt_len = (4, 8, 8), 64 + TEXT_TOKENS
+    work = Work(grid, prompt_len, 7, 5, 5, queries=4)
+    tree = GroupLayout(64, (TEXT_TOKENS,) * 4 + answers, (0,) * 4 + tuple(1 + i // 5 for i in range(20)))
+    assert 4 * work.forward_flops(5, config) == pytest.approx(layout_flops([tree], 140, [grid], config))
+    assert Work(grid, prompt_len, 7, 5, 5).forward_flops(5, config) > 1.5 * work.forward_flops(5, config)
+
+
+@pytest.mark.parametrize("most", ["1", "2"])
+def test_the_plan_tells_how_many_questions_share_a_video(clips: Path, most: str) -> None:
+    words = ["--annotations", str(clips / "annotations/train.json"), "--videos", str(clips / "videos")]
+    words += ["--prompts_per_device", "2", "--queries_per_video", most]
+    counts = [len(entry["sentences"]) for entry in json.loads(Path(words[1]).read_text()).values()]
+    together = sum(counts) / sum(-(-count // 2) for count in counts)
+    said = f"trees    {together:.2g} questions about a video share it"
+    assert (said in describe_plan(decided(parse_args(words), 1), 1)) == (most == "2")
