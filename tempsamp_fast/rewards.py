@@ -144,6 +144,27 @@ def tiou_reward(
     ]
 
 
+def location_reward(
+    completions: Sequence[str],
+    *,
+    samples: Sequence[Sample],
+    require_tags: bool = True,
+    answer_form: AnswerForm = "text",
+    **_: Any,
+) -> list[float]:
+    """IoU with the window that fits best, less by the share of the video that either end is off (Time-R1, TaRO)."""
+    spans = [answered_span(text, answer_form, require_tags) for text in completions]
+    return [
+        max((_located_iou(span, window, sample.duration_s) for window in sample.windows), default=0.0) if span else 0.0
+        for span, sample in zip(spans, samples, strict=True)
+    ]
+
+
+def _located_iou(span: Span, window: Span, duration_s: float) -> float:
+    near = [max(0.0, 1 - abs(said - true) / duration_s) for said, true in zip(span, window, strict=True)]
+    return temporal_iou(span, window) * near[0] * near[1]
+
+
 def multi_tiou_reward(
     completions: Sequence[str],
     *,
@@ -253,6 +274,7 @@ def _highlight_score(predicted: Mapping[float, float] | None, targets: Mapping[f
 REWARDS: dict[str, Reward] = {
     "tiou": tiou_reward,
     "multi_tiou": multi_tiou_reward,
+    "location": location_reward,
     "wasserstein": wasserstein_reward,
     "highlight": highlight_reward,
     "format": format_reward,

@@ -12,7 +12,15 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
-from tempsamp_fast.data.newer_formats import UNTOLD, Fields, read_omtg, read_orarl, read_timelens2
+from tempsamp_fast.data.newer_formats import (
+    UNTOLD,
+    Fields,
+    read_momentseeker,
+    read_omtg,
+    read_orarl,
+    read_timelens2,
+    read_vue_tr,
+)
 from tempsamp_fast.data.prompts import SHORTEST_S, normalise_query
 from tempsamp_fast.data.text_files import (
     as_float,
@@ -289,18 +297,21 @@ def _read_time_r1(path: Path) -> Iterator[_Record]:
 FORMATS: dict[str, Callable[[Path], Iterator[_Record]]] = {
     "captions": partial(_read_by_video, queries_key="sentences", windows_key="timestamps"),
     "charades_text": _read_charades_text,
+    "momentseeker": partial(_read_fields, reader=read_momentseeker),
     "omtg": partial(_read_fields, reader=read_omtg),
     "orarl": partial(_read_fields, reader=read_orarl),
     "qvhighlights": _read_qvhighlights,
     "time_r1": _read_time_r1,
     "timelens": _read_timelens,
     "timelens_100k": partial(_read_fields, reader=read_timelens2),
+    "vue_tr": partial(_read_fields, reader=read_vue_tr),
     "timelens_bench": partial(_read_by_video, queries_key="queries", windows_key="spans"),
 }
 """Readers by name. `captions` is the JSON of Charades-STA and of ActivityNet Captions; `qvhighlights` is moment_detr's
 form, with saliency or without; `timelens_100k` is TimeLens-100K as published and TimeLens2-93K, whose rows may have
 several spans and offline rollouts; `timelens` the rows of question and answer that TempSamp-R1's release made from it;
-`time_r1` is the list of Time-R1, `orarl` the rows of OraRL, `omtg` the table of OMTG. Rows are JSON lines or one JSON
+`time_r1` is the list of Time-R1, `orarl` the rows of OraRL, `omtg` the table of OMTG; `vue_tr` and
+`momentseeker` are as published. Rows are JSON lines or one JSON
 list; any file may be compressed by gzip."""
 
 
@@ -313,7 +324,7 @@ def _detect_format(path: Path) -> str:
     keys = set[str]().union(*(row for _, _, row in islice(json_rows(path), 1))) if is_rows else set[str]()
     if keys or suffix == ".jsonl":
         of_key = {"images": "orarl", "problem": "timelens", "sentence": "time_r1"}
-        of_key |= dict.fromkeys(("events", "span"), "timelens_100k")
+        of_key |= dict.fromkeys(("events", "span"), "timelens_100k") | {"gt": "vue_tr", "qry_text": "momentseeker"}
         return next((name for key, name in of_key.items() if key in keys), "qvhighlights")
     entries = islice(json_object(path).values(), 1)
     return "timelens_bench" if any(isinstance(entry, dict) and "queries" in entry for entry in entries) else "captions"

@@ -91,6 +91,29 @@ def read_orarl(path: Path) -> Iterator[Fields]:
         }  # fmt: skip
 
 
+def read_vue_tr(path: Path) -> Iterator[Fields]:
+    """VUE-TR: rows of `query_id`, `video`, `duration`, `query` and `gt`, a list of spans."""
+    for place, _, row in json_rows(path):
+        video = typed(place, "video", get(place, row, "video"), str)
+        yield {
+            "place": f"{place}, video {shown(video)}", "sample_id": str(get(place, row, "query_id")),
+            "video_id": video, "query": get(place, row, "query"), "duration": get(place, row, "duration"),
+            "windows": get(place, row, "gt"),
+        }  # fmt: skip
+
+
+def read_momentseeker(path: Path) -> Iterator[Fields]:
+    """MomentSeeker's t2v.json: `src_video_path`, `qry_text` and `answering_time_interval`, a span or a list of them."""
+    for place, number, row in json_rows(path):
+        video = typed(place, "src_video_path", get(place, row, "src_video_path"), str)
+        spans = typed(place, "answering_time_interval", get(place, row, "answering_time_interval"), list)
+        yield {
+            "place": f"{place}, video {shown(video)}", "sample_id": f"{video}/{number}", "video_id": video,
+            "query": get(place, row, "qry_text"), "duration": row.get("duration", UNTOLD),
+            "windows": spans if spans and isinstance(spans[0], list) else [spans],
+        }  # fmt: skip
+
+
 def read_omtg(path: Path) -> Iterator[Fields]:
     """OMTG's table: columns `video`, `question`, `answer`, tab between; the answer names spans in time tags."""
     csv.field_size_limit(MOST_CHARACTERS)

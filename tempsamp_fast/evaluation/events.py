@@ -60,6 +60,13 @@ def best_matching(values: np.ndarray) -> list[tuple[int, int]]:
     return sorted((int(owner[column]), column) for column in range(num_columns) if owner[column] < num_rows)
 
 
+def threshold_auc(ious: Sequence[float]) -> float:
+    """VUE-TR's area, by trapezoids, under the share of queries whose IoU is over a threshold of 0, .01, ... 1."""
+    thresholds = np.arange(101) / 100
+    shares = (np.array(ious)[:, None] > thresholds).mean(axis=0)
+    return float((shares[1:] + shares[:-1]).sum() / 200)
+
+
 def event_scores(samples_windows: Sequence[Sequence[Span]], predicted: Sequence[Sequence[Span]]) -> dict[str, float]:
     """The means of `etf1` over queries. Raises ValueError when there is none."""
     if not predicted:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tempsamp_fast.answers import read_block_pairs, read_json, read_pairs, read_time_tags
-from tempsamp_fast.evaluation.events import event_scores
+from tempsamp_fast.evaluation.events import event_scores, threshold_auc
 from tempsamp_fast.evaluation.scoring import grounding_scores, row_spans
 from tempsamp_fast.intervals import union_iou
 from tempsamp_fast.rewards import best_iou, parse_spans
@@ -75,6 +75,8 @@ class Protocol:
     is_unread_beyond: bool = False
     """An answer that cannot be read counts as `BEYOND_S`; else as IoU 0."""
     metrics: Literal["span", "union", "events"] = "span"
+    has_auc: bool = False
+    """Whether `threshold_auc` is told too."""
     max_completion_length: int = 2048
 
     def spans(self, row: Mapping[str, Any]) -> list[Span] | None:
@@ -104,7 +106,8 @@ class Protocol:
         if self.metrics == "events":
             return event_scores([sample.windows for sample in samples], [spans or [] for spans in found]) | parse_rate
         ious = [self.iou(spans, sample) for spans, sample in zip(found, samples, strict=True)]
-        return grounding_scores(ious) | parse_rate
+        area = {"auc": threshold_auc(ious)} if self.has_auc else {}
+        return grounding_scores(ious) | area | parse_rate
 
     def __str__(self) -> str:
         parts = [str(self.budget or "the checkpoint's own frames"), self.rule]
@@ -180,9 +183,13 @@ PROTOCOLS = {
 
 def protocol_for(name: str, test: str | None) -> Protocol:
     """The protocol of that name for a data set of `catalogue.DATASETS`: on TimeLens-Bench, whose queries have one span,
-    `timelens2` takes the first span of an answer.
+    `timelens2` takes the first span of an answer; on VUE-TR it shows a frame a second and tells the area too.
     """
     protocol = PROTOCOLS[name]
     if name == "timelens2" and test and test.startswith("timelens-bench"):
         return replace(protocol, answers="first", rule="the first span of a JSON list")
+    if name == "timelens2" and protocol.budget and test in ("vue-tr", "vue-tr-v2"):
+        return replace(protocol, budget=replace(protocol.budget, fps=1.0), has_auc=True)
+    if name == "timelens2" and protocol.budget and test in ("momentseeker", "ego4d-nlq"):
+        return replace(protocol, budget=replace(protocol.budget, fps=2.0, max_pixels=480 * 480))
     return protocol

@@ -26,6 +26,7 @@ METRICS = {
     "tf1@0.5": "tF1@0.5",
     "tf1@0.7": "tF1@0.7",
     "etf1": "EtF1",
+    "auc": "AUC",
     "parse_rate": "parsed",
 }
 """Metrics of `scoring.score_rows` and of protocols by the heading they are printed under."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import cache
+from statistics import fmean
 from typing import get_args
 
 import torch
@@ -89,7 +90,8 @@ def advantages_by_rule(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfi
 def advantage_metrics(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig) -> dict[str, float]:
     """Of groups with advantages: `advantage/skew/<rule>`, the skewness of `advantages_by_rule` (paper figure 4), and
     `advantage/flipped`, of the sampled answers with a positive advantage among themselves the share whose advantage
-    became negative in the group with the true answer; left out where none is positive.
+    became negative in the group with the true answer; left out where none is positive. Of the groups that have some,
+    `advantage/groups_flipped` is the share in which any did and `advantage/groups_lost` that in which all did.
     """
     by_rule = advantages_by_rule(groups, algorithm)
     metrics = {f"advantage/skew/{rule}": skewness(values) for rule, values in by_rule.items()}
@@ -97,6 +99,14 @@ def advantage_metrics(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig
     positive = by_rule["grpo"] > 0
     if positive.any():
         metrics["advantage/flipped"] = float((in_group[positive] < 0).float().mean())
+        sizes = [int((~group.is_off_policy()).sum()) for group in groups]
+        flips = [
+            values[was] < 0
+            for values, was in zip(in_group.split(sizes), positive.split(sizes), strict=True)
+            if was.any()
+        ]
+        metrics["advantage/groups_flipped"] = fmean(bool(each.any()) for each in flips)
+        metrics["advantage/groups_lost"] = fmean(bool(each.all()) for each in flips)
     return metrics
 
 

@@ -77,6 +77,18 @@ def test_omtg_is_a_table_of_questions_and_answers_in_time_tags(tmp_path):
         read_annotations(written(tmp_path, "c.tsv", "a\tb\n1\t2"))
 
 
+def test_vue_tr_and_momentseeker_rows(tmp_path):
+    vue = {"query_id": 7, "video": "v6", "duration": 90.5, "query": "A cat", "gt": [[1, 2], [30, 31.5]]}
+    (sample,) = load_annotations(written(tmp_path, "vue.json", [vue]))
+    assert (sample.sample_id, sample.windows, sample.duration_s) == ("7", ((1, 2), (30, 31.5)), 90.5)
+    rows = [
+        {"src_video_path": "a/v7.mp4", "qry_text": "A dog", "answering_time_interval": spans, "task": "t"}
+        for spans in ([3, 4], [[1, 2], [3, 5]])
+    ]
+    first, second = load_annotations(written(tmp_path, "t2v.json", rows))
+    assert (first.windows, first.duration_s, second.windows) == (((3, 4),), 4, ((1, 2), (3, 5)))
+
+
 @pytest.mark.parametrize(
     ("question", "query"),
     [

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tempsamp_fast.evaluation.events import best_matching, etf1
+from tempsamp_fast.evaluation.events import best_matching, etf1, threshold_auc
 from tempsamp_fast.evaluation.protocols import PROTOCOLS, protocol_for
 from tempsamp_fast.evaluation.published import METRICS, MIXED_PROTOCOLS, comparison, published_results
 from tempsamp_fast.sample import Sample
@@ -92,6 +92,16 @@ def test_on_timelens_bench_timelens2_counts_the_first_span():
     row = {"text": "[[12.4, 17.6], [20, 25.2]]"}
     assert protocol_for("timelens2", "timelens-bench-charades").scores([SAMPLE], [row])["miou"] == 1
     assert protocol_for("timelens2", "omtg-bench").scores([SAMPLE], [row])["miou"] == pytest.approx(0.5)
+
+
+def test_the_published_area_of_vue_tr():
+    assert threshold_auc([0.6, 0.25, 0.0, 1.0]) == pytest.approx(0.45875)
+    vue_tr = protocol_for("timelens2", "vue-tr")
+    found = vue_tr.scores([SAMPLE] * 2, [{"text": "[[12.4, 17.6]]"}, {"text": "no"}])
+    assert (found["miou"], found["auc"]) == (0.5, pytest.approx(threshold_auc([1.0, 0.0])))
+    assert vue_tr.budget.fps == 1 and set(found) <= set(METRICS)
+    seeker = protocol_for("timelens2", "momentseeker").budget
+    assert (seeker.fps, seeker.max_pixels, seeker.total_tokens) == (2, 480 * 480, 128_000)
 
 
 def test_omtg_scores_every_span_in_time_tags():

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from tempsamp_kernels import fused_linear_grpo_loss
 from tempsamp_kernels import head as kernel_head
 from tempsamp_kernels.head import ROW_MULTIPLE
 from torch import Tensor
@@ -205,3 +206,17 @@ def test_log_probs_are_the_same_to_the_bit_on_a_gpu(tiny, num_tokens: int) -> No
     head = policy_loss(row, targets, "grpo", algorithm, 0.7, 3, num_tokens, num_tokens)
     _, metrics = head(hidden.requires_grad_(), weight.requires_grad_())
     assert metrics.as_dict()["ratio_min"] == metrics.as_dict()["ratio_max"] == 1
+
+
+def test_the_mean_over_tokens_weighs_long_answers_more_than_that_over_answers():
+    """Ratio 1, +1 for 10 tokens and -1 for 20: J = -1/3 over tokens, 0 over answers."""
+    hidden, weight = torch.zeros(30, 4), torch.zeros(8, 4)
+    row_ids = torch.tensor([0] * 10 + [1] * 20)
+    losses = {
+        loss_type: fused_linear_grpo_loss(
+            hidden, weight, torch.zeros(30, dtype=torch.int64), row_ids, advantages=torch.tensor([1.0, -1.0]),
+            loss_type=loss_type, beta=0.0, impl="torch", num_rows=2, num_items_in_batch=30,
+        )[0].item()
+        for loss_type in ("dapo", "grpo")
+    }  # fmt: skip
+    assert losses == {"dapo": pytest.approx(1 / 3), "grpo": pytest.approx(0, abs=1e-7)}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tempsamp_fast.rewards import answer_format_reward, soft_overlong, wasserstein_reward
+from tempsamp_fast.rewards import answer_format_reward, location_reward, soft_overlong, wasserstein_reward
 from tempsamp_fast.sample import Sample
 
 ONE, TWO = ((10.0, 20.0),), ((0.0, 10.0), (50.0, 60.0))
@@ -47,6 +47,12 @@ def test_the_published_numbers(windows, spans, distance, reward, iou, form):
     assert -math.log(alone) * sum(end - start for start, end in windows) == pytest.approx(distance, abs=6e-5)
     (whole,) = wasserstein_reward(texts, samples=samples)
     assert whole - alone == pytest.approx(iou, abs=6e-5)
+
+
+def test_the_published_number_of_the_location_reward():
+    sample = Sample("s", Path("v.mp4"), "query", 30.0, (*ONE, (25.0, 26.0)))
+    texts = [said([(12, 22)]), said([(10, 20)]), "no idea", said([(100, 200)])]
+    assert location_reward(texts, samples=[sample] * 4) == pytest.approx([0.5807, 1, 0, 0], abs=6e-5)
 
 
 def test_a_larger_beta_punishes_distance_more():

@@ -61,7 +61,17 @@ def test_sampled_positives_that_turn_negative_are_counted(true: float, flipped: 
     algorithm = AlgorithmConfig(shaping="mixed")
     groups = [group(*map(answer, (0.1, 0.2, 0.5, 0.9)), answer(true, is_off_policy=True))]
     assign_advantages(groups, "tempsamp", algorithm)
-    assert advantage_metrics(groups, algorithm)["advantage/flipped"] == flipped
+    metrics = advantage_metrics(groups, algorithm)
+    assert metrics["advantage/flipped"] == flipped
+    assert (metrics["advantage/groups_flipped"], metrics["advantage/groups_lost"]) == (float(flipped > 0), 0)
+    none_above = group(*map(answer, (0.1, 0.1, 0.3)), answer(1.0, is_off_policy=True))
+    groups += [none_above, group(answer(0.3), answer(0.3), answer(1.0, is_off_policy=True))]
+    assign_advantages(groups, "tempsamp", algorithm)
+    metrics = advantage_metrics(groups, algorithm)
+    assert (metrics["advantage/groups_flipped"], metrics["advantage/groups_lost"]) == (
+        (float(flipped > 0) + 1) / 2,
+        0.5,
+    )
 
 
 def test_without_sampled_positives_none_is_said_to_flip() -> None:
