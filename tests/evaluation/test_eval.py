@@ -83,6 +83,19 @@ def test_answers_are_those_of_inference_and_scores_those_of_the_answers(
     assert not list((tmp_path / "out").glob("answer.*.jsonl"))
 
 
+@pytest.mark.parametrize(("name", "heading"), [("timelens2", "R1@0.7"), ("omtg", "EtF1")])
+def test_a_published_protocol_is_followed_end_to_end(
+    words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, heading: str
+) -> None:
+    assert main(words("out", "--protocol", name, "--max_samples", "2")) == 0
+    printed = capsys.readouterr().out
+    assert heading in printed and f"protocol {name}: " in printed
+    assert json.loads((tmp_path / "out/settings.json").read_text())["protocol"] == name
+    assert all("spans" in row for row in rows(tmp_path / "out"))
+    assert main(words("out", "--max_samples", "2")) == 2
+    assert f"protocol '{name}', now 'own'" in capsys.readouterr().err
+
+
 def test_frames_are_taken_as_in_training_unless_told_otherwise(words: Words, checkpoint: Path, tmp_path: Path) -> None:
     model = shutil.copytree(checkpoint, tmp_path / "trained")
     (model / "video.json").write_text(json.dumps({"fps": 0.5, "max_pixels": 3136, "min_pixels": 3136}))
