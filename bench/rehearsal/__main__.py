@@ -37,7 +37,7 @@ Case, Variant = rollouts.Case, updates.Variant
 WHOLE = [
     Variant(has_liger=False), Variant(), Variant(recomputed="all"), Variant(recomputed="tower"),
     Variant(is_packed=False), Variant(has_frozen_tower=True), Variant(Shape(256)),
-    Variant(Shape(num_groups=4), recomputed="all"),
+    Variant(Shape(num_groups=4), recomputed="all"), Variant(Shape(48, 5, num_groups=4, is_tree=True)),
 ]  # fmt: skip
 UPDATES = {"3B": WHOLE, "7B": [Variant(), Variant(Shape(256))], "Qwen3-VL-8B": [Variant(), Variant(is_packed=False)]}
 ROLLOUTS = {

@@ -6,6 +6,7 @@ Liger's layers and flash attention keep less, so on a GPU this is an upper estim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,16 +49,27 @@ class Work:
     num_answers: int
     num_sampled: int
     queries: float = 1.0
-    """About the same video in the same row, on average; what they share counts once for all in FLOPs, not in memory."""
+    """About the same video in the same row, on average; what they share counts once for all."""
 
     @property
     def num_tokens(self) -> int:
+        """Of the prompt, its video and its answers, alone in a row."""
         return self.prompt_len + self.num_answers * self.answer_len
 
     @property
-    def num_patches(self) -> int:
-        t, h, w = self.grid_thw
-        return t * h * w
+    def num_shared(self) -> int:
+        """Tokens that all prompts about the video begin with."""
+        return self.prompt_len - TEXT_TOKENS
+
+    @property
+    def tokens_in_row(self) -> float:
+        """Of a prompt with its share of the video."""
+        return self.num_tokens - (1 - 1 / self.queries) * self.num_shared
+
+    @property
+    def patches_in_row(self) -> float:
+        """A prompt's share of those of the video."""
+        return math.prod(self.grid_thw) / self.queries
 
     def forward_flops(self, num_answers: int, model_config: Any) -> float:
         """Of one pass over the prompt and so many answers."""
@@ -65,7 +77,7 @@ class Work:
         alone = layout_flops([layout], max(1, num_answers * self.answer_len), [self.grid_thw], model_config)
         if self.queries == 1:
             return alone
-        shared = GroupLayout(self.prompt_len - TEXT_TOKENS, ())
+        shared = GroupLayout(self.num_shared, ())
         return alone - (1 - 1 / self.queries) * layout_flops([shared], 0, [self.grid_thw], model_config)
 
 
@@ -188,7 +200,7 @@ def _kept_activations(work: Work, model_config: Any, config: Config, b: int) -> 
     shape, vision = text_shape(model_config), model_config.vision_config
     prompts = max(prompts_per_row(config.train, phase) for phase in parse_phases(config.train.phases))
     rows = min(prompts, max(1, config.train.max_tokens_per_row // work.num_tokens))
-    num_tokens, num_patches = rows * work.num_tokens, rows * work.num_patches
+    num_tokens, num_patches = rows * work.tokens_in_row, rows * work.patches_in_row
     sizes = shape.hidden, shape.query, shape.key, shape.intermediate
     linear_sizes = shape.hidden, shape.channels, shape.linear_value, shape.intermediate
     attending = b * num_tokens * sum(c * size for c, size in zip(kept.per_token, sizes, strict=True))

@@ -83,12 +83,16 @@ class Shape:
     completion_len: int = 32
     num_generations: int = 8
     num_groups: int = 1
+    is_tree: bool = False
+    """Whether the groups ask about one video."""
 
 
 def rows_of(config: Any, shape: Shape, is_packed: bool = True) -> list[PackedRow]:
     """On the CPU; all groups in one row, or every answer in one of its own."""
-    groups = [
-        random_group(prompt_of(config, seed), shape.completion_len, shape.num_generations)
-        for seed in range(shape.num_groups)
-    ]
+    prompts = [prompt_of(config, seed) for seed in range(shape.num_groups)]
+    if shape.is_tree:
+        first = prompts[0]
+        questions = torch.arange(5, 65).repeat(shape.num_groups, 1) + torch.arange(shape.num_groups)[:, None]
+        prompts = [replace(first, input_ids=torch.cat([first.input_ids, question])) for question in questions]
+    groups = [random_group(prompt, shape.completion_len, shape.num_generations) for prompt in prompts]
     return pack(groups, config=config, max_tokens_per_row=10**9, mode="shared_prefix" if is_packed else "none")

@@ -39,7 +39,7 @@ class Variant:
 
     def __str__(self) -> str:
         words = [f"C={self.shape.completion_len} G={self.shape.num_generations}"]
-        words += [f"x{self.shape.num_groups}"] * (self.shape.num_groups > 1)
+        words += [f"x{self.shape.num_groups}"] * (self.shape.num_groups > 1) + ["tree"] * self.shape.is_tree
         words += ["plain layers"] * (not self.has_liger) + ["frozen tower"] * self.has_frozen_tower
         words += [f"recomputed {self.recomputed}"] * bool(self.recomputed)
         return " ".join([*words, "packed" if self.is_packed else "unpacked"])
@@ -108,7 +108,8 @@ def _update(size: str, policy: Policy, variant: Variant) -> dict[str, Any]:
 def planned_gib(size: str, config: Any, variant: Variant, prompt_len: int) -> float:
     """Weights, gradients and activations of one pass, as `tempsamp_fast.plan` has them."""
     settings, shape = parse_args(variant.flags(size)), variant.shape
-    work = Work(GRID, prompt_len, shape.completion_len, shape.num_generations, shape.num_generations)
+    queries = shape.num_groups if shape.is_tree else 1
+    work = Work(GRID, prompt_len, shape.completion_len, shape.num_generations, shape.num_generations, queries)
     parameters = count_parameters(config, settings.model)
     memory = step_memory(work, config, parameters, settings, 2, 1)
     return (memory.weights + 2 * parameters.trained(settings.model) + memory.activations) / 2**30
