@@ -6,7 +6,7 @@ APT_PACKAGES := ffmpeg libavcodec-dev libavformat-dev libavutil-dev libswscale-d
 	pkg-config g++ python3-dev python3-venv
 
 .DEFAULT_GOAL := $(VENV)
-.PHONY: demo test test-all test-browser test-ffmpeg7 lint bench gpu rehearse clean system-packages $(VENV)
+.PHONY: demo test test-all test-browser test-ffmpeg7 test-vllm lint bench gpu rehearse clean system-packages $(VENV)
 
 # Installs the packages $(1) where this user may, else prints the command and fails.
 define apt_install
@@ -60,6 +60,20 @@ test-browser: $(VENV)
 test-ffmpeg7: $(VENV)
 	OMP_NUM_THREADS=1 tests/video/with_ffmpeg7.sh $(BIN) -n 2 --dist loadfile
 
+# vLLM itself, on a CPU, in an environment of its own: 1 GB, some minutes.
+VLLM_BIN := .venv-vllm/bin
+
+test-vllm: system-packages $(VLLM_BIN)/.installed
+	OMP_NUM_THREADS=1 TEMPSAMP_REQUIRE_VLLM=1 $(VLLM_BIN)/pytest tests/rollout/test_vllm_engine.py
+
+$(VLLM_BIN)/.installed: constraints-vllm.txt tests/rollout/vllm_environment.py
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/pip install -q --upgrade pip
+	$(VLLM_BIN)/pip install -q -c constraints-vllm.txt torch torchvision setuptools
+	DS_BUILD_OPS=0 $(VLLM_BIN)/pip install -q --no-deps -r constraints-vllm.txt
+	$(VLLM_BIN)/python tests/rollout/vllm_environment.py
+	touch $@
+
 lint: $(VENV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -96,4 +110,4 @@ $(REHEARSAL)/stub/libcuda.so.1: $(REHEARSAL)/.installed bench/rehearsal/stub.c
 	cp $(@D)/stub.so $@
 
 clean:
-	rm -rf $(VENV) $(REHEARSAL) build data runs *.egg-info
+	rm -rf $(VENV) .venv-vllm $(REHEARSAL) build data runs *.egg-info

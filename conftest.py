@@ -1,6 +1,7 @@
-"""What must hold before any test or benchmark module is imported, and the meaning of the `gpu` marker."""
+"""What must hold before any test or benchmark module is imported, and the meaning of the `gpu` and `vllm` markers."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,7 +16,11 @@ if not torch.cuda.is_available():
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """`gpu` tests skip without a CUDA device, and fail there when TEMPSAMP_REQUIRE_GPU=1."""
+    """`gpu` tests skip without a CUDA device, `vllm` tests without vLLM, and fail there when they are required."""
+    if item.get_closest_marker("vllm") is not None and find_spec("vllm") is None:
+        if os.environ.get("TEMPSAMP_REQUIRE_VLLM") == "1":
+            pytest.fail("TEMPSAMP_REQUIRE_VLLM=1, but vLLM is not installed")
+        pytest.skip("needs vLLM: make test-vllm")
     if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
         return
     if os.environ.get("TEMPSAMP_REQUIRE_GPU") == "1":

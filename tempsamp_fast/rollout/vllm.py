@@ -57,6 +57,7 @@ def colocated_llm(policy: Policy, chat: Chat, max_tokens: int, gpu_memory_share:
     # vLLM leaves the tower out where no video may come, and with it what reads the features of early layers.
     needs_tower = bool(getattr(policy.config.vision_config, "deepstack_visual_indexes", ()))
     on_cpu: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
+    on_cpu["enable_chunked_prefill"] = False  # a seeded answer to a prompt that is read in parts fails there
     num_threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
     try:
         with TemporaryDirectory(prefix="tempsamp_fast_vllm_") as folder:

@@ -85,6 +85,7 @@ class LLM:
         logprobs_mode: str,
         seed: int,
         enforce_eager: bool = False,
+        enable_chunked_prefill: bool = True,
         kv_cache_memory_bytes: int | None = None,
     ) -> None:
         assert enable_mm_embeds and load_format == "dummy" and dtype == "float32"
@@ -107,6 +108,7 @@ class LLM:
         has_tokenizer = (Path(model) / "tokenizer.json").exists()
         self.tokenizer = AutoTokenizer.from_pretrained(model) if has_tokenizer else None
         self.logprobs_mode = logprobs_mode
+        self.most_chunked_tokens = max_num_batched_tokens if enable_chunked_prefill else None
         self.requests: list[SamplingParams] = []
         self.extra_ids: list[int] = []
         """Put in front of every prompt, as a processor that disagrees would."""
@@ -139,7 +141,10 @@ class LLM:
 
     def generate(self, prompts: list[dict], sampling_params: list[SamplingParams], use_tqdm: bool) -> list[Any]:
         self.requests += sampling_params
-        return [self._one(prompt, options) for prompt, options in zip(prompts, sampling_params, strict=True)]
+        outputs = [self._one(prompt, options) for prompt, options in zip(prompts, sampling_params, strict=True)]
+        if self.most_chunked_tokens and sum(len(each.prompt_token_ids) for each in outputs) > self.most_chunked_tokens:
+            raise RuntimeError("CPU Generator does not use offset")
+        return outputs
 
     def _one(self, request: dict[str, Any], options: SamplingParams) -> SimpleNamespace:
         video = request["multi_modal_data"]["video"]
