@@ -30,9 +30,7 @@ from tempsamp_fast.run.run import Run
 
 pytestmark = pytest.mark.vllm
 QUERY = "a red square moves left"
-NO_DELTA_RULE = (
-    "vLLM 0.30 on a CPU has the gated delta rule in bfloat16 alone, and NaN came of what it had loaded"
-)
+NO_DELTA_RULE = "vLLM 0.30 on a CPU has the gated delta rule in bfloat16 alone, and NaN came of what it had loaded"
 QWEN3_5 = pytest.param("qwen3_5", marks=pytest.mark.skip(reason=NO_DELTA_RULE))
 FAMILIES = ["qwen2_5_vl", "qwen3_vl", QWEN3_5]
 TEXTS = [question(QUERY, mode, "grounding") for mode in ("answer", "think")] + ["From 0.25 to 13.75 seconds. 46 89"]
