@@ -117,6 +117,26 @@ def test_prompts_that_fill_more_than_a_pass_are_not_cut(tiny, monkeypatch: pytes
     assert len(setting.backend.generate(setting.prompts, 1, SAMPLED, seed=(0,))) == 3
 
 
+def test_videos_that_differ_in_their_times_alone_are_told_apart(setting: Setting) -> None:
+    """Still frames have the same features however far apart they are."""
+    first = setting.prompts[2]
+    other = replace(first.video, second_per_grid=0.5, timestamps_s=first.video.timestamps_s + 20)
+    if setting.chat.timestamps_in_text:
+        ids_ = [id_ + 20 * (next_ == 62) for id_, next_ in zip(first.input_ids, [*first.input_ids[1:], 0], strict=True)]
+        later = replace(
+            first, video=other, sample=replace(first.sample, sample_id="later"), input_ids=torch.tensor(ids_)
+        )
+    else:
+        later = replace(first, video=other, sample=replace(first.sample, sample_id="later"))
+    setting.prompts.append(later)
+    for prompts in ([first], [later]):
+        setting.backend.sync_weights()
+        answers = setting.backend.generate(prompts, 1, GREEDY, seed=(0,))
+        own = setting.own.generate(prompts, 1, GREEDY, seed=(0,))
+        assert ids(answers) == ids(own)
+        torch.testing.assert_close(answers[0][0].logps, own[0][0].logps, rtol=0, atol=1e-5)
+
+
 def test_log_probs_are_the_models_own(setting: Setting) -> None:
     """At temperature 1 and over all ids, whatever answers are drawn at; a tenth of the vocabulary is banned here."""
     setting.backend.sync_weights()

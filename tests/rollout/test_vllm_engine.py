@@ -120,7 +120,7 @@ def test_a_frozen_towers_features_outlive_a_change_of_weights(plain: Sampler) ->
 
 @pytest.mark.parametrize("second_per_grid", [0.29, 0.4, 0.7, 1.0, 1 / 3, 2.0, 2.6])
 def test_ids_and_positions_are_the_trainers_at_any_frame_rate(plain: Sampler, second_per_grid: float) -> None:
-    """Other ids are refused; positions are read where vLLM's first decoder layer gets them, or is the head's input."""
+    """Other ids are refused. The same frames at another rate are another video, also to vLLM's caches."""
     grid, found = (40, 2, 2), []
     prompt = plain.prompt(7, grid, second_per_grid)
     ours, _ = mrope_positions(prompt.input_ids, [grid], [second_per_grid], plain.policy.config)

@@ -114,6 +114,8 @@ class LLM:
         """Put in front of every prompt, as a processor that disagrees would."""
         self.llm_engine = SimpleNamespace(reset_encoder_cache=self._reset_encoder_cache)
         self._prefix_cache: dict[tuple[Any, ...], SimpleNamespace] = {}
+        self._processed: dict[str, dict[str, Tensor]] = {}
+        """What was sent of a video, by its name: by default of its features alone, whatever its times are."""
         self._scheduled: set[str] = set()
         self._encoded: dict[str, Tensor] = {}
         """The two halves of the encoder cache: what the scheduler counts on, and what the worker has."""
@@ -148,20 +150,24 @@ class LLM:
 
     def _one(self, request: dict[str, Any], options: SamplingParams) -> SimpleNamespace:
         video = request["multi_modal_data"]["video"]
-        features = str(hash(video["video_embeds"].numpy().tobytes()))
-        if features not in self._scheduled:
-            self._scheduled.add(features)
-            self._encoded[features] = video["video_embeds"]
-        key = (*request["prompt_token_ids"], features, options.n, options.seed, options.temperature)
+        (name,) = request.get("multi_modal_uuids", {}).get("video") or [
+            str(hash(video["video_embeds"].numpy().tobytes()))
+        ]
+        video = self._processed.setdefault(name, video)
+        if name not in self._scheduled:
+            self._scheduled.add(name)
+            self._encoded[name] = video["video_embeds"]
+        key = (*request["prompt_token_ids"], name, options.n, options.seed, options.temperature)
         if key not in self._prefix_cache:
-            if features not in self._encoded:
-                raise RuntimeError(f"Encoder cache miss for {features}.")
-            self._prefix_cache[key] = self._computed(request, options, self._encoded[features])
+            if name not in self._encoded:
+                raise RuntimeError(f"Encoder cache miss for {name}.")
+            self._prefix_cache[key] = self._computed(request["prompt_token_ids"], video, options, self._encoded[name])
         return self._prefix_cache[key]
 
-    def _computed(self, request: dict[str, Any], options: SamplingParams, features: Tensor) -> SimpleNamespace:
-        data = request["multi_modal_data"]["video"]
-        ids = self.extra_ids + self._expanded(request["prompt_token_ids"], data)
+    def _computed(
+        self, prompt_ids: list[int], data: dict[str, Tensor], options: SamplingParams, features: Tensor
+    ) -> SimpleNamespace:
+        ids = self.extra_ids + self._expanded(prompt_ids, data)
         size = self.policy.config.text_config.hidden_size
         embeds, *deepstack = features.split(size, dim=1)
         ((grid,), (second,)) = data["video_grid_thw"].tolist(), data.get("second_per_grid_ts", torch.ones(1)).tolist()
