@@ -9,25 +9,25 @@ import argparse
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import yaml
-
 from tempsamp_fast.config import AlgorithmConfig, Config, DataConfig, ModelConfig, RolloutConfig, TrainConfig
+from tempsamp_fast.config.recipe import RECIPES, RUNS_CODE, read_recipes, runs_code
+from tempsamp_fast.config.setting import did_you_mean
 from tempsamp_fast.system.files import read_json
 
 logger = logging.getLogger(__name__)
 
-RECIPES = Path(__file__).parent / "configs"
 SECTIONS = (DataConfig, ModelConfig, RolloutConfig, AlgorithmConfig, TrainConfig)
-MOST_CHARACTERS = 1 << 16
-"""Of a recipe."""
-RUNS_CODE = ("allow_pickle", "trust_remote_code")
-"""Settings that count only when typed on the command line."""
-TYPED_AGAIN = (*RUNS_CODE, "record_rollouts", "patch_cache", "synthetic_dir", "deepspeed_config", "video_device")
-"""Those that must be typed again to resume: the record may be a stranger's, and these run, write or open something."""
+TYPED_AGAIN = (
+    *RUNS_CODE, "rewards", "record_rollouts", "patch_cache", "synthetic_dir", "deepspeed_config", "video_device",
+    "prompt_file",
+)  # fmt: skip
+"""Those that must be typed again to resume: the record may be a stranger's, and these run, write or open something
+(`rewards` where they are a file's)."""
 FIELDS: dict[str, Any] = {
     name: field
     for section in SECTIONS
@@ -35,44 +35,21 @@ FIELDS: dict[str, Any] = {
     for name in (field.name, *(alias.removeprefix("--") for alias in field.metadata["aliases"]))
 }
 """By their names, former ones too."""
-DESCRIPTION = """--config NAME_OR_FILE.yaml takes the settings of a recipe first, in place of the defaults below; flags
-win. Without it that is tiny_cpu for the tiny model on the embedded data, else own_videos. --resume RUN takes those the
-run was started with."""
+TYPES: dict[str, Any] = {name: type_ for section in SECTIONS for name, type_ in get_type_hints(section).items()}
+USAGE = "deepspeed tempsamp_fast/train.py [--config RECIPE [RECIPE ...]] [--SETTING VALUE ...]"
+DESCRIPTION = """--config takes the settings of recipes first, in place of the defaults below: names of those that come
+with the package, or YAML files; of several, later ones win, and flags win over all. Without it that is tiny_cpu for the
+tiny model on the embedded data, else own_videos. --resume RUN takes those the run was started with. A number's unit
+stands in [brackets], where it is from in (parentheses)."""
 
 
-def read_recipe(path: Path, inherited_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The settings of a flat YAML file, over those of the recipe that its entry `base` names, if it has one.
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names every flag once, not with hyphens too."""
 
-    A base is a file's stem in the same folder, or a recipe's name. Raises ValueError naming a file that cannot be read,
-    a base that leads back to itself, and a setting that counts only when typed.
-    """
-    try:
-        with path.open() as recipe:
-            text = recipe.read(MOST_CHARACTERS)
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > 2 or isinstance(event, yaml.AliasEvent) or len(text) == MOST_CHARACTERS:
-                raise ValueError(f"aliases, nesting and {MOST_CHARACTERS} characters are too much for `name: value`")
-        entries = yaml.safe_load(text)
-    except OSError as error:
-        raise ValueError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"--config {path}: not valid YAML: {error}") from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"--config {path}: expected `name: value` lines, found {type(entries).__name__}")
-    if always := [name for name in RUNS_CODE if entries.get(name)]:
-        raise ValueError(f"--config {path}: {', '.join(always)} counts only when typed: --{' --'.join(always)}")
-    if "base" not in entries:
-        return entries
-    base = entries.pop("base")
-    if Path(str(base)).name != base:
-        raise ValueError(f"--config {path}: base {base!r} is no name of a recipe or of a file beside it")
-    beside = path.with_name(f"{base}.yaml")
-    file = beside if beside.is_file() else RECIPES / f"{base}.yaml"
-    if file in (path, *inherited_by):
-        raise ValueError(f"--config {path}: base {base!r} leads back to itself")
-    return read_recipe(file, (path, *inherited_by)) | entries
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if "-" not in name[2:]]
+        values = "" if action.nargs == 0 else " " + self._format_args(action, action.dest.upper())
+        return ", ".join(names) + values
 
 
 def _saved_flags(run: Path, typed: Collection[str]) -> list[str]:
@@ -96,7 +73,12 @@ def _saved_flags(run: Path, typed: Collection[str]) -> list[str]:
     changed = {name: value for name, value in settings.items() if value != FIELDS[name].default}
     logger.info("resume: %s has %s", path, ", ".join(f"{name}={value!r}" for name, value in changed.items()))
     packaged = [file.stem for file in RECIPES.glob("*.json")]
-    asked = [name for name in changed if name in TYPED_AGAIN and name not in typed and changed[name] not in packaged]
+    asked = [
+        name
+        for name, value in changed.items()
+        if name in TYPED_AGAIN and name not in typed and value not in packaged
+        if name != "rewards" or runs_code(name, value)
+    ]
     if asked:
         raise ValueError(
             f"--resume {run}: was started with {' '.join(f'--{name} {changed[name]!r}' for name in asked)}, which "
@@ -110,56 +92,92 @@ def _flags(settings: dict[str, Any]) -> list[str]:
 
 
 def parse_args(arguments: Sequence[str]) -> Config:
-    """Settings from command line words; `--config FILE.yaml` counts as flags typed first.
+    """Settings from command line words; recipes named by `--config` count as flags typed first.
 
     Without `--config` the base is `default_recipe`, or with `--resume RUN` what that run was started with.
-    Raises ValueError for unknown flags and for values of the wrong type or out of range.
+    Raises ValueError for unknown settings and for values of the wrong type or out of range, naming the file and line of
+    those that a recipe has.
     """
-    from transformers import HfArgumentParser
-
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    files.add_argument("--config", type=Path)
-    files.add_argument("--resume", type=Path)
-    sections: Any = SECTIONS
-    parser = HfArgumentParser(
-        sections, prog="train.py", description=DESCRIPTION, allow_abbrev=False, exit_on_error=False
-    )
+    parser = _parser()
     try:
-        given, words = files.parse_known_args(list(arguments))
-        typed = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
-        config = given.config or (None if given.resume else default_recipe(words))
-        recipe = read_recipe(_config_file(config)) if config else {}
-        typed |= recipe.keys()
-        saved = [*_saved_flags(given.resume, typed), f"--resume={given.resume}"] if given.resume else []
-        flags = [*saved, *_flags(recipe), *words]
-        *settings, unknown = parser.parse_args_into_dataclasses(args=flags, return_remaining_strings=True)
+        given, words = _files().parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
+    typed = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    recipe = read_recipes(given.config or ([] if given.resume else [default_recipe(words)]))
+    for name, entry in recipe.items():
+        if name not in FIELDS:
+            raise ValueError(f"{entry.place}: unknown setting {name!r}{did_you_mean(name, FIELDS)}")
+        _parse(parser, _flags({name: entry.value}), f"{entry.place}: ")
+    saved = [*_saved_flags(given.resume, typed | recipe.keys()), f"--resume={given.resume}"] if given.resume else []
+    flags = [*saved, *_flags({name: entry.value for name, entry in recipe.items()}), *words]
+    _parse(parser, flags)
+    try:
+        *settings, unknown = parser.parse_args_into_dataclasses(
+            args=flags, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:
+        blamed = (re.match(r"\w+(?=[=:])", str(error)) or [""])[0]
+        if blamed in recipe and blamed not in typed:
+            raise ValueError(f"{recipe[blamed].place}: {error}") from error
+        raise
     if unknown:
-        raise ValueError(f"unknown flag: {' '.join(unknown)}")
+        flag = unknown[0].partition("=")[0]
+        raise ValueError(f"unknown flag: {' '.join(unknown)}{did_you_mean(flag, [f'--{name}' for name in FIELDS])}")
     made = Config(*settings)
-    if given.resume and "offline" not in typed:
+    if given.resume and "offline" not in typed | recipe.keys():
         is_hub_name = made.model.model != "tiny" and not os.path.exists(os.path.expanduser(made.model.model))
-        made.model.offline = is_hub_name and "model" not in typed
+        made.model.offline = is_hub_name and "model" not in typed | recipe.keys()
     return made
 
 
-def default_recipe(words: Sequence[str]) -> Path:
+def _files() -> argparse.ArgumentParser:
+    """What is read before the settings themselves."""
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    files.add_argument("--config", nargs="+", action="extend")
+    files.add_argument("--resume", type=Path)
+    return files
+
+
+def _parser() -> Any:
+    from transformers import HfArgumentParser
+
+    sections: Any = SECTIONS
+    for section in sections:
+        section._argument_group_name = f"{section.__name__.removesuffix('Config').lower()}: {section.__doc__}"
+    recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    about = f"{DESCRIPTION} Recipes: {recipes}."
+    return HfArgumentParser(
+        sections, usage=USAGE, description=about, formatter_class=_Help, allow_abbrev=False, exit_on_error=False
+    )
+
+
+def _parse(parser: argparse.ArgumentParser, flags: Sequence[str], place: str = "") -> None:
+    """Raise ValueError, with the choice that was probably meant, for a value of the wrong type."""
+    try:
+        parser.parse_known_args(flags)
+    except argparse.ArgumentError as error:
+        name = (error.argument_name or "").partition("/")[0].removeprefix("--")
+        value = re.search(r"invalid choice: '(.*?)'", str(error))
+        meant = did_you_mean(value[1], map(str, get_args(TYPES.get(name)))) if value else ""
+        raise ValueError(f"{place}{error}{meant}") from error
+
+
+def default_recipe(words: Sequence[str]) -> str:
     """`tiny_cpu` for the embedded model on the embedded data, `own_videos` as soon as `words` ask for either's own."""
     asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name, embedded in (("model", "tiny"), ("annotations", "synthetic")):
         asked.add_argument(f"--{name}", default=embedded)
     given, _ = asked.parse_known_args(list(words))
-    return Path("tiny_cpu" if (given.model, given.annotations) == ("tiny", "synthetic") else "own_videos")
+    return "tiny_cpu" if (given.model, given.annotations) == ("tiny", "synthetic") else "own_videos"
 
 
 def describe_settings(arguments: Sequence[str], config: Config) -> str:
     """Which recipe the command line words took and what it comes to in the main, in a few short lines."""
-    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    asked.add_argument("--config")
-    given, words = asked.parse_known_args(list(arguments))
+    given, words = _files().parse_known_args(list(arguments))
     run = config.train.resume
-    recipe = given.config or (f"of {run}" if run else f"{default_recipe(words)} (--config takes another)")
+    default = f"of {run}" if run else f"{default_recipe(words)} (--config takes another)"
+    recipe = " ".join(given.config or [default])
     model, data, rollout, train = config.model, config.data, config.rollout, config.train
     pixels = f"{data.min_pixels or 'default'} to {data.max_pixels or 'default'} pixels"
     return "\n".join([
@@ -172,12 +190,6 @@ def describe_settings(arguments: Sequence[str], config: Config) -> str:
     ])  # fmt: skip
 
 
-def _config_file(given: Path) -> Path:
-    """A file, or the name of one of the recipes that come with the package."""
-    recipe = RECIPES / f"{given}.yaml"
-    return recipe if recipe.is_file() and not given.exists() else given
-
-
 def settings_table() -> str:
     """Every setting by section, as Markdown: its flag, type or choices, default and meaning."""
     lines = ["# Settings", "", "Each is a flag (`--name value`) and a line of a recipe (`name: value`)."]
@@ -185,9 +197,8 @@ def settings_table() -> str:
         title = section.__name__.removesuffix("Config")
         lines += ["", f"## {title}", "", section.__doc__ or "", "", "| setting | type or choices | default | meaning |"]
         lines += ["|---|---|---|---|"]
-        types = get_type_hints(section)
         for field in dataclasses.fields(section):
-            cells = f"`{field.name}`", _type_name(types[field.name]), f"`{field.default}`", field.metadata["help"]
+            cells = f"`{field.name}`", _type_name(TYPES[field.name]), f"`{field.default}`", field.metadata["help"]
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -84,6 +84,8 @@ class Completion:
     """
     rewards: dict[str, float] = field(default_factory=dict)
     """Raw reward by name; filled by scoring."""
+    is_cut: bool = False
+    """Whether it was sampled up to the limit and has no end."""
 
 
 @dataclass

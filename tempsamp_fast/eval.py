@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from tempsamp_fast.config import MODES, DataConfig
+from tempsamp_fast.data.annotations import FORMATS
 from tempsamp_fast.data.catalogue import DATASETS, dataset_name, load_samples, require_clip_scores
 from tempsamp_fast.evaluation.answer_files import AnswerFiles
 from tempsamp_fast.evaluation.protocols import OWN, PROTOCOLS, Protocol, protocol_for
@@ -75,7 +76,7 @@ def evaluate(options: argparse.Namespace) -> str:
 
     options.model = model_folder(options.model)
     modes: list[Any] = options.mode.split("+")
-    samples = load_samples(options.annotations, options.videos)[: options.max_samples]
+    samples = load_samples(options.annotations, options.videos, options.format)[: options.max_samples]
     overridable = (*HOW_FRAMES_ARE_TAKEN, *HOW_THEY_ARE_READ, "task")
     given = {name: value for name in overridable if (value := getattr(options, name)) is not None}
     protocol = protocol_for(options.protocol, dataset_name(options.annotations)) if options.protocol else None
@@ -216,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--model", required=True, help="run folder (RUN/best: of its best evaluation), checkpoint folder or hub name")
     add("--base", help="hub name of the model that adapters belong on, where the hub's cache lacks it")
     add("--annotations", required=True, help=f"file or data set: {', '.join(DATASETS)}")
+    add("--format", default="auto", choices=["auto", *FORMATS], help="of the annotation file")
     add("--videos", required=True, type=Path, help="folder of <video id>.{mp4,mkv,webm,avi,mov,m4v}")
     add("--output", required=True, type=Path, help="folder of answers and scores; one that has some is continued")
     add("--mode", default="answer", help="answer, think or answer+think")

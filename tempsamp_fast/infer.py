@@ -35,6 +35,7 @@ def infer(
     Frames are taken as the checkpoint was trained (`video.json` beside its weights), by `video_backend`; `base` is as
     of `Answerer`. Raises ValueError naming a bad checkpoint, video or query.
     """
+    from tempsamp_fast.data.frame_folder import duration_of
     from tempsamp_fast.evaluation.answerer import Answerer
     from tempsamp_fast.rewards import answered_span, is_outside
     from tempsamp_fast.rollout.generate import SamplingParams
@@ -46,7 +47,8 @@ def infer(
     params = SamplingParams(temperature=0.0, max_completion_length=max_completion_length)
     settings = replace(read_video_settings(Path(checkpoint)), video_backend=video_backend)
     answerer = Answerer(checkpoint, settings, params, base=base)
-    sample = Sample(video.stem, video, query, duration_s=0.0, windows=())
+    known_s = duration_of(video) if answerer.loader.chat.templates else 0.0  # own templates may name it
+    sample = Sample(video.stem, video, query, duration_s=known_s, windows=())
     (prompt,) = answerer.loader.prompts([sample], [mode])
     (completion,) = answerer.answer([prompt])
     span, second = answered_span(completion.text, settings.answer_form, require_tags), prompt.video.second_per_grid

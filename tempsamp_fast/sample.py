@@ -38,6 +38,8 @@ class Sample:
     """As published with the data set (TimeLens); None where it publishes none."""
     offline_ious: tuple[float, ...] = ()
     """Of answers that a model gave before, as published with the data set (TimeLens2)."""
+    reasoning: str | None = None
+    """What is thought before the answer, where the annotations have it: the true answer of a think prompt begins so."""
 
     @property
     def video_id(self) -> str:

@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--annotations", required=True, help="annotation file with the ground truth")
     parser.add_argument("--format", default="auto", choices=["auto", *FORMATS], help="format of the annotation file")
+    parser.add_argument("--videos", help="folder of the videos, for the durations where the file has none")
     parser.add_argument("--task", choices=get_args(Task), help="default: grounding")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="published way to read and count")
     parser.add_argument("--answer_form", choices=get_args(AnswerForm), default="text", help="in which a run answered")
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if options.protocol and (options.task or options.untagged):
             raise ValueError(f"--protocol {options.protocol} says itself what counts: leave out --task and --untagged")
-        samples = load_annotations(options.annotations, format=options.format)
+        samples = load_annotations(options.annotations, options.videos, options.format)
         rows = read_predictions(answers_file(options.predictions), samples)
         if options.protocol:
             protocol = protocol_for(options.protocol, dataset_name(options.annotations))

@@ -54,17 +54,23 @@ def train(run: Run) -> None:
             assign_advantages(groups, at.phase.method, algorithm)
             metrics = run.update(at, groups)
 
-            metrics |= reward_metrics(groups, run.chat.eos_token_id) | run.epochs(at) | run.watch.total()
+            metrics |= (
+                reward_metrics(groups, run.chat.eos_token_id, algorithm.rewards) | run.epochs(at) | run.watch.total()
+            )
             if at.phase.method == "tempsamp":
                 metrics |= advantage_metrics(groups, algorithm)
             num_bad_videos = sum(of_all_ranks(sum(prompt.is_replacement for prompt in prompts)))
             log.log(at.step, str(at.phase), mean_over_ranks(metrics) | {"data/bad_videos": num_bad_videos})
             log.log_groups(at.step, str(at.phase), groups)
 
+            is_better = False
             if at.is_last_of_phase:
-                results.evaluate(f"{at.phase_index + 1}_{at.phase}", at.step + 1, log)
+                is_better = results.evaluate(f"{at.phase_index + 1}_{at.phase}", at.step + 1, log)
+            elif run.is_eval_step(at):
+                is_better = results.evaluate(f"step {at.step + 1}", at.step + 1, log)
             is_stopping = run.is_stopping()
-            if at.is_last_of_phase or run.is_save_step(at) or is_stopping:
+            is_best = is_better and run.config.train.keep_best
+            if at.is_last_of_phase or run.is_save_step(at) or is_stopping or is_best:
                 run.save(at.step + 1)
             if is_stopping:
                 logger.warning("stopped after step %d as asked; go on with --resume %s", at.step, run.folder)

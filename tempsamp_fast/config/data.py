@@ -20,33 +20,43 @@ class DataConfig:
         "synthetic", "training file, data set name (charades-train, ...), or 'synthetic': the embedded data set"
     )
     eval_annotations: str | None = setting(None, "held-out file or data set name")
+    format: str = setting(
+        "auto",
+        "format of both annotation files: captions, charades_text, momentseeker, omtg, orarl, plain, qvhighlights, "
+        "time_r1, timelens, timelens_100k, timelens_bench, vue_tr; auto tells by suffix and keys",
+    )
     videos: str | None = setting(None, "folder of <video id>.{mp4,mkv,webm,avi,mov,m4v}")
     eval_videos: str | None = setting(None, "folder of the held-out videos where it is another (out of domain)")
-    few_shot_videos: int | None = setting(None, "train on this many videos, drawn at random")
-    few_shot_seed: int = setting(0, "which ones; smaller subsets lie within larger ones")
-    few_shot_queries: Literal["all", "one"] = setting("all", "of each drawn video")
-    duration_range: str | None = setting(None, "train on videos of low:high seconds only")
-    window_range: str | None = setting(None, "train on true spans of low:high seconds only")
+    few_shot_videos: int | None = setting(None, "train on this many videos, drawn at random", unit="videos")
+    few_shot_seed: int = setting(0, "seed of the draw of few_shot_videos; smaller subsets lie within larger ones")
+    few_shot_queries: Literal["all", "one"] = setting("all", "which queries of each drawn video are kept")
+    duration_range: str | None = setting(None, "train on videos of low:high seconds only", unit="s")
+    window_range: str | None = setting(None, "train on true spans of low:high seconds only", unit="s")
     difficulty_range: str | None = setting(None, "train on difficulties in low:high only")
     draw: Literal["none", "timelens", "timelens2", "release"] = setting(
         "none",
         "train on draw_samples samples, drawn by the offline IoUs or difficulties in their rows as TimeLens, TimeLens2 "
         "or TempSamp-R1's release draw theirs",
     )
-    draw_samples: int | None = setting(None, "how many; smaller draws lie within larger ones but for those by stratum")
-    draw_seed: int = setting(0, "which ones")
+    draw_samples: int | None = setting(
+        None, "samples of a draw; smaller draws lie within larger ones but for those by stratum", unit="samples"
+    )
+    draw_seed: int = setting(0, "seed of the draw of draw_samples")
     draw_like: str | None = setting(
         None, "benchmark file or data set name whose lengths and coverages of spans the release's draw has"
     )
     synthetic_dir: str = setting("data/synthetic", "where the embedded data set is kept")
-    synthetic_videos: str = setting("700,20,220", "embedded videos: train,val,test")
+    synthetic_videos: str = setting("700,20,220", "embedded videos: train,val,test", unit="videos")
     task: Task = setting("grounding", "what is asked of a video: the span of a query, or its highlights with scores")
     answer_form: AnswerForm = setting(
         "text",
         "how spans are asked for, written and read: text (the paper's), json (a list of all spans, TimeLens2), or as "
         "published with TempSamp-R1's release (example), TimeLens (sentence), OraRL (strict), OMTG (time_tags)",
     )
-    max_eval_samples: int | None = setting(None, "evaluate the first N queries only")
+    prompt_file: str | None = setting(
+        None, "YAML file with a template of yours for each mode asked in, with {query}, {duration} and {answer_form}"
+    )
+    max_eval_samples: int | None = setting(None, "evaluate the first N queries only", unit="queries")
     on_bad_sample: Literal["raise", "skip"] = setting(
         "raise",
         "a video that is missing or cannot be read, or a prompt longer than max_tokens_per_row, ends the run (before "
@@ -57,6 +67,7 @@ class DataConfig:
         None,
         "training samples that each process may replace for a bad one, per epoch and anew when resumed; "
         "data/bad_videos in metrics.jsonl has those of each step, of all ranks",
+        unit="samples",
     )
     video_backend: Literal["auto", "native", "torchcodec"] = setting(
         "auto", "what reads videos: the C++ extension (native) or torchcodec; auto: native where it is built"
@@ -68,16 +79,27 @@ class DataConfig:
         "pts",
         "which frames are taken: pts by their time stamps; the others as qwen-vl-utils or transformers choose them",
     )
-    fps: float = setting(2.0, "frames per second shown to the model")
-    min_frames: int = setting(4, "least frames of a video")
-    max_frames: int = setting(768, "most frames of a video")
-    min_pixels: int | None = setting(None, "per frame; None: the model family's default")
-    max_pixels: int | None = setting(None, "per frame; None: the model family's default")
-    total_pixels: int | None = setting(None, "per video; None: the model family's default")
+    fps: float = setting(
+        2.0, "rate at which frames are taken and shown to the model", unit="frames/s", source="paper: 2"
+    )
+    min_frames: int = setting(4, "least frames of a video", unit="frames")
+    max_frames: int = setting(768, "most frames of a video", unit="frames", source="paper: 768")
+    min_pixels: int | None = setting(
+        None, "least of a frame; None: the model family's default", unit="pixels", source="paper: 12544"
+    )
+    max_pixels: int | None = setting(
+        None, "most of a frame; None: the model family's default", unit="pixels", source="paper: 602112"
+    )
+    total_pixels: int | None = setting(
+        None,
+        "most of a video's frames together; None: the model family's default",
+        unit="pixels",
+        source="paper: 2809856",
+    )
     random_crop: float = setting(0.0, "share of training videos cut to a random stretch around their true spans")
-    prefetch_steps: int = setting(2, "steps whose videos are decoded ahead")
+    prefetch_steps: int = setting(2, "steps whose videos are decoded ahead", unit="steps")
     patch_cache: str | None = setting(None, "folder that keeps decoded videos and packet indexes between runs")
-    video_cache_gib: float = setting(2.0, "memory for decoded videos, per process")
+    video_cache_gib: float = setting(2.0, "memory for decoded videos, per process", unit="GiB")
     cache_features: bool = setting(
         False, "keep what a frozen vision tower made of a video there and in patch_cache, not its pixels"
     )

@@ -19,17 +19,17 @@ class ModelConfig:
         "tiny",
         "folder of a run (RUN/best: of its best evaluation) or checkpoint, hub name, or 'tiny' for the embedded one",
     )
-    tiny_family: str = setting("qwen2_5_vl", "of the embedded model: a record of model/families.py, by its name")
+    tiny_family: str = setting("qwen2_5_vl", "family of the embedded model: a record of model/families.py, by its name")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
     freeze_vision: bool = setting(False, "train the language model alone; each video is then encoded once a step")
-    lora_rank: int = setting(0, "train adapters of this rank on the language model; 0: all weights")
+    lora_rank: int = setting(0, "train adapters of this rank on the language model; 0: all weights", unit="rows")
     lora_alpha: float | None = setting(None, "scale of the adapters; None: twice the rank")
     lora_targets: str = setting(
         "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
         "linear layers of the language model that get adapters",
     )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass instead of keeping them")
-    checkpoint_every: int = setting(1, "of the decoder layers, recompute every k-th")
+    checkpoint_every: int = setting(1, "of the decoder layers, recompute every k-th", unit="layers")
     checkpoint_vision: bool = setting(True, "recompute the vision tower's blocks too")
     attention_core: AttentionCore = setting(
         "auto", "how packed rows attend: auto is one varlen flash call on a GPU, split SDPA calls elsewhere"

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from tempsamp_fast.config.setting import choose_from
 from tempsamp_fast.sample import Mode
 
 Method = Literal["sft", "grpo", "tempsamp"]
@@ -48,10 +49,10 @@ def parse_phases(text: str) -> list[Phase]:
         method, modes = match[1], (match[2] or "answer").split("+")
         steps, epochs = int(match[3] or 0), float(match[4]) if match[4] else None
         if method not in METHODS:
-            raise ValueError(f"phases: method {method!r} in {entry.strip()!r}; choose from {', '.join(METHODS)}")
+            raise ValueError(f"phases: method {method!r} in {entry.strip()!r}; {choose_from(method, METHODS)}")
         for mode in modes:
             if mode not in MODES:
-                raise ValueError(f"phases: mode {mode!r} in {entry.strip()!r}; choose from {', '.join(MODES)}")
+                raise ValueError(f"phases: mode {mode!r} in {entry.strip()!r}; {choose_from(mode, MODES)}")
         if steps < 1 and not epochs:
             raise ValueError(f"phases: {entry.strip()!r} has no steps")
         rate = float(match[5]) if match[5] else None

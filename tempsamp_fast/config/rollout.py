@@ -12,17 +12,25 @@ from tempsamp_fast.config.setting import require, require_types, setting
 class RolloutConfig:
     """How answers are sampled."""
 
-    num_generations: int = setting(4, "answers per prompt, the off-policy one included")
-    temperature: float = setting(1.0, "divides the logits, in sampling and in the loss (paper: 1)")
-    top_p: float = setting(1.0, "draw from the smallest set of tokens of this probability; 1: off")
-    top_k: int = setting(0, "0: off")
-    max_completion_length: int = setting(256, "most tokens of an answer")
+    num_generations: int = setting(
+        4, "answers per prompt, the off-policy one included", unit="answers", source="paper: 4, and 8 on Charades-STA"
+    )
+    temperature: float = setting(1.0, "divides the logits, in sampling and in the loss", source="paper: 1")
+    top_p: float = setting(
+        1.0, "draw from the smallest set of tokens of this probability; 1: off", source="paper: 1; its release: .85"
+    )
+    top_k: int = setting(0, "draw from so many of the likeliest tokens; 0: off", unit="tokens")
+    max_completion_length: int = setting(
+        256, "most tokens of an answer", unit="tokens", source="paper: 2048; its release: 256"
+    )
     rollout_backend: Literal["policy", "vllm"] = setting(
         "policy", "what samples: the training weights themselves, or vLLM on the same GPU"
     )
     vllm_memory: float = setting(0.3, "share of the GPU's memory that vLLM takes")
     max_logp_gap: float = setting(
-        0.2, "end the run where the sampler's log-probs are further than this from the policy's on average; 0: never"
+        0.2,
+        "end the run where the sampler's log-probs are further than this from the policy's on average; 0: never",
+        unit="nat",
     )
     cuda_graphs: bool = setting(False, "replay decoding passes as CUDA graphs")
     record_rollouts: str | None = setting(None, "write every sampled answer to this JSONL file")

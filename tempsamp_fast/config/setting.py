@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
-def setting(default: Any, meaning: str, former_name: str | None = None) -> Any:
-    """A field with what `--help` and docs/settings.md say of it, and the name that it had before, which still works."""
-    return field(default=default, metadata={"help": meaning, "aliases": [f"--{former_name}"] if former_name else []})
+def setting(default: Any, meaning: str, former_name: str | None = None, *, unit: str = "", source: str = "") -> Any:
+    """A field with what `--help` and docs/settings.md say of it, and the name that it had before, which still works.
+
+    unit: of a number; a pure one (a share, a factor, a seed) has none. source: the paper or project that it is from.
+    """
+    help = meaning + (f" [{unit}]" if unit else "") + (f" ({source})" if source else "")
+    return field(default=default, metadata={"help": help, "aliases": [f"--{former_name}"] if former_name else []})
+
+
+def did_you_mean(value: str, choices: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the choice that is most like `value`, or nothing."""
+    alike = difflib.get_close_matches(value, [*choices], n=1)
+    return f"; did you mean {alike[0]!r}?" if alike else ""
+
+
+def choose_from(value: str, choices: Iterable[str]) -> str:
+    """The end of an error: `choose from a, b, c`, and the one that was probably meant."""
+    choices = [*choices]
+    return f"choose from {', '.join(choices)}{did_you_mean(value, choices)}"
 
 
 def parse_range(name: str, text: str | None) -> tuple[float, float]:

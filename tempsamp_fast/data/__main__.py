@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tempsamp_fast.data.annotations import Annotations, read_annotations
+from tempsamp_fast.config.setting import did_you_mean
+from tempsamp_fast.data.annotations import FORMATS, Annotations, read_annotations
 from tempsamp_fast.data.catalogue import DATASETS, Dataset, find_annotations
-from tempsamp_fast.data.frame_folder import fps_of, images_of
+from tempsamp_fast.data.frame_folder import duration_of
 from tempsamp_fast.data.loader import LENGTH_TOLERANCE
 from tempsamp_fast.data.sources import SOURCES, how_to_fetch
 from tempsamp_fast.system.files import escaped, log_printably, one_line
@@ -69,7 +70,7 @@ def _length_s(video: Path) -> float | VideoError:
     """What the file shows, in seconds, if its first and last frame decode; else why not."""
     try:
         if video.is_dir():
-            return len(images_of(video)) / fps_of(video)
+            return duration_of(video)
         begin, end = shown_span(open_decoder(video).metadata)
         frames(video, [0.0, end - begin], height=16)
     except VideoError as error:
@@ -108,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument(
         "--annotations", type=Path, help="file of a published set; default: its usual name in or above --videos"
     )
+    command.add_argument("--format", default="auto", choices=["auto", *FORMATS], help="of the annotation file")
     command.add_argument("--show", type=int, default=10, help="findings of each kind to name")
     options = parser.parse_args(arguments)
     if options.command == "fetch":
@@ -119,11 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dataset = DATASETS.get(options.name)
     try:
         if dataset is None and not Path(options.name).is_file():
-            raise ValueError(f"{options.name!r}: no such file, and no data set of {', '.join(DATASETS)}")
+            meant = did_you_mean(options.name, DATASETS)
+            raise ValueError(f"{options.name!r}: no such file, and no data set of {', '.join(DATASETS)}{meant}")
         if not options.videos.is_dir():
             raise ValueError(f"--videos {options.videos}: no such folder")
         usual = find_annotations(dataset, options.videos) if dataset and not options.annotations else options.name
-        findings = check(read_annotations(options.annotations or usual, options.videos), dataset or Dataset(()))
+        findings = check(
+            read_annotations(options.annotations or usual, options.videos, options.format), dataset or Dataset(())
+        )
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {one_line(error)}\n")
     print(escaped(describe(findings, options.show)))

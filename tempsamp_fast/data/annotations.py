@@ -12,12 +12,15 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
+from tempsamp_fast.config.setting import choose_from
 from tempsamp_fast.data.newer_formats import (
+    FROM_FILE,
     UNTOLD,
     Fields,
     read_momentseeker,
     read_omtg,
     read_orarl,
+    read_plain,
     read_timelens2,
     read_vue_tr,
 )
@@ -88,7 +91,7 @@ def read_annotations(path: str | Path, videos: str | Path | None = None, format:
     """
     path = Path(path)
     if format != "auto" and format not in FORMATS:
-        raise ValueError(f"format {format!r}: choose from auto, {', '.join(FORMATS)}")
+        raise ValueError(f"format {format!r}: {choose_from(format, ['auto', *FORMATS])}")
     reader = FORMATS[_detect_format(path) if format == "auto" else format]
     folder = VideoFolder(videos)
     ids: set[str] = set()
@@ -125,6 +128,7 @@ class _Record:
     clip_scores: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     difficulty: Any = None
     offline_ious: tuple[float, ...] = ()
+    reasoning: Any = None
 
 
 class _UnusableQuery(ValueError):
@@ -133,7 +137,12 @@ class _UnusableQuery(ValueError):
 
 def _sample(record: _Record, folder: VideoFolder) -> Sample:
     place = record.place
-    duration_s = as_number(place, "duration", _last_end(record) if record.duration is UNTOLD else record.duration)
+    duration = record.duration
+    if duration is UNTOLD:
+        duration = _last_end(record)
+    elif duration is FROM_FILE:
+        duration = folder.duration_s(place, record.video_id)
+    duration_s = as_number(place, "duration", duration)
     if duration_s <= 0:
         raise _UnusableQuery(f"{place}: duration {duration_s} is not positive")
     if duration_s < SHORTEST_S:
@@ -160,6 +169,7 @@ def _sample(record: _Record, folder: VideoFolder) -> Sample:
         clip_scores=record.clip_scores,
         difficulty=None if record.difficulty is None else as_number(place, "difficulty", record.difficulty),
         offline_ious=record.offline_ious,
+        reasoning=record.reasoning,
     )
 
 
@@ -300,6 +310,7 @@ FORMATS: dict[str, Callable[[Path], Iterator[_Record]]] = {
     "momentseeker": partial(_read_fields, reader=read_momentseeker),
     "omtg": partial(_read_fields, reader=read_omtg),
     "orarl": partial(_read_fields, reader=read_orarl),
+    "plain": partial(_read_fields, reader=read_plain),
     "qvhighlights": _read_qvhighlights,
     "time_r1": _read_time_r1,
     "timelens": _read_timelens,
@@ -310,9 +321,9 @@ FORMATS: dict[str, Callable[[Path], Iterator[_Record]]] = {
 """Readers by name. `captions` is the JSON of Charades-STA and of ActivityNet Captions; `qvhighlights` is moment_detr's
 form, with saliency or without; `timelens_100k` is TimeLens-100K as published and TimeLens2-93K, whose rows may have
 several spans and offline rollouts; `timelens` the rows of question and answer that TempSamp-R1's release made from it;
-`time_r1` is the list of Time-R1, `orarl` the rows of OraRL, `omtg` the table of OMTG; `vue_tr` and
-`momentseeker` are as published. Rows are JSON lines or one JSON
-list; any file may be compressed by gzip."""
+`time_r1` is the list of Time-R1, `orarl` the rows of OraRL, `omtg` the table of OMTG; `vue_tr` and `momentseeker` are
+as published; `plain` is for data of one's own (see `newer_formats.read_plain`). Rows are JSON lines or one JSON list;
+any file may be compressed by gzip."""
 
 
 def _detect_format(path: Path) -> str:
@@ -325,6 +336,7 @@ def _detect_format(path: Path) -> str:
     if keys or suffix == ".jsonl":
         of_key = {"images": "orarl", "problem": "timelens", "sentence": "time_r1"}
         of_key |= dict.fromkeys(("events", "span"), "timelens_100k") | {"gt": "vue_tr", "qry_text": "momentseeker"}
+        of_key |= dict.fromkeys(("start", "windows"), "plain")
         return next((name for key, name in of_key.items() if key in keys), "qvhighlights")
     entries = islice(json_object(path).values(), 1)
     return "timelens_bench" if any(isinstance(entry, dict) and "queries" in entry for entry in entries) else "captions"

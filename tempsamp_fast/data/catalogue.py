@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tempsamp_fast.config import DataConfig, parse_range
+from tempsamp_fast.config.setting import did_you_mean
 from tempsamp_fast.data.annotations import load_annotations
 from tempsamp_fast.data.draws import drawn_as_release, drawn_as_timelens, drawn_as_timelens2
 from tempsamp_fast.data.subsets import few_shot, shared_videos, within
@@ -67,17 +68,19 @@ def dataset_name(annotations: str) -> str | None:
     return next((name for name, dataset in DATASETS.items() if Path(annotations).name in dataset.files), None)
 
 
-def load_samples(annotations: str, videos: Path) -> list[Sample]:
+def load_samples(annotations: str, videos: Path, format: str = "auto") -> list[Sample]:
     """The samples of a file, or of a data set by its name in `DATASETS`, found in or above the folder `videos`.
 
+    format: as of `load_annotations`; that of a data set is known.
     Raises ValueError for a name that is neither, and as `load_annotations` does.
     """
     if annotations in DATASETS:
         return load_annotations(find_annotations(DATASETS[annotations], videos), videos)
     path = Path(annotations)
     if not path.suffix and not path.exists():
-        raise ValueError(f"annotations={annotations!r}: no such file, and no data set of {', '.join(DATASETS)}")
-    return load_annotations(path, videos)
+        meant = did_you_mean(annotations, DATASETS)
+        raise ValueError(f"annotations={annotations!r}: no such file, and no data set of {', '.join(DATASETS)}{meant}")
+    return load_annotations(path, videos, format)
 
 
 def require_clip_scores(annotations: str, samples: Sequence[Sample]) -> None:
@@ -105,7 +108,7 @@ def load_training_data(data: DataConfig) -> tuple[list[Sample], list[Sample]]:
     from, when clip scores are missing for `highlight`, and when an out-of-domain pair (`eval_videos`) shares videos.
     """
     assert data.videos is not None
-    every = load_samples(data.annotations, Path(data.videos))
+    every = load_samples(data.annotations, Path(data.videos), data.format)
     ranges = {
         "duration_s": parse_range("duration_range", data.duration_range),
         "window_s": parse_range("window_range", data.window_range),
@@ -119,12 +122,17 @@ def load_training_data(data: DataConfig) -> tuple[list[Sample], list[Sample]]:
         raise ValueError(f"annotations={data.annotations!r}: none of {len(every)} samples lies within {ranges}")
     if data.few_shot_videos is not None:
         train = few_shot(train, data.few_shot_videos, data.few_shot_seed, data.few_shot_queries == "one")
+    if data.random_crop and any(sample.reasoning for sample in train):
+        raise ValueError(
+            f"random_crop={data.random_crop}: must be 0 with reasoning in {data.annotations}: a crop would shift "
+            "the times that it names"
+        )
     train = _drawn(train, data)
     if len(train) < len(every):
         logger.info("training on %d of %d samples", len(train), len(every))
     if data.eval_annotations is None:
         return train, []
-    held_out = load_samples(data.eval_annotations, Path(data.eval_videos or data.videos))
+    held_out = load_samples(data.eval_annotations, Path(data.eval_videos or data.videos), data.format)
     if data.task == "highlight":
         require_clip_scores(data.eval_annotations, held_out)
     if shared := shared_videos(train, held_out):

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tempsamp_fast.batch import Completion, Prompt, VideoPatches
+from tempsamp_fast.data.prompt_file import Templates
 from tempsamp_fast.data.prompts import QUESTION_FORMS, question
 from tempsamp_fast.data.text_files import shown
 from tempsamp_fast.model.families import family_of
@@ -56,6 +57,8 @@ class Chat:
         self._rendered: dict[tuple[Any, Mode], tuple[str, str]] = {}
         self._template("answer")
         self.preprocessor_files = preprocessor_files
+        self.templates: Templates | None = None
+        """Questions of one's own by mode, in place of those of `prompts`; set before the first prompt."""
         self.timestamps_in_text = family_of(model_config).has_timestamps
         self.merged_patch = model_config.vision_config.spatial_merge_size**2
         self._num_embeddings: int = model_config.text_config.vocab_size
@@ -110,7 +113,10 @@ class Chat:
 
     def _question(self, sample: Sample, mode: Mode, task: Task) -> tuple[str, str]:
         """The prompt as text, and what of the answer stands at its end already."""
-        asked = question(self._as_text(sample), mode, task, self.answer_form)
+        if self.templates is not None and mode not in self.templates:
+            raise ValueError(f"the prompt file has no template for the mode {mode}, only {', '.join(self.templates)}")
+        template = self.templates[mode] if self.templates is not None else None
+        asked = question(self._as_text(sample), mode, task, self.answer_form, template, sample.duration_s)
         text = asked.join(self._template(mode))
         name = self.tokenizer.name_or_path
         if text.count(VIDEO_MARKER) != 1:
@@ -196,9 +202,10 @@ class Chat:
 
     def completion(self, ids: Tensor, sampled_logps: Tensor | None = None, opening: str = "") -> Completion:
         """A sampled answer with its text, that which the prompt had written of it included."""
-        said = ids[:-1] if len(ids) and int(ids[-1]) in self.end_token_ids else ids
+        has_end = len(ids) > 0 and int(ids[-1]) in self.end_token_ids
+        said = ids[:-1] if has_end else ids
         text = opening + self.tokenizer.decode(said, skip_special_tokens=True)
-        return Completion(ids, text, sampled_logps=sampled_logps)
+        return Completion(ids, text, sampled_logps=sampled_logps, is_cut=not has_end)
 
     def off_policy_completion(self, text: str, opening: str = "") -> Completion:
         """A given answer, tokenised without special tokens and ended by the end-of-sequence id (paper section 3.2).

@@ -16,7 +16,9 @@ from torch import Tensor
 from tempsamp_fast.batch import VideoPatches
 from tempsamp_fast.system.files import read_bytes
 from tempsamp_fast.video import Geometry, Limits, Sampling, VideoError, VideoResult, frames
+from tempsamp_fast.video.backend import why_no_extension
 from tempsamp_fast.video.patches import patchify, resize_frames
+from tempsamp_fast.video.probe import header_facts, indexed_facts
 from tempsamp_fast.video.sampling import FRAME_FACTOR, frames_on_screen, sample_indices, sample_times
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -54,6 +56,13 @@ def load_frame_folder(folder: Path, sampling: Sampling, geometry: Geometry) -> V
         geometry.temporal_patch_size * second_per_frame,
         taken.timestamps_s(geometry.temporal_patch_size),
     )
+
+
+def duration_of(video: Path) -> float:
+    """Seconds that a file or a folder of frames lasts. Raises VideoError."""
+    if video.is_dir():
+        return len(images_of(video)) / fps_of(video)
+    return (header_facts if why_no_extension() else indexed_facts)(video).duration_s
 
 
 def thumbnails(video: Path | str, times_s: Sequence[float], height: int) -> Tensor:

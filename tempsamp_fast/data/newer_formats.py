@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from tempsamp_fast.sample import Span
 
 Fields = dict[str, Any]
 """place, sample_id, video_id, query, duration (UNTOLD where none is published), windows, and offline_ious if any."""
-UNTOLD = object()
+UNTOLD, FROM_FILE = object(), object()
+"""Durations that are not told: as long as the last span, and that of the video itself."""
 QUOTES = "'\"\u2018\u2019\u201c\u201d"
 MOST_CHARACTERS = 1 << 20
 """Of a field of a table."""
@@ -138,3 +140,31 @@ def quoted(question: str) -> str:
     marks = [index for index, letter in enumerate(question) if letter in QUOTES and not is_inside_a_word(index)]
     inside = question[marks[0] + 1 : marks[-1]].strip() if len(marks) > 1 else ""
     return inside or question.replace("<video>", "").strip()
+
+
+def read_plain(path: Path) -> Iterator[Fields]:
+    """Rows of `video`, `query`, `start` and `end` in seconds, or `windows`: a list of such pairs.
+
+    Where wanted `duration` (else that of the video), `id`, `difficulty`, `reasoning` (thought before the answer).
+    """
+    for place, number, row in json_rows(path):
+        video = typed(place, "video", get(place, row, "video"), str)
+        place = f"{place}, video {shown(video)}"
+        yield {
+            "place": place, "sample_id": str(typed(place, "id", row.get("id", f"{video}/{number}"), (int, str))),
+            "video_id": video, "query": get(place, row, "query"), "duration": row.get("duration", FROM_FILE),
+            "windows": row["windows"] if "windows" in row else [[get(place, row, "start"), get(place, row, "end")]],
+            "difficulty": row.get("difficulty"), "reasoning": _reasoning(place, row.get("reasoning")),
+        }  # fmt: skip
+
+
+def _reasoning(place: str, text: Any) -> str | None:
+    """A thought that goes between `<think>` and `</think>` as it is."""
+    if text is None:
+        return None
+    thought = typed(place, "reasoning", text, str).strip()
+    tag = re.search(r"<\|?/?(think|answer|im_|vision_|video_|image_|endoftext)", thought)
+    if tag or not thought:
+        found = f"holds {shown(tag[0])}" if tag else "is empty"
+        raise ValueError(f"{place}: reasoning {found}; expected what is thought, without tags around it")
+    return thought

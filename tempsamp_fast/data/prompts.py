@@ -35,6 +35,11 @@ _FORMAT: dict[Task, str] = {
 }
 
 
+FIELDS = ("query", "duration", "answer_form")
+"""What a template of one's own may name: the query as it is asked, the video's length in seconds with one decimal, and
+the sentence that tells the form of the answer."""
+
+
 def normalise_query(query: str) -> str:
     """Lower-cased and stripped, without trailing full stops; the form in which training and evaluation ask."""
     return query.lower().strip().rstrip(". ")
@@ -124,11 +129,23 @@ def question_form(answer_form: AnswerForm, mode: Mode, task: Task) -> QuestionFo
     return form
 
 
-def question(query: str, mode: Mode, task: Task = "grounding", answer_form: AnswerForm = "text") -> str:
-    """The user turn's text that goes with the video. Raises ValueError as `question_form` does."""
+def question(
+    query: str,
+    mode: Mode,
+    task: Task = "grounding",
+    answer_form: AnswerForm = "text",
+    template: str | None = None,
+    duration_s: float = 0.0,
+) -> str:
+    """The user turn's text that goes with the video; by a template with the fields of `FIELDS`, if one is given.
+
+    Raises ValueError as `question_form` does.
+    """
     form = question_form(answer_form, mode, task)
-    ask = form.ask[task].format(query=form.clean(query))
-    return " ".join([ask, *([_THINK] if mode == "think" else []), form.says[task]])
+    asked = form.clean(query)
+    if template is not None:
+        return template.format(query=asked, duration=f"{duration_s:.1f}", answer_form=form.says[task])
+    return " ".join([form.ask[task].format(query=asked), *([_THINK] if mode == "think" else []), form.says[task]])
 
 
 def off_policy_text(
@@ -156,6 +173,8 @@ def off_policy_text(
         return answer
     if cot_off_policy == "skip":
         return None
+    if sample.reasoning is not None:
+        return f"<think> {sample.reasoning} </think> {answer}"
     timesteps = ", ".join(f"<timestep> {span} </timestep>" for span in spans)
     return f"<think> The video shows it at {timesteps}. </think> {answer}"
 

@@ -15,6 +15,7 @@ class VideoFolder:
     def __init__(self, folder: str | Path | None) -> None:
         self._folder, self._is_listed = Path(folder or ""), folder is not None
         self._names: dict[Path, dict[str, str]] = {}
+        self._durations: dict[Path, float] = {}
 
     def find(self, video_id: str) -> Path | None:
         """`<folder>/<video_id>` with one of `VIDEO_SUFFIXES` that is there, or with that of the id; else a folder.
@@ -33,6 +34,21 @@ class VideoFolder:
         named = self._folder / _inside(video_id)
         is_whole = named.suffix.lower() in VIDEO_SUFFIXES
         return self.find(video_id) or (named if is_whole else named.with_name(named.name + VIDEO_SUFFIXES[0]))
+
+    def duration_s(self, place: str, video_id: str) -> float:
+        """Seconds that the video itself lasts. Raises ValueError, beginning with `place`, where it cannot be read."""
+        found = self.find(video_id)
+        if found is None:
+            where = f"not in {self._folder}" if self._is_listed else "not looked for"
+            raise ValueError(f"{place}: no duration is given, and the video is {where} (--videos)")
+        if found not in self._durations:
+            from tempsamp_fast.data.frame_folder import duration_of
+
+            try:
+                self._durations[found] = duration_of(found)
+            except ValueError as error:
+                raise ValueError(f"{place}: no duration is given, and the video cannot be read: {error}") from error
+        return self._durations[found]
 
 
 def _inside(video_id: str) -> PurePath:

@@ -10,6 +10,7 @@ from tempsamp_fast.batch import Completion, Prompt
 from tempsamp_fast.config import DataConfig, ModelConfig
 from tempsamp_fast.data.loader import PromptLoader
 from tempsamp_fast.data.prefetch import Prefetch
+from tempsamp_fast.data.prompt_file import saved_templates
 from tempsamp_fast.model.families import geometry_of
 from tempsamp_fast.model.loading import load_model, resolve_dtype
 from tempsamp_fast.model.policy import Policy
@@ -46,6 +47,7 @@ class Answerer:
     ) -> None:
         device = training_device()
         model, self._chat = load_model(checkpoint, ModelConfig(model=base or checkpoint), resolve_dtype("auto", device))
+        self._chat.templates = saved_templates(checkpoint)
         self._chat.answer_form = data.answer_form
         if frames_of:
             data = replace(data, **frames_of(geometry_of(model.config)))

@@ -51,6 +51,8 @@ class Published:
     """What it was trained on, where that is not the training set that belongs to `test`."""
     recipe: str | None = None
     """The file of configs/ that repeats it, without suffix; None for other people's rows."""
+    flags: str = ""
+    """Command line words that the recipe takes besides."""
     protocol: str = "paper"
     """A name of `protocols.PROTOCOLS`, or `-` where it is not stated."""
     source: str = ""
@@ -63,7 +65,7 @@ class Published:
     def describe(self) -> str:
         """One line, as recipes carry it in a comment."""
         figures = ", ".join(f"{METRICS[name]} {value:.1f}" for name, value in self.metrics.items())
-        return f"{self.test}, {self.label}, {self.mode}: {figures}"
+        return f"{self.test}, {self.label}, {self.mode}: {figures}" + (f" ({self.flags})" if self.flags else "")
 
 
 def published_results() -> list[Published]:

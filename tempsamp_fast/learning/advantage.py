@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tempsamp_fast.batch import Completion, RolloutGroup
 from tempsamp_fast.config import AlgorithmConfig, Method, Shaping
+from tempsamp_fast.config.reward_terms import weighted
 
 logger = logging.getLogger(__name__)
 UNSCALED = ("grpo", "mixed", "nonlinear")
@@ -71,7 +72,7 @@ def task_and_added(completion: Completion, algorithm: AlgorithmConfig) -> tuple[
     """What the task is worth, which rules shape, and what is added after: the weighted format, a penalty for length."""
     rewards = dict(completion.rewards)
     added = rewards.pop("format", 0.0) * algorithm.format_weight + rewards.pop("overlong", 0.0)
-    return sum(rewards.values()), added
+    return weighted(rewards, algorithm.rewards), added
 
 
 def _centred(values: Tensor) -> Tensor:

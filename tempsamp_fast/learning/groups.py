@@ -13,10 +13,12 @@ import torch
 
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
 from tempsamp_fast.config import AlgorithmConfig, Method
+from tempsamp_fast.config.reward_terms import RewardTerm, weighted
 from tempsamp_fast.data.chat import Chat
 from tempsamp_fast.data.prompts import off_policy_text
 from tempsamp_fast.data.text_files import get, json_rows, shown
-from tempsamp_fast.rewards import REWARDS, TASK_REWARDS, soft_overlong
+from tempsamp_fast.learning.own_rewards import reward_function, reward_terms
+from tempsamp_fast.rewards import soft_overlong
 from tempsamp_fast.sample import AnswerForm, Task
 from tempsamp_fast.system.files import open_to_append
 
@@ -72,24 +74,24 @@ def score(
     answer_form: AnswerForm = "text",
     max_completion_length: int = 0,
 ) -> None:
-    """Fill `rewards` of every completion: the task's reward, `format` where it is added, `overlong` where asked for.
+    """Fill `rewards` of every completion: the task's or those of `--rewards`, `format` where it is added, `overlong`
+    where asked for.
 
-    With `format_reward="factor"` the task's reward is 0 where the format is wrong.
-
-    To add a reward, register it in `rewards.REWARDS` and name it in `rewards.TASK_REWARDS`.
+    With `format_reward="factor"` all but `overlong` are 0 where the format is wrong.
     """
-    texts = [completion.text for completion in group.completions]
-    of_task, how = TASK_REWARDS[task], algorithm.format_reward
-    is_think = group.prompt.mode == "think"
-    names = [of_task] + (["format"] if is_think else ["answer_format"] if how != "think" else [])
+    texts, how = [completion.text for completion in group.completions], algorithm.format_reward
+    terms, is_think = reward_terms(algorithm, task), group.prompt.mode == "think"
+    forms = ["format"] if is_think else ["answer_format"] if how != "think" else []
     options: dict[str, Any] = {"require_tags": algorithm.require_tags, "answer_form": answer_form}
-    for name in names:
-        values = REWARDS[name](texts, samples=[group.prompt.sample] * len(texts), **options)
+    options |= {"samples": [group.prompt.sample] * len(texts), "mode": group.prompt.mode}
+    for term in (*terms, *map(RewardTerm, forms)):
+        values = reward_function(term)(texts, **options)
         for completion, value in zip(group.completions, values, strict=True):
-            completion.rewards[name.removeprefix("answer_")] = value
+            completion.rewards["format" if term.name in forms else term.name] = value
     for completion in group.completions:
         if how == "factor":
-            completion.rewards[of_task] *= completion.rewards.pop("format")
+            factor = completion.rewards.pop("format")
+            completion.rewards.update({term.name: factor * completion.rewards[term.name] for term in terms})
         if algorithm.soft_overlong is not None:
             length = len(completion.ids)
             completion.rewards["overlong"] = soft_overlong(length, max_completion_length, algorithm.soft_overlong)
@@ -138,8 +140,12 @@ class RecordedRollouts:
         return found
 
 
-def reward_metrics(groups: Sequence[RolloutGroup], eos_token_id: int | None = None) -> dict[str, float]:
+def reward_metrics(
+    groups: Sequence[RolloutGroup], eos_token_id: int | None = None, rewards: str | None = None
+) -> dict[str, float]:
     """Means over on-policy answers (`reward/tiou`, ..., their sum `reward/on_policy_mean`), off-policy ones apart.
+
+    rewards: the setting, whose weights the sums are of.
 
     `reward/format` is the mean over think prompts, which alone earn it. `reward/std` is the mean over groups of the
     standard deviation of on-policy sums, `reward/tied_groups` the share of groups whose answers, the off-policy one
@@ -153,18 +159,19 @@ def reward_metrics(groups: Sequence[RolloutGroup], eos_token_id: int | None = No
         ("off", [c for c in every if c.is_off_policy]),
     ):
         if chosen and chosen[0].rewards:
-            totals = [sum(completion.rewards.values()) for completion in chosen]
+            totals = [weighted(completion.rewards, rewards) for completion in chosen]
             metrics[f"reward/{label}_policy_mean"] = sum(totals) / len(totals)
             if label == "on":
                 for name in dict.fromkeys(name for each in chosen for name in each.rewards):
                     values = [each.rewards[name] for each in chosen if name in each.rewards]
                     metrics[f"reward/{name}"] = sum(values) / len(values)
     totals_by_group = [
-        [sum(completion.rewards.values()) for completion in group.completions if completion.rewards] for group in groups
+        [weighted(completion.rewards, rewards) for completion in group.completions if completion.rewards]
+        for group in groups
     ]
     sampled_by_group = [[each for each in group.completions if not each.is_off_policy] for group in groups]
     deviations = [
-        pstdev(sum(each.rewards.values()) for each in sampled) for sampled in sampled_by_group if len(sampled) > 1
+        pstdev(weighted(each.rewards, rewards) for each in sampled) for sampled in sampled_by_group if len(sampled) > 1
     ]
     if deviations:
         metrics["reward/std"] = fmean(deviations)

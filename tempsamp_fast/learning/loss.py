@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from tempsamp_kernels import fused_linear_grpo_loss, linear_logprob
 from tempsamp_kernels.head import chunk_rows
 from torch import Tensor
 
+from tempsamp_fast.batch import Completion, RolloutGroup
 from tempsamp_fast.config import AlgorithmConfig, Method
 from tempsamp_fast.model.packing import PackedRow
 
@@ -27,6 +28,41 @@ class RowTargets:
     """[M] float32, log-probs before the first update on this batch; None: those of this very forward pass."""
     ref_logps: Tensor | None = None
     """[M] float32 of the frozen reference; None without KL."""
+    row_mask: Tensor | None = None
+    """[B] bool, answers that count; None: all."""
+
+
+def is_counted(answer: Completion, algorithm: AlgorithmConfig) -> bool:
+    """Whether an answer is in the loss."""
+    return not (answer.is_cut and algorithm.mask_truncated_completions)
+
+
+def row_targets(
+    rows: Sequence[PackedRow],
+    groups: Sequence[RolloutGroup],
+    old: Sequence[Tensor] | None,
+    ref: Sequence[Tensor] | None,
+    algorithm: AlgorithmConfig,
+) -> list[RowTargets]:
+    """Rows hold the answers of group after group, in order; without rows there are none."""
+    if not rows:
+        return []
+    assert all(group.advantages is not None for group in groups)
+    sizes = [row.num_completions for row in rows]
+    advantages = torch.cat([group.advantages for group in groups if group.advantages is not None]).split(sizes)
+    is_off_policy = torch.cat([group.is_off_policy() for group in groups]).split(sizes)
+    counts = torch.tensor([is_counted(each, algorithm) for group in groups for each in group.completions])
+    masks = counts.split(sizes) if algorithm.mask_truncated_completions else None
+    return [
+        RowTargets(
+            advantages[i],
+            is_off_policy[i],
+            old_logps=old[i] if old else None,
+            ref_logps=ref[i] if ref else None,
+            row_mask=masks[i] if masks else None,
+        )
+        for i in range(len(rows))
+    ]
 
 
 def policy_loss(
@@ -71,6 +107,7 @@ def policy_loss(
             row.token_ids.to(hidden.device, non_blocking=True),
             row.row_ids,
             is_off_policy=targets.is_off_policy,
+            row_mask=targets.row_mask,
             num_rows=num_answers,
             num_items_in_batch=num_tokens,
             chunk_size=None if targets.old_logps is None else _chunk_size(row, weight),

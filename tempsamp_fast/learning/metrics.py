@@ -42,7 +42,7 @@ def combine(parts: Sequence[dict[str, float]]) -> dict[str, float]:
             value = REDUCTIONS[figure](values)
         else:
             counts = [part[f"{side}/num_tokens" if side else "num_tokens"] for part in having]
-            value = sum(map(operator.mul, values, counts)) / sum(counts)
+            value = sum(map(operator.mul, values, counts)) / max(sum(counts), 1)
         combined[name if name == "loss" else f"policy/{name}"] = value
     return combined
 
@@ -56,20 +56,22 @@ def mean_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
     return {name: extremes.get(name, fmean)(values) for name, values in having.items()}
 
 
-def logp_gap(logps: Sequence[Tensor], groups: Sequence[RolloutGroup], limit: float) -> dict[str, float]:
+def logp_gap(
+    logps: Sequence[Tensor], groups: Sequence[RolloutGroup], limit: float, compared: Sequence[bool] | None = None
+) -> dict[str, float]:
     """Mean absolute difference between the sampler's log-probs and the policy's, over the sampled tokens of the update.
 
     Nothing where there are none. Called by every rank, and raises ValueError on every rank where it is above the limit
     on one.
 
-    logps: [M] of each row, before the first update.
+    logps: [M] of each row, before the first update. compared: of each answer, whether the loss has it; None: all.
     """
     answers = [completion for group in groups for completion in group.completions]
     by_answer = torch.cat(list(logps)).cpu().split([len(answer.ids) for answer in answers]) if answers else []
     gaps = [
         (own - answer.sampled_logps).abs()
-        for own, answer in zip(by_answer, answers, strict=True)
-        if answer.sampled_logps is not None
+        for own, answer, is_compared in zip(by_answer, answers, compared or [True] * len(answers), strict=True)
+        if is_compared and answer.sampled_logps is not None
     ]
     gap = float(torch.cat(gaps).mean()) if gaps else 0.0
     largest = max(of_all_ranks(gap))

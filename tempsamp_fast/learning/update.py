@@ -15,7 +15,7 @@ from tempsamp_fast.batch import RolloutGroup
 from tempsamp_fast.config import AlgorithmConfig, Config, Method
 from tempsamp_fast.learning.balance import balance
 from tempsamp_fast.learning.engine import Forward, RowsTooLargeError, check_fitted, forward_of, in_step, optimizer_step
-from tempsamp_fast.learning.loss import RowTargets, idle_loss, log_probs, policy_loss
+from tempsamp_fast.learning.loss import idle_loss, is_counted, log_probs, policy_loss, row_targets
 from tempsamp_fast.learning.metrics import combine, logp_gap, number_per_rank, tree_saving, utilisation
 from tempsamp_fast.learning.pruning import prune_groups, prune_metrics
 from tempsamp_fast.model.packing import PackedRow, pack
@@ -90,7 +90,8 @@ def _update(
     algorithm, temperature = config.algorithm, config.rollout.temperature
     is_sft = method == "sft"
     num_answers = number_per_rank(sum(len(group.completions) for group in groups), engine.device)
-    num_tokens = number_per_rank(sum(group.num_answer_tokens for group in groups), engine.device)
+    counted = [each for group in groups for each in group.completions if is_counted(each, algorithm)]
+    num_tokens = number_per_rank(sum(len(each.ids) for each in counted), engine.device)
     having_gradient = [group for group in groups if _has_gradient(group, is_sft, algorithm)]
     learning = balance(having_gradient, engine.module.config)
     own_rows = [
@@ -112,7 +113,7 @@ def _update(
     if reference is not None and algorithm.beta > 0 and not is_sft:
         ref = _log_probs(engine, reference, rows, algorithm, temperature)
         watch.lap("reference")
-    targets = _targets(own_rows, learning, old, ref)
+    targets = row_targets(own_rows, learning, old, ref, algorithm)
     heads = [
         policy_loss(
             row, target, method, algorithm, temperature, num_answers, num_tokens, config.rollout.max_completion_length
@@ -134,7 +135,8 @@ def _update(
             grad_norms.append(grad_norm)
             if index == 0:
                 logps = as_sampled or [metrics.token_logps for metrics in row_metrics[: len(own_rows)]]
-                gap = logp_gap(logps[: len(own_rows)], learning, config.rollout.max_logp_gap)
+                compared = [is_counted(each, algorithm) for group in learning for each in group.completions]
+                gap = logp_gap(logps[: len(own_rows)], learning, config.rollout.max_logp_gap, compared)
         except RowsTooLargeError as error:
             if index == 0:
                 raise
@@ -174,25 +176,6 @@ def _noting(found: list[Tensor], logps: Callable[[Tensor, Tensor], Tensor], head
         return head(hidden, weight)
 
     return both
-
-
-def _targets(
-    rows: Sequence[PackedRow],
-    groups: Sequence[RolloutGroup],
-    old: Sequence[Tensor] | None,
-    ref: Sequence[Tensor] | None,
-) -> list[RowTargets]:
-    """Rows hold the answers of group after group, in order; without rows there are none."""
-    if not rows:
-        return []
-    assert all(group.advantages is not None for group in groups)
-    sizes = [row.num_completions for row in rows]
-    advantages = torch.cat([group.advantages for group in groups if group.advantages is not None]).split(sizes)
-    is_off_policy = torch.cat([group.is_off_policy() for group in groups]).split(sizes)
-    return [
-        RowTargets(advantages[i], is_off_policy[i], old[i] if old else None, ref[i] if ref else None)
-        for i in range(len(rows))
-    ]
 
 
 @torch.no_grad()

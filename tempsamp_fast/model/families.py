@@ -25,6 +25,7 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+from tempsamp_fast.config.setting import choose_from
 from tempsamp_fast.video import Geometry
 
 
@@ -230,7 +231,7 @@ UNSUPPORTED = {
 def family_named(name: str, setting: str = "family") -> Family:
     """The record of a family. Raises ValueError that names the setting, the value and the choices."""
     if name not in FAMILIES:
-        raise ValueError(f"{setting}={name!r}: choose from {', '.join(FAMILIES)}")
+        raise ValueError(f"{setting}={name!r}: {choose_from(name, FAMILIES)}")
     return FAMILIES[name]
 
 

@@ -16,8 +16,9 @@ from matplotlib.lines import Line2D
 
 from tempsamp_fast.batch import Completion, RolloutGroup
 from tempsamp_fast.config import AlgorithmConfig
+from tempsamp_fast.config.reward_terms import parse_rewards, weighted
 from tempsamp_fast.learning.advantage import advantages_by_rule, skewness
-from tempsamp_fast.report.plots import COLOURS, GRID, series, series_names, smooth
+from tempsamp_fast.report.plots import COLOURS, GRID, TRAINING, series, series_names, smooth
 from tempsamp_fast.report.runs import RunRecord, by_method
 from tempsamp_fast.sample import Mode
 
@@ -32,10 +33,29 @@ def reward_curves(runs: Sequence[RunRecord]) -> str | None:
         return None
     figure, axes = _figure(1, 1)
     for run, colour in _coloured(runs):
-        name = next(n for n in series_names(run.metrics, "reward/") if not n.endswith(("_mean", "/format")))
-        steps, values = series(run.metrics, name)
-        axes[0].plot(steps, smooth(values), color=colour, alpha=0.8)
+        first = next(n for n in series_names(run.metrics, "reward/") if not n.endswith(("_mean", "/format")))
+        names = [f"reward/{term.name}" for term in parse_rewards(own_rewards(run))] or [first]
+        rows = [row for row in run.metrics if all(name in row for name in names)]
+        sums = [weighted({name.partition("/")[2]: row[name] for name in names}, own_rewards(run)) for row in rows]
+        axes[0].plot([row["step"] for row in rows], smooth(np.array(sums)), color=colour, alpha=0.8)
     axes[0].set(xlabel="step", ylabel="mean sampled task reward", ylim=(0, None))
+    return _curves(figure, runs)
+
+
+def training_curves(runs: Sequence[RunRecord]) -> str | None:
+    """Loss, KL, entropy, gradient norm, learning rate and answer lengths, a line per run; None without any."""
+    names = [name for name in TRAINING if any(series_names(run.metrics, name) for run in runs)]
+    if not names:
+        return None
+    figure, panels = _figure(-(-len(names) // 3), min(3, len(names)), sharey=False)
+    for axes, name in zip(panels, names, strict=False):
+        for run, colour in _coloured(runs):
+            steps, values = series(run.metrics, name)
+            axes.plot(steps, smooth(values), color=colour, alpha=0.8)
+        axes.set_title(TRAINING[name], fontsize=9)
+        axes.set_xlabel("step")
+    for axes in panels[len(names) :]:
+        axes.remove()
     return _curves(figure, runs)
 
 
@@ -60,7 +80,9 @@ def best_reward(runs: Sequence[RunRecord]) -> str | None:
         return None
     figure, axes = _figure(1, 1)
     for method, members in methods.items():
-        points = [(group["step"], max(task_rewards(group))) for run in members for group in run.groups]
+        points = [
+            (group["step"], max(task_rewards(group, own_rewards(run)))) for run in members for group in run.groups
+        ]
         parts = np.array_split(np.array(sorted(points)), min(NUM_PARTS, len(points)))
         steps = [part[:, 0].mean() for part in parts]
         low, median, high = np.array([np.percentile(part[:, 1], (25, 50, 75)) for part in parts]).T
@@ -75,11 +97,17 @@ def reward_distribution(runs: Sequence[RunRecord]) -> str | None:
     """Sampled task rewards in the first and the last quarter of the groups, a panel per method."""
 
     def draw(axes: Axes, members: Sequence[RunRecord], colour: str) -> None:
-        quarters = [np.array_split(np.array(run.groups, dtype=object), 4) for run in members]
+        quarters = [(run, np.array_split(np.array(run.groups, dtype=object), 4)) for run in members]
         for label, quarter, style in (("first quarter", 0, ":"), ("last quarter", 3, "-")):
-            rewards = [reward for parts in quarters for group in parts[quarter] for reward in task_rewards(group)]
+            rewards = [
+                reward
+                for run, parts in quarters
+                for group in parts[quarter]
+                for reward in task_rewards(group, own_rewards(run))
+            ]
             if rewards:
-                _histogram(axes, rewards, (0.0, 1.0), colour, style, f"{label}: mean {np.mean(rewards):.2f}")
+                limits = min(0.0, *rewards), max(1.0, *rewards)
+                _histogram(axes, rewards, limits, colour, style, f"{label}: mean {np.mean(rewards):.2f}")
 
     return _panels(runs, draw, "sampled task reward")
 
@@ -133,10 +161,17 @@ def _completions(group: dict[str, Any]) -> list[Completion]:
     ]
 
 
-def task_rewards(group: dict[str, Any]) -> list[float]:
-    """Rewards of a group's sampled answers, without that for the format."""
-    name = next(name for name in group["rewards"] if name != "format")
-    return select(group, group["rewards"][name], is_off_policy=False)
+def own_rewards(run: RunRecord) -> str | None:
+    """The setting `rewards` of a run."""
+    return run.config["algorithm"].get("rewards")
+
+
+def task_rewards(group: dict[str, Any], rewards: str | None = None) -> list[float]:
+    """Sums of the rewards of a group's sampled answers by the setting `rewards`, without that for the format."""
+    named = {name: values for name, values in group["rewards"].items() if name != "format"}
+    count = len(group["is_off_policy"])
+    sums = [weighted({name: values[index] for name, values in named.items()}, rewards) for index in range(count)]
+    return select(group, sums, is_off_policy=False)
 
 
 def select(group: dict[str, Any], values: Sequence[float], is_off_policy: bool) -> list[float]:
@@ -154,10 +189,10 @@ def _coloured(runs: Sequence[RunRecord]) -> list[tuple[RunRecord, str]]:
     return [(run, colours[run.method]) for run in runs]
 
 
-def _figure(num_rows: int, num_columns: int) -> tuple[Figure, list[Axes]]:
+def _figure(num_rows: int, num_columns: int, sharey: bool = True) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(9, 0.6 + 2.6 * num_rows), layout="constrained")
     FigureCanvasSVG(figure)
-    return figure, list(figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).flat)
+    return figure, list(figure.subplots(num_rows, num_columns, sharex=True, sharey=sharey, squeeze=False).flat)
 
 
 def _curves(figure: Figure, runs: Sequence[RunRecord]) -> str:

@@ -32,6 +32,7 @@ def build_page(runs: Sequence[RunRecord], num_gallery: int) -> str:
     pictures = [
         (figures.reward_curves(runs), "Running mean of the sampled answers' task reward; one line per run."),
         (figures.miou_curves(runs), "Held-out mIoU before training and after each phase; one line per run."),
+        (figures.training_curves(runs), "Running means over the steps; one line per run."),
         (figures.best_reward(runs), "Best sampled reward of each group: median, quartiles shaded."),
         (figures.reward_distribution(runs), "Sampled rewards early and late in reinforcement learning."),
         (figures.advantage_distribution(runs), "Advantages as the updates used them."),

@@ -29,6 +29,15 @@ rcParams["text.parse_math"] = False
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b6b6b")
 """Okabe and Ito's, told apart by colour-blind readers too."""
 GRID = "#d5d9de"
+TRAINING = {
+    "loss": "loss",
+    "policy/kl": "KL to the reference [nat]",
+    "policy/entropy": "entropy [nat]",
+    "optim/grad_norm": "gradient norm",
+    "optim/learning_rate": "learning rate",
+    "completion/mean_length": "answer length [tokens]",
+}
+"""What tells how training goes, by metric."""
 PHASE_SHADES = ("#f1f3f6", "#e3e8ee")
 EVAL_PHASE = "eval"
 STAGE = r"start|\d{1,9}"
@@ -56,6 +65,8 @@ def plot_run(run: Path) -> list[Path]:
         drawn += [plot_reward(rows, folder / "reward.png")]
     if series_names(rows, "reward/off_policy_mean"):
         drawn += [plot_on_and_off_policy(rows, folder / "on_and_off_policy_reward.png")]
+    if any(series_names(rows, name) for name in TRAINING):
+        drawn += [plot_training(rows, folder / "training.png")]
     if series_names(rows, "advantage/skew/"):
         drawn += [plot_skewness(rows, folder / "advantage_skewness.png")]
     for mode in get_args(Mode):
@@ -83,6 +94,26 @@ def plot_reward(rows: Sequence[Row], path: Path) -> Path:
             finish_axes(axes, rows)
         bottom.set_xlabel("step")
         label_phases(top, rows)
+    return path
+
+
+def plot_training(rows: Sequence[Row], path: Path) -> Path:
+    """A panel for each metric of `TRAINING` that the run has; the shortest and longest answers beside their mean."""
+    names = [name for name in TRAINING if series_names(rows, name)]
+    with _figure(path, height=1.9 * -(-len(names) // 2) + 0.4) as figure:
+        panels = figure.subplots(-(-len(names) // 2), 2, sharex=True, squeeze=False).flat
+        for name, axes, colour in zip(names, panels, COLOURS, strict=False):
+            if name == "completion/mean_length":
+                for extreme in ("completion/min_length", "completion/max_length"):
+                    axes.plot(*series(rows, extreme), color=colour, alpha=0.4, linewidth=0.7)
+            draw_series(axes, rows, name, "", colour)
+            axes.set_title(TRAINING[name], fontsize=9)
+            finish_axes(axes, rows)
+        for axes in figure.axes[len(names) :]:
+            axes.remove()
+        for axes in figure.axes[-2:]:
+            axes.tick_params(labelbottom=True)
+            axes.set_xlabel("step")
     return path
 
 

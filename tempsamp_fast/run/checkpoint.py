@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from tempsamp_fast.config import Config, DataConfig
 from tempsamp_fast.data.chat import Chat
+from tempsamp_fast.data.prompt_file import SAVED, as_json
 from tempsamp_fast.learning.engine import is_partitioned, save_engine, whole_parameters
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.run.log import RECORDS, write_json
@@ -53,7 +54,7 @@ def save_model(folder: Path, policy: Policy, chat: Chat, data: DataConfig) -> No
     """Write model, tokenizer and preprocessor settings as an ordinary Hugging Face folder; called by every rank.
 
     Of a model with adapters only those are written, as PEFT does. `video.json` beside them says how frames were taken
-    in training, so that inference takes them alike.
+    in training, so that inference takes them alike, and `prompts.json` what was asked, where that was one's own.
     Raises OSError when it cannot be written.
     """
     state = whole_parameters(policy.model) if is_partitioned(policy) else None
@@ -67,6 +68,8 @@ def save_model(folder: Path, policy: Policy, chat: Chat, data: DataConfig) -> No
     for name, text in chat.preprocessor_files.items():
         write_file(folder / name, text)
     write_json(folder / VIDEO_SETTINGS, {name: getattr(data, name) for name in VIDEO_FIELDS})
+    if chat.templates is not None:
+        write_file(folder / SAVED, as_json(chat.templates))
 
 
 def read_video_settings(folder: Path) -> DataConfig:
@@ -175,21 +178,32 @@ def _is_run(folder: Path) -> bool:
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """Of the checkpoints that were evaluated, that with the best first score (mIoU), in the mean of its modes.
+    """Of the checkpoints that were evaluated, that with the best value of the run's `best_metric`.
 
     Of several the newest; None without any. Raises ValueError naming evaluations that cannot be read.
     """
-    path = run / EVALUATIONS
+    path, config = run / EVALUATIONS, run / "config.json"
     rows = read_json(path) if path.is_file() else []
-    scores: dict[int, list[float]] = {}
     try:
-        for row in rows:
-            name = score_names(row)[0]
-            scores.setdefault(row["num_steps"], []).append(float(row[name]))
+        metric = read_json(config)["train"].get("best_metric") if config.is_file() else None
+        scores = evaluation_scores(rows, metric)
     except (TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(f"{path}: cannot be read: {error!r}") from error
     evaluated = [each for each in checkpoints(run) if step_of(each) in scores]
-    return max(evaluated, key=lambda each: (fmean(scores[step_of(each)]), step_of(each)), default=None)
+    return max(evaluated, key=lambda each: (scores[step_of(each)], step_of(each)), default=None)
+
+
+def evaluation_scores(rows: Sequence[dict[str, Any]], best_metric: str | None) -> dict[int, float]:
+    """By number of steps the value of `[mode/]metric`, in the mean of the modes where it names none.
+
+    None is the first score (mIoU).
+    """
+    mode, _, name = (best_metric or "").rpartition("/")
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if mode in ("", row["mode"]):
+            found.setdefault(row["num_steps"], []).append(float(row[name or score_names(row)[0]]))
+    return {num_steps: fmean(values) for num_steps, values in found.items()}
 
 
 def score_names(row: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import platform
@@ -16,8 +17,10 @@ import torch
 
 from tempsamp_fast.batch import RolloutGroup
 from tempsamp_fast.config import Config
+from tempsamp_fast.config.reward_terms import parse_rewards
+from tempsamp_fast.run.answers import lines_of, sampled_groups, texts_of
 from tempsamp_fast.system.files import open_to_append, own_folder, read_bytes, write_file
-from tempsamp_fast.system.progress import Progress
+from tempsamp_fast.system.progress import Progress, columns
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,18 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def own_files(config: Config) -> dict[str, dict[str, str]]:
+    """SHA-256 of the user's files that a run works by: of `rewards` and `prompt_file`, each by its path."""
+    files = {
+        "rewards": [term.file for term in parse_rewards(config.algorithm.rewards) if term.file],
+        "prompt_file": [config.data.prompt_file] if config.data.prompt_file else [],
+    }
+    return {
+        setting: {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
+        for setting, paths in files.items()
+    }
+
+
 def commit_of_code() -> str | None:
     """Hash of the commit that is checked out; None where git or its repository is missing."""
     command = ["git", "rev-parse", "HEAD"]
@@ -79,7 +94,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, config: Config, total_steps: int, first_step: int, active: bool):
-        self.folder = folder
+        self.folder, self._config = folder, config
         self.active = active
         if not active:
             return
@@ -89,7 +104,7 @@ class RunLog:
             drop_rows_from(path, first_step)
         self._metrics, self._groups = map(open_to_append, records)
         write_json(folder / "config.json", config.as_dict())
-        write_json(folder / "machine.json", describe_machine())
+        write_json(folder / "machine.json", describe_machine() | {"own_files": own_files(config)})
         from torch.utils.tensorboard import SummaryWriter
 
         self._tensorboard = SummaryWriter(str(own_folder(folder / "tensorboard")), purge_step=first_step)
@@ -118,9 +133,14 @@ class RunLog:
             )  # fmt: skip
 
     def log_groups(self, step: int, phase: str, groups: Sequence[RolloutGroup]) -> None:
-        """Append to RUN/groups.jsonl every group of this rank that has rewards, for the report's distributions."""
+        """Append to RUN/groups.jsonl every group of this rank that has rewards, for the report's distributions.
+
+        Of some of them the texts too; those of one are shown, as often as `show_completions` says.
+        """
         if not self.active:
             return
+        train = self._config.train
+        with_texts = sampled_groups(groups, step, train.log_completions)
         for group in groups:
             answers = group.completions
             if answers[0].rewards and group.advantages is not None:
@@ -129,8 +149,13 @@ class RunLog:
                     "advantages": group.advantages.tolist(),
                     "is_off_policy": [answer.is_off_policy for answer in answers],
                 }
+                if any(group is each for each in with_texts):
+                    row |= texts_of(group)
                 self._groups.write(json.dumps({"step": step, "phase": phase, **row}) + "\n")
         self._groups.flush()
+        if groups and train.show_completions and step % train.show_completions == 0:
+            lines = lines_of(sampled_groups(groups, step, 1)[0], self._config.algorithm.rewards, columns())
+            logger.info("%s, step %d:\n%s", phase, step, "\n".join(lines))
 
     def __enter__(self) -> RunLog:
         if self.active:

@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from tempsamp_fast.config.setting import choose_from
 from tempsamp_fast.evaluation.asking import evaluate, write_rows
 from tempsamp_fast.evaluation.protocols import OWN
+from tempsamp_fast.evaluation.published import METRICS
 from tempsamp_fast.evaluation.scoring import best_constant_span, score_rows
-from tempsamp_fast.run.checkpoint import EVALUATIONS, score_names
+from tempsamp_fast.run.checkpoint import EVALUATIONS, evaluation_scores, score_names
 from tempsamp_fast.run.log import RunLog, write_json
 from tempsamp_fast.run.run import Run
 from tempsamp_fast.sample import Mode
-from tempsamp_fast.system.files import read_json
+from tempsamp_fast.system.files import own_folder, read_json
 from tempsamp_fast.system.ranks import of_all_ranks
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,11 @@ class Results:
                 table(self.rows, 0)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{self.path}: the evaluations so far cannot be read: {error!r}") from error
+        metric = run.config.train.best_metric
+        name = metric.rpartition("/")[2] if metric else "miou"
+        if metric and (name not in METRICS or not run.eval_samples):
+            flaw = choose_from(name, METRICS) if run.eval_samples else "there are no held-out samples"
+            raise ValueError(f"best_metric={metric!r}: {flaw}")
 
     def make_up(self, log: RunLog) -> None:
         """Evaluate where the run begins or goes on, if that was not done: it may have been stopped there."""
@@ -50,12 +57,18 @@ class Results:
             num_steps += phase.num_steps
             if num_steps == run.first_step:
                 self.evaluate(f"{index}_{phase}", num_steps, log)
+        every = run.config.train.eval_steps
+        if every and run.first_step > 0 and run.first_step % every == 0:
+            self.evaluate(f"step {run.first_step}", run.first_step, log)
 
-    def evaluate(self, stage: str, num_steps: int, log: RunLog) -> None:
-        """Evaluate in every mode of `eval_modes`, until the run is to stop; writes RUN/eval/<stage>_<mode>.jsonl."""
+    def evaluate(self, stage: str, num_steps: int, log: RunLog) -> bool:
+        """Evaluate in every mode of `eval_modes`, until the run is to stop; writes RUN/eval/<stage>_<mode>.jsonl.
+
+        Returns, the same on every rank, whether it is better than all of trained weights before by `best_metric`.
+        """
         run = self.run
         if not run.eval_samples:
-            return
+            return False
         done = [row["mode"] for row in self.rows if row["num_steps"] == num_steps]
         for mode in cast("list[Mode]", run.config.train.eval_modes.split("+")):
             if mode in done:
@@ -66,22 +79,34 @@ class Results:
             answers = evaluate(run.eval_samples, mode, *given, is_stopping=run.is_stopping)
             if answers is None:
                 logger.warning("the evaluation was stopped; it is made up for when the run goes on")
-                return
+                return False
             scores = score_rows(run.eval_samples, answers, run.config.data.task, *how)
             outside = {"outside_video": sum(row["outside_video"] for row in answers)}
             measured = {f"eval/{mode}/{name}": value for name, value in (scores | outside).items()}
             log.log(num_steps, "eval", measured, advance=False)
+            row = {"stage": stage, "mode": mode, "num_steps": num_steps, "protocol": OWN, **scores}
+            row["num_skipped"] = sum("skipped" in answer for answer in answers)
+            self.rows.append(row)
             if run.rank == 0:
+                own_folder(run.folder / "eval")
                 write_rows(self.answers_path(stage, mode), answers)
-                row = {"stage": stage, "mode": mode, "num_steps": num_steps, "protocol": OWN, **scores}
-                row["num_skipped"] = sum("skipped" in answer for answer in answers)
-                self.rows.append(row)
                 write_json(self.path, self.rows)
                 logger.info("%s", table([row], len(answers)))
+        return self._is_best(num_steps)
+
+    def _is_best(self, num_steps: int) -> bool:
+        metric = self.run.config.train.best_metric
+        name = (metric or "").rpartition("/")[2]
+        if name and name not in self.rows[-1]:
+            raise ValueError(f"best_metric={metric!r}: {choose_from(name, score_names(self.rows[-1]))}")
+        scores = evaluation_scores(self.rows, metric)
+        earlier = [score for step, score in scores.items() if 0 < step < num_steps]
+        return num_steps > 0 and scores[num_steps] > max(earlier, default=-1.0)
 
     def answers_path(self, stage: str, mode: str) -> Path:
         """Where the answers of one evaluation are kept."""
-        return self.run.folder / "eval" / f"{stage.replace('/', '_')}_{mode}.jsonl"
+        folder = self.run.folder / ("eval/steps" if stage.startswith("step ") else "eval")
+        return folder / f"{stage.replace('/', '_').replace(' ', '_')}_{mode}.jsonl"
 
     def finish(self) -> None:
         """Print the table of all evaluations, keep it in RUN/summary.json, and draw the plots into RUN/plots."""
@@ -115,9 +140,11 @@ def table(rows: Sequence[dict[str, Any]], num_queries: int) -> str:
     """Evaluations as text, one per line with the metrics of the task."""
     names = score_names(rows[0])
     lines = [f"{num_queries} held-out queries, protocol {OWN}: frames, prompt and parser of this run"]
-    lines.append(f"{'after':<24}{'mode':<8}" + "".join(f"{name:>12}" for name in names))
+    widths = [max(len(name), 5) + 2 for name in names]
+    header = "".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
+    lines.append(f"{'after':<24}{'mode':<8}{header}")
     for row in rows:
         skipped = f"  {row['num_skipped']} skipped, counted as wrong" if row.get("num_skipped") else ""
-        figures = "".join(f"{row[name]:>12.3f}" for name in names)
+        figures = "".join(f"{row[name]:>{width}.3f}" for name, width in zip(names, widths, strict=True))
         lines.append(f"{row['stage']:<24}{row['mode']:<8}{figures}{skipped}")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from typing import Any
 from tempsamp_fast.config import Config, RolloutConfig, TrainConfig, parse_phases
 from tempsamp_fast.learning.engine import effective_zero
 from tempsamp_fast.run.checkpoint import MODEL, checkpoints, sound_checkpoint
+from tempsamp_fast.run.log import own_files
 from tempsamp_fast.run.schedule import in_steps
 from tempsamp_fast.sample import Sample
 from tempsamp_fast.system.files import own_folder, read_json
@@ -23,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 MAY_CHANGE = {
     "data": {
-        "annotations", "eval_annotations", "videos", "eval_videos", "synthetic_dir", "max_eval_samples",
-        "on_bad_sample", "max_bad_videos", "video_backend", "video_device", "prefetch_steps", "patch_cache",
-        "video_cache_gib",
+        "annotations", "eval_annotations", "format", "videos", "eval_videos", "synthetic_dir", "max_eval_samples",
+        "prompt_file", "on_bad_sample", "max_bad_videos", "video_backend", "video_device", "prefetch_steps",
+        "patch_cache", "video_cache_gib",
     },
     "model": {
         "model", "gradient_checkpointing", "checkpoint_every", "checkpoint_vision", "liger_layers",
@@ -80,7 +81,8 @@ def open_folder(train: TrainConfig, rollout: RolloutConfig) -> RunFolder:
 
 def facts_of(config: Config, samples: Sequence[Sample], world_size: int) -> dict[str, Any]:
     """What a checkpoint keeps of its run for `check_same_run`, ready for JSON."""
-    return {"world_size": world_size, "samples": samples_digest(samples), "config": config.as_dict()}
+    facts = {"world_size": world_size, "samples": samples_digest(samples), "config": config.as_dict()}
+    return facts | {"own_files": own_files(config)}
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
@@ -88,6 +90,7 @@ def samples_digest(samples: Sequence[Sample]) -> str:
     asked = [
         [each.sample_id, each.query, each.duration_s, each.windows]
         + ([sorted(each.clip_scores.items())] if each.clip_scores else [])
+        + ([each.reasoning] if each.reasoning else [])
         for each in samples
     ]
     text = json.dumps(asked)
@@ -108,6 +111,7 @@ def check_same_run(
             *_changed_work(state, then["train"], config, samples, world_size),
             *_changed_stage(state, config),
             *_changed_settings(then, config),
+            *_changed_files(state, config),
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"resume={str(run)!r}: its checkpoint does not say how it was made: {error!r}") from error
@@ -163,6 +167,19 @@ def _changed_settings(then: dict[str, Any], config: Config) -> list[str]:
                 elif name not in ("resume", "output_dir", "local_rank"):
                     logger.info("resume: %s", change)
     return fixed
+
+
+def _changed_files(state: dict[str, Any], config: Config) -> list[str]:
+    """A prompt file that is not as it was; of files of rewards that is logged, as other changes of rewards are."""
+    is_ = own_files(config)
+    was = state.get("own_files", is_)
+    for setting in is_:
+        if sorted(was[setting].values()) != sorted(is_[setting].values()):
+            logger.warning(
+                "resume: the files of %s are not as they were: %s, now %s", setting, was[setting], is_[setting]
+            )
+    same = sorted(was["prompt_file"].values()) == sorted(is_["prompt_file"].values())
+    return [] if same else ["prompt_file does not ask as it did"]
 
 
 def _is_fixed(section: str, name: str) -> bool:

@@ -17,9 +17,11 @@ from tempsamp_fast.data.chat import Chat
 from tempsamp_fast.data.loader import PromptLoader
 from tempsamp_fast.data.order import TrainingOrder
 from tempsamp_fast.data.prefetch import Prefetch
+from tempsamp_fast.data.prompt_file import read_prompt_file
 from tempsamp_fast.embedded.data import embedded_checkpoint, with_embedded_data
 from tempsamp_fast.learning.engine import Forward, build_engine, learning_rate, partitioned_loading
 from tempsamp_fast.learning.groups import RecordedRollouts, answer
+from tempsamp_fast.learning.own_rewards import reward_function, reward_terms, try_rewards
 from tempsamp_fast.learning.universal import restored_engine
 from tempsamp_fast.learning.update import update
 from tempsamp_fast.learning.vision_features import features_key, with_pixels_on, with_vision_features
@@ -54,11 +56,15 @@ class Run:
         self.config, data, train = config, config.data, config.train
         self.device, self.rank, self.world_size = training_device(), own_rank(), num_ranks()
         family_named(config.model.tiny_family, "tiny_family")
+        for term in reward_terms(config.algorithm, data.task):
+            reward_function(term)  # what is wrong with it is told before anything is made
+        templates = read_prompt_file(data.prompt_file) if data.prompt_file else None
         start = open_folder(train, config.rollout)
         self.folder, self.resumed_from, self.first_step = start.path, start.resumed_from, start.first_step
         made = with_embedded_data(data)
         self.train_samples, self.eval_samples = load_training_data(made)
         self.order = TrainingOrder(self.train_samples, train.seed, train.queries_per_video)
+        try_rewards(config.algorithm, data.task, self.train_samples)
         look_for_all_videos(made, self.train_samples, self.eval_samples)
         self.phases = in_steps(parse_phases(train.phases), train, len(self.train_samples), self.world_size)
         if start.state:
@@ -70,6 +76,7 @@ class Run:
         checkpoint = start.model or self._initial_checkpoint()
         self.policy, self.chat = self._load_policy(checkpoint, dtype)
         self.chat.answer_form = data.answer_form
+        self.chat.templates = templates
         held_out = train.eval_modes.split("+") if self.eval_samples else []
         self.chat.check({mode for phase in self.phases for mode in phase.modes} | {*cast("list[Mode]", held_out)})
         self.loader = PromptLoader(
@@ -249,12 +256,18 @@ class Run:
         is_due = minutes > 0 and bool(max_over_ranks(int(is_late), self.device))
         return is_due or (every > 0 and (at.step + 1) % every == 0)
 
-    def save(self, num_steps: int) -> None:
-        """Checkpoint after `num_steps` optimizer steps; none where every one so far was skipped."""
+    def is_eval_step(self, at: PhaseStep) -> bool:
+        """Whether `eval_steps` asks for an evaluation after this step."""
+        every = self.config.train.eval_steps
+        return every > 0 and (at.step + 1) % every == 0
+
+    def save(self, num_steps: int) -> bool:
+        """Checkpoint after `num_steps` optimizer steps; none, and False, where every one so far was skipped."""
         self._saved_s = time.monotonic()
         if self.skipped_steps.is_in_vain and self.first_step == 0:
             logger.warning("no checkpoint: the loss or gradient of all %d steps so far was not finite", num_steps)
-            return
+            return False
         self.heartbeat.at(f"checkpoint after {num_steps} steps")
         facts = facts_of(self.config, self.train_samples, self.world_size)
         save_checkpoint(self.folder, num_steps, self.engine, self.policy, self.chat, self.config, facts)
+        return True

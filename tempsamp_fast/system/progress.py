@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar:10}| {elapsed}<{remaining}{postfix}"
-"""In 80 columns it leaves room for two figures."""
-NUM_ON_BAR = 2
+BESIDE = len(" / |          | 00:00:00<00:00:00")
+"""Columns that the bar takes beside label, counts and figures."""
+USUAL_COLUMNS = 80
 logger = logging.getLogger(__name__)
+
+
+def columns() -> int:
+    """Of the terminal that stderr is; 80 where it is none."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or USUAL_COLUMNS
+    except (OSError, ValueError):
+        return USUAL_COLUMNS
+
+
+def fitting(texts: Sequence[str], room: int) -> list[str]:
+    """The first of the texts that fit into `room` columns together."""
+    ends = itertools.accumulate(map(len, texts))
+    return [text for text, end in zip(texts, ends, strict=True) if end <= room]
 
 
 class Progress:
@@ -33,17 +51,19 @@ class Progress:
     def update(self, label: str, figures: Mapping[str, float], by: int = 1) -> None:
         """`by` more is done; `figures`, the most telling first, describe it."""
         self.done = min(self.done + by, self.total)
-        texts = {name: f"{value:.3g}" for name, value in figures.items()}
+        texts = [f", {name}={value:.3g}" for name, value in figures.items()]
+        taken = BESIDE + len(f"{label}{self.done}{self.total}")
         self._bar.set_description_str(label, refresh=False)
-        self._bar.set_postfix(dict(list(texts.items())[:NUM_ON_BAR]), refresh=False)
+        self._bar.set_postfix_str("".join(fitting(texts, columns() - taken)).removeprefix(", "), refresh=False)
         self._bar.update(self.done - self._bar.n)
         now = time.monotonic()
         if self._bar.disable and (now - self._said_s >= self.every_s or self.done == self.total):
             self._said_s = now
             left_s = (now - self._start_s) / (self.done - self._first) * (self.total - self.done) if by else 0.0
-            described = "".join(f" {name} {text}" for name, text in texts.items())
             clock, left = datetime.now().strftime("%H:%M:%S"), timedelta(seconds=round(left_s))
-            logger.info("%s %s %d/%d%s, %s left", clock, label, self.done, self.total, described, left)
+            head, tail = f"{clock} {label} {self.done}/{self.total}", f", {left} left"
+            described = [f" {name} {value:.3g}" for name, value in figures.items()]
+            logger.info("%s%s%s", head, "".join(fitting(described, USUAL_COLUMNS - len(head + tail))), tail)
 
     def __enter__(self) -> Progress:
         if not self._bar.disable:

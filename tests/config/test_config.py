@@ -101,7 +101,7 @@ def test_a_value_out_of_range_is_refused_by_name_with_the_rule(flag: str, value:
         (["--seed", "1.5"], "--seed.*'1.5'"),
         (["--seed"], "--seed"),
         (["--config"], "--config"),
-        (["--config", "missing.yaml"], "missing.yaml: No such file"),
+        (["--config", "missing.yaml"], "missing.yaml: no such file, and no recipe"),
         (["--resume", "nowhere"], "nowhere: no run"),
         (["--annotations", "mine.json"], "videos=None"),
         (["--record_rollouts", "a", "--replay_rollouts", "b"], "record_rollouts='a'"),
@@ -137,7 +137,7 @@ def test_a_recipe_is_its_base_with_its_own_settings_over_it(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("base", "named"), [("b", "b.yaml: base 'a' leads back to itself"), ("gone", "gone.yaml: No such file")]
+    ("base", "named"), [("b", "b.yaml: line 1: base 'a' leads back to itself"), ("gone", "gone.yaml: No such file")]
 )
 def test_a_base_that_is_none_is_named(tmp_path: Path, base: str, named: str) -> None:
     (tmp_path / "a.yaml").write_text(f"base: {base}\n")
@@ -149,8 +149,8 @@ def test_a_base_that_is_none_is_named(tmp_path: Path, base: str, named: str) -> 
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("learning_rat: 1e-5", "--learning_rat=1e-5"),
-        ("train: {seed: 1}", "--train"),
+        ("learning_rat: 1e-5", "line 1: unknown setting 'learning_rat'"),
+        ("train: {seed: 1}", "line 1: unknown setting 'train'"),
         ("seed: many", "--seed.*'many'"),
         ("beta: -0.5", "beta=-0.5"),
         ("a: [", "not valid YAML"),

@@ -25,9 +25,9 @@ def test_a_recipe_carries_its_published_figures_and_no_others(name: str) -> None
     assert lines == rows or (not rows and len(lines) == 1 and not re.search(r"\d\d", lines[0]))
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.recipe}-{row.mode}")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.recipe}-{row.mode}{row.flags}")
 def test_a_recipe_repeats_its_published_row(row: Published) -> None:
-    config = parse_args(["--config", str(row.recipe)])
+    config = parse_args(["--config", str(row.recipe), *row.flags.split()])
     method, _, group_size = row.method.partition(" of ")
     assert {phase.method for phase in parse_phases(config.train.phases)} == {OURS[method]}
     assert config.data.eval_annotations == row.test

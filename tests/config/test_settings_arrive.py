@@ -32,12 +32,16 @@ ROWS = f"{TRAIN}test_a_step_has_the_rows_asked_for"
 RATE = f"{TRAIN}test_every_step_has_the_rate_of_its_schedule"
 STATE = f"{TRAIN}test_optimizer_state_lies_where_asked_for"
 BEST = "run/test_results.py::test_the_checkpoint_of_the_best_evaluation_stays_if_asked_for"
+METRIC = f"{TRAIN}test_evaluations_come_as_often_as_asked_for_and_the_best"
+KEPT_ANSWERS = f"{TRAIN}test_as_many_answers_are_kept_and_shown_as_asked_for"
 PATIENCE = f"{TRAIN}test_patience_is_as_asked_for"
 
 PLAN: dict[type, dict[str, tuple[str, str]]] = {
     DataConfig: {
         "annotations": ("another file, other training samples", LOADED),
         "eval_annotations": ("another file, other held-out samples; none without", LOADED),
+        "format": ("what reads the file", f"{DATA}test_files_are_read_as_the_format_asked_for"),
+        "prompt_file": ("the question, by its template", f"{DATA}test_questions_are_those_of_the_prompt_file"),
         "videos": ("the folder of all videos", LOADED),
         "eval_videos": ("the folder of the held-out videos alone", LOADED),
         "few_shot_videos": ("the samples of that many videos", LOADED),
@@ -158,6 +162,11 @@ PLAN: dict[type, dict[str, tuple[str, str]]] = {
             f"{ALGORITHM}test_the_format_is_added_or_a_factor_as_asked",
         ),
         "soft_overlong": ("what long answers lose", f"{ALGORITHM}test_long_answers_lose_as_much_as_asked"),
+        "mask_truncated_completions": (
+            "the mask of the loss, and its normaliser",
+            f"{ALGORITHM}test_cut_answers_leave_the_loss_only_where_asked",
+        ),
+        "rewards": ("which functions reward, and their weights", f"{ALGORITHM}test_answers_earn_what_is_asked_for"),
         "cot_off_policy": ("the off-policy text", f"{ALGORITHM}test_the_off_policy_text_of_think_prompts"),
         "updates_per_batch": ("optimizer steps", f"{ALGORITHM}test_a_batch_is_used_for_as_many_updates_as_asked_for"),
         "require_tags": (
@@ -195,6 +204,10 @@ PLAN: dict[type, dict[str, tuple[str, str]]] = {
         "deepspeed_config": ("what the engine makes of the file", STATE),
         "eval_modes": ("modes asked, in turn", f"{TRAIN}test_evaluations_are_in_the_modes_and_batches_asked_for"),
         "eval_batch_size": ("queries of a batch", f"{TRAIN}test_evaluations_are_in_the_modes_and_batches_asked_for"),
+        "eval_steps": ("the steps that are evaluated", METRIC),
+        "best_metric": ("the checkpoint that stays", METRIC),
+        "show_completions": ("the steps whose answers are shown", KEPT_ANSWERS),
+        "log_completions": ("the groups that keep their texts", KEPT_ANSWERS),
         "eval_start": ("the scores before the first step", f"{TRAIN}test_the_start_is_evaluated_unless_told_otherwise"),
         "save_minutes": (
             "the clock that saves",

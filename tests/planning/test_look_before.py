@@ -194,7 +194,7 @@ def test_an_empty_value_is_refused_by_its_name(name: str) -> None:
 def test_the_toy_recipe_is_for_the_toy_alone(words: list[str], recipe: str) -> None:
     """Own data or an own model never get its rates, crops, pixels and answer lengths; what was taken is told."""
     config = parse_args(words)
-    assert default_recipe(words).name == recipe
+    assert default_recipe(words) == recipe
     is_toy = recipe == "tiny_cpu"
     assert (config.train.learning_rate == 1e-3) == (config.data.random_crop == 1) == is_toy
     assert (config.data.max_pixels == 3136) == (config.algorithm.beta == 0) == is_toy

@@ -68,7 +68,7 @@ def test_page_loads_nothing_from_elsewhere(page):
 def test_page_has_every_section_and_escapes_what_it_shows(page):
     html = page.read_text()
     assert re.findall(r"<h2>(.*?)</h2>", html) == ["Runs", "Scores", "Speed", "Curves and distributions", "Gallery"]
-    assert html.count("<figure>") == 6 and html.count("<article>") == 2
+    assert html.count("<figure>") == 7 and html.count("<article>") == 2
     assert "&lt;b&gt;red&lt;/b&gt;" in html and "<b>red" not in html
     assert "shaping=anchor" in html and "0.250 ± 0.000" in html
 

@@ -15,6 +15,7 @@ from tempsamp_fast.report.plots import (
     phase_ranges,
     plot_run,
     plot_timeline,
+    plot_training,
     read_rows,
     series,
     smooth,
@@ -47,13 +48,24 @@ def run(tmp_path):
 
 def test_every_plot_the_record_has_figures_for_is_drawn(run):
     names = [path.name for path in plot_run(run)]
-    assert names == ["reward.png", "on_and_off_policy_reward.png", "advantage_skewness.png", "iou_answer.png"]
+    assert names == ["reward.png", "on_and_off_policy_reward.png", "training.png", "advantage_skewness.png",
+                     "iou_answer.png"]  # fmt: skip
     assert all(imread(run / "plots" / name).shape[1] == 1170 for name in names)
 
 
-def test_a_record_without_rewards_and_evaluations_draws_nothing(tmp_path):
+def test_a_record_without_rewards_and_evaluations_draws_the_loss_alone(tmp_path):
     write_rows(tmp_path / "metrics.jsonl", training_rows("sft/answer", 0, 2))
-    assert plot_run(tmp_path) == []
+    assert [path.name for path in plot_run(tmp_path)] == ["training.png"]
+
+
+def test_training_is_drawn_a_panel_for_each_figure_that_there_is(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, title, **_: titles.append(title))
+    lengths = {f"completion/{name}_length": 5.0 for name in ("min", "mean", "max")}
+    rows = training_rows("grpo/answer", 0, 3, **{"optim/grad_norm": 0.5, "policy/entropy": 1.0}, **lengths)
+    plot_training(rows, tmp_path / "a.png")
+    assert titles == ["loss", "entropy [nat]", "gradient norm", "answer length [tokens]"]
+    assert imread(tmp_path / "a.png").shape[0] > 400
 
 
 def test_phases_come_from_training_rows_only(run):

@@ -126,7 +126,7 @@ def test_a_line_of_piped_output_has_total_clock_and_time_left(log: RunLog, caplo
     with caplog.at_level(logging.INFO):
         log.log(0, "sft/answer", {"loss": 1.25, "reward/tiou": 0.5, "time/step_s": 2.0, "perf/tokens_per_s": 1234.0})
     (line,) = (record.getMessage() for record in caplog.records if "loss" in record.getMessage())
-    assert "sft/answer 1/100" in line and "loss 1.25" in line and line.endswith(" left") and len(line) <= 100
+    assert "sft/answer 1/100" in line and "loss 1.25" in line and line.endswith(" left") and len(line) <= 80
     assert len(line.split()[0].split(":")) == 3
 
 
@@ -141,6 +141,29 @@ def test_at_80_columns_the_bar_is_a_bar() -> None:
         bar_format=BAR,
     )
     assert len(line) <= 80 and len(line.split("|")[1]) == 10 and "123/4567" in line and "reward=0.512" in line
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_a_bar_has_as_many_figures_as_fit(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(progress, "columns", lambda: width)
+    monkeypatch.setattr(
+        progress, "tqdm", lambda **options: tqdm(**options | {"dynamic_ncols": False}, file=terminal, ncols=width)
+    )
+    with Progress(4567, 4566) as bar:
+        bar.update("tempsamp/answer+think", {f"figure{number}": -1.23456e-05 for number in range(9)})
+        bar._bar.refresh()
+        line = terminal.getvalue().split("\r")[-1]
+    assert len(line.rstrip("\n")) <= width and "4567/4567" in line
+    assert line.count("figure") == {80: 0, 120: 3, 200: 7}[width]
+
+
+def test_a_piped_line_of_any_label_fits_80_columns(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        Progress(4567, 4000).update("tempsamp/answer+think", {f"figure{number}": -1.23456e-05 for number in range(9)})
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert 60 < len(line) <= 80 and line.count("figure") == 1 and line.endswith(" left")
 
 
 def test_log_lines_do_not_run_into_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:

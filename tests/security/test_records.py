@@ -27,6 +27,8 @@ ASKED = {
     "record_rollouts": ("/elsewhere/kept",),
     "patch_cache": ("/elsewhere/kept",),
     "synthetic_dir": ("/elsewhere/kept",),
+    "rewards": ("/elsewhere/evil.py:f=1", "tiou=1,evil.py:f", ["evil.py:f"], {"evil": 1}),
+    "prompt_file": ("/elsewhere/prompts.yaml",),
     "deepspeed_config": ("/elsewhere/ds.json", "../../../ds", ["zero2"]),
     "video_device": ("cuda",),
 }
@@ -43,6 +45,35 @@ def test_a_record_allows_no_code_writes_nowhere_and_picks_no_device(tmp_path: Pa
     typed = {"allow_pickle": "true", "trust_remote_code": "true", "video_device": "cpu"}.get(name, "mine")
     for words in ([f"--{name}", typed], [f"--{name}={typed}"], [f"--{name.replace('_', '-')}={typed}"]):
         parse_args(["--resume", str(recorded(tmp_path / "run", model="tiny")), *words])
+
+
+def test_rewards_of_a_file_count_only_when_typed(tmp_path: Path) -> None:
+    """Those of the package count in records and recipes too."""
+    assert parse_args(["--resume", str(recorded(tmp_path / "run", "algorithm", rewards="tiou=2"))]).algorithm.rewards
+    for text in ("seed: 1\nrewards: evil.py:f=1\n", "base: evil\n"):
+        (tmp_path / "evil.yaml").write_text("rewards: tiou,../evil.py:f\n")
+        (tmp_path / "mine.yaml").write_text(text)
+        with pytest.raises(ValueError, match=r"line \d: rewards counts only when typed"):
+            parse_args(["--config", str(tmp_path / "mine.yaml")])
+    (tmp_path / "mine.yaml").write_text("rewards: tiou=2,multi_tiou=1\n")
+    assert parse_args(["--config", str(tmp_path / "mine.yaml")]).algorithm.rewards == "tiou=2,multi_tiou=1"
+
+
+def test_no_code_of_a_run_folder_is_run(tmp_path: Path) -> None:
+    """Not for its report, and not for what its record says."""
+    from tempsamp_fast.report.figures import own_rewards, task_rewards
+    from tempsamp_fast.report.runs import read_runs
+
+    run = recorded(tmp_path / "run")
+    (run / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    sections = {"data": {"task": "grounding"}, "train": {"seed": 0}, "algorithm": {"rewards": f"{run}/evil.py:f=2"}}
+    (run / "config.json").write_text(json.dumps(sections))
+    group = {"step": 0, "phase": "grpo", "rewards": {"f": [0.5]}, "advantages": [0.0], "is_off_policy": [False]}
+    (run / "groups.jsonl").write_text(json.dumps(group) + "\n")
+    (run / "metrics.jsonl").write_text("")
+    (found,) = read_runs([run])
+    assert task_rewards(found.groups[0], own_rewards(found)) == [1.0]
+    assert not (tmp_path / "ran").exists()
 
 
 def test_what_a_record_changes_is_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

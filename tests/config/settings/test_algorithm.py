@@ -89,6 +89,53 @@ def test_advantages_follow_the_rule_and_numbers_asked_for(changed: dict[str, Any
     assert not torch.allclose(group.advantages, default.advantages, atol=1e-2)
 
 
+def test_cut_answers_leave_the_loss_only_where_asked(stepper: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what token means are divided by; an answer with an end is not cut."""
+    for words, is_masked in (((), False), (("--mask_truncated_completions",), True)):
+        one = stepper("--phases", "grpo:1", "--loss_type", "dapo", *words)
+        chat = one.run.chat
+        ends = [chat.completion(torch.tensor(ids)).is_cut for ids in ([5, chat.eos_token_id], [5])]
+        assert ends == [False, True] and not chat.off_policy_completion("x").is_cut
+        (first,) = plan(one.run.phases)
+        groups = one.groups(first)
+        for group in groups:
+            group.advantages = torch.tensor([1.0, -0.5, -0.5])
+            for index, each in enumerate(group.completions):
+                each.is_cut = index == 1
+        seen: list[Any] = []
+
+        def noting(row: Any, targets: RowTargets, *more: Any, seen: list[Any] = seen) -> Any:
+            seen.append((targets.row_mask, more[-2]))
+            return policy_loss(row, targets, *more)
+
+        monkeypatch.setattr(update_module, "policy_loss", noting)
+        metrics = one.run.update(first, groups)
+        answers = [each for group in groups for each in group.completions]
+        kept = [each for each in answers if not (is_masked and each.is_cut)]
+        num_tokens = sum(len(each.ids) for each in kept)
+        assert metrics["policy/num_tokens"] == num_tokens and {number for _, number in seen} == {num_tokens}
+        masks = [mask.tolist() if mask is not None else None for mask, _ in seen]
+        assert masks == [[True, False, True] if is_masked else None] * 2
+        assert 0 <= metrics["rollout/logp_gap"] < 1e-4
+
+
+def test_answers_earn_what_is_asked_for(stepper: Callable, tmp_path: Path) -> None:
+    """Sampled and true ones; a fault in the file ends the run before it has a folder."""
+    file = tmp_path / "mine.py"
+    file.write_text("def brief(completions):\n    return [1 / (1 + len(text)) for text in completions]\n")
+    one = stepper("--phases", "tempsamp:1", "--rewards", f"{file}:brief=0.5,multi_tiou=0")
+    (first,) = plan(one.run.phases)
+    for group in one.groups(first):
+        for answer in group.completions:
+            assert answer.rewards.keys() == {"brief", "multi_tiou"}
+            assert answer.rewards["brief"] == 1 / (1 + len(answer.text))
+    broken = tmp_path / "broken.py"
+    broken.write_text("\nraise RuntimeError('no')\n")
+    with pytest.raises(ValueError, match=r"broken\.py: line 2: RuntimeError: no"):
+        stepper("--phases", "grpo:1", "--rewards", f"{broken}:f")
+    assert not (tmp_path / "run1").exists()
+
+
 def test_the_off_policy_text_of_think_prompts_is_the_one_asked_for(stepper: Callable) -> None:
     """Supervised steps keep the template."""
     run = stepper("--phases", "tempsamp/think:1,sft/think:1").run

@@ -16,7 +16,8 @@ from tempsamp_fast.config import DataConfig
 from tempsamp_fast.data import loader
 from tempsamp_fast.data.catalogue import load_training_data
 from tempsamp_fast.data.order import TrainingOrder
-from tempsamp_fast.run.checkpoint import VIDEO_FIELDS
+from tempsamp_fast.data.prompt_file import saved_templates
+from tempsamp_fast.run.checkpoint import VIDEO_FIELDS, save_model
 from tempsamp_fast.run.results import Results
 from tempsamp_fast.run.run import Run
 from tempsamp_fast.run.schedule import plan
@@ -254,3 +255,30 @@ def test_as_many_bad_videos_an_epoch_are_replaced_as_allowed(stepper: Callable) 
         else:
             with pytest.raises(ValueError, match=r"epoch 0 has 2 bad videos \(max_bad_videos=1\)"):
                 run.loader.training_prompts(TrainingOrder(samples, seed=0), range(3), ["answer"] * 3)
+
+
+@pytest.mark.usefixtures("in_data_folder")
+def test_files_are_read_as_the_format_asked_for() -> None:
+    settings = {"annotations": "train.jsonl", "eval_annotations": "test.jsonl", "videos": "here"}
+    for name in ("auto", "timelens"):
+        assert len(load_training_data(DataConfig(**settings, format=name))[0]) == 4
+    with pytest.raises(ValueError, match=r"train\.jsonl: line 1: no field 'video'"):
+        load_training_data(DataConfig(**settings, format="plain"))
+    with pytest.raises(ValueError, match=r"test\.jsonl: line 1: no field 'videos'"):
+        Path("test.jsonl").write_text(json.dumps({"video": "a", "query": "q", "start": 0, "end": 1, "duration": 2}))
+        load_training_data(DataConfig(**settings, format="timelens"))
+
+
+def test_questions_are_those_of_the_prompt_file(stepper: Callable, tmp_path: Path) -> None:
+    """In training and evaluation; a checkpoint has a copy of them, by which it is asked later."""
+    file = tmp_path / "mine.yaml"
+    file.write_text('answer: "say when {query} {answer_form}"\n')
+    run = stepper(*SHORT, "--prompt_file", str(file)).run
+    (first,) = plan(run.phases)
+    for prompt in (run.prompts(first)[0], run.loader.prompts(run.train_samples[:1], ["answer"])[0]):
+        text = run.chat.tokenizer.decode(prompt.input_ids)
+        assert f"say when {prompt.sample.query.lower().rstrip('.')} Give its start" in text
+    save_model(tmp_path / "model", run.policy, run.chat, run.config.data)
+    assert saved_templates(str(tmp_path / "model")) == {"answer": "say when {query} {answer_form}"}
+    with pytest.raises(ValueError, match="the prompt file has no template for the mode think"):
+        stepper("--phases", "sft/think:1", "--prompt_file", str(file))

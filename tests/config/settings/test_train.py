@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.learning import update as update_module
 from tempsamp_fast.run import results as results_module
 from tempsamp_fast.run import run as run_module
-from tempsamp_fast.run.checkpoint import checkpoints
+from tempsamp_fast.run.checkpoint import best_checkpoint, checkpoints
 from tempsamp_fast.run.results import Results
 from tempsamp_fast.run.run import Run
 from tempsamp_fast.run.schedule import plan
@@ -208,3 +209,51 @@ def test_the_start_is_evaluated_unless_told_otherwise(trainer: Any, clips: Path,
         trainer.main(tmp_path / name, *words, *more)
         stages.append([row["stage"] for row in json.loads((tmp_path / name / "results.json").read_text())])
     assert stages == [["start", "1_sft/answer"], ["1_sft/answer"]]
+
+
+def test_evaluations_come_as_often_as_asked_for_and_the_best_checkpoint_stays(
+    trainer: Any, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the newest; a resumed run goes on from the best value so far, and of equal ones the first stays.
+
+    The fifth value is the constant span's.
+    """
+    values = iter([0.1, 0.5, 0.3, 0.2, 0.0, 0.5, 0.6])
+    monkeypatch.setattr(results_module, "score_rows", lambda *_: {"miou": next(values, 0.0), "parse_rate": 1.0})
+    held_out = ("--eval_annotations", str(clips / "annotations/test.json"), "--max_eval_samples", "1")
+    words = ("--eval_steps", "1", "--best_metric", "miou", "--keep_checkpoints", "1", "--eval_start", "no", *held_out)
+    folder = tmp_path / "run"
+    rows = trainer.main(folder, "--phases", "sft:4", *words)
+    assert [row["step"] for row in rows if row["phase"] == "eval"] == [1, 2, 3, 4]
+    assert [path.name for path in checkpoints(folder)] == ["step_000002", "step_000004"]
+    assert best_checkpoint(folder) == checkpoints(folder)[0]
+    assert len(list((folder / "eval/steps").iterdir())) == 3 and len(list((folder / "eval").glob("*.jsonl"))) == 1
+    train_module.main(["--resume", str(folder), "--phases", "sft:6"])
+    assert best_checkpoint(folder) == checkpoints(folder)[-1] == folder / "checkpoints/step_000006"
+    assert len(checkpoints(folder)) == 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "named"),
+    [("miuo", "choose from miou.*did you mean 'miou'"), ("hl_map", "choose from miou"), ("think/miou", "a mode of")],
+)
+def test_a_metric_that_is_none_is_named(
+    trainer: Any, clips: Path, tmp_path: Path, metric: str, named: str, refused: Callable
+) -> None:
+    held_out = ("--eval_annotations", str(clips / "annotations/test.json"), "--max_eval_samples", "1")
+    words = ("--phases", "sft:1", *held_out, "--best_metric", metric)
+    assert re.search(f"^best_metric.*{named}", refused(trainer.flags(tmp_path / "run", *words)))
+
+
+def test_as_many_answers_are_kept_and_shown_as_asked_for(trainer: Any, tmp_path: Path, caplog) -> None:
+    words = ("--phases", "tempsamp:3", "--gradient_accumulation_steps", "3", "--show_completions", "2")
+    with caplog.at_level("INFO"):
+        trainer.main(tmp_path / "run", *words, "--log_completions", "2")
+    rows = [json.loads(line) for line in (tmp_path / "run/groups.jsonl").read_text().splitlines()]
+    kept = [row for row in rows if "texts" in row]
+    assert [row["step"] for row in rows] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [row["step"] for row in kept] == [0, 0, 1, 1, 2, 2]
+    assert all(len(row["texts"]) == len(row["advantages"]) and row["query"] and row["mode"] == "answer" for row in kept)
+    shown = [record.getMessage() for record in caplog.records if "true" in record.getMessage()]
+    assert [text.partition(":")[0] for text in shown] == ["tempsamp/answer, step 0", "tempsamp/answer, step 2"]
+    assert all(len(line) <= 80 for text in shown for line in text.splitlines())

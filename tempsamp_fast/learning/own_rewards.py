@@ -1,0 +1,121 @@
+"""The rewards of a run: those of the package, and functions of a file that was named on the command line.
+
+A function of one's own is `f(completions, samples, ...) -> list of numbers`: the texts of a group's answers and,
+aligned with them, what is asked (`Sample`). It takes of `samples`, `mode`, `require_tags` and `answer_form` those that
+it has parameters for.
+Whatever goes wrong in it is a ValueError that names the file and the line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+import math
+import sys
+import traceback
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tempsamp_fast.config import AlgorithmConfig
+from tempsamp_fast.config.reward_terms import RewardTerm, parse_rewards
+from tempsamp_fast.config.setting import choose_from
+from tempsamp_fast.data.prompts import off_policy_text
+from tempsamp_fast.rewards import REWARDS, TASK_REWARDS, Reward
+from tempsamp_fast.sample import Sample, Task
+
+logger = logging.getLogger(__name__)
+
+
+def reward_terms(algorithm: AlgorithmConfig, task: Task) -> tuple[RewardTerm, ...]:
+    """What answers are rewarded for, but for `format`: the task's own reward, or what `rewards` says."""
+    return parse_rewards(algorithm.rewards) or (RewardTerm(TASK_REWARDS[task]),)
+
+
+def reward_function(term: RewardTerm) -> Reward:
+    """The function of a term, its file run when it is first asked for.
+
+    Raises ValueError for a name that there is no reward of, and for a file that does not run.
+    """
+    if term.file:
+        return _own_reward(term)
+    if term.name not in REWARDS:
+        raise ValueError(f"rewards: no reward {term.name!r}; {choose_from(term.name, sorted(REWARDS))}")
+    return REWARDS[term.name]
+
+
+@cache
+def _own_reward(term: RewardTerm) -> Reward:
+    if term.name in REWARDS:
+        raise ValueError(f"rewards: {term.file}:{term.name} has the name of a reward of the package; call it otherwise")
+    functions = {name: value for name, value in vars(_module(term.file)).items() if inspect.isfunction(value)}
+    if term.name not in functions:
+        raise ValueError(f"--rewards {term.file}: no function {term.name!r}; {choose_from(term.name, functions)}")
+    function = functions[term.name]
+    parameters = inspect.signature(function).parameters.values()
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters)
+    names = {each.name for each in parameters}
+    line = function.__code__.co_firstlineno
+
+    def checked(completions: Sequence[str], **given: Any) -> list[float]:
+        taken = {name: value for name, value in given.items() if takes_all or name in names}
+        try:
+            values = list(function(completions, **taken))
+        except Exception as error:  # their code may raise anything
+            raise ValueError(_place(term.file, error)) from error
+        where = f"--rewards {term.file}: line {line}: {term.name}"
+        if len(values) != len(completions):
+            raise ValueError(f"{where} returned {len(values)} rewards for {len(completions)} answers")
+        return [_number(where, index, value) for index, value in enumerate(values)]
+
+    return checked
+
+
+def _number(where: str, index: int, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{where} returned {repr(value)[:60]} for answer {index}; expected a finite number")
+    return number
+
+
+@cache
+def _module(file: str) -> ModuleType:
+    """The file as a module; what lies beside it may be imported, after everything that is installed."""
+    path = Path(file).resolve()
+    spec = importlib.util.spec_from_file_location(f"own_rewards_of_{path.stem}", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ValueError(f"--rewards {file}: no such file")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.append(str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # their code may raise anything
+        raise ValueError(_place(file, error)) from error
+    return module
+
+
+def _place(file: str, error: Exception) -> str:
+    """`--rewards mine.py: line 3: KeyError: 'x'`: the last line of theirs on the way to the error."""
+    path = str(Path(file).resolve())
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    if isinstance(error, SyntaxError) and error.filename == path:
+        lines, text = [error.lineno], error.msg
+    else:
+        text = str(error)
+    return f"--rewards {file}: line {lines[-1] if lines else '?'}: {type(error).__name__}: {text[:200]}"
+
+
+def try_rewards(algorithm: AlgorithmConfig, task: Task, samples: Sequence[Sample]) -> None:
+    """Reward the true answer and an empty one of the first sample, so that errors come before anything is loaded."""
+    for term in reward_terms(algorithm, task):
+        function = reward_function(term)
+        if term.file and samples:
+            texts = [off_policy_text(samples[0], "answer", task=task) or "", ""]
+            both = function(texts, samples=[samples[0]] * 2, require_tags=algorithm.require_tags, mode="answer")
+            logger.info("reward %s: %.3g for the first true answer, %.3g for an empty one", term.name, *both)
