@@ -6,7 +6,8 @@ APT_PACKAGES := ffmpeg libavcodec-dev libavformat-dev libavutil-dev libswscale-d
 	pkg-config g++ python3-dev python3-venv
 
 .DEFAULT_GOAL := $(VENV)
-.PHONY: demo test test-all test-browser test-ffmpeg7 test-vllm lint bench gpu rehearse clean system-packages $(VENV)
+.PHONY: demo test test-all test-browser test-ffmpeg7 test-vllm test-newest test-oldest dist lint bench gpu rehearse clean \
+	system-packages $(VENV)
 
 # Installs the packages $(1) where this user may, else prints the command and fails.
 define apt_install
@@ -26,11 +27,11 @@ system-packages:
 		echo "Install FFmpeg 5 to 8 with its development files, ffnvcodec headers, pkg-config and a C++ compiler, then run make again."; exit 1; fi; \
 	$(call apt_install,$(APT_PACKAGES))
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(VENV)/.installed: pyproject.toml setup.py kernels/pyproject.toml constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q -c constraints.txt torch setuptools
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt -e ./kernels -e '.[dev]'
 	touch $@
 
 # Of which family the embedded model is: a record of tempsamp_fast/model/families.py, by its name.
@@ -73,6 +74,24 @@ $(VLLM_BIN)/.installed: constraints-vllm.txt tests/rollout/vllm_environment.py
 	DS_BUILD_OPS=0 $(VLLM_BIN)/pip install -q --no-deps -r constraints-vllm.txt
 	$(VLLM_BIN)/python tests/rollout/vllm_environment.py
 	touch $@
+# The tests with the newest releases that a plain `pip install` brings, and with the oldest that are asked for.
+NEWEST := torch==2.14.1 triton==3.8.0 transformers==5.24.0 torchcodec==0.17.0
+OLDEST := torch==2.11.0 triton==3.6.0 transformers==5.17.0 torchcodec==0.13.0
+test-newest: VERSIONS := $(NEWEST)
+test-oldest: VERSIONS := $(OLDEST)
+test-newest test-oldest: system-packages
+	test -x .venv-$@/bin/python || $(PYTHON) -m venv .venv-$@
+	.venv-$@/bin/pip install -q $(VERSIONS) setuptools
+	.venv-$@/bin/pip install -q $(VERSIONS) -e ./kernels -e '.[dev]'
+	OMP_NUM_THREADS=1 .venv-$@/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+
+# Wheels and source distributions of both packages, in dist/, with what the registry would say of them.
+dist: $(VENV)
+	rm -rf dist build kernels/build
+	$(BIN)/pip install -q build twine
+	$(BIN)/python -m build -q --outdir dist ./kernels
+	$(BIN)/python -m build -q --outdir dist .
+	$(BIN)/twine check --strict dist/*
 
 lint: $(VENV)
 	$(BIN)/ruff check .
@@ -111,3 +130,4 @@ $(REHEARSAL)/stub/libcuda.so.1: $(REHEARSAL)/.installed bench/rehearsal/stub.c
 
 clean:
 	rm -rf $(VENV) .venv-vllm $(REHEARSAL) build data runs *.egg-info
+	rm -rf $(VENV) .venv-test-* build dist kernels/build data runs *.egg-info kernels/*.egg-info

@@ -1,4 +1,4 @@
-"""Build of the two packages and of the video extension; all other metadata is in pyproject.toml.
+"""Build of the video extension; what else there is to say of the package is in pyproject.toml.
 
 The extension needs FFmpeg's development packages and the headers of NVIDIA's decoders (ffnvcodec), but no GPU; without
 them it is left out, and videos are decoded by torchcodec.
@@ -58,8 +58,7 @@ def video_extension() -> list[Pybind11Extension]:
 
 ParallelCompile().install()
 setup(
-    packages=find_packages(include=["tempsamp_fast*"]) + find_packages("kernels"),
-    package_dir={"tempsamp_kernels": "kernels/tempsamp_kernels"},
-    package_data={"tempsamp_fast": ["configs/*", "evaluation/published.yaml"]},
+    packages=find_packages(include=["tempsamp_fast*"]),
+    package_data={"tempsamp_fast": ["configs/*", "evaluation/published.yaml", "py.typed", "_video.pyi"]},
     ext_modules=video_extension(),
 )

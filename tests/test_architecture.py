@@ -17,6 +17,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 SOURCE_ROOTS = {"tempsamp_fast": REPOSITORY, "tempsamp_kernels": REPOSITORY / "kernels"}
 FLOORS = (
+    {"__main__"},
     {"train"},
     {"eval", "infer", "score", "export", "plan"},
     {"run"},

@@ -7,6 +7,7 @@ from tempsamp_kernels.logits import fused_selective_log_softmax, logits_logprob
 from tempsamp_kernels.logprob import linear_logprob
 from tempsamp_kernels.metrics import LossMetrics
 
+__version__ = "0.1.0"
 __all__ = [
     "FusedLinearGRPOLoss",
     "LossMetrics",

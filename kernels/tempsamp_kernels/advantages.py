@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from tempsamp_kernels.inputs import check_choice
 from tempsamp_kernels.launch import choose_impl, launch
 from tempsamp_kernels.objectives import least, most
+from tempsamp_kernels.optional_triton import tl, triton
 
 NO_SPREAD = tl.constexpr(1e-6)
 """Equal float32 rewards may have a standard deviation up to this: seven times 0.1 has 8e-9."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+
+from tempsamp_kernels.optional_triton import MISSING, has_triton, triton
 
 IMPLS = ("torch", "triton")
 
@@ -15,12 +17,17 @@ IMPLS = ("torch", "triton")
 def choose_impl(impl: str | None, tensor: Tensor) -> str:
     """`impl`, or the one for the tensor's device: "triton" on CUDA, "torch" elsewhere.
 
-    Raises ValueError for an unknown name, and for "triton" on a CPU tensor outside Triton's interpreter.
+    Where Triton is not installed, CUDA tensors get "torch" with a warning. Raises ValueError for an unknown name, for
+    "triton" without Triton, and on a CPU tensor outside its interpreter.
     """
     if impl is None:
-        return "triton" if tensor.is_cuda else "torch"
+        if tensor.is_cuda and not has_triton:
+            warnings.warn(MISSING, stacklevel=3)
+        return "triton" if tensor.is_cuda and has_triton else "torch"
     if impl not in IMPLS:
         raise ValueError(f"impl {impl!r} is not one of {IMPLS}")
+    if impl == "triton" and not has_triton:
+        raise ValueError(MISSING)
     if impl == "triton" and tensor.device.type == "cpu" and not triton.knobs.runtime.interpret:
         raise ValueError("impl 'triton' needs CUDA tensors, or TRITON_INTERPRET=1 before the import")
     return impl

@@ -16,9 +16,9 @@ from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from tempsamp_kernels.optional_triton import tl, triton
 
 UNBOUNDED = 1e30
 """A bound that nothing reaches; finite, for infinity times an advantage of 0 is no number."""

@@ -9,12 +9,11 @@ temperature and clip bounds never recompile anything.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from tempsamp_kernels.launch import launch
 from tempsamp_kernels.objectives import TokenLoss, difference, least, most, token_terms
+from tempsamp_kernels.optional_triton import tl, triton
 from tempsamp_kernels.tokens import NUM_TERMS, SKIP, HeadOptions, RowStatistics, Tokens, aligned
 
 _SKIP = tl.constexpr(SKIP)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from tempsamp_kernels.launch import launch
 from tempsamp_kernels.objectives import TokenLoss, Vespo
+from tempsamp_kernels.optional_triton import tl, triton
 from tempsamp_kernels.reference import evaluate, token_log_ratio
 from tempsamp_kernels.tokens import RowStatistics, Tokens
 
