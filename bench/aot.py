@@ -79,6 +79,13 @@ def chunk(workload: Workload, vocab_size: int = VOCAB, with_entropy: bool = Fals
     return logits, Tokens(token.long(), *[token] * (8 if with_entropy else 6))
 
 
+def gradient_of(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Where it is written: over fp32 logits, or in rows of as many elements."""
+    if dtype == torch.float32:
+        return logits
+    return meta(len(logits), logits.stride(0), dtype=dtype)[:, : logits.shape[1]]
+
+
 def row_loss(
     workload: Workload,
     loss_type: str,
@@ -90,7 +97,8 @@ def row_loss(
 ) -> None:
     loss = token_loss(loss_type, kl_type, epsilon_high=workload.epsilon)
     scale = meta(1, dtype=torch.float32) if dtype == torch.float16 else None
-    rows.row_loss(*chunk(workload, vocab_size, with_entropy), HeadOptions(**head), loss, dtype, scale)
+    logits, tokens = chunk(workload, vocab_size, with_entropy)
+    rows.row_loss(logits, tokens, HeadOptions(**head), loss, gradient_of(logits, dtype), scale)
 
 
 def row_statistics(workload: Workload, **head) -> None:
@@ -101,7 +109,8 @@ def row_gradient(workload: Workload, with_entropy: bool, **head) -> None:
     logits, tokens = chunk(workload)
     statistics = RowStatistics(*[tokens.advantage] * 3)
     d_entropy = tokens.advantage if with_entropy else None
-    rows.row_gradient(logits, tokens, HeadOptions(**head), statistics, tokens.advantage, d_entropy, torch.bfloat16)
+    out = gradient_of(logits, torch.bfloat16)
+    rows.row_gradient(logits, tokens, HeadOptions(**head), statistics, tokens.advantage, d_entropy, out)
 
 
 def row_sum(workload: Workload) -> None:

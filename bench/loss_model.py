@@ -4,10 +4,15 @@
 
 A launch takes the longest of its FLOPs, its bytes and the least time of a launch. A GEMM's FLOPs are those of whole
 waves of its best tile. "roofline" rates are what good kernels reach on an H100 (800 of 989 TFLOP/s, 3.0 of 3.35 TB/s,
-5 us), "cautious" ones what usual kernels do (640, 2.55, 2 us); other cards are scaled by their data sheets. Two
-launches side by side take the longer of their summed FLOPs and their summed bytes, which is the most that a second
-stream can give: a GEMM that fills the registers of every multiprocessor leaves it less. Bare cuBLAS is logits, dX and
-dW in three bf16 GEMMs over all tokens, at the same rates.
+5 us), "cautious" ones what usual kernels do (640, 2.55, 2 us); other cards are scaled by their data sheets. Bare cuBLAS
+is logits, dX and dW in three bf16 GEMMs over all tokens, at the same rates.
+
+Two streams are predicted twice. "side by side": the row kernel takes multiprocessors from the GEMM beside it, `SEATS`
+of them for as long as it would run alone, and the bytes of both share the memory. "GEMMs yield nothing": cuBLAS keeps
+every multiprocessor until it ends, as persistent kernels do, and the second stream gives nothing. A card lies between.
+
+The row kernel reads each logit twice, of which the L2 cache serves what it holds of the rows at work, one for each
+multiprocessor: the second reading goes backwards.
 """
 
 from __future__ import annotations
@@ -18,6 +23,8 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
 
+SEATS = 0.4
+"""Share of the multiprocessors with which a streaming kernel has all of the memory's bandwidth. Assumed."""
 TILES = ((128, 256), (256, 128), (128, 128), (64, 256))
 HEADS = {"H2048 V151936": (2048, 151936), "H2560 V151936": (2560, 151936), "H3584 V152064": (3584, 152064)}
 HEADS |= {"H4096 V248320": (4096, 248320), "H4096 V152064": (4096, 152064)}
@@ -26,18 +33,19 @@ TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
 
 @dataclass(frozen=True)
 class Card:
-    """Data sheet: dense bf16 FLOP/s, memory bytes/s, streaming multiprocessors."""
+    """Data sheet: dense bf16 FLOP/s, memory bytes/s, streaming multiprocessors, bytes of L2 cache."""
 
     flops: float
     bandwidth: float
     multiprocessors: int
+    cache: float
 
 
 CARDS = {
-    "H100": Card(989e12, 3.35e12, 132),
-    "H200": Card(989e12, 4.8e12, 132),
-    "A100": Card(312e12, 2.04e12, 108),
-    "B200": Card(2250e12, 8.0e12, 148),
+    "H100": Card(989e12, 3.35e12, 132, 50e6),
+    "H200": Card(989e12, 4.8e12, 132, 50e6),
+    "A100": Card(312e12, 2.04e12, 108, 40e6),
+    "B200": Card(2250e12, 8.0e12, 148, 126e6),
 }
 
 
@@ -58,34 +66,37 @@ RATES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """What a kernel computes and moves."""
+    """What a kernel computes and moves, and the row kernel that runs beside it on the second stream."""
 
     flops: float = 0.0
     bytes: float = 0.0
-
-    def beside(self, other: Launch) -> Launch:
-        """Both at once, on two streams."""
-        return Launch(self.flops + other.flops, self.bytes + other.bytes)
+    beside: Launch | None = None
 
     def seconds(self, card: Card, rates: Rates) -> float:
         by_memory = self.bytes / (card.bandwidth * rates.bandwidth)
-        return max(self.flops / (card.flops * rates.flops), by_memory, rates.launch)
+        alone = max(self.flops / (card.flops * rates.flops), by_memory, rates.launch)
+        if self.beside is None:
+            return alone
+        other = self.beside.seconds(card, rates)
+        return max(alone + SEATS * other, by_memory + self.beside.bytes / (card.bandwidth * rates.bandwidth))
 
 
 @dataclass(frozen=True)
 class Schedule:
     """How the loss is put together; the defaults are what the package does."""
 
-    logits_bytes: float = 5 * 2**28
+    logits_bytes: float = 5 * 2**27
     """Memory of a chunk's logits: `head.LOGITS_BYTES`."""
+    gradient_bytes: float = 4 * 2**30
+    """Memory of the gradients of logits that wait for their GEMMs, a panel: `head.GRADIENT_BYTES`. 0: of one chunk."""
     zeroes_first: bool = False
-    """dW starts as zeros that every chunk is added to; else the first chunk writes it."""
+    """dW starts as zeros that every panel is added to; else the first one writes it."""
     defers_single: bool = True
-    """The only chunk's dW is written once, in bf16, by the backward; else fp32, read and rounded there."""
-    streams: int = 1
-    """2: the row kernel of one chunk beside the GEMMs of its neighbours, with a second buffer of logits."""
-    logits_reads: int = 2
-    """How often the row kernel fetches a logit from memory: for the statistics, and for the gradient."""
+    """The only panel's dW is written once, in bf16, by the backward; else fp32, read and rounded there."""
+    yields: bool = True
+    """Whether a GEMM leaves multiprocessors to the row kernel of the chunk before, on the second stream."""
+    caches: bool = True
+    """Whether the row kernel reads backwards, one row for each multiprocessor at a time; else forwards."""
 
 
 def gemm(m: int, n: int, k: int, out_bytes: float, card: Card) -> Launch:
@@ -105,40 +116,50 @@ def bare(num_tokens: int, hidden: int, vocab: int, card: Card) -> list[Launch]:
     ]
 
 
+def panels(num_tokens: int, vocab: int, schedule: Schedule) -> int:
+    """As `head.num_panels`: equal runs of chunks whose gradients are multiplied at once."""
+    return max(1, ceil(num_tokens / max(32, schedule.gradient_bytes // (2 * vocab))))
+
+
 def chunk_rows(num_tokens: int, vocab: int, schedule: Schedule) -> int:
-    """As `head.chunk_rows`: equal chunks, multiples of 32."""
+    """As `head.chunk_rows`: equal chunks, multiples of 32, as many as pad least."""
     most = max(32, int(schedule.logits_bytes) // (4 * vocab) // 32 * 32)
-    num_chunks = max(1, ceil(num_tokens / most))
-    return ceil(ceil(num_tokens / num_chunks) / 32) * 32
+    if not schedule.gradient_bytes:
+        return ceil(num_tokens / ceil(num_tokens / most) / 32) * 32
+    tokens = ceil(num_tokens / panels(num_tokens, vocab, schedule))
+    fewest = ceil(tokens / most)
+    sizes = [ceil(tokens / number / 32) * 32 for number in range(fewest, 2 * fewest + 1)]
+    return min(sizes, key=lambda rows: ceil(tokens / rows) * rows)
+
+
+def row_kernel(num_rows: int, vocab: int, card: Card, schedule: Schedule) -> Launch:
+    """Two readings of fp32 logits, less what the L2 cache holds of the rows at work, and a gradient in bf16."""
+    held = min(1.0, card.cache / (card.multiprocessors * 4 * vocab)) if schedule.caches else 0.0
+    return Launch(bytes=num_rows * vocab * (4 + 4 * (1 - held) + 2))
 
 
 def fused(num_tokens: int, hidden: int, vocab: int, card: Card, schedule: Schedule) -> list[Launch]:
     """The launches of a forward and backward pass of the loss with a trained head."""
     rows = chunk_rows(num_tokens, vocab, schedule)
-    num_chunks = ceil(num_tokens / rows)
-    logits = gemm(rows, vocab, hidden, 4, card)
-    row = Launch(bytes=rows * vocab * (4 * schedule.logits_reads + 2))
-    d_hidden = gemm(rows, hidden, vocab, 4, card)
-    first, later = (gemm(vocab, hidden, rows, out_bytes, card) for out_bytes in (4, 8))
+    num_panels = panels(num_tokens, vocab, schedule) if schedule.gradient_bytes else ceil(num_tokens / rows)
+    num_chunks = ceil(ceil(num_tokens / num_panels) / rows)
+    logits, row = gemm(rows, vocab, hidden, 4, card), row_kernel(rows, vocab, card, schedule)
+    panel_rows = num_chunks * rows
+    beside = [logits if not schedule.yields else replace(logits, beside=row)] * (num_chunks - 1)
+    alone = [row] * (1 if schedule.yields else num_chunks)
+    of_panel = [logits, *beside, *alone, gemm(panel_rows, hidden, vocab, 4, card)]
+    launches = [
+        Launch(bytes=6 * num_tokens * hidden),
+        *of_panel * num_panels,
+    ]
+    if num_panels == 1 and schedule.defers_single:
+        return [*launches, gemm(vocab, hidden, panel_rows, 2, card)]
     weight = hidden * vocab
-    launches = [Launch(bytes=6 * num_tokens * hidden)]  # dX in fp32, times the incoming gradient, to bf16
-    if num_chunks == 1 and schedule.defers_single:
-        return [*launches, logits, row, d_hidden, gemm(vocab, hidden, rows, 2, card)]
+    first, later = (gemm(vocab, hidden, panel_rows, out_bytes, card) for out_bytes in (4, 8))
     launches += [Launch(bytes=6 * weight)]  # dW likewise
     if schedule.zeroes_first:
         first, launches = later, [*launches, Launch(bytes=4 * weight)]
-    d_weights = [first, *[later] * (num_chunks - 1)]
-    if schedule.streams == 1 or num_chunks == 1:
-        return [*launches, *[logits, row, d_hidden] * num_chunks, *d_weights]
-    # Main stream: logits 0, logits 1, gradients 0, logits 2, gradients 1, ...; row i runs beside what follows it there.
-    launches += [logits, row.beside(logits)]
-    for chunk in range(num_chunks):
-        work = d_hidden.beside(d_weights[chunk])
-        runs_beside = chunk + 1 < num_chunks
-        launches.append(work.beside(row) if runs_beside else work)
-        if chunk + 2 < num_chunks:
-            launches.append(logits)
-    return launches
+    return [*launches, first, *[later] * (num_panels - 1)]
 
 
 def share(num_tokens: int, head: tuple[int, int], card: Card, rates: Rates, schedule: Schedule) -> float:
@@ -147,15 +168,20 @@ def share(num_tokens: int, head: tuple[int, int], card: Card, rates: Rates, sche
     return total(bare(num_tokens, *head, card)) / total(fused(num_tokens, *head, card, schedule))
 
 
+CHUNKED = Schedule(5 * 2**28, gradient_bytes=0, yields=False, caches=False)
 SCHEDULES = {
-    "before: zeros first, dW rounded in the backward": Schedule(zeroes_first=True, defers_single=False),
-    "first chunk writes dW": Schedule(defers_single=False),
-    "now: and the only chunk's dW waits for the backward": Schedule(),
-    "now, chunks of up to 1.75 GiB": Schedule(logits_bytes=7 * 2**28),
-    "now, two streams": Schedule(streams=2),
-    "now, two streams, chunks of up to 1.75 GiB": Schedule(logits_bytes=7 * 2**28, streams=2),
-    "now, logits fetched once": Schedule(logits_reads=1),
-    "all of these": replace(Schedule(logits_bytes=7 * 2**28), streams=2, logits_reads=1),
+    "chunks of 1.25 GiB, dW from zeros, rounded in the backward": replace(
+        CHUNKED, zeroes_first=True, defers_single=False
+    ),
+    "the first chunk writes dW": replace(CHUNKED, defers_single=False),
+    "and the only chunk's dW waits for the backward": CHUNKED,
+    "panels of gradients, one stream": Schedule(yields=False, caches=False),
+    "now, GEMMs yield nothing": Schedule(yields=False),
+    "now, side by side": Schedule(),
+    "now, side by side, logits fetched twice": Schedule(caches=False),
+    "now, side by side, chunks of half the size": Schedule(5 * 2**26),
+    "now, side by side, chunks of twice the size": Schedule(5 * 2**28),
+    "now, side by side, panels of 2.5 GiB": Schedule(gradient_bytes=5 * 2**29),
 }
 
 

@@ -192,11 +192,8 @@ def group_advantage_kernel(
     """
     row = tl.program_id(0)
     tau, alpha_1, alpha_2 = tl.cast(tau, tl.float32), tl.cast(alpha_1, tl.float32), tl.cast(alpha_2, tl.float32)
-    lambda_off, downscale, eps = (
-        tl.cast(lambda_off, tl.float32),
-        tl.cast(downscale, tl.float32),
-        tl.cast(eps, tl.float32),
-    )
+    lambda_off, downscale = tl.cast(lambda_off, tl.float32), tl.cast(downscale, tl.float32)
+    eps = tl.cast(eps, tl.float32)
     group_id = tl.load(group_ids_ptr + row)
     top = -float("inf")
     if SHAPING == "downscale":

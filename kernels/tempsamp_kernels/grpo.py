@@ -29,14 +29,7 @@ from tempsamp_kernels.objectives import OBJECTIVE_OF_LOSS_TYPE, TokenLoss, Vespo
 from tempsamp_kernels.reference import evaluate, token_log_ratio
 from tempsamp_kernels.sequences import LEVELS, Sequences
 from tempsamp_kernels.tokens import NUM_TERMS, SKIP, TERMS, HeadOptions, Tokens
-from tempsamp_kernels.weights import (
-    capped,
-    live_tokens,
-    row_lengths,
-    slopes,
-    token_mask,
-    token_weights,
-)
+from tempsamp_kernels.weights import capped, live_tokens, row_lengths, slopes, token_mask, token_weights
 
 
 def fused_linear_grpo_loss(
@@ -284,12 +277,9 @@ def run(
     order = torch.argsort(~live, stable=True).to(hidden.device, non_blocking=True)
     place = torch.argsort(order)
     moved = replace(
-        plan,
-        tokens=plan.tokens.map(lambda field: field[order]),
-        mask=plan.mask[order],
-        num_live=int(live.sum()),
+        plan, tokens=plan.tokens.map(lambda field: field[order]), mask=plan.mask[order], num_live=int(live.sum()),
         sequences=plan.sequences and plan.sequences.reordered(order),
-    )
+    )  # fmt: skip
     loss, terms = FusedLinearLoss.apply(hidden.index_select(0, order), weight, bias, moved, wants_grad)
     return loss, terms[:, place]
 
@@ -331,12 +321,11 @@ def _learn(
     kernels = KERNELS[plan.options.impl]
     tokens = plan.tokens.map(lambda field: field[: head.num_tokens]).padded(head.num_padded)
 
-    def consume(logits: Tensor, chunk: slice) -> Tensor:
+    def consume(logits: Tensor, chunk: slice, out: Tensor) -> None:
         inputs = tokens.map(lambda field: field[chunk])
-        found, d_logits = kernels.row_loss(logits, inputs, plan.options, plan.loss, head.gemm_dtype, gradient_scale)
+        found = kernels.row_loss(logits, inputs, plan.options, plan.loss, out, gradient_scale)
         target = terms[:, chunk]
         target.copy_(found[:, : target.shape[1]])
-        return d_logits
 
     head.sweep(consume, gradients)
 

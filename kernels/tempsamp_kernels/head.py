@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,17 +14,25 @@ from torch.nn import functional
 from tempsamp_kernels.tokens import aligned
 
 ROW_MULTIPLE = 32
-LOGITS_BYTES = {"cuda": 5 << 28, "cpu": 1 << 28}
-"""Size of a chunk's fp32 logits: 1.25 GiB holds 2,048 rows of a 152k vocabulary, enough to amortise the dW traffic."""
+LOGITS_BYTES = {"cuda": 5 << 27, "cpu": 1 << 28}
+"""Size of a chunk's fp32 logits, of which a GPU holds two: .625 GiB are 1,088 rows of a 152k vocabulary."""
+GRADIENT_BYTES = 4 << 30
+"""Size of the half-precision gradients of logits that wait for their GEMMs: 4 GiB are 14,000 rows of 152k."""
+
+
+def num_panels(num_tokens: int, vocab_size: int) -> int:
+    return max(1, -(-num_tokens // max(ROW_MULTIPLE, GRADIENT_BYTES // (2 * vocab_size))))
 
 
 def chunk_rows(num_tokens: int, vocab_size: int, device_type: str) -> int:
-    """Rows of each chunk: as few equal chunks as the memory budget allows, so that padding stays under one multiple."""
-    budget = LOGITS_BYTES.get(device_type, LOGITS_BYTES["cpu"])
+    """Rows of equal chunks: as few as fit the budget, on a GPU the number up to twice as many that pads least."""
+    budget, is_gpu = LOGITS_BYTES.get(device_type, LOGITS_BYTES["cpu"]), device_type not in ("cpu", "meta")
     most = max(ROW_MULTIPLE, budget // (4 * vocab_size) // ROW_MULTIPLE * ROW_MULTIPLE)
-    num_chunks = max(1, -(-num_tokens // most))
-    rows = -(-max(1, num_tokens) // num_chunks)
-    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+    tokens = max(1, -(-num_tokens // (num_panels(num_tokens, vocab_size) if is_gpu else 1)))
+    fewest = -(-tokens // most)
+    numbers = range(fewest, (2 * fewest if is_gpu else fewest) + 1)
+    sizes = [-(-tokens // (number * ROW_MULTIPLE)) * ROW_MULTIPLE for number in numbers]
+    return min(sizes, key=lambda rows: -(-tokens // rows) * rows)
 
 
 def multiplies_into_fp32(device_type: str, dtype: torch.dtype) -> bool:
@@ -53,8 +62,8 @@ def addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
 class HeadGradients:
     """What a loss asks for of d loss / d hidden [N, H], weight [V, H] and bias [V], added up over chunks in fp32.
 
-    With a single chunk of bf16 operands dW waits for `finish`: there it is multiplied once and written as it is asked
-    for, without a copy in fp32. The gradient of the logits keeps their memory until then.
+    Where one panel of bf16 operands holds all tokens, dW waits for `finish`: there it is multiplied once and written as
+    it is asked for, without a copy in fp32. The gradient of the logits keeps its memory until then.
     """
 
     def __init__(self, head: ChunkedHead, hidden: bool, weight: bool, bias: bool) -> None:
@@ -67,19 +76,19 @@ class HeadGradients:
     def any(self) -> bool:
         return self.wants_weight or self.hidden is not None or self.bias is not None
 
-    def add(self, head: ChunkedHead, chunk: slice, x: Tensor, d_logits: Tensor) -> None:
-        """One chunk's part, from its hidden states [rows, H] and d loss / d logits [rows, V] in the GEMM's dtype."""
+    def add(self, head: ChunkedHead, panel: slice, x: Tensor, d_logits: Tensor) -> None:
+        """One panel's part, from its hidden states [rows, H] and d loss / d logits [rows, V] in the GEMM's dtype."""
         if self.bias is not None:
             self.bias += d_logits.sum(0, dtype=torch.float32)
         if self.hidden is not None:
-            target = self.hidden[chunk.start : min(chunk.stop, head.num_tokens)]
-            if len(target) == head.rows:
+            target = self.hidden[panel]
+            if len(target) == len(d_logits):
                 mm(d_logits, head.weight, out=target)
             else:
                 target.copy_(mm(d_logits, head.weight)[: len(target)])
         if not self.wants_weight:
             return
-        if head.num_padded == head.rows and head.gemm_dtype == torch.bfloat16:
+        if len(d_logits) >= head.num_tokens and head.gemm_dtype == torch.bfloat16:
             self.factors = d_logits, x
         elif self.weight is None:
             self.weight = mm(d_logits.t(), x)
@@ -118,23 +127,68 @@ def gradient_scale(d_logp: Tensor, dtype: torch.dtype) -> Tensor | None:
     return torch.where(room.isfinite(), room.log2().floor().exp2(), 1.0)
 
 
+@cache
+def second_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all sweeps on a device, first in line where a multiprocessor falls free."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+class Turns:
+    """Buffers that the current stream fills in turn, and what reads them: on a second stream, beside the next filling.
+
+    Without a second stream one buffer is enough, and everything runs in its place.
+    """
+
+    def __init__(self, make: Callable[[], Tensor], second: torch.cuda.Stream | None) -> None:
+        self.make, self.second = make, second
+        self.buffers: list[Tensor] = []
+        self.ends: list[torch.cuda.Event] = []
+
+    def buffer(self) -> Tensor:
+        """One to fill, which nobody reads any more."""
+        if len(self.buffers) <= (self.second is not None):
+            self.buffers.append(self.make())
+        else:
+            self.buffers.append(self.buffers.pop(0))
+            if self.second is not None:
+                torch.cuda.current_stream(self.second.device).wait_event(self.ends.pop(0))
+        return self.buffers[-1]
+
+    def read(self, function: Callable[..., None], *arguments: object) -> None:
+        """Run what reads the buffer filled last, after everything that has been started so far."""
+        if self.second is None:
+            return function(*arguments)
+        self.second.wait_stream(torch.cuda.current_stream(self.second.device))
+        with torch.cuda.stream(self.second):
+            function(*arguments)
+        self.ends.append(self.second.record_event())
+
+    def join(self) -> None:
+        """What comes next on the current stream comes after all of it."""
+        if self.second is not None:
+            torch.cuda.current_stream(self.second.device).wait_stream(self.second)
+
+    def __enter__(self) -> Turns:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.join()
+
+
 class ChunkedHead:
     """`hidden [N, H] @ weight [V, H].T` in chunks of equal row count.
 
     Operands keep the compute dtype (autocast's, or that of `hidden`) where the device multiplies it into fp32 without
     rounding the product; everything else is multiplied in fp32. All chunks have the same shape, which makes a token's
-    log-prob and dX the same bits at any position; with a `chunk_size`, among any number of tokens.
-    Rows where `mask` [N] is False count as zeros, whatever they hold.
+    log-prob the same bits at any position; with a `chunk_size`, among any number of tokens. In half precision the
+    gradients of many chunks' logits, a panel, are multiplied at once: all panels have the same shape too, so dX is the
+    same bits at any position. Rows where `mask` [N] is False count as zeros, whatever they hold.
     """
 
     def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        mask: Tensor | None,
-        chunk_size: int | None,
+        self, hidden: Tensor, weight: Tensor, mask: Tensor | None, chunk_size: int | None,
         compute_dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         device_type = hidden.device.type
         given = torch.get_autocast_dtype(device_type) if _autocasts(device_type) else hidden.dtype
         self.chunk_size, self.compute_dtype = chunk_size, compute_dtype or given
@@ -145,8 +199,11 @@ class ChunkedHead:
 
     def _take(self, hidden: Tensor, mask: Tensor | None) -> None:
         self.hidden, self.mask, self.num_tokens = hidden, mask, len(hidden)
-        self.rows = self.chunk_size or chunk_rows(self.num_tokens, len(self.weight), hidden.device.type)
-        self.num_padded = -(-self.num_tokens // self.rows) * self.rows
+        self.rows = self.panel_rows = self.chunk_size or chunk_rows(len(hidden), len(self.weight), hidden.device.type)
+        if self.gemm_dtype != torch.float32:
+            per_panel = -(-len(hidden) // num_panels(len(hidden), len(self.weight)))
+            self.panel_rows = max(1, -(-per_panel // self.rows)) * self.rows
+        self.num_padded = -(-len(hidden) // self.panel_rows) * self.panel_rows
 
     def part(self, tokens: slice) -> ChunkedHead:
         """The same head over some of the tokens."""
@@ -158,43 +215,54 @@ class ChunkedHead:
         """[N] values extended with zeros to whole chunks."""
         return functional.pad(values, (0, self.num_padded - self.num_tokens))
 
-    def chunks(self) -> Iterator[slice]:
-        for start in range(0, self.num_tokens, self.rows):
-            yield slice(start, start + self.rows)
-
-    def inputs(self, chunk: slice) -> Tensor:
-        """The chunk's hidden states [rows, H], masked, padded and in the GEMM's dtype."""
-        x = self.hidden[chunk]
+    def inputs(self, panel: slice) -> Tensor:
+        """The panel's hidden states [rows, H], masked, padded and in the GEMM's dtype."""
+        x = self.hidden[panel]
         if self.mask is not None:
-            x = x.masked_fill(~self.mask[chunk, None], 0)
-        return functional.pad(x.to(self.compute_dtype).to(self.gemm_dtype), (0, 0, 0, self.rows - len(x)))
+            x = x.masked_fill(~self.mask[panel, None], 0)
+        return functional.pad(x.to(self.compute_dtype).to(self.gemm_dtype), (0, 0, 0, self.panel_rows - len(x)))
 
-    def buffer(self) -> Tensor:
-        """Memory for one chunk's logits [rows, V] fp32, its rows `aligned` for any vocabulary."""
+    def buffer(self, num_rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory for logits or their gradient [rows, V], its rows `aligned` for any vocabulary."""
         vocab_size = len(self.weight)
-        return torch.empty(self.rows, aligned(vocab_size), device=self.weight.device)[:, :vocab_size]
+        return torch.empty(num_rows, aligned(vocab_size), dtype=dtype, device=self.weight.device)[:, :vocab_size]
+
+    def overlaps(self) -> bool:
+        """Whether a second stream has work: where the next logits need not wait for the gradients of these."""
+        several = self.rows < min(self.panel_rows, self.num_tokens)
+        return several and self.hidden.is_cuda and not torch.compiler.is_compiling()
 
     def sweep(
-        self,
-        consume: Callable[[Tensor, slice], Tensor | None],
-        gradients: HeadGradients | None = None,
+        self, consume: Callable[[Tensor, slice, Tensor], None], gradients: HeadGradients | None = None,
         kept: Tensor | None = None,
-    ) -> Tensor | None:
-        """Give each chunk's raw logits [rows, V] fp32 to `consume`, which may overwrite them.
+    ) -> Tensor | None:  # fmt: skip
+        """Give each chunk's raw logits [rows, V] fp32 to `consume(logits, chunk, out)`, which may overwrite them.
 
-        With `gradients`, it returns d loss / d logits in the GEMM's dtype, to be multiplied into them. `kept` are the
-        raw logits of the last chunk, as an earlier sweep returned them, for this one not to compute them again.
+        With `gradients`, it writes d loss / d logits to `out`, to be multiplied into them: the logits themselves where
+        the GEMMs take fp32. On a GPU it runs beside the GEMM that makes the next chunk's logits. `kept` are the raw
+        logits of the last chunk, as an earlier sweep returned them, for this one not to compute them again.
         """
-        buffer, device_type = None, self.hidden.device.type
-        with torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext():
-            for chunk in self.chunks():
-                x = self.inputs(chunk)
-                if kept is not None and chunk.stop == self.num_padded:
-                    logits = kept
-                else:
-                    buffer = self.buffer() if buffer is None else buffer
-                    logits = mm(x, self.weight.t(), out=buffer)
-                d_logits = consume(logits, chunk)
-                if gradients is not None and d_logits is not None:
-                    gradients.add(self, chunk, x, d_logits)
-        return buffer
+        device_type, last = self.hidden.device.type, kept
+        no_autocast = torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext()
+        d_logits = None
+        if gradients is not None and self.gemm_dtype != torch.float32:
+            d_logits = self.buffer(self.panel_rows, self.gemm_dtype)
+        second = second_stream(self.hidden.device) if self.overlaps() else None
+        with no_autocast, Turns(lambda: self.buffer(self.rows), second) as turns:
+            for first in range(0, self.num_tokens, self.panel_rows):
+                panel = slice(first, first + self.panel_rows)
+                x = self.inputs(panel)
+                for start in range(first, min(panel.stop, self.num_tokens), self.rows):
+                    chunk, part = slice(start, start + self.rows), slice(start - first, start - first + self.rows)
+                    if kept is not None and chunk.stop >= self.num_tokens:
+                        logits = kept
+                    else:
+                        logits = mm(x[part], self.weight.t(), out=turns.buffer())
+                    turns.read(consume, logits, chunk, logits if d_logits is None else d_logits[part])
+                if gradients is not None:
+                    turns.join()
+                    d_panel = logits if d_logits is None else d_logits
+                    d_panel[part.stop :] = 0
+                    gradients.add(self, panel, x, d_panel)
+                last = logits
+        return last

@@ -48,8 +48,8 @@ def _write_gradient(logits: Tensor, gradient: Tensor, tokens: Tokens, found: Row
     for (chunk, z, inputs), (_, target, _) in zip(_chunks(logits, tokens), _chunks(gradient, tokens), strict=True):
         of_chunk = found.map(lambda values: values[chunk])  # noqa: B023
         z = z.to(torch.float32, copy=True)
-        d_logits = reference.row_gradient(z, inputs, PLAIN, of_chunk, d_logp[chunk], None, torch.float32)
-        target.copy_(d_logits.masked_fill_((d_logp[chunk] == 0)[:, None], 0))
+        reference.row_gradient(z, inputs, PLAIN, of_chunk, d_logp[chunk], None, z)
+        target.copy_(z.masked_fill_((d_logp[chunk] == 0)[:, None], 0))
 
 
 class _RowLogProb(torch.autograd.Function):
@@ -70,7 +70,7 @@ class _RowLogProb(torch.autograd.Function):
         d_logp = d_logp.masked_fill(ctx.tokens.token_ids == SKIP, 0)
         gradient = logits.detach() if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
         if ctx.impl == "triton":
-            rows.row_gradient(logits, ctx.tokens, PLAIN, found, d_logp, None, gradient.dtype, out=gradient)
+            rows.row_gradient(logits, ctx.tokens, PLAIN, found, d_logp, None, gradient)
         else:
             _write_gradient(logits, gradient, ctx.tokens, found, d_logp)
         if ctx.inplace:
@@ -90,14 +90,9 @@ def _rows_share_memory(logits: Tensor) -> bool:
 
 
 def logits_logprob(
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-    *,
-    inplace: bool = False,
+    logits: Tensor, token_ids: Tensor, temperature: float = 1.0, mask: Tensor | None = None, *, inplace: bool = False,
     impl: str | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Log-prob of each token under its own row of logits / temperature, fp32 [...], 0 where `mask` [...] is 0.
 
     Args:
@@ -128,14 +123,9 @@ def logits_logprob(
 
 
 def fused_selective_log_softmax(
-    logits: Tensor,
-    input_ids: Tensor,
-    temperature: float = 0.9,
-    mask: Tensor | None = None,
-    *,
-    inplace: bool = False,
+    logits: Tensor, input_ids: Tensor, temperature: float = 0.9, mask: Tensor | None = None, *, inplace: bool = False,
     impl: str | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Log-probabilities of the last L input ids under logits / temperature, fp32 [B, L], 0 where `mask` is 0.
 
     The contract of Liger-Kernel's function of the same name, with a gradient: logits [B, L + 1, V] as returned by

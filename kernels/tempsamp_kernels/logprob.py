@@ -31,7 +31,7 @@ def forward_sweep(head: ChunkedHead, tokens: Tokens, options: HeadOptions) -> tu
     tokens = tokens.padded(head.num_padded)
     found: list[RowStatistics] = []
 
-    def consume(logits: Tensor, chunk: slice) -> None:
+    def consume(logits: Tensor, chunk: slice, _: Tensor) -> None:
         found.append(kernels.row_statistics(logits, tokens.map(lambda field: field[chunk]), options))
 
     logits = head.sweep(consume)
@@ -44,15 +44,9 @@ def forward_sweep(head: ChunkedHead, tokens: Tokens, options: HeadOptions) -> tu
 
 
 def gradient_sweep(
-    head: ChunkedHead,
-    tokens: Tokens,
-    options: HeadOptions,
-    rows: RowStatistics,
-    d_logp: Tensor,
-    d_entropy: Tensor | None,
-    gradients: HeadGradients,
-    kept: Tensor | None = None,
-) -> Tensor | None:
+    head: ChunkedHead, tokens: Tokens, options: HeadOptions, rows: RowStatistics, d_logp: Tensor,
+    d_entropy: Tensor | None, gradients: HeadGradients, kept: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     """Push d loss / d logp and / d entropy [N] through the logits: 6NHV FLOPs, less 2HV for each row of `kept` ones.
 
     Returns the scale [1] that the gradients have been multiplied by, if any.
@@ -65,12 +59,10 @@ def gradient_sweep(
     rows, d_logp = rows.map(head.padded), head.padded(d_logp)
     d_entropy = None if d_entropy is None else head.padded(d_entropy)
 
-    def consume(logits: Tensor, chunk: slice) -> Tensor:
+    def consume(logits: Tensor, chunk: slice, out: Tensor) -> None:
         cut = lambda values: values[chunk]
         d_entropy_chunk = None if d_entropy is None else d_entropy[chunk]
-        return kernels.row_gradient(
-            logits, tokens.map(cut), options, rows.map(cut), d_logp[chunk], d_entropy_chunk, head.gemm_dtype
-        )
+        kernels.row_gradient(logits, tokens.map(cut), options, rows.map(cut), d_logp[chunk], d_entropy_chunk, out)
 
     head.sweep(consume, gradients, kept)
     return scale
@@ -79,16 +71,9 @@ def gradient_sweep(
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        tokens: Tokens,
-        options: HeadOptions,
-        chunk_size: int | None,
-        gather: Gather | None,
-        wants_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tokens, options: HeadOptions,
+        chunk_size: int | None, gather: Gather | None, wants_grad: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         head = ChunkedHead(hidden, weight, None, chunk_size)
         found, logits = forward_sweep(head, tokens, options)
         ctx.save_for_backward(hidden, weight, bias, found.logp, found.entropy, found.lse)
@@ -107,7 +92,7 @@ class _LinearLogprob(torch.autograd.Function):
         with nullcontext() if ctx.gather is None else ctx.gather(weight, bias):
             head = ChunkedHead(hidden, weight, None, ctx.chunk_size, ctx.compute_dtype)
             gradients = HeadGradients(head, *ctx.needs_input_grad[:3])
-            # The gradient takes the memory of the logits: a second backward makes them again.
+            # A gradient in fp32 takes the memory of the logits: a second backward makes them again.
             kept, ctx.logits = ctx.logits, None
             scale = gradient_sweep(head, ctx.tokens, ctx.options, rows, d_logp, d_entropy, gradients, kept)
         dtypes = [None if like is None else like.dtype for like in (hidden, weight, bias)]

@@ -100,28 +100,19 @@ def row_statistics(logits: Tensor, tokens: Tokens, head: HeadOptions) -> RowStat
 
 
 def row_gradient(
-    logits: Tensor,
-    tokens: Tokens,
-    head: HeadOptions,
-    rows: RowStatistics,
-    d_logp: Tensor,
-    d_entropy: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The gradient of raw logits [C, V] fp32 as `dtype`; the logits are overwritten."""
+    logits: Tensor, tokens: Tokens, head: HeadOptions, rows: RowStatistics, d_logp: Tensor, d_entropy: Tensor | None,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """The gradient of raw logits [C, V] fp32, in `out`; the logits are overwritten."""
     scaled = scale_logits_(logits, tokens, head)
-    return softmax_gradient_(scaled, tokens, head, rows, d_logp, d_entropy).to(dtype)
+    out.copy_(softmax_gradient_(scaled, tokens, head, rows, d_logp, d_entropy))
 
 
 def row_loss(
-    logits: Tensor,
-    tokens: Tokens,
-    head: HeadOptions,
-    loss: TokenLoss,
-    dtype: torch.dtype,
+    logits: Tensor, tokens: Tokens, head: HeadOptions, loss: TokenLoss, out: Tensor,
     gradient_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Loss terms [NUM_TERMS, C] of raw logits [C, V] fp32 and their gradient as `dtype`; the logits are overwritten.
+) -> Tensor:  # fmt: skip
+    """Loss terms [NUM_TERMS, C] of raw logits [C, V] fp32, which are overwritten; their gradient in `out`.
 
     The gradient, not the loss, is multiplied by `gradient_scale` [1].
     """
@@ -131,4 +122,5 @@ def row_loss(
     d_logp = d_logp + d_log_ratio
     if gradient_scale is not None:
         d_logp, d_entropy = d_logp * gradient_scale, None if d_entropy is None else d_entropy * gradient_scale
-    return terms, softmax_gradient_(scaled, tokens, head, rows, d_logp, d_entropy).to(dtype)
+    out.copy_(softmax_gradient_(scaled, tokens, head, rows, d_logp, d_entropy))
+    return terms

@@ -106,9 +106,10 @@ def write_gradient(
     row_ptr, gradient_ptr, bias_ptr, token_id, vocab_size, stored_size, logit_scale, softcap, inv_temperature, logp,
     entropy, lse, d_logp, d_entropy, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one row's raw logits, which may be written over the logits themselves, in fewer bytes too.
+    """Gradient of one row's raw logits, which may be written over the logits themselves.
 
-    A row without any is written as zeros and not read, so that nothing in it can leak.
+    Backwards, so that what the statistics read last is still in the L2 cache. A row without a gradient is written as
+    zeros and not read, so that nothing in it can leak.
     """
     at_target = -expm1(logp) * d_logp
     is_live = d_logp != 0
@@ -117,8 +118,9 @@ def write_gradient(
         is_live = is_live | (d_entropy != 0)
     readable, lse = tl.where(is_live, stored_size, 0), tl.where(is_live, lse, 0.0)
     at_target = tl.where(is_live, at_target, 0.0)
+    last = (vocab_size - 1) // BLOCK * BLOCK
     for start in range(0, vocab_size, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+        columns = last - start + tl.arange(0, BLOCK)
         z, slope = scores(row_ptr, bias_ptr, columns, columns < readable, logit_scale, softcap, inv_temperature)
         log_prob = z - lse
         if d_entropy is not None:
@@ -126,9 +128,6 @@ def write_gradient(
         else:
             gradient = -tl.exp(log_prob) * d_logp
         gradient = tl.where(columns == token_id, at_target, gradient) * slope
-        # What is written here may be a logit that another warp has yet to read: the target's, for the statistics, or,
-        # under narrower elements, one of this block.
-        tl.debug_barrier()
         tl.store(gradient_ptr + columns, gradient.to(gradient_ptr.dtype.element_ty), mask=columns < stored_size)
 
 
@@ -209,6 +208,7 @@ def row_loss_kernel(
         d_entropy *= tl.load(gradient_scale_ptr)
     if entropy_weight_ptr is None:
         d_entropy = None
+    tl.debug_barrier()  # for gradients over the logits: every warp has read the target's
     write_gradient(
         row_ptr, gradient_ptr + row * gradient_row_stride, bias_ptr, token_id, vocab_size, stored_size, logit_scale,
         softcap, inv_temperature, logp, entropy, lse, d_logp, d_entropy, BLOCK,
@@ -216,10 +216,14 @@ def row_loss_kernel(
 
 
 def row_blocks(vocab_size: int, element_size: int = 4) -> dict[str, int]:
-    """Columns of a block, lanes and columns per lane of a statistics block (16 bytes in one load), and warps."""
-    columns = min(4096, max(16, triton.next_power_of_2(vocab_size)))
+    """Columns of a block, lanes and columns per lane of a statistics block (16 bytes in one load), and warps.
+
+    A long row has all threads of a multiprocessor: the fewer rows at a time, the more of each is still in the L2 cache
+    when its gradient reads it again.
+    """
+    columns = min(16384, max(16, triton.next_power_of_2(vocab_size)))
     width = 16 // element_size
-    return {"LANES": columns // width, "WIDTH": width, "BLOCK": columns, "num_warps": 8 if columns == 4096 else 4}
+    return {"LANES": columns // width, "WIDTH": width, "BLOCK": columns, "num_warps": max(4, columns // 512)}
 
 
 def _arguments(logits: Tensor, tokens: Tokens, head: HeadOptions, *blocks: str) -> dict[str, object]:
@@ -247,11 +251,6 @@ def _layout(logits: Tensor) -> dict[str, int]:
     return {"length": logits.shape[-2], "batch_stride": logits.stride(0) if logits.ndim == 3 else 0}
 
 
-def _gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The memory of `logits` [C, V] fp32 as a gradient of another dtype: each row keeps its place."""
-    return logits.view(dtype)[:, : logits.shape[1]]
-
-
 def row_statistics(logits: Tensor, tokens: Tokens, head: HeadOptions) -> RowStatistics:
     """Statistics [rows] of raw logits, [C, V] in rows of `aligned(V)` or [B, T, V], which stay as they are."""
     num_rows = logits.shape[:-1].numel()
@@ -264,46 +263,33 @@ def row_statistics(logits: Tensor, tokens: Tokens, head: HeadOptions) -> RowStat
 
 
 def row_gradient(
-    logits: Tensor,
-    tokens: Tokens,
-    head: HeadOptions,
-    rows: RowStatistics,
-    d_logp: Tensor,
-    d_entropy: Tensor | None,
-    dtype: torch.dtype,
-    out: Tensor | None = None,
-) -> Tensor:
-    """The gradient of raw logits, in `out`, or as `dtype` in the memory of logits [C, V] fp32."""
-    gradient = _gradient_view(logits, dtype) if out is None else out
+    logits: Tensor, tokens: Tokens, head: HeadOptions, rows: RowStatistics, d_logp: Tensor, d_entropy: Tensor | None,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """The gradient of raw logits, in `out`: the logits themselves, or other rows of `aligned(V)`."""
     launch(
         row_gradient_kernel, (logits.shape[:-1].numel(),), **_arguments(logits, tokens, head, "BLOCK"),
-        **_layout(logits), gradient_ptr=gradient, gradient_row_stride=gradient.stride(-2),
-        gradient_batch_stride=gradient.stride(0) if gradient.ndim == 3 else 0, logp_ptr=rows.logp,
-        entropy_ptr=rows.entropy, lse_ptr=rows.lse, d_logp_ptr=d_logp, d_entropy_ptr=d_entropy,
+        **_layout(logits), gradient_ptr=out, gradient_row_stride=out.stride(-2),
+        gradient_batch_stride=out.stride(0) if out.ndim == 3 else 0, logp_ptr=rows.logp, entropy_ptr=rows.entropy,
+        lse_ptr=rows.lse, d_logp_ptr=d_logp, d_entropy_ptr=d_entropy,
     )  # fmt: skip
-    return gradient
 
 
 def row_loss(
-    logits: Tensor,
-    tokens: Tokens,
-    head: HeadOptions,
-    loss: TokenLoss,
-    dtype: torch.dtype,
+    logits: Tensor, tokens: Tokens, head: HeadOptions, loss: TokenLoss, out: Tensor,
     gradient_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Loss terms [NUM_TERMS, C] of raw logits [C, V] fp32 and their gradient as `dtype`, in their memory.
+) -> Tensor:  # fmt: skip
+    """Loss terms [NUM_TERMS, C] of raw logits [C, V] fp32; their gradient is written to `out`, as in `row_gradient`.
 
     The gradient, not the loss, is multiplied by `gradient_scale` [1].
     """
     terms = torch.empty(NUM_TERMS, len(logits), device=logits.device)
-    gradient = _gradient_view(logits, dtype)
     launch(
         row_loss_kernel, (len(logits),), **_arguments(logits, tokens, head, "LANES", "WIDTH", "BLOCK"),
-        gradient_ptr=gradient, gradient_row_stride=gradient.stride(0), advantage_ptr=tokens.advantage,
+        gradient_ptr=out, gradient_row_stride=out.stride(0), advantage_ptr=tokens.advantage,
         policy_weight_ptr=tokens.policy_weight, kl_weight_ptr=tokens.kl_weight, old_logps_ptr=tokens.old_logps,
         ref_logps_ptr=tokens.ref_logps, entropy_weight_ptr=tokens.entropy_weight,
         entropy_threshold_ptr=tokens.entropy_threshold, gradient_scale_ptr=gradient_scale, terms_ptr=terms,
         terms_stride=terms.stride(0), **loss.numbers(), OBJECTIVE=loss.objective, KL=loss.kl,
     )  # fmt: skip
-    return terms, gradient
+    return terms

@@ -44,13 +44,9 @@ def row_lengths(mask: Tensor, row_ids: Tensor, num_row_ids: int) -> Tensor:
 
 
 def token_weights(
-    loss_type: str,
-    mask: Tensor,
-    lengths: Tensor,
-    num_rows: float | Tensor,
-    num_items_in_batch: float | Tensor | None,
-    max_completion_length: int | None,
-) -> Tensor:
+    loss_type: str, mask: Tensor, lengths: Tensor, num_rows: float | Tensor,
+    num_items_in_batch: float | Tensor | None, max_completion_length: int | None,
+) -> Tensor:  # fmt: skip
     """[N] fp32: what each token's loss counts for; the normalisers of Liger and TRL, 0 where masked."""
     weight = mask.float()
     if loss_type in ("grpo", "sapo", "sft"):

@@ -229,20 +229,23 @@ def test_trl_takes_8nhv_for_the_same_gradients():
 
 
 def test_chunks_are_equal_fit_the_budget_and_waste_less_than_one_multiple_each():
-    assert chunk_rows(8192, 152064, "cuda") == 2048
-    assert chunk_rows(2300, 152064, "cuda") == 1152
+    assert chunk_rows(8192, 152064, "cuda") == 1024
+    assert chunk_rows(2300, 152064, "cuda") == 768
+    assert chunk_rows(8192, 248320, "cuda") == 512, "13 chunks of 640 would fit, and pad 128 rows"
+    assert chunk_rows(16384, 152064, "cuda") == 1024, "two panels"
     assert chunk_rows(20, 152064, "cuda") == chunk_rows(0, 64, "cpu") == ROW_MULTIPLE
-    for num_tokens in (1, 31, 33, 1000, 4097):
-        rows = chunk_rows(num_tokens, 152064, "cuda")
+    for num_tokens, device in product((1, 31, 33, 1000, 4097, 30011), ("cuda", "cpu")):
+        rows = chunk_rows(num_tokens, 152064, device)
         num_chunks = -(-num_tokens // rows)
-        assert rows * num_chunks - num_tokens < ROW_MULTIPLE * num_chunks and rows <= 2208
+        assert rows * num_chunks - num_tokens < ROW_MULTIPLE * num_chunks and rows <= 1103
 
 
 def test_blocks_are_powers_of_two_that_cover_small_vocabularies_at_once():
     for vocab_size in (2, 37, 1000, 4096, 152064):
         blocks = row_blocks(vocab_size)
         assert blocks["BLOCK"] & (blocks["BLOCK"] - 1) == 0
-        assert blocks["BLOCK"] >= min(vocab_size, 4096) and blocks["LANES"] * 4 == blocks["BLOCK"]
+        assert blocks["BLOCK"] >= min(vocab_size, 16384) and blocks["LANES"] * 4 == blocks["BLOCK"]
+        assert blocks["num_warps"] * 32 <= 1024 and blocks["BLOCK"] // (blocks["num_warps"] * 32) <= 16
 
 
 def test_a_gather_context_surrounds_the_backward():

@@ -1,4 +1,4 @@
-"""The row kernels themselves: gradients written over the logits they come from, and the twins' agreement."""
+"""The row kernels themselves: gradients written anywhere, and the twins' agreement."""
 
 from __future__ import annotations
 
@@ -31,24 +31,27 @@ def chunk(num_rows=3):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_loss_gradient_written_over_its_own_logits_is_right_in_either_width(dtype):
+def test_a_loss_gradient_is_right_over_its_own_logits_and_elsewhere_in_either_width(dtype):
     logits, tokens = chunk()
     loss, head = token_loss("dapo"), HeadOptions(softcap=6.0)
-    expected_terms, expected = reference.row_loss(logits.clone(), tokens, head, loss, torch.float32)
-    terms, gradient = rows.row_loss(logits, tokens, head, loss, dtype)
-    assert gradient.data_ptr() == logits.data_ptr() and gradient.dtype == dtype
-    torch.testing.assert_close(terms, expected_terms, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradient.float(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-9)
+    expected, in_place = torch.empty_like(logits), logits.clone()
+    expected_terms = reference.row_loss(logits.clone(), tokens, head, loss, expected)
+    for out in (torch.empty_like(logits, dtype=dtype), *([in_place] if dtype == torch.float32 else [])):
+        terms = rows.row_loss(in_place if out is in_place else logits, tokens, head, loss, out)
+        torch.testing.assert_close(terms, expected_terms, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out.float(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-9)
 
 
-def test_a_gradient_of_log_prob_and_entropy_written_over_its_own_logits_is_right():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_of_log_prob_and_entropy_is_right_over_its_own_logits_and_elsewhere(dtype):
     logits, tokens = chunk()
-    head = HeadOptions(logit_scale=0.5)
+    head, expected = HeadOptions(logit_scale=0.5), torch.empty_like(logits)
     statistics = reference.row_statistics(logits.clone(), tokens, head)
     d_logp, d_entropy = tokens.advantage, tokens.policy_weight
-    expected = reference.row_gradient(logits.clone(), tokens, head, statistics, d_logp, d_entropy, torch.float32)
-    gradient = rows.row_gradient(logits, tokens, head, statistics, d_logp, d_entropy, torch.bfloat16)
-    torch.testing.assert_close(gradient.float(), expected, rtol=1e-2, atol=1e-9)
+    reference.row_gradient(logits.clone(), tokens, head, statistics, d_logp, d_entropy, expected)
+    out = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
+    rows.row_gradient(logits, tokens, head, statistics, d_logp, d_entropy, out)
+    torch.testing.assert_close(out.float(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-9)
 
 
 def test_a_token_outside_the_vocabulary_is_nan_and_harms_no_other():

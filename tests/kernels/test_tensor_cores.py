@@ -115,7 +115,7 @@ def test_the_only_chunk_of_bf16_makes_its_weight_gradient_in_the_backward_and_ca
 
 def test_logits_have_aligned_rows_for_every_vocabulary():
     for vocab_size in (3, 16, 50257, 151665, 128257):
-        logits = ChunkedHead(torch.empty(5, 2), torch.empty(vocab_size, 2), None, 4).buffer()
+        logits = ChunkedHead(torch.empty(5, 2), torch.empty(vocab_size, 2), None, 4).buffer(4)
         assert logits.shape == (4, vocab_size) and logits.stride(0) % ALIGNMENT == 0
         assert logits.stride(0) - vocab_size < ALIGNMENT
 
