@@ -20,7 +20,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.gpu_sections.timing import distance, memory
-from bench.loss_contenders import Contender, LossBatch, liger, ours, torch_loss, trl, trl_logps
+from bench.loss_contenders import (
+    Contender,
+    LossBatch,
+    liger,
+    liger_sm90,
+    ours,
+    quack,
+    torch_loss,
+    trl,
+    trl_logps,
+)
 from bench.memory import peak_resident_gib
 from tempsamp_fast.model.flops import peak_bf16_flops
 
@@ -71,6 +81,9 @@ CONTENDERS: dict[str, Contender] = {
     "liger_scaled_ce": liger_scaled_cross_entropy,
     "torch_compile" if CUDA else "torch": torch.compile(full_logits) if CUDA else full_logits,
 }
+if CUDA:  # what a machine lacks the package of is left out
+    CONTENDERS |= {"liger_sm90": liger_sm90, "quack": quack, "ours_compiled": torch.compile(ours)}
+PEERS = CONTENDERS.keys() - {"ours", "ours_compiled"}
 
 
 def step(contender: Contender, batch: LossBatch) -> list[Tensor]:
@@ -134,7 +147,7 @@ def test_forward_and_backward_from_hidden_states(benchmark, num_tokens, hidden_s
     medians = {name: median(values[1:]) for name, values in seconds.items()}  # the first is the warm-up round's
     medians["ours"] = benchmark.stats.stats.median
     peaks = {name: peak_gib(partial(step, CONTENDERS[name], batch)) for name in distances}
-    peers = set(distances) - {"ours"}
+    peers = PEERS & distances.keys()
     elements = batch.hidden.numel() + batch.weight.numel()
     owed = (elements * batch.hidden.element_size() + batch.weight.numel() * 4) / 2**30
     flops = 6 * num_tokens * hidden_size * vocab_size

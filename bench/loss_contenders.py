@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 from tempsamp_kernels import fused_linear_grpo_loss
 from torch import Tensor
+from torch.nn import functional
 from trl.kernels import ChunkedLogProbFunction
 
 EPSILON, BETA = 0.2, 0.04
@@ -79,6 +81,20 @@ def trl_logps(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
 
 def trl(batch: LossBatch) -> Tensor:
     return torch_loss(trl_logps(batch.hidden, batch.weight, batch.token_ids), batch)
+
+
+def liger_sm90(batch: LossBatch) -> Tensor:
+    """Its CuTe kernels for Hopper (0.8.5), which need CUTLASS's Python package: ImportError without."""
+    module = import_module("liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90")
+    nll = module.LigerFusedScaledCrossEntropySM90Function.apply(batch.hidden, batch.weight, batch.token_ids)
+    return torch_loss(-nll, batch)
+
+
+def quack(batch: LossBatch) -> Tensor:
+    """Its cross entropy, which reads each row once by a cluster, over bf16 logits of cuBLAS: ImportError without it."""
+    cross_entropy = import_module("quack.cross_entropy").cross_entropy
+    logits = functional.linear(batch.hidden, batch.weight)
+    return torch_loss(-cross_entropy(logits, batch.token_ids, reduction="none", inplace_backward=True), batch)
 
 
 def liger(batch: LossBatch) -> Tensor:

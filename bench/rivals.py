@@ -4,8 +4,8 @@
 
 DIR holds checkouts by name (Liger-Kernel, verl, prime-rl, EasyR1, OpenRLHF, ms-swift); TRL is the installed one. A
 missing one is named and counts as not run. Liger's test files run with our class in its place, for so many minutes;
-the others' log-probs and entropies are compared with ours and with fp64, where ours must be equal or nearer. Nothing of
-theirs is kept.
+TRL's trainers run patched and unpatched (`bench/rival_trainers.py`); the others' log-probs and entropies are compared
+with ours and with fp64, where ours must be equal or nearer. Nothing of theirs is kept.
 """
 
 from __future__ import annotations
@@ -24,18 +24,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 from xml.etree import ElementTree
 
 import torch
+import torch.distributed as dist
 from tempsamp_kernels import FusedLinearGRPOLoss, linear_logprob, logits_logprob
+from tempsamp_kernels.integrations import patch_verl
 from tempsamp_kernels.integrations.trl import fused_logprob
+from tempsamp_kernels.integrations.verl import MEGATRON, TORCH, TRITON
 from torch import Tensor
 
+from bench import rival_trainers
+
 ROOT = Path(__file__).parents[1]
-THEIRS = ("rival", "verl", "prime_rl", "openrlhf", "flash_attn", "tensordict", "jaxtyping", "beartype")
+THEIRS = ("rival", "verl", "prime_rl", "openrlhf", "flash_attn", "tensordict", "jaxtyping", "beartype", "megatron")
 """Packages around a rival's file; only its own code is wanted."""
 
 
@@ -119,9 +124,9 @@ def exact(
 
 
 def with_gradients(found: Any, *leaves: Tensor, of_entropy: bool = True) -> list[Tensor]:
-    logp, entropy = (value.reshape(-1) for value in found[:2])
-    total = (logp * torch.linspace(-1, 1, len(logp)).to(logp)).sum() + (0.1 * entropy.sum() if of_entropy else 0.0)
-    return [logp.detach(), entropy.detach(), *torch.autograd.grad(total, leaves)]
+    logp, *entropy = (value.reshape(-1) for value in found[:2] if value is not None)
+    total = (logp * torch.linspace(-1, 1, len(logp)).to(logp)).sum() + (0.1 * entropy[0].sum() if of_entropy else 0.0)
+    return [logp.detach(), *(value.detach() for value in entropy), *torch.autograd.grad(total, leaves)]
 
 
 def leaves(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,12 +161,13 @@ def liger(checkout: Path, minutes: float) -> Count:
 
 
 def trl(_: Path) -> Count:
-    """Its chunked log-prob over dtypes, biases, softcaps, scales, temperatures and outputs."""
+    """Its chunked log-prob over dtypes, biases, softcaps, scales, temperatures, tiles, lengths and outputs."""
     theirs, count = importlib.import_module("trl.kernels").ChunkedLogProbFunction.apply, Count()
-    for dtype, has_bias, softcap, scale, temperature, chunk in itertools.product(
-        (torch.float32, torch.bfloat16), (False, True), (None, 5.0), (1.0, 0.5), (0.7, 1.0, 1.4), (8, 64)
-    ):
-        hidden, weight, ids = head(dtype)
+    for dtype, has_bias, softcap, scale, temperature, chunk, num_tokens, of_entropy in itertools.product(
+        (torch.float32, torch.bfloat16), (False, True), (None, 5.0), (1.0, 0.5), (0.7, 1.0, 1.4), (8, 64), (1, 11, 64),
+        (True, False),
+    ):  # fmt: skip
+        hidden, weight, ids = head(dtype, num_tokens)
         bias = torch.linspace(-1, 1, 37).to(dtype) if has_bias else None
         added = 0 if bias is None else bias.double()
 
@@ -169,25 +175,47 @@ def trl(_: Path) -> Count:
             z = (z + added) * scale
             return (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
 
-        truth, outcomes = exact(hidden, weight, ids, scores), []
+        truth, outcomes = exact(hidden, weight, ids, scores, of_entropy), []
+        truth = truth if of_entropy else [truth[0], *truth[2:]]
         for function in (fused_logprob, theirs):
             x, w = leaves(hidden, weight)
-            options = (temperature, chunk, softcap, scale, ("log_probs", "entropy"))
-            outcomes.append(with_gradients(function(x, w, bias, ids, *options), x, w))
-        count.add(f"{dtype}, {has_bias=}, {softcap=}, {scale=}, {temperature=}, {chunk=}", *outcomes, truth)
+            options = (temperature, chunk, softcap, scale, ("log_probs", "entropy")[: 1 + of_entropy])
+            outcomes.append(with_gradients(function(x, w, bias, ids, *options), x, w, of_entropy=of_entropy))
+        case = f"{dtype}, {has_bias=}, {softcap=}, {scale=}, {temperature=}, {chunk=}, {num_tokens=}, {of_entropy=}"
+        count.add(case, *outcomes, truth)
     return count
 
 
-def heads_of(theirs: Callable[[Tensor, Tensor, Tensor, float], Any], of_entropy: bool = True) -> Count:
+def trl_trainers(_: Path) -> Count:
+    """What its GRPO and RLOO trainers log at every step, patched against unpatched."""
+    count = Count(note="equal: all logged values within 1e-3, under bf16 5e-2")
+    for name in rival_trainers.CONFIGURATIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            difference = rival_trainers.difference(name, folder)
+        if difference is None:
+            count.passed += 1
+        else:
+            count.differing.append(f"{name}: {difference}")
+    return count
+
+
+Head = Callable[[Tensor, Tensor, Tensor, float], Any]
+
+
+def ours_of_heads(x: Tensor, w: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return linear_logprob(x, w, ids, temperature=temperature)
+
+
+def heads_of(theirs: Head, of_entropy: bool = True, ours: Head = ours_of_heads, count: Count | None = None) -> Count:
     """Log-prob and entropy from hidden states, over dtypes, lengths and temperatures."""
-    count = Count()
+    count = count or Count()
     for dtype, num_tokens, temperature in itertools.product(
         (torch.float32, torch.bfloat16), (1, 7, 64), (0.7, 1.0, 1.4)
     ):
         hidden, weight, ids = head(dtype, num_tokens)
         truth = exact(hidden, weight, ids, lambda z, temperature=temperature: z / temperature, of_entropy)
         outcomes = []
-        for function in (lambda x, w, i, t: linear_logprob(x, w, i, temperature=t), theirs):
+        for function in (ours, theirs):
             x, w = leaves(hidden, weight)
             outcomes.append(with_gradients(function(x, w, ids, temperature), x, w, of_entropy=of_entropy))
         count.add(f"{dtype}, {num_tokens=}, {temperature=}", *outcomes, truth)
@@ -195,10 +223,43 @@ def heads_of(theirs: Callable[[Tensor, Tensor, Tensor, float], Any], of_entropy:
 
 
 def verl(checkout: Path) -> Count:
-    """The module behind `impl_backend: torch`, its default."""
-    module = load(checkout / "verl/utils/experimental/torch_functional.py")
-    layer = module.FusedLinearForPPO(chunk_size=5)
-    return heads_of(lambda x, w, ids, temperature: layer(x[None], w, ids[None], temperature))
+    """Its models' ways to log-probs under `patch_verl`, against the class behind `impl_backend: torch`, its default.
+
+    That class, the function of the Triton backend, and the output processor of its Megatron models, on one rank.
+    """
+    files = {name: checkout / f"{name.replace('.', '/')}.py" for name in (TORCH, TRITON, *MEGATRON)}
+    modules = {name: load(file) for name, file in files.items()}
+    layer, megatron, count = modules[TORCH].FusedLinearForPPO(chunk_size=5), modules[MEGATRON[0]], Count()
+    theirs = lambda x, w, ids, temperature: layer(x[None], w, ids[None], temperature)
+    modules[TORCH].__dict__["_FLASH_ATTN_CROSS_ENTROPY_AVAILABLE"] = False
+    megatron.has_config_logger_enabled.return_value = False
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    megatron.parallel_state.get_tensor_model_parallel_group.return_value = dist.group.WORLD
+
+    def processed(x: Tensor, w: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        output = megatron.fused_output_processor(
+            hidden_states=x[:, None], output_layer=SimpleNamespace(weight=w), output_weight=None, labels=ids[None],
+            context=megatron.FusedOutputProcessorContext(temperature), config=SimpleNamespace(sequence_parallel=False),
+        )  # fmt: skip
+        return output.log_probs, output.entropy
+
+    sys.modules.update(modules)
+    try:
+        with patch_verl() as patch:
+            ours = {
+                "torch": lambda x, w, ids, t: modules[TORCH].FusedLinearForPPO()(x[None], w, ids[None], t),
+                "triton": modules[TRITON].linear_cross_entropy,
+                "Megatron": processed,
+            }
+            for function in ours.values():
+                heads_of(theirs, ours=function, count=count)
+        if f"{len(MEGATRON)} Megatron modules were rebound" not in repr(patch):
+            count.differing.append(repr(patch))
+    finally:
+        dist.destroy_process_group()
+        for name in modules:
+            sys.modules.pop(name, None)
+    return count
 
 
 def prime_rl(checkout: Path) -> Count:
@@ -290,6 +351,7 @@ def ms_swift(checkout: Path) -> Count:
 
 RIVALS: dict[str, Callable[[Path], Count]] = {
     "TRL": trl,
+    "TRL trainers": trl_trainers,
     "verl": verl,
     "ms-swift": ms_swift,
     "prime-rl": prime_rl,
@@ -311,7 +373,7 @@ def main() -> None:
     kept = json.loads(arguments.output.read_text())["rivals"] if arguments.output.exists() else {}
     for name in arguments.only:
         checkout = arguments.sources / name
-        if name != "TRL" and not checkout.is_dir():
+        if not name.startswith("TRL") and not checkout.is_dir():
             kept[name] = {"not_run": f"no checkout {name} among the sources"}
         else:
             count = RIVALS[name](checkout) if name in RIVALS else liger(checkout, arguments.minutes)

@@ -189,7 +189,7 @@ def fused_linear_grpo_loss(
     # Which tokens count, and which of them can have a gradient: known without waiting where all of it is on the host.
     mask = token_mask(mask, row_mask, row_ids, device)
     has_kl, shares_ratio = beta != 0 and ref_logps is not None, importance_sampling_level != "token"
-    if live_rows is None:
+    if live_rows is None or torch.compiler.is_compiling():
         always = has_kl or entropy_coef != 0 or loss_type == "sft"
         live_rows = live_tokens(mask, advantage, always, shared_by=row_ids if shares_ratio else None)
     elif not on_host(live_rows) or live_rows.shape != (num_tokens,):

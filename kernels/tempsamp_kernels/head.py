@@ -223,9 +223,10 @@ class ChunkedHead:
         return functional.pad(x.to(self.compute_dtype).to(self.gemm_dtype), (0, 0, 0, self.panel_rows - len(x)))
 
     def buffer(self, num_rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Memory for logits or their gradient [rows, V], its rows `aligned` for any vocabulary."""
+        """Memory for logits or their gradient [rows, V], its rows `aligned` but under torch.compile, which cannot."""
         vocab_size = len(self.weight)
-        return torch.empty(num_rows, aligned(vocab_size), dtype=dtype, device=self.weight.device)[:, :vocab_size]
+        width = vocab_size if torch.compiler.is_compiling() else aligned(vocab_size)
+        return torch.empty(num_rows, width, dtype=dtype, device=self.weight.device)[:, :vocab_size]
 
     def overlaps(self) -> bool:
         """Whether a second stream has work: where the next logits need not wait for the gradients of these."""
@@ -235,14 +236,14 @@ class ChunkedHead:
     def sweep(
         self, consume: Callable[[Tensor, slice, Tensor], None], gradients: HeadGradients | None = None,
         kept: Tensor | None = None,
-    ) -> Tensor | None:  # fmt: skip
+    ) -> Tensor:  # fmt: skip
         """Give each chunk's raw logits [rows, V] fp32 to `consume(logits, chunk, out)`, which may overwrite them.
 
         With `gradients`, it writes d loss / d logits to `out`, to be multiplied into them: the logits themselves where
         the GEMMs take fp32. On a GPU it runs beside the GEMM that makes the next chunk's logits. `kept` are the raw
         logits of the last chunk, as an earlier sweep returned them, for this one not to compute them again.
         """
-        device_type, last = self.hidden.device.type, kept
+        device_type, logits = self.hidden.device.type, self.buffer(0)
         no_autocast = torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext()
         d_logits = None
         if gradients is not None and self.gemm_dtype != torch.float32:
@@ -264,5 +265,4 @@ class ChunkedHead:
                     d_panel = logits if d_logits is None else d_logits
                     d_panel[part.stop :] = 0
                     gradients.add(self, panel, x, d_panel)
-                last = logits
-        return last
+        return logits

@@ -28,7 +28,7 @@ def check_vector(name: str, value: Tensor, size: int, dtype: torch.dtype | None 
 def check_positive(name: str, value: float | Tensor | None) -> None:
     """Raise ValueError for one that is not positive, where it can be seen without waiting for a device."""
     if isinstance(value, Tensor):
-        is_visible = on_host(value) and value.numel() and not torch.compiler.is_compiling()
+        is_visible = on_host(value) and value.numel()
         value = float(value.min()) if is_visible else None
     if value is not None and not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
@@ -61,7 +61,7 @@ def check_head(
 
 def check_token_ids(token_ids: Tensor, mask: Tensor | None, vocab_size: int) -> None:
     """Raise ValueError for an unmasked id outside the vocabulary, where it can be seen without waiting for a device."""
-    if torch.compiler.is_compiling() or not on_host(token_ids, mask):
+    if not on_host(token_ids, mask):
         return
     ids = token_ids if mask is None else token_ids[mask]
     if not ids.numel():
@@ -116,5 +116,6 @@ def known_logps(logps: Tensor | None, known: Tensor, name: str) -> Tensor:
 
 
 def on_host(*tensors: Tensor | None) -> bool:
-    """Whether all values can be looked at without waiting for a device."""
-    return all(tensor is None or tensor.device.type == "cpu" for tensor in tensors)
+    """Whether all values can be looked at without waiting for a device, or for torch.compile's tracing to end."""
+    on_cpu = all(tensor is None or tensor.device.type == "cpu" for tensor in tensors)
+    return on_cpu and not torch.compiler.is_compiling()

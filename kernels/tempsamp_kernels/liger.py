@@ -112,7 +112,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
                 raise ValueError("use_ref_model needs ref_per_token_logps, or ref_input and ref_weight")
             with torch.no_grad():
                 ref_per_token_logps, _ = linear_logprob(
-                    ref_input.reshape(batch, length, -1),
+                    ref_input.reshape(batch, length, ref_weight.shape[1]),
                     ref_weight,
                     selected_token_ids,
                     bias=ref_bias,
@@ -130,7 +130,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         if counts_padding and self.shares_ratio and not broadcasts:
             policy_weight = counted / batch
         if vllm_is_ratio is not None:
-            vllm_is_ratio = vllm_is_ratio.reshape(batch, -1).float()
+            vllm_is_ratio = (vllm_is_ratio[:, None] if vllm_is_ratio.ndim == 1 else vllm_is_ratio).float()
             if self.loss_type != "vespo":
                 policy_weight = policy_weight * vllm_is_ratio.expand(batch, length).reshape(-1)
         read = torch.ones_like(counted) if counts_padding else counted
@@ -158,7 +158,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         options = HeadOptions(bias, impl=impl)
         plan = LossPlan(tokens, read, options, self.loss, None, batch * length, sequences)
         live = live_tokens(read, advantage, references is not None, shared_by=row_ids if self.shares_ratio else None)
-        loss, terms = run(plan, _input.reshape(batch * length, -1), lin_weight, bias, live)
+        loss, terms = run(plan, _input.reshape(batch * length, _input.shape[-1]), lin_weight, bias, live)
         metrics = summarise(terms, counted, torch.zeros_like(counted))
         clip_ratio = metrics["clip_low"] + metrics["clip_high"]
         return loss, (metrics["kl"], clip_ratio) if self.beta != 0 else (clip_ratio,)

@@ -12,14 +12,8 @@ from tempsamp_kernels.tokens import TERMS
 
 SIDES = ("", "on_policy/", "off_policy/")
 MEANS = ("logp", "entropy", "kl", "clip_low", "clip_high")
-NAMES = (
-    "loss",
-    *(
-        side + name
-        for side in SIDES
-        for name in ("num_tokens", *MEANS, "ratio_mean", "ratio_min", "ratio_max", "effective_sample_size")
-    ),
-)
+OF_A_SIDE = ("num_tokens", *MEANS, "ratio_mean", "ratio_min", "ratio_max", "effective_sample_size")
+NAMES = ("loss", *(side + name for side in SIDES for name in OF_A_SIDE))
 
 
 @dataclass(frozen=True)

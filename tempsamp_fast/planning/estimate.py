@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tempsamp_kernels.head import chunk_rows
+from tempsamp_kernels.head import chunk_rows, num_panels
 
 from tempsamp_fast.config import (
     AlgorithmConfig,
@@ -224,10 +224,17 @@ def _kept_activations(work: Work, model_config: Any, config: Config, b: int) -> 
 
 
 def _head_bytes(work: Work, model_config: Any, parameters: Parameters, model: ModelConfig) -> float:
-    """A chunk of fp32 logits, and the fp32 gradient of a trained output embedding."""
-    vocab_size = model_config.text_config.vocab_size
-    rows = chunk_rows(work.num_answers * work.answer_len, vocab_size, "cuda" if torch.cuda.is_available() else "cpu")
-    return 4.0 * rows * vocab_size + (0.0 if model.lora_rank else 4.0 * parameters.head)
+    """A chunk of fp32 logits, and the fp32 gradient of a trained output embedding.
+
+    On a GPU two chunks, and their gradients in half precision: where one panel holds all, there is no fp32 one.
+    """
+    vocab_size, num_tokens = model_config.text_config.vocab_size, work.num_answers * work.answer_len
+    weight = 0.0 if model.lora_rank else 4.0 * parameters.head
+    if not torch.cuda.is_available():
+        return 4.0 * chunk_rows(num_tokens, vocab_size, "cpu") * vocab_size + weight
+    panels, rows = num_panels(num_tokens, vocab_size), chunk_rows(num_tokens, vocab_size, "cuda")
+    logits = 4.0 * min(2 * rows, num_tokens) * vocab_size
+    return logits + 2.0 * num_tokens / panels * vocab_size + (weight if panels > 1 else 0.0)
 
 
 def _sampling_bytes(work: Work, model_config: Any, train: TrainConfig, b: int) -> float:

@@ -11,8 +11,8 @@ from unittest.mock import MagicMock
 import pytest
 import tempsamp_kernels
 import torch
+from tempsamp_kernels import fused_linear_grpo_loss, linear_logprob, triton_grpo_loss
 from tempsamp_kernels import launch as launching
-from tempsamp_kernels import triton_grpo_loss
 
 PACKAGE = Path(tempsamp_kernels.__file__).parent
 
@@ -62,3 +62,21 @@ def test_a_compiled_step_over_held_logits_gives_the_gradients_of_an_eager_one(in
     step(eager).backward()
     torch.compile(step, backend="aot_eager")(compiled).backward()
     torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+@pytest.mark.parametrize("vocab_size", [37, 48])
+def test_a_step_from_hidden_states_compiles_into_one_graph_with_the_gradients_of_an_eager_one(vocab_size):
+    """The loss in two chunks, of which one is padded, and the log-prob with its entropy."""
+    torch.manual_seed(0)
+    leaves = torch.randn(5, 8, requires_grad=True), torch.randn(vocab_size, 8, requires_grad=True)
+    ids, row_ids, advantages = torch.randint(vocab_size, (5,)), torch.tensor([0, 0, 1, 1, 1]), torch.randn(2)
+
+    def step(x, w):
+        options = {"advantages": advantages, "temperature": 0.9, "live_rows": torch.tensor([True] * 4 + [False])}
+        loss, _ = fused_linear_grpo_loss(x, w, ids, row_ids, num_rows=2, chunk_size=3, impl="torch", **options)
+        logp, entropy = linear_logprob(x, w, ids, temperature=0.9, chunk_size=3, impl="torch")
+        return loss + logp.sum() + entropy.sum()
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    found, expected = (torch.autograd.grad(function(*leaves), leaves) for function in (compiled, step))
+    torch.testing.assert_close(found, expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from tempsamp_kernels import fused_linear_grpo_loss, linear_logprob

@@ -1,4 +1,7 @@
-"""Every tensor argument of every door, however it lies in memory: the tensor is read, not the bytes behind it."""
+"""Every tensor argument of every door, however it lies in memory: the tensor is read, not the bytes behind it.
+
+And of whatever dtype it is, at any size down to nothing, and whichever of them take gradients.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +50,9 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
     return value[:1].expand(value.shape) if layout == "expanded" else value
 
 
-def random_arguments(seed: int) -> dict[str, Tensor]:
+def random_arguments(seed: int, B: int = B, T: int = T) -> dict[str, Tensor]:
     """By name and shape: what the doors call them."""
+    N = B * T
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=generator)
     coin = lambda *shape: torch.rand(*shape, generator=generator) > 0.3
@@ -89,10 +93,10 @@ DOORS = {
 LEARNED = ("hidden", "weight", "bias", "_input", "lin_weight", "logits")
 
 
-def outcome(door: str, impl: str, arguments: dict[str, Tensor]) -> list[Tensor]:
+def outcome(door: str, impl: str, arguments: dict[str, Tensor], learned: tuple[str, ...] = LEARNED) -> list[Tensor]:
     """Everything that a door returns, and the gradients of a weighted sum of it."""
     function = FusedLinearGRPOLoss(impl=impl) if door == "Liger" else partial(DOORS[door][0], impl=impl)
-    leaves = {name: value.requires_grad_() for name, value in arguments.items() if name in LEARNED}
+    leaves = {name: value.requires_grad_() for name, value in arguments.items() if name in learned}
     is_leaf = "logits" in leaves and leaves["logits"].is_contiguous()
     found = function(**arguments | ({"logits": leaves["logits"] * 1} if is_leaf else {}))
     found = [found] if isinstance(found, Tensor) else [part for part in found if isinstance(part, Tensor)]
@@ -130,3 +134,50 @@ def test_logits_whose_rows_share_memory_are_never_overwritten(impl):
     fused_selective_log_softmax(expected.repeat(3, 1, 1), ids, impl="torch").sum().backward()
     torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6)
     assert torch.equal(found.detach(), one)
+
+
+IDS = ("token_ids", "row_ids", "group_ids", "selected_token_ids", "completion_ids", "input_ids", "live_rows")
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("door", DOORS)
+@settings(max_examples=2, deadline=None)
+@given(data=st.data())
+def test_vectors_of_any_dtype_mean_their_values(door, impl, data):
+    """Masks as numbers, log-probs and advantages in fp64 or half precision."""
+    every, arguments, expected = random_arguments(data.draw(st.integers(0, 9), label="seed")), {}, {}
+    for name in DOORS[door][1]:
+        value, dtype = every[name].to(DEVICE if name != "live_rows" else "cpu"), every[name].dtype
+        if name not in (*IDS, *LEARNED):
+            numbers = [torch.float64, torch.bfloat16, torch.float16]
+            dtype = data.draw(st.sampled_from(numbers if value.is_floating_point() else [torch.int64, torch.uint8]))
+        arguments[name] = value.clone().to(dtype)
+        expected[name] = arguments[name].to(value.dtype)
+    for actual, value in zip(outcome(door, impl, arguments), outcome(door, impl, expected), strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("door", [door for door, (_, names) in DOORS.items() if {"hidden", "_input"} & set(names)])
+def test_each_leaf_has_the_gradient_that_it_has_among_all(door, impl):
+    every = {name: value.to(DEVICE) for name, value in random_arguments(0).items() if name in DOORS[door][1]}
+    every |= {"live_rows": every["live_rows"].cpu()} if "live_rows" in every else {}
+    copies = lambda: {name: value.detach().clone() for name, value in every.items()}
+    learned = [name for name in every if name in LEARNED]
+    *_, all_of_them = [outcome(door, impl, copies())[-len(learned) :]]
+    for name, expected in zip(learned, all_of_them, strict=True):
+        found = outcome(door, impl, copies(), learned=(name,))[-1]
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize(("num_rows", "length"), [(1, 1), (2, 1), (2, 0), (0, 3)])
+@pytest.mark.parametrize("door", DOORS)
+def test_any_size_gives_what_the_torch_twin_gives(door, num_rows, length, impl):
+    def arguments():
+        every = random_arguments(0, num_rows, length)
+        return {name: every[name].to(DEVICE if name != "live_rows" else "cpu") for name in DOORS[door][1]}
+
+    for actual, expected in zip(outcome(door, impl, arguments()), outcome(door, "torch", arguments()), strict=True):
+        assert not actual.isnan().any() or num_rows == 0
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
