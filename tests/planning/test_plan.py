@@ -14,7 +14,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from tempsamp_fast.arguments import RECIPES, parse_args
+from tempsamp_fast.arguments import RECIPES, parse_args, read_recipe
 from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.embedded.model import tiny_model, train_tokenizer
 from tempsamp_fast.model.architectures import count_parameters, model_config
@@ -62,7 +62,8 @@ def test_every_recipe_has_a_plan_without_its_data(name: str, capsys: pytest.Capt
     train_main(["--config", name, "--dry_run"])
     printed = capsys.readouterr().out
     assert "nothing was loaded" in printed and "ZeRO" in printed
-    assert name in ("tiny_cpu", "own_videos") or "is not here" in printed
+    has_data = "annotations" in read_recipe(RECIPES / f"{name}.yaml")
+    assert ("is not here" in printed) == (has_data and name not in ("tiny_cpu", "own_videos"))
 
 
 def test_steps_are_those_of_the_published_counts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,6 +199,12 @@ def test_the_plan_reads_the_annotations_that_are_there(clips: Path) -> None:
     words = ["--annotations", str(clips / "annotations/train.json"), "--videos", str(clips / "videos")]
     num_queries = sum(len(e["sentences"]) for e in json.loads(Path(words[1]).read_text()).values())
     assert f"samples  {num_queries} (read from" in describe_plan(decided(parse_args(words), 1), 1)
+
+
+@pytest.mark.parametrize(("method", "answers", "sampled"), [("sft", 1, 0), ("grpo", 8, 8), ("tempsamp", 8, 7)])
+def test_a_prompt_has_the_answers_of_its_method(tiny: Tiny, method: str, answers: int, sampled: int) -> None:
+    work = work_of((4, 8, 8), tiny.model().config, method, 8, 20)
+    assert (work.num_answers, work.num_sampled) == (answers, sampled)
 
 
 def test_a_prompt_of_a_tree_costs_its_share(tiny: Tiny) -> None:
