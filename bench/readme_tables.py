@@ -46,7 +46,11 @@ def demo_table() -> str:
 STEP_ROWS = {
     "update_packed_against_one_row_per_completion[P830-C48-G5]": "update, prompt 830, 5 answers of 48: one row each",
     "update_packed_against_one_row_per_completion[P2110-C64-G9]": "update, prompt 2110, 9 answers of 64: one row each",
+    "tree_update_against_one_fork_per_question": "update, four questions about a video: one row a question",
+    "tree_update_against_one_row_per_completion": "update, four questions about a video: one row an answer",
     "rollout_against_generate": "rollout: `generate(num_return_sequences=5)`",
+    "tree_rollout_against_one_prefill_per_question": "rollout, four questions about a video: one prefill each",
+    "tree_evaluation_against_one_prefill_per_question": "evaluation, four questions about a video: one prefill each",
     "step_against_a_plain_huggingface_step": "whole step: TimeZero-style, of Hugging Face parts",
     "step_against_trl": "whole step on text: TRL's `GRPOTrainer`",
 }
