@@ -21,6 +21,7 @@ GRADIENT_BYTES = 4 << 30
 
 
 def num_panels(num_tokens: int, vocab_size: int) -> int:
+    """Equal runs of chunks whose gradients wait together."""
     return max(1, -(-num_tokens // max(ROW_MULTIPLE, GRADIENT_BYTES // (2 * vocab_size))))
 
 
