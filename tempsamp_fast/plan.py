@@ -149,9 +149,13 @@ def decided(config: Config, world_size: int) -> Config:
 def look_before(config: Config) -> None:
     """Say what `decided` settings would stumble over: missing videos, a prompt longer than a row.
 
-    Raises ValueError for it where `on_bad_sample` does, and for a folder of videos that is not there.
+    Raises ValueError for it where `on_bad_sample` does, and for a file or a folder of videos that is not there.
     """
     data = config.data
+    for name in ("annotations", "eval_annotations"):
+        given = getattr(data, name)
+        if given not in (None, "synthetic", *DATASETS) and not Path(given).is_file():
+            raise ValueError(f"{name}={given!r}: no such file, and no data set of {', '.join(DATASETS)}")
     if data.annotations != "synthetic" and are_here(data):
         train, held_out = load_training_data(data)
         look_for_all_videos(data, train, held_out)

@@ -45,8 +45,7 @@ def train(run: Run) -> None:
     with run.log() as log, run.heartbeat, run.graceful_stop, run.steps() as steps:
         results.make_up(log)
         if run.is_stopping():
-            logger.warning("stopped before step %d as asked; go on with --resume %s", run.first_step, run.folder)
-            return
+            return run.say_stopped(f"before step {run.first_step}")
         run.watch.restart()
         for at, prompts in steps:
             run.watch.lap("data")
@@ -73,8 +72,7 @@ def train(run: Run) -> None:
             if at.is_last_of_phase or run.is_save_step(at) or is_stopping or is_best:
                 run.save(at.step + 1)
             if is_stopping:
-                logger.warning("stopped after step %d as asked; go on with --resume %s", at.step, run.folder)
-                return
+                return run.say_stopped(f"after step {at.step}")
             run.watch.restart()
     results.finish()
 

@@ -78,7 +78,8 @@ class Results:
             given = run.greedy, run.loader, run.config.train.eval_batch_size, *how
             answers = evaluate(run.eval_samples, mode, *given, is_stopping=run.is_stopping)
             if answers is None:
-                logger.warning("the evaluation was stopped; it is made up for when the run goes on")
+                if run.rank == 0:
+                    logger.warning("the evaluation was stopped; it is made up for when the run goes on")
                 return False
             scores = score_rows(run.eval_samples, answers, run.config.data.task, *how)
             outside = {"outside_video": sum(row["outside_video"] for row in answers)}

@@ -249,6 +249,11 @@ class Run:
         """Whether any rank was asked to stop; every rank asks at the same places."""
         return self.graceful_stop.agreed(self.device)
 
+    def say_stopped(self, when: str) -> None:
+        """Once, whatever the number of ranks."""
+        if self.rank == 0:
+            logger.warning("stopped %s as asked; go on with --resume %s", when, self.folder)
+
     def is_save_step(self, at: PhaseStep) -> bool:
         """Whether `save_steps`, or `save_minutes` by the clock of rank 0, ask for a checkpoint after this step."""
         every, minutes = self.config.train.save_steps, self.config.train.save_minutes

@@ -92,6 +92,13 @@ def test_a_dry_run_prints_the_plan_and_then_names_the_missing_video(
     assert "1 of 7 videos are missing" in caplog.text
 
 
+@pytest.mark.parametrize("setting", ["annotations", "eval_annotations"])
+def test_a_dry_run_names_a_file_that_is_not_there(trainer, refused, tmp_path: Path, setting: str) -> None:
+    for name in ("mine.jsn", "charades-tset", str(tmp_path)):
+        line = refused(trainer.flags(tmp_path / "run", "--dry_run", f"--{setting}", name))
+        assert line.startswith(f"{setting}={name!r}: no such file")
+
+
 LONG = ENTRY | {"sentences": ["word " * 40_000]}
 
 
