@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 CLOCK, COMPOUND = -1, -2
 """Units of times that say themselves how they count: `1:02`, and `1 min 2 s`."""
@@ -75,6 +76,7 @@ def read_times(text: str) -> list[Time]:
         if is_metres or (time.unit == 0 and counts_otherwise) or not _RIGHT.match(text, time.end):
             time.seconds = None
     _unread_chains(text, times)
+    _unread_strays(text, times)
     return times
 
 
@@ -135,3 +137,13 @@ def _unread_chains(text: str, times: list[Time]) -> None:
             before.seconds = time.seconds = after.seconds = None
         elif time.has_comma and all(_JOIN.fullmatch(gap) and gap.strip().lower() != "and" for gap in gaps):
             time.seconds = None
+
+
+def _unread_strays(text: str, times: list[Time]) -> None:
+    """`12, 5 to 17, 8`: a whole number beside a span may be the other half of a decimal."""
+    is_joined = [bool(_JOIN.fullmatch(text[a.end : b.start])) for a, b in pairwise(times)]
+    for index, (before, after) in enumerate(pairwise(times)):
+        is_whole = text[before.start : before.end].isdigit() and text[after.start : after.end].isdigit()
+        in_spans = any(is_joined[max(index - 1, 0) : index]), any(is_joined[index + 1 : index + 2])
+        if is_whole and in_spans[0] != in_spans[1] and re.fullmatch(r",[^\S\n]*", text[before.end : after.start]):
+            before.seconds = after.seconds = None

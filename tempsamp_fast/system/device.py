@@ -43,8 +43,9 @@ def free_port() -> int:
 def join_ranks(backend: str, timeout: timedelta | None = None) -> None:
     """Initialise torch.distributed, once, so that no other host reaches a port of a run on this one.
 
-    One process opens no port. Several whose MASTER_ADDR is this host's loopback meet there; a launcher that gives
-    another address (several nodes) has torch listen on all interfaces. torchrun's own agent does so in any case.
+    One process meets nobody, yet gloo listens for it, on loopback. Several whose MASTER_ADDR is this host's loopback
+    meet there; a launcher that gives another address (several nodes) has torch listen on all interfaces. torchrun's
+    own agent does so in any case.
     """
     if dist.is_initialized():
         return

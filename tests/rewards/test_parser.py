@@ -53,7 +53,7 @@ def test_every_pair_is_read_in_order():
 
 @given(
     st.lists(st.integers(0, 99), min_size=2, max_size=9),
-    st.lists(st.sampled_from([" to ", " and ", " - ", ", ", " s to ", " seconds. "]), min_size=8, max_size=8),
+    st.lists(st.sampled_from([" to ", " and ", " - ", "; ", " s to ", " seconds. "]), min_size=8, max_size=8),
 )
 def test_the_last_two_neighbours_that_are_joined_are_the_span(times, separators):
     """And the spans of an answer share no time."""

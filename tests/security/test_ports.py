@@ -1,4 +1,4 @@
-"""What a run listens on: nothing where it is one process, and loopback alone where all are on one host."""
+"""What a run listens on: loopback alone where all of its processes are on one host, one of them or several."""
 
 from __future__ import annotations
 
