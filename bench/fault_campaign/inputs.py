@@ -114,6 +114,14 @@ def _json(name: str, **changed: Any) -> Spoil:
     return spoil
 
 
+def _renamed(name: str, part: str, other: str) -> Spoil:
+    def spoil(folder: Path) -> None:
+        tensors = {key.replace(part, other): tensor for key, tensor in load_file(folder / name).items()}
+        save_file(tensors, folder / name)
+
+    return spoil
+
+
 MODEL: dict[str, Spoil] = {
     "no config": _delete("config.json"),
     "half a config": _cut("config.json"),
@@ -155,7 +163,7 @@ ADAPTERS: dict[str, Spoil] = {
     "random bytes for a configuration": _write("adapter_config.json", b"\xff\xfe\x00"),
     "a kind that does not exist": _json("adapter_config.json", peft_type="NONESUCH"),
     "another rank": _json("adapter_config.json", r=8),
-    "targets that do not exist": _json("adapter_config.json", target_modules=["nowhere"]),
+    "weights of places that do not exist": _renamed("adapter_model.safetensors", "q_proj", "nowhere"),
     "a base that is not there": _json("adapter_config.json", base_model_name_or_path="/nowhere/my_model"),
     "a base that is a number": _json("adapter_config.json", base_model_name_or_path=3),
 }
