@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import constants as hub
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.integrations import deepspeed as integration
 from transformers.utils import cached_file
 
 from tempsamp_fast.config import ModelConfig
@@ -89,6 +90,17 @@ def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tupl
     return model, Chat(tokenizer, model.config, preprocessor_files, eos)
 
 
+@contextmanager
+def _unpartitioned() -> Iterator[None]:
+    """Under ZeRO stage 3 too, models made inside are whole: without weights there is nothing to partition."""
+    partitioning = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = partitioning
+
+
 def _check_size(settings: Any, weights: str) -> None:
     """Raise ValueError for a configuration of more layers or weights than the folder's files can hold."""
     folder = Path(weights)
@@ -98,7 +110,7 @@ def _check_size(settings: Any, weights: str) -> None:
     held = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHTS)
     build: Any = family_of(settings).model_class
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _unpartitioned():
             described = sum(each.numel() for each in build(settings).parameters()) if layers <= MOST_LAYERS else None
     except Exception as error:  # as where it is loaded
         raise ValueError(f"model={weights!r}: config.json describes no model: {_reason(error)}") from error

@@ -59,3 +59,17 @@ def test_a_resumed_run_goes_on_with_the_same_questions(trainer, tmp_path: Path) 
 def test_rows_that_would_cut_a_video_are_refused(stepper, words: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match=f"{words[0][2:]}={words[1]}.*multiple of queries_per_video=2"):
         stepper(*WORDS, *words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_two_ranks_train_as_one_and_keep_videos_whole(trainer, tmp_path: Path, stage: str) -> None:
+    words = ("--phases", "sft:2,tempsamp:4", *WORDS[2:], "--gradient_accumulation_steps")
+    recorded = str(tmp_path / "rollouts.jsonl")
+    expected = trainer.main(tmp_path / "one", *words, "2", "--record_rollouts", recorded)
+    found = trainer.ranks(tmp_path / "two", 2, *words, "1", "--replay_rollouts", recorded, "--zero_stage", stage)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["batch/tree_saving"] > 1
+        for name in ("loss", "optim/grad_norm", "policy/kl", "reward/on_policy_mean"):
+            if name in theirs:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-7), (ours["step"], name)
