@@ -78,8 +78,14 @@ GROUP_SIZES = (2, 4, 6, 8)
 FEW_SHOT_VIDEOS = (50, 100, 200, 500)
 FEW_SHOT_EPOCHS = 3
 SCHEMES = ("answer only", "think only", "hybrid")
+PRUNING_SIZE = 9
+"""Eight sampled answers and the true one, as OraRL has them."""
+PRUNING = {"orarl of 9": 0.0, "orarl of 9, half pruned": 0.5}
+"""Methods of the pruning family: how much leaves each group."""
+WASSERSTEIN = "grpo, Wasserstein"
+"""The method of the reward family, whose other arm is the core's GRPO, rewarded by the IoU."""
 
-Family = Literal["pilot", "core", "group size", "few shot", "hybrid"]
+Family = Literal["pilot", "core", "group size", "few shot", "hybrid", "pruning", "reward"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,8 @@ class PlannedRun:
 
     family: Family
     method: str
-    """One of METHODS; of the hybrid family one of SCHEMES, trained with TempSamp-R1 (nonlinear)."""
+    """One of METHODS; of the hybrid family one of SCHEMES, trained with TempSamp-R1 (nonlinear); one of PRUNING, or
+    WASSERSTEIN."""
     seed: int
     num_generations: int = 4
     num_videos: int | None = None
@@ -100,7 +107,7 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        parts = [self.family.replace(" ", "_"), self.method.replace(" ", "_")]
+        parts = [self.family.replace(" ", "_"), self.method.replace(",", "").replace(" ", "_")]
         parts += [f"G{self.num_generations}"] if self.family == "group size" else []
         parts += [f"{self.num_videos}_videos"] if self.num_videos else []
         parts += [f"rate{self.rate:g}"] if self.family == "pilot" else []
@@ -139,13 +146,23 @@ def planned_runs(rate: float) -> list[PlannedRun]:
     """All runs at the rate chosen, in the order in which they are made: the paired seeds first, all methods of a seed
     together.
     """
-    return [*_core(rate), *_hybrid(rate), *_group_sizes(rate), *_few_shot(rate)]
+    return [*_core(rate), *_beyond(rate), *_hybrid(rate), *_group_sizes(rate), *_few_shot(rate)]
 
 
 def _core(rate: float) -> Iterator[PlannedRun]:
     for seed in SEEDS:
         for method in METHODS:
             yield PlannedRun("core", method, seed, rate=rate, flags=answering(method, CORE_GROUP_SIZE, rate))
+
+
+def _beyond(rate: float) -> Iterator[PlannedRun]:
+    """Pruning on and off, and GRPO with TimeLens2's reward."""
+    for seed in SEEDS:
+        for method, ratio in PRUNING.items():
+            flags = {**answering("orarl", PRUNING_SIZE, rate), "prune_ratio": ratio}
+            yield PlannedRun("pruning", method, seed, PRUNING_SIZE, rate=rate, flags=flags)
+        flags = {**answering("grpo", CORE_GROUP_SIZE, rate), "rewards": "wasserstein"}
+        yield PlannedRun("reward", WASSERSTEIN, seed, rate=rate, flags=flags)
 
 
 def _hybrid(rate: float) -> Iterator[PlannedRun]:

@@ -27,6 +27,7 @@ def summarise(results: Results) -> str:
         _header(results),
         _methods(results),
         _orderings(results),
+        _beyond(results),
         _group_sizes(results),
         _few_shot(results),
         _hybrid(results),
@@ -189,6 +190,38 @@ def _orderings(results: Results) -> str:
         f"## The paper's ordering: {' > '.join(PAPER_ORDER)}\n\n{table(header, chain)}\n\n"
         f"Step by step: {'; '.join(by_verdict)}.\n\n### Further pairs\n\n{table(header, others)}"
     )
+
+
+def _beyond(results: Results) -> str:
+    """Pruning on and off, the Wasserstein reward against the IoU: each pair with its price or its ties."""
+    pruning = {method: records(results, "pruning", method) for method in plan.PRUNING}
+    iou, wasserstein = records(results, "core", "grpo"), records(results, "reward", plan.WASSERSTEIN)
+    pairs = []
+    if all(pruning.values()):
+        pairs.append(([*pruning], [*pruning.values()]))
+    if wasserstein:
+        pairs.append((["grpo, IoU", plan.WASSERSTEIN], [iou, wasserstein]))
+    rows = []
+    for names, (before, after) in pairs:
+        for name, found in zip(names, (before, after), strict=True):
+            shares = [_mean_of(found, key) for key in ("tied_groups", "flops_saved", "cpu_s")]
+            compared = _comparison("", after, before)[2:] if found is after else ["", "", ""]
+            rows.append([name, str(len(found)), *(_means(found, metric) for metric in COMPARED), *shares, *compared])
+    if not rows:
+        return ""
+    header = ["run", "seeds", *map(_title, COMPARED), "groups that teach nothing, %", "FLOPs of the update saved, %"]
+    header += ["CPU s", *(f"{_title(metric)} over the row above, points" for metric in COMPARED), "better by mIoU"]
+    return f"## Beyond the paper: pruning, and a reward for answers that miss\n\n{table(header, rows)}"
+
+
+def _mean_of(found: dict[int, Record], key: str) -> str:
+    """Over the seeds that have it: seconds, or a share in per cent.
+
+    Records of before ties were kept say how many groups had no reward at all, which with an IoU is about the same.
+    """
+    before = lambda record: record["rewards"]["groups_without_any_reward"] if key == "tied_groups" else None
+    values = [value for record in found.values() if (value := record.get(key, before(record))) is not None]
+    return "-" if not values else f"{statistics.mean(values) * (1 if key == 'cpu_s' else 100):.1f}"
 
 
 def _group_sizes(results: Results) -> str:

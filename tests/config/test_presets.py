@@ -12,7 +12,7 @@ import yaml
 from tempsamp_fast.arguments import RECIPES, parse_args
 from tempsamp_fast.run.log import read_metrics
 
-PRESETS = ("paper", "release", "orarl", "timelens")
+PRESETS = ("paper", "release", "orarl", "timelens", "timelens2")
 SMALL = ("--video_backend", "torchcodec", "--fps", "1", "--min_pixels", "3136", "--max_pixels", "3136",
          "--num_generations", "4", "--max_completion_length", "12", "--gradient_accumulation_steps", "1",
          "--max_eval_samples", "0", "--duration_range", ":")  # fmt: skip
@@ -57,6 +57,8 @@ def test_the_release_differs_from_the_paper_where_the_table_says_and_nowhere_els
                    "gradient_accumulation_steps": 8, "max_completion_length": 4096, "answer_form": "strict"}),
         ("timelens", {"beta": 0.0, "scale_rewards": False, "num_generations": 8, "max_completion_length": 512,
                       "phases": "grpo/answer:100", "answer_form": "sentence", "top_p": 1.0}),
+        ("timelens2", {"beta": 0.04, "scale_rewards": False, "rewards": "wasserstein", "task": "multi_grounding",
+                       "phases": "grpo/answer:200", "answer_form": "json", "max_frames": 512}),
     ],
 )  # fmt: skip
 def test_the_methods_of_others_are_set_as_published(name: str, expected: dict[str, Any]) -> None:

@@ -41,6 +41,8 @@ def run_record(family, method, seed, miou, **fields):
             "skewness": 1.0, "mean": {"off_policy": 1.2}, "limits": [-4, 4], "histogram": {"on_policy": [1, 2]},
         }  # fmt: skip
         record["format_reward"] = {}
+    if family in ("pruning", "reward"):
+        record |= {"tied_groups": 0.25, "flops_saved": 0.3, "cpu_s": 90.0}
     if family == "hybrid":
         record["evaluations"]["think"] = scores
         record["oracle_of_both"] = scores[-1]
@@ -123,7 +125,9 @@ def test_summary_states_every_ordering_and_that_it_is_partial(results):
     assert f"**Partial: {results['done']} of 100" in text and "c0ffee" in text
     assert "nonlinear > anchor: holds" in text and "grpo > mixed: reversed" in text
     assert "| nonlinear > anchor | 3 | +10.0 ± 0.0 |" in text
-    assert text.count("\n## ") == 6
+    assert text.count("\n## ") == 7
+    assert "| orarl of 9, half pruned | 3 | 31.0 ± 2.5 | 31.0 ± 2.5 | 25.0 | 30.0 | 90.0 | +0.0 ± 0.0 |" in text
+    assert "| grpo, Wasserstein | 3 |" in text and "| +10.0 ± 0.0 | +10.0 ± 0.0 | holds |" in text
     del results["runs"]["core/anchor/seed0"], results["runs"]["core/anchor/seed1"]
     assert "nonlinear > anchor: too few runs" in summarise(results)
 
