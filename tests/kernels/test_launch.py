@@ -72,7 +72,8 @@ def test_a_step_from_hidden_states_compiles_into_one_graph_with_the_gradients_of
     ids, row_ids, advantages = torch.randint(vocab_size, (5,)), torch.tensor([0, 0, 1, 1, 1]), torch.randn(2)
 
     def step(x, w):
-        options = {"advantages": advantages, "temperature": 0.9, "live_rows": torch.tensor([True] * 4 + [False])}
+        counts = torch.tensor([True] * 4 + [False])
+        options = {"advantages": advantages, "temperature": 0.9, "mask": counts, "live_rows": counts}
         loss, _ = fused_linear_grpo_loss(x, w, ids, row_ids, num_rows=2, chunk_size=3, impl="torch", **options)
         logp, entropy = linear_logprob(x, w, ids, temperature=0.9, chunk_size=3, impl="torch")
         return loss + logp.sum() + entropy.sum()
