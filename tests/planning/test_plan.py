@@ -14,8 +14,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from tempsamp_fast.arguments import RECIPES, parse_args, read_recipe
+from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.config import ModelConfig
+from tempsamp_fast.config.recipe import RECIPES, read_recipe
 from tempsamp_fast.embedded.model import tiny_model, train_tokenizer
 from tempsamp_fast.model.architectures import count_parameters, model_config
 from tempsamp_fast.model.families import FAMILIES
