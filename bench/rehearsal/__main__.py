@@ -39,12 +39,16 @@ WHOLE = [
     Variant(is_packed=False), Variant(has_frozen_tower=True), Variant(Shape(256)),
     Variant(Shape(num_groups=4), recomputed="all"), Variant(Shape(48, 5, num_groups=4, is_tree=True)),
 ]  # fmt: skip
-UPDATES = {"3B": WHOLE, "7B": [Variant(), Variant(Shape(256))], "Qwen3-VL-8B": [Variant(), Variant(is_packed=False)]}
+UPDATES = {
+    "3B": WHOLE, "7B": [Variant(), Variant(Shape(256))], "Qwen3-VL-8B": [Variant(), Variant(is_packed=False)],
+    "Qwen3.5-4B": [Variant(), Variant(recomputed="all")],
+}  # fmt: skip
 ROLLOUTS = {
     "3B": [Case(1, False), Case(32, False), *(Case(number, True) for number in (1, 8, 32)), Case(4, False, True),
            Case(4, True, True)],
     "7B": [Case(8, True)],
     "Qwen3-VL-8B": [Case(8, True)],
+    "Qwen3.5-4B": [Case(8, True)],
 }  # fmt: skip
 ENGINES = [(0, 2, False), (1, 2, False), (2, 2, False), (3, 2, False), (1, 2, True), (1, None, False)]
 """(ZeRO stage, layers, frozen tower)."""

@@ -24,6 +24,7 @@ CHECKPOINTS = {
     "3B": "Qwen/Qwen2.5-VL-3B-Instruct",
     "7B": "Qwen/Qwen2.5-VL-7B-Instruct",
     "Qwen3-VL-8B": "Qwen/Qwen3-VL-8B-Instruct",
+    "Qwen3.5-4B": "Qwen/Qwen3.5-4B",
 }
 GRID, PROMPT_LEN = PUBLISHED.grid, PUBLISHED.prompt_len
 """3,584 tokens of video in a prompt of 3,700."""
