@@ -82,7 +82,7 @@ def assert_same_gradients(actual: PreTrainedModel, expected: PreTrainedModel) ->
     """But for the decays of linear layers: in float32 nearly all of their gradients cancels."""
     for (name, left), right in zip(actual.named_parameters(), expected.parameters(), strict=True):
         if right.grad is not None:
-            rtol = 0.1 if name.endswith(("A_log", "dt_bias", "in_proj_a.weight")) else 1e-3
+            rtol = 1e-2 if name.endswith(("A_log", "dt_bias", "in_proj_a.weight")) else 1e-3
             assert (left.grad - right.grad).norm() < rtol * right.grad.norm(), name
 
 

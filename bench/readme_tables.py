@@ -51,6 +51,8 @@ STEP_ROWS = {
     "rollout_against_generate": "rollout: `generate(num_return_sequences=5)`",
     "tree_rollout_against_one_prefill_per_question": "rollout, four questions about a video: one prefill each",
     "tree_evaluation_against_one_prefill_per_question": "evaluation, four questions about a video: one prefill each",
+    "hybrid_update_packed_against_one_row_per_completion[P830-C48-G5]": "Qwen3.5: update, prompt 830, 5 answers of 48",
+    "hybrid_rollout_against_generate": "Qwen3.5: rollout: `generate(num_return_sequences=5)`",
     "step_against_a_plain_huggingface_step": "whole step: TimeZero-style, of Hugging Face parts",
     "step_against_trl": "whole step on text: TRL's `GRPOTrainer`",
 }

@@ -29,6 +29,8 @@ ALLOWED_WAITS = {
 """Where the CPU may wait for the device, by part of the place, and why it has to."""
 UNWATCHED = ("build", "TimeZero-style", "kernels")
 """Phases, by part of the name, whose waits are not ours or come once a run."""
+TIMED = ("chunk_gated_delta_rule_fwd_kkt_solve_kernel",)
+"""Kernels of others whose schedule a real card finds by timing: the first one, which is compiled here, may spill."""
 MOST = {"launches_per_token": 2200, "waits_per_token": 1.0}
 PEAK_TOLERANCE = 0.10
 
@@ -49,6 +51,8 @@ def _waits() -> Iterator[str]:
 
 def _spills() -> Iterator[str]:
     for entry in COMPILED.values():
+        if entry.name in TIMED:
+            continue
         if spilled := entry.resources()["spilled"]:
             yield f"the kernel {entry.name} spills {spilled} bytes of registers"
 

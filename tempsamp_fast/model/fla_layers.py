@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tempsamp_fast.model.layout import GroupLayout
-from tempsamp_fast.model.linear_layers import HAS_FLA, State, TreeRecurrence
+from tempsamp_fast.model.linear_layers import CHUNK, HAS_FLA, State, TreeRecurrence
+from tempsamp_fast.system.device import sent
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,17 @@ class _Sequences:
     on_device: Tensor
     """[S + 1] int64."""
     on_cpu: Tensor
+    chunks: Tensor
+    """[number of chunks, 2] int64, on the device: of every chunk its sequence, and which of that it is."""
 
     @staticmethod
     def of(lengths: Sequence[int], device: torch.device) -> _Sequences:
         bounds = torch.tensor([*accumulate(lengths, initial=0)])
-        return _Sequences(bounds.to(device), bounds)
+        chunks = [(index, chunk) for index, length in enumerate(lengths) for chunk in range(-(-length // CHUNK))]
+        return _Sequences(sent(bounds, device), bounds, sent(torch.tensor(chunks), device))
 
     def options(self) -> dict[str, Tensor]:
-        return {"cu_seqlens": self.on_device, "cu_seqlens_cpu": self.on_cpu}
+        return {"cu_seqlens": self.on_device, "cu_seqlens_cpu": self.on_cpu, "chunk_indices": self.chunks}
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ class FlaRecurrence(TreeRecurrence):
             if depth:
                 place = {node: index for index, node in enumerate(self._levels[depth - 1])}
                 names = [self._parents[node] for node in nodes]
-                parents = torch.tensor([place[name] for name in names if name is not None], device=self._device)
+                parents = sent(torch.tensor([place[name] for name in names if name is not None]), self._device)
             tokens = slice(start, start + sum(lengths))
             found.append(_Level(tokens, _Sequences.of(lengths, self._device), parents))
             start = tokens.stop
@@ -157,7 +161,7 @@ class FlaRecurrence(TreeRecurrence):
         """[N] int64: the tokens in order of depth; None where they lie so."""
         starts = [*accumulate(self._lengths, initial=0)]
         order = torch.cat([torch.arange(starts[i], starts[i + 1]) for level in self._levels for i in level])
-        return None if torch.equal(order, torch.arange(len(order))) else order.to(self._device)
+        return None if torch.equal(order, torch.arange(len(order))) else sent(order, self._device)
 
     @cached_property
     def _back(self) -> Tensor | None:
@@ -168,7 +172,7 @@ class FlaRecurrence(TreeRecurrence):
     def _end_places(self) -> Tensor:
         """[leaves] int64: where they are among the nodes in order of depth."""
         order = [node for level in self._levels for node in level]
-        return torch.tensor([order.index(end) for end in self._ends], device=self._device)
+        return sent(torch.tensor([order.index(end) for end in self._ends]), self._device)
 
     @cached_property
     def _tail_indices(self) -> tuple[Tensor, Tensor]:
@@ -183,7 +187,7 @@ class FlaRecurrence(TreeRecurrence):
             before.append(path)
             path_of.append([*path, *range(starts[node], starts[node + 1])][-3:])
         ends = [path_of[end] for end in self._ends]
-        return torch.tensor(before, device=self._device), torch.tensor(ends, device=self._device)
+        return sent(torch.tensor(before), self._device), sent(torch.tensor(ends), self._device)
 
 
 def _gathered(first: Tensor, inputs: Tensor, indices: Tensor) -> Tensor:

@@ -22,9 +22,12 @@ from tests.model.test_linear_layers import assert_same_with_gradients, inputs
 CPU = torch.device("cpu")
 
 
-def causal_conv1d(x, weight, *, initial_state, activation, cu_seqlens, cu_seqlens_cpu) -> tuple[Tensor, None]:
+def causal_conv1d(
+    x, weight, *, initial_state, activation, cu_seqlens, cu_seqlens_cpu, chunk_indices
+) -> tuple[Tensor, None]:
     """x [1, N, channels], initial_state [S, channels, taps], of which the first of each is never read."""
     assert activation == "silu" and torch.equal(cu_seqlens, cu_seqlens_cpu)
+    assert torch.equal(chunk_indices[:, 0].bincount(), -(-cu_seqlens.diff() // 64))
     outputs = []
     for tokens, begun in zip(x[0].split(cu_seqlens.diff().tolist()), initial_state[..., 1:], strict=True):
         outputs.append(conv1d(torch.cat([begun, tokens.T], dim=1)[None], weight[:, None], groups=len(weight))[0].T)
@@ -32,9 +35,20 @@ def causal_conv1d(x, weight, *, initial_state, activation, cu_seqlens, cu_seqlen
 
 
 def chunk_gated_delta_rule(
-    q, k, v, g, beta, *, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, cu_seqlens_cpu
+    q,
+    k,
+    v,
+    g,
+    beta,
+    *,
+    initial_state,
+    output_final_state,
+    use_qk_l2norm_in_kernel,
+    cu_seqlens,
+    cu_seqlens_cpu,
+    chunk_indices,
 ) -> tuple[Tensor, Tensor | None]:
-    assert use_qk_l2norm_in_kernel and torch.equal(cu_seqlens, cu_seqlens_cpu)
+    assert use_qk_l2norm_in_kernel and torch.equal(cu_seqlens, cu_seqlens_cpu) and len(chunk_indices)
     lengths = cu_seqlens.diff().tolist()
     if initial_state is None:
         initial_state = v.new_zeros(len(lengths), v.shape[2], k.shape[3], v.shape[3])
