@@ -117,7 +117,7 @@ rehearse: $(REHEARSAL)/stub/libcuda.so.1
 $(REHEARSAL)/.installed:
 	test -x $(REHEARSAL)/bin/python || $(PYTHON) -m venv $(REHEARSAL)
 	PIP_CONSTRAINT= $(REHEARSAL)/bin/pip install -q torch==2.11.0 transformers==5.17.0 numpy pillow liger-kernel==0.8.5 \
-		peft==0.21.2 accelerate pyyaml tensorboard hjson py-cpuinfo setuptools wheel ninja matplotlib jinja2
+		peft==0.21.2 fla-core==0.6.0 accelerate pyyaml tensorboard hjson py-cpuinfo setuptools wheel ninja matplotlib jinja2
 	PIP_CONSTRAINT= DS_BUILD_OPS=0 $(REHEARSAL)/bin/pip install -q --no-build-isolation deepspeed==0.19.8
 	touch $@
 
