@@ -15,6 +15,7 @@ from tempsamp_fast.data.loader import PromptLoader
 from tempsamp_fast.learning.vision_features import tower_fingerprint, with_vision_features
 from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.model.segments import by_tree
 from tempsamp_fast.run.run import Run
 from tempsamp_fast.run.schedule import plan
 
@@ -60,14 +61,14 @@ def test_a_frozen_tower_sees_each_video_once_per_step_and_the_training_is_the_sa
 
 
 def test_a_trained_tower_sees_each_group_once_per_pass(stepper, patches_seen) -> None:
-    """Not once per answer, also where several groups share a video: once to sample, once to update."""
+    """Not once per answer; once to sample, for neighbours about one video together, and once to update each row."""
     one = stepper("--phases", "grpo:1", "--gradient_accumulation_steps", "6")
     at = next(plan(one.run.phases))
     seen = patches_seen(one.run.policy.base_model)
     groups = one.groups(at)
     videos = [len(group.prompt.video.pixel_values) for group in groups]
     assert len({group.prompt.sample.video for group in groups}) < len(groups)
-    assert sum(seen) == sum(videos)
+    assert sum(seen) == sum(len(tree[0].prompt.video.pixel_values) for tree in by_tree(groups))
     seen.clear()
     one.run.update(at, [replace(group, advantages=torch.tensor([1.0, 0.0, -1.0])) for group in groups])
     assert sum(seen) == sum(videos)
