@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -111,8 +112,7 @@ def test_frames_are_taken_as_in_training_unless_told_otherwise(words: Words, che
 def test_an_interrupted_evaluation_continues_where_it_was(words: Words, tmp_path: Path, stop_after) -> None:
     assert main(words("whole", "--batch_size", "3")) == 0
     stop_after(2)
-    with pytest.raises(KeyboardInterrupt):
-        main(words("cut", "--batch_size", "3"))
+    assert main(words("cut", "--batch_size", "3")) == 128 + signal.SIGINT
     (part,) = (tmp_path / "cut").glob("answer.*.jsonl")
     part.write_bytes(part.read_bytes()[:-20])  # killed while writing the sixth answer
     sizes = stop_after(10**9)

@@ -13,6 +13,7 @@ import torch
 
 from tempsamp_fast import train as train_module
 from tempsamp_fast.arguments import parse_args
+from tempsamp_fast.evaluation.asking import answer_row
 from tempsamp_fast.learning import update as update_module
 from tempsamp_fast.run import results as results_module
 from tempsamp_fast.run import run as run_module
@@ -58,6 +59,11 @@ class StopHere(Exception):
     pass
 
 
+def num_prompts(row: Any) -> int:
+    """A tree has a node for each of its questions, or is a single one."""
+    return sum(max(1, sum(len(node.path) == 1 and not node.is_leaf for node in tree.nodes)) for tree in row.layout)
+
+
 def rows_of(one: Any, monkeypatch: pytest.MonkeyPatch) -> list[list]:
     """The rows of every step of the plan, which is not taken."""
     found: list[list] = []
@@ -97,7 +103,7 @@ def test_a_step_has_the_rows_asked_for(
     monkeypatch.setattr(update_module, "_log_probs", lambda *_: None)
     monkeypatch.setattr(Run, "_build_reference", lambda *_, **__: object())
     found = rows_of(one, monkeypatch)
-    assert [[len(row.layout) for row in rows] for rows in found] == [sft, tempsamp]
+    assert [[num_prompts(row) for row in rows] for rows in found] == [sft, tempsamp]
 
 
 def test_rows_and_prefill_passes_keep_the_budget_asked_for(stepper: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +114,7 @@ def test_rows_and_prefill_passes_keep_the_budget_asked_for(stepper: Callable, mo
         *SHORT, "--prompts_per_device", "4", "--gradient_accumulation_steps", "1", "--max_tokens_per_row", str(budget)
     )
     ((first, second),) = rows_of(less, monkeypatch)
-    assert (len(first.layout), len(second.layout)) == (3, 1)
+    assert (num_prompts(first), num_prompts(second)) == (3, 1)
     assert less.run.backend._options["max_tokens_per_row"] == budget
 
 
@@ -167,9 +173,9 @@ def test_evaluations_are_in_the_modes_and_batches_asked_for(
     run = stepper(*SHORT, *held_out, "--eval_modes", "think+answer", "--eval_batch_size", "2").run
     asked: list[tuple[int, str]] = []
 
-    def evaluate(samples: list, mode: str, sampler: Any, loader: Any, batch_size: int, *_: Any) -> list:
+    def evaluate(samples: list, mode: str, sampler: Any, loader: Any, batch_size: int, *_: Any, **__: Any) -> list:
         asked.append((len(samples), mode, batch_size))
-        return [{"text": "", "span": None, "outside_video": False}] * len(samples)
+        return [answer_row(sample, "") for sample in samples]
 
     monkeypatch.setattr(results_module, "evaluate", evaluate)
     with run.log() as log:
