@@ -26,6 +26,7 @@ from tempsamp_fast.learning.advantage import assign_advantages
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.run.run import Run
 from tempsamp_fast.run.schedule import plan
+from tempsamp_fast.video import Geometry, normalise_rows
 from tests.learning.paper_step import AdamW, KnownAnswer, KnownGroup, Step, paper_step
 
 TRUTH = (2.0, 6.0)
@@ -176,12 +177,14 @@ class Both:
             groups[1].completions.pop(1)
             answers[1].pop(1)
         assign_advantages(groups, method, self.run.config.algorithm)
-        return groups, [known_group(prompt, each) for prompt, each in zip(prompts, answers, strict=True)]
+        geometry = self.run.loader.geometry
+        return groups, [known_group(prompt, each, geometry) for prompt, each in zip(prompts, answers, strict=True)]
 
 
-def known_group(prompt: Prompt, answers: list[KnownAnswer]) -> KnownGroup:
+def known_group(prompt: Prompt, answers: list[KnownAnswer], geometry: Geometry) -> KnownGroup:
     video = prompt.video
-    return KnownGroup(prompt.input_ids, video.pixel_values, video.grid_thw, video.second_per_grid, answers)
+    pixels = normalise_rows(video.pixel_values, geometry)
+    return KnownGroup(prompt.input_ids, pixels, video.grid_thw, video.second_per_grid, answers)
 
 
 @pytest.fixture
