@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # a checkout runs without being installed
@@ -146,6 +147,33 @@ def _shown(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3g}"
 
 
+REHEARSED = {
+    "update 3B, one prompt, 8 answers of 32: MFU": ("3B", "update", "C=32 G=8 packed", "mfu_cautious"),
+    "update 3B, 8 answers of 256: MFU": ("3B", "update", "C=256 G=8 packed", "mfu_cautious"),
+    "update 7B, 8 answers of 32: MFU": ("7B", "update", "C=32 G=8 packed", "mfu_cautious"),
+    "update Qwen3-VL-8B, 8 answers of 32: MFU": ("Qwen3-VL-8B", "update", "C=32 G=8 packed", "mfu_cautious"),
+    "decoding 3B, 1 prompt x 8, ms a token": ("3B", "rollout", "1 prompts, graphs", "decode_ms_per_token"),
+    "decoding 3B, 8 prompts x 8, ms a token": ("3B", "rollout", "8 prompts, graphs", "decode_ms_per_token"),
+    "decoding 3B, 32 prompts x 8, ms a token": ("3B", "rollout", "32 prompts, graphs", "decode_ms_per_token"),
+    "step 3B, one prompt, 8 answers of 32: rollouts a second": ("3B", "step C=32", "rollouts_per_s"),
+    "the same: times a TimeZero-style step": ("3B", "step C=32", "step_over_timezero"),
+    "step 3B, 8 answers of 128: times a TimeZero-style step": ("3B", "step C=128", "step_over_timezero"),
+}
+"""Where the figures of the table stand in a rehearsal's results."""
+
+
+def rehearsal_table() -> str:
+    """What the rehearsal of the GPU path says, beside what a card said."""
+    models = json.loads((RESULTS / "rehearsal.json").read_text())["models"]
+    lines = ["| figure | what the simulation says | what a card said |", "|---|---|---|"]
+    for label, path in REHEARSED.items():
+        value: Any = models
+        for name in path:
+            value = value.get(name, {})
+        lines.append(f"| {label} | {value if value else 'not played'} | - |")
+    return "\n".join([*lines, "", "Simulated for an H100 by `make rehearse` at cautious rates, not measured."])
+
+
 TABLES = {
     "demo": demo_table,
     "paper": paper_table,
@@ -153,6 +181,7 @@ TABLES = {
     "video": video_table,
     "plan": plan_table,
     "gpu": gpu_table,
+    "rehearsal": rehearsal_table,
 }
 
 

@@ -99,9 +99,10 @@ def packed_step(
     prompt: Prompt,
     num_answers: int,
     length: int,
+    cuda_graphs: bool = False,
 ) -> None:
     params = SamplingParams(max_completion_length=length)
-    (answers,) = generate(policy, [prompt], num_answers, params, seed=(0,), **NO_EOS)
+    (answers,) = generate(policy, [prompt], num_answers, params, seed=(0,), cuda_graphs=cuda_graphs, **NO_EOS)
     group = RolloutGroup(prompt, [Completion(answer.ids, text="") for answer in answers])
     packed_loss(policy, reference, packed_row(policy, group)).backward()
     finish(policy, optimizer)

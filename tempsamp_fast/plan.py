@@ -259,7 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpu", choices=PEAK_BF16_TFLOPS, help="also the least time, at this GPU's peak")
     parser.add_argument(
-        "--measured", type=Path, help="results of bench/gpu.py, to expect step times from: bench/results/<gpu>.json"
+        "--measured",
+        type=Path,
+        help="results of bench/gpu.py, to expect step times from: bench/results/<gpu>.json; or of make rehearse",
     )
     parser.epilog = "All other words are settings of train.py, such as --config charades_qwen2_5_vl_7b --zero_stage 3."
     options, words = parser.parse_known_args(arguments)

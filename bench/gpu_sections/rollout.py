@@ -14,6 +14,7 @@ from bench.gpu_sections.models import PUBLISHED, Scale
 from bench.gpu_sections.timing import in_turn, memory, require
 from bench.step_contenders import EOS, NO_EOS, huggingface_generate
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
+from tempsamp_fast.model.liger_layers import apply_liger_layers
 from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams, generate
@@ -25,7 +26,9 @@ NUM_PROMPTS = (1, 8, 32)
 def measure(
     record: Record, scale: Scale = PUBLISHED, length: int = LENGTH, num_prompts: Sequence[int] = NUM_PROMPTS
 ) -> None:
-    policy = Policy(scale.model("3B")).eval()
+    model = scale.model("3B")
+    apply_liger_layers(model, "auto")  # the trainer's default on a GPU; for the peers that sample from it too
+    policy = Policy(model).eval()
     for number in num_prompts:
         with record.attempt(f"{number} prompts"):
             measure_videos(record, scale, policy, number, length)

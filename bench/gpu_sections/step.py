@@ -16,6 +16,7 @@ from bench.gpu_sections.child import Record
 from bench.gpu_sections.models import PUBLISHED, RECOMPUTED, TOWER_RECOMPUTED, Scale
 from bench.gpu_sections.timing import in_turn, memory, require, synchronize
 from tempsamp_fast.batch import Prompt, RolloutGroup
+from tempsamp_fast.model.liger_layers import apply_liger_layers
 from tempsamp_fast.model.policy import Policy
 
 LENGTH = 32
@@ -26,6 +27,8 @@ NUM_ANSWERS = (8, 4)
 def measure(record: Record, scale: Scale = PUBLISHED, length: int = LENGTH) -> None:
     config = scale.config("3B")
     model = scale.model("3B")
+    # The trainer's defaults on a GPU. A policy's tower attends by flash windows, that of the plain step on it too.
+    apply_liger_layers(Policy(model).base_model, "auto")
     # AdamW of bf16 parameters: the same small cost on every side.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     for num_answers in NUM_ANSWERS:
@@ -69,11 +72,12 @@ def our_step(
     prompt: Prompt,
     num_answers: int,
     length: int,
+    cuda_graphs: bool,
     **recomputation: Any,
 ) -> None:
     """As the trainer runs it; which layers recompute is set anew, since the plain step ends by switching it off."""
     policy = Policy(model, **recomputation).train()
-    step.packed_step(policy, reference, optimizer, prompt, num_answers, length)
+    step.packed_step(policy, reference, optimizer, prompt, num_answers, length, cuda_graphs)
 
 
 def measure_against_plain_step(
@@ -87,6 +91,7 @@ def measure_against_plain_step(
 ) -> None:
     """Ours recomputes the vision tower, without which it does not fit into 80 GiB; the plain step every layer."""
     reference = Policy(scale.model("3B")).eval().requires_grad_(False)
+    apply_liger_layers(reference.base_model, "auto")
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.add_(0.002 * torch.randn_like(parameter))
@@ -97,7 +102,7 @@ def measure_against_plain_step(
     num_layers = model.config.text_config.num_hidden_layers
     runs = {
         "ours": partial(
-            our_step, model, reference, optimizer, prompt, num_answers, length,
+            our_step, model, reference, optimizer, prompt, num_answers, length, scale.device == "cuda",
             gradient_checkpointing=True, checkpoint_every=num_layers,
         ),
         "TimeZero-style": partial(
@@ -128,7 +133,7 @@ def measure_against_trl(
 ) -> None:
     """Same shape, prompt, answer length and sampling; beta 0, AdamW at 1e-6 and clipping at 1 on both sides."""
     prompt, num_answers = scale.text_prompt(), NUM_ANSWERS[0]
-    ours = partial(our_step, model, None, optimizer, prompt, num_answers, length)
+    ours = partial(our_step, model, None, optimizer, prompt, num_answers, length, scale.device == "cuda")
     alternating = step.Alternating(ours, synced_seconds)
     with tempfile.TemporaryDirectory() as folder:
         step.trl_trainer(

@@ -99,6 +99,8 @@ class Ledger:
 
     def __init__(self) -> None:
         self.live = 0
+        self.base = 0
+        """Of `live`, what scenarios before this one have left behind; not in any peak."""
         self.peak = 0
         self.violations: list[str] = []
         """What would be an error, or a wrong result, on a card."""
@@ -114,7 +116,7 @@ class Ledger:
     def phase(self, name: str) -> Iterator[Phase]:
         """Book what happens inside under `name` as well."""
         opened = self.phases.setdefault(name, Phase(name))
-        opened.peak = max(opened.peak, self.live)
+        opened.peak = max(opened.peak, self.live - self.base)
         self._open.append(opened)
         try:
             yield opened
@@ -160,7 +162,7 @@ class Ledger:
         self.live += size
         self.peak = max(self.peak, self.live)
         for phase in self._open:
-            phase.peak = max(phase.peak, self.live)
+            phase.peak = max(phase.peak, self.live - self.base)
 
     def _drop(self, key: int) -> None:
         self.live -= self._storages.pop(key, 0)
@@ -189,6 +191,14 @@ def place() -> str:
                 return found
         frame = frame.f_back
     return found or "the autograd engine"
+
+
+def inside(function: str) -> bool:
+    """Whether a function of this name is being run."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != function:
+        frame = frame.f_back
+    return frame is not None
 
 
 LEDGER = Ledger()

@@ -42,6 +42,8 @@ class Kept:
 
     By torch's operations, in heads of 128; the kernels for GPUs keep less.
     """
+    per_gathered_key: int = 0
+    """Of the key size, per key that one flash call is given: a prompt's keys come again with each of its answers."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Family:
     """Added to the weights of RMSNorm before they scale."""
     norm_casting: str = "llama"
     """Liger's name for where RMSNorm leaves float32: before its weights scale ("llama"), or after ("gemma")."""
+    kept_fused: Kept | None = None
+    """Of bfloat16 with Liger's layers and one flash call per layer, as on a GPU; None: not counted, as in `kept`."""
     has_output_gate: bool = False
     """What attention gives is scaled by a sigmoid, whose inputs are as wide as the queries."""
 
@@ -127,6 +131,7 @@ QWEN2_5_VL = Family(
     has_timestamps=False,
     geometry=Geometry.of_family("qwen2_5_vl"),
     kept={4: Kept((6, 3, 4, 4), (11, 4)), 2: Kept((8, 3, 4, 4), (13, 4))},
+    kept_fused=Kept((4, 2, 0, 3), (10, 3), per_gathered_key=2),
     published={
         "Qwen2.5-VL-3B-Instruct": _qwen2_5_vl(2048, 11008, 36, 16, 2, 151936, tied=True),
         "Qwen2.5-VL-7B-Instruct": _qwen2_5_vl(3584, 18944, 28, 28, 4, 152064, tied=False),
@@ -145,6 +150,7 @@ QWEN3_VL = Family(
     has_timestamps=True,
     geometry=Geometry.of_family("qwen3_vl"),
     kept={4: Kept((6, 5, 6, 4), (10, 2)), 2: Kept((8, 6, 7, 4), (10, 2))},
+    kept_fused=Kept((4, 3, 1, 3), (10, 2), per_gathered_key=2),
     published={
         "Qwen3-VL-2B-Instruct": _qwen3_vl(2048, 6144, 28, 16, 8, 151936, tied=True, **EARLY),
         "Qwen3-VL-4B-Instruct": _qwen3_vl(2560, 9728, 36, 32, 8, 151936, tied=True, **EARLY),

@@ -36,7 +36,7 @@ TEXT_TOKENS = 116
 FRAME_SIZE = (720, 1280)
 """(height, width) in pixels that videos are taken to have: the pixel budgets bind long before."""
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
-"""Elements; DeepSpeed's defaults of reduce_bucket_size and stage3_max_live_parameters."""
+"""Elements; DeepSpeed's defaults of reduce_bucket_size, and of stage3_max_live_parameters and sub_group_size."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ class Memory:
     buffers: float
     """DeepSpeed's buckets, or the parameters that ZeRO-3 has gathered."""
     activations: float
-    """The larger of sampling (keys, values, states) and updating (what autograd keeps, the head with its gradient)."""
+    """The largest of sampling (keys, values, states), updating (what autograd keeps, the head with its gradient) and
+    the optimizer's step (gradients in fp32)."""
     off_gpu: float = 0.0
     """Offloaded to the memory or disk of the machine, per GPU; not in the total."""
 
@@ -190,13 +191,19 @@ def step_memory(
     update = _kept_activations(work, model_config, config, b) + _head_bytes(
         work, model_config, parameters, config.model
     )
-    activations = max(update, _sampling_bytes(work, model_config, config.train, b))
+    # While it steps, DeepSpeed holds its share of the gradients in fp32 too; by stage 3 of a group of parameters.
+    stepping = 0.0 if (stage == 0 and b == 4) or "optimizer" in offloaded else 4.0 * trained / world_size
+    if stage == 3:
+        stepping = min(stepping, 4.0 * LIVE_PARAMETERS)
+    activations = max(update, _sampling_bytes(work, model_config, config.train, b), stepping)
     return Memory(weights, reference, gradients, optimizer, buffers, activations, off_gpu)
 
 
 def _kept_activations(work: Work, model_config: Any, config: Config, b: int) -> float:
     """With one layer's working set more, for the gradients that pass through it."""
-    kept, model = family_of(model_config).kept[b], config.model
+    family, model = family_of(model_config), config.model
+    fused = family.kept_fused if b == 2 and model.liger_layers != "off" else None
+    kept = fused or family.kept[b]
     shape, vision = text_shape(model_config), model_config.vision_config
     prompts = max(prompts_per_row(config.train, phase) for phase in parse_phases(config.train.phases))
     rows = min(prompts, max(1, config.train.max_tokens_per_row // work.num_tokens))
@@ -204,6 +211,8 @@ def _kept_activations(work: Work, model_config: Any, config: Config, b: int) -> 
     sizes = shape.hidden, shape.query, shape.key, shape.intermediate
     linear_sizes = shape.hidden, shape.channels, shape.linear_value, shape.intermediate
     attending = b * num_tokens * sum(c * size for c, size in zip(kept.per_token, sizes, strict=True))
+    num_gathered = work.prompt_len + work.num_answers * (work.prompt_len + work.answer_len)
+    attending += b * rows * num_gathered * kept.per_gathered_key * shape.key
     linear = b * num_tokens * sum(c * size for c, size in zip(kept.per_linear_token, linear_sizes, strict=True))
     # Every answer goes on from a copy of its prompt's state.
     linear += 4 * rows * work.num_answers * shape.state

@@ -1,4 +1,7 @@
-"""Seconds of a step from what `bench/gpu.py` measured on one GPU, for `tempsamp_fast.plan --measured FILE`."""
+"""Seconds of a step from what `bench/gpu.py` measured on one GPU, for `tempsamp_fast.plan --measured FILE`.
+
+The file of a rehearsal (`make rehearse`) serves as well; its figures are simulated, and are called so.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +56,8 @@ class Measured:
     gpu: str
     updates: tuple[Update, ...]
     samplings: tuple[Sampling, ...]
+    is_simulated: bool = False
+    """Whether no GPU ran: the file is a rehearsal's."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def read_measured(file: Path) -> Measured:
         updates = tuple(_update(row) for row in rows["update"] if row["label"].endswith(" packed") and "ms" in row)
         found = [(row, re.fullmatch(r"\d+ prompts ours(, graphs)?", row["label"])) for row in rows["rollout"]]
         samplings = tuple(_sampling(row, bool(match[1])) for row, match in found if match and "ms" in row)
-        gpu = str(document["gpu"])
+        gpu, is_simulated = str(document["gpu"]), bool(document.get("simulated"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"--measured {file}: not a results file of bench/gpu.py: {error!r}") from error
     for name, figures in (("update", updates), ("rollout", samplings)):
@@ -87,7 +92,7 @@ def read_measured(file: Path) -> Measured:
             raise ValueError(
                 f"--measured {file}: has no figures of the section {name}; run bench/gpu.py --section {name}"
             )
-    return Measured(file, gpu, updates, samplings)
+    return Measured(file, gpu, updates, samplings, is_simulated)
 
 
 def _update(row: dict[str, Any]) -> Update:
@@ -134,4 +139,5 @@ def describe(measured: Measured, forecasts: list[Forecast]) -> str:
     mfu = {update.label: update.mfu for update in measured.updates}
     labels = list(dict.fromkeys(label for each in forecasts for label in each.labels))
     rows = [f"{label!r}" + (f" (MFU {mfu[label]:.2f})" if mfu.get(label) else "") for label in labels]
-    return f"expected from {measured.file} ({measured.gpu}), rows {', '.join(rows)}; assuming that {ASSUMPTIONS}"
+    how = "simulated, not measured: " if measured.is_simulated else ""
+    return f"{how}expected from {measured.file} ({measured.gpu}), rows {', '.join(rows)}; assuming that {ASSUMPTIONS}"

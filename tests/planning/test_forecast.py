@@ -77,6 +77,13 @@ def test_the_plan_expects_step_times_and_says_what_it_assumes(
     assert "assuming that updates run at" in printed and "no measurement" not in printed
 
 
+def test_a_rehearsal_is_called_simulated(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rehearsed = json.loads(results.read_text()) | {"gpu": "simulated H100", "simulated": True}
+    results.write_text(json.dumps(rehearsed))
+    assert main([*RECIPE, "--measured", str(results)]) == 0
+    assert f"simulated, not measured: expected from {results} (simulated H100)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [

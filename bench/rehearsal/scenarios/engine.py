@@ -32,23 +32,27 @@ NUM_ANSWERS, LENGTH, NUM_PROMPTS = 8, 32, 2
 
 
 def play(stage: int, depth: int | None, frozen: bool = False, num_steps: int = 1) -> dict[str, Any]:
-    """Figures of steps of 3B with a reference, two updates a batch, and every layer recomputed."""
+    """Figures of steps of 3B with a reference, two updates a batch, and every layer recomputed.
+
+    In bfloat16; without partitioning, which bfloat16 does not run without on a GPU, in float32.
+    """
+    dtype = torch.bfloat16 if stage else torch.float32
     flags = [
         "--phases=grpo:3", f"--model={CHECKPOINTS['3B']}", f"--prompts_per_device={NUM_PROMPTS}", "--beta=0.04",
-        "--max_tokens_per_row=8192", f"--zero_stage={stage}", "--dtype=bfloat16", "--updates_per_batch=2",
+        "--max_tokens_per_row=8192", f"--zero_stage={stage}", f"--dtype={str(dtype)[6:]}", "--updates_per_batch=2",
         "--gradient_checkpointing=true", f"--num_generations={NUM_ANSWERS}", f"--max_completion_length={LENGTH}",
         f"--freeze_vision={'true' if frozen else 'false'}",
     ]  # fmt: skip
     config = parse_args(flags)
     label = f"update() behind ZeRO {stage}{', frozen tower' * frozen}{'' if depth is None else f', {depth} layers'}"
     with one_rank():
-        model, reference = model_of("3B", depth), model_of("3B", depth).requires_grad_(False)
+        model, reference = model_of("3B", depth, dtype), model_of("3B", depth, dtype).requires_grad_(False)
         for each in (model, reference):
             apply_liger_layers(each, "on")
         model.model.visual.requires_grad_(not frozen)
         policy = Policy(model, gradient_checkpointing=True).train()
         with LEDGER.phase(f"{label}: build"):
-            engine = build_engine(policy, config.train, torch.bfloat16)
+            engine = build_engine(policy, config.train, dtype)
         groups = groups_of(engine, frozen)
         LEDGER.peak = LEDGER.live
         with LEDGER.phase(label) as whole:

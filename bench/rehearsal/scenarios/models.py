@@ -57,11 +57,10 @@ def config_of(size: str, depth: int | None = None) -> Any:
     return config
 
 
-def model_of(size: str, depth: int | None = None, device: str = "cuda") -> PreTrainedModel:
-    """In bfloat16."""
+def model_of(size: str, depth: int | None = None, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     config = config_of(size, depth)
-    with undrawn(), torch.device(device):
-        return FAMILIES[config.model_type].model_class._from_config(config, dtype=torch.bfloat16)
+    with undrawn(), torch.device("cuda"):
+        return FAMILIES[config.model_type].model_class._from_config(config, dtype=dtype)
 
 
 def prompt_of(config: Any, seed: int = 0) -> Prompt:
@@ -96,4 +95,7 @@ def rows_of(config: Any, shape: Shape, is_packed: bool = True) -> list[PackedRow
         questions = torch.arange(5, 65).repeat(shape.num_groups, 1) + torch.arange(shape.num_groups)[:, None]
         prompts = [replace(first, input_ids=torch.cat([first.input_ids, question])) for question in questions]
     groups = [random_group(prompt, shape.completion_len, shape.num_generations) for prompt in prompts]
-    return pack(groups, config=config, max_tokens_per_row=10**9, mode="shared_prefix" if is_packed else "none")
+    if is_packed:
+        return pack(groups, config=config, max_tokens_per_row=10**9)
+    longest = len(groups[0].prompt.input_ids) + shape.completion_len
+    return pack(groups, config=config, max_tokens_per_row=longest, mode="none")

@@ -21,7 +21,7 @@ from tempsamp_fast.rollout import decoding, generate
 from tempsamp_fast.rollout.kv_cache import SharedPrefixCache
 from tempsamp_fast.rollout.token_sampling import SamplingParams
 
-NUM_ANSWERS, LENGTH = 8, 5
+NUM_ANSWERS, LENGTH = 8, 4
 END, SHARE_THAT_ENDS = 5, 0.3
 PARTS = {
     "prefill": (generate, "_prefill"),

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from bench.gpu_sections.update import losses
 from bench.rehearsal.ledger import LEDGER, PEAK_FLOPS
 from bench.rehearsal.scenarios.models import CHECKPOINTS, GRID, Shape, model_of, rows_of
@@ -78,7 +80,12 @@ def play(size: str, variants: Sequence[Variant]) -> dict[str, Any]:
         model.model.visual.requires_grad_(not variant.has_frozen_tower)
         policy.zero_grad()
         gc.collect()
+        for parameter in policy.parameters():  # of the rows before this one
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         found[str(variant)] = _update(size, policy, variant)
+    packed, unpacked = (found.get(str(Variant(is_packed=is_packed))) for is_packed in (True, False))
+    if packed and unpacked:
+        packed["over_unpacked"] = round(unpacked["cautious_ms"] / packed["cautious_ms"], 2)
     return found
 
 
