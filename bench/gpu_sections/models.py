@@ -26,6 +26,7 @@ SPECIAL_IDS = {
     "vision_start_token_id": VISION_START,
     "vision_end_token_id": VISION_END,
 }
+PLAIN_LAYERS = ("--liger_layers=off",)
 RECOMPUTED = ("--gradient_checkpointing=true",)
 TOWER_RECOMPUTED = (*RECOMPUTED, "--checkpoint_every=1000")
 """Settings of the trainer; of the decoder layers only the first is recomputed."""

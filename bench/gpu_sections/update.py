@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bench.gpu_sections.child import Record
-from bench.gpu_sections.models import PUBLISHED, RECOMPUTED, Scale, Size
+from bench.gpu_sections.models import PLAIN_LAYERS, PUBLISHED, RECOMPUTED, Scale, Size
 from bench.gpu_sections.timing import event_ms, in_turn, memory, require, share_of_peak
 from tempsamp_fast.config import AlgorithmConfig
 from tempsamp_fast.learning.loss import RowTargets, policy_loss
@@ -68,13 +68,13 @@ def measure_size(record: Record, scale: Scale, size: Size, shapes: Sequence[Shap
             measure_liger_layers(record, scale, f"{size} {fitting[0]} Liger layers", model, fitting[0])
     frozen = replace(shapes[0], is_recomputed=False)
     label = f"{size} {frozen} frozen tower"
-    if record.fits(label, scale.update_gib(config, *frozen.sizes, settings=["--freeze_vision=true"])):
+    if record.fits(label, scale.update_gib(config, *frozen.sizes, settings=[*PLAIN_LAYERS, "--freeze_vision=true"])):
         with record.attempt(label):
             measure_frozen_tower(record, scale, label, policy_of(model, frozen), frozen)
 
 
 def needed_gib(scale: Scale, config: Any, shape: Shape) -> float:
-    settings = RECOMPUTED if shape.is_recomputed else ()
+    settings = PLAIN_LAYERS + (RECOMPUTED if shape.is_recomputed else ())
     return scale.update_gib(config, *shape.sizes, num_groups=shape.num_groups, settings=settings)
 
 
