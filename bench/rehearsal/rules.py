@@ -18,6 +18,7 @@ ALLOWED_WAITS = {
     "generate.py _Answers.__init__:": "the ids that end an answer, before the first token",
     "generate.py _prefill": "positions of the first tokens, once a rollout",
     "shared_keys.py SharedKeys.__init__:": "lengths of prompts, once a rollout",
+    "shared_keys.py shared_levels:": "which video each prompt asks about, once a rollout",
     "shared_keys.py SharedKeys.retire:": "which prompts still have rows",
     "shared_keys.py SharedKeys._assign_slots:": "most rows of a prompt, at the start and where rows retire",
     "metrics.py logp_gap:": "the log-probs of a step, after its update",
