@@ -20,6 +20,8 @@ from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.planning.estimate import Work, step_memory
 
 ONE_PROMPT = Shape()
+UNSTEPPED = ["--zero_stage=1", "--offload=optimizer"]
+"""Flags by which the plan leaves out what the optimizer's step holds: none is played here."""
 RECOMPUTED = {
     "": ["--gradient_checkpointing=false"],
     "tower": ["--gradient_checkpointing=true", "--checkpoint_every=1000"],
@@ -54,7 +56,7 @@ class Variant:
         budget = [f"--prompts_per_device={self.shape.num_groups}", f"--max_tokens_per_row={10**9}"]
         return [
             "--phases=grpo:1",
-            "--zero_stage=1",
+            *UNSTEPPED,
             f"--model={CHECKPOINTS[size]}",
             layers,
             *budget,
