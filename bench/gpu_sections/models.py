@@ -27,6 +27,8 @@ SPECIAL_IDS = {
     "vision_end_token_id": VISION_END,
 }
 PLAIN_LAYERS = ("--liger_layers=off",)
+UNSTEPPED = ("--zero_stage=1", "--offload=optimizer")
+"""The plan leaves out what DeepSpeed holds while it steps."""
 RECOMPUTED = ("--gradient_checkpointing=true",)
 TOWER_RECOMPUTED = (*RECOMPUTED, "--checkpoint_every=1000")
 """Settings of the trainer; of the decoder layers only the first is recomputed."""
@@ -153,7 +155,13 @@ class Scale:
         settings: flags of the trainer, such as RECOMPUTED.
         copies: tensors as large as the weights: these and their gradients, or also moments and a reference.
         """
-        flags = ["--phases=grpo:1", f"--prompts_per_device={num_groups}", f"--max_tokens_per_row={10**9}", *settings]
+        flags = [
+            "--phases=grpo:1",
+            *UNSTEPPED,
+            f"--prompts_per_device={num_groups}",
+            f"--max_tokens_per_row={10**9}",
+            *settings,
+        ]
         trainer = parse_args(flags)
         work = Work(grid or self.grid, self.prompt_len, completion_len, num_generations, num_generations)
         memory = step_memory(work, config, count_parameters(config, trainer.model), trainer, 2, 1)

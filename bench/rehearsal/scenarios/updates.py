@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bench.gpu_sections.models import UNSTEPPED
 from bench.gpu_sections.update import losses
 from bench.rehearsal.ledger import LEDGER, PEAK_FLOPS
 from bench.rehearsal.scenarios.models import CHECKPOINTS, GRID, Shape, model_of, rows_of
@@ -20,8 +21,6 @@ from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.planning.estimate import Work, step_memory
 
 ONE_PROMPT = Shape()
-UNSTEPPED = ["--zero_stage=1", "--offload=optimizer"]
-"""Flags by which the plan leaves out what the optimizer's step holds: none is played here."""
 RECOMPUTED = {
     "": ["--gradient_checkpointing=false"],
     "tower": ["--gradient_checkpointing=true", "--checkpoint_every=1000"],
