@@ -41,7 +41,10 @@ def on_card(value: Any) -> bool:
 
 def known(tensor: Tensor) -> Tensor | None:
     """The true values of a tensor on the card, where they are known; on the CPU they are."""
-    return getattr(tensor, "true_values", None) if isinstance(tensor, FakeTensor) else tensor
+    if not isinstance(tensor, FakeTensor):
+        return tensor
+    found = getattr(tensor, "true_values", None)
+    return found if found is not None and found.shape == tensor.shape else None  # `tensor.data` may have been set
 
 
 def values(tensor: Tensor) -> Tensor:
