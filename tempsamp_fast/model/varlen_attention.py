@@ -141,8 +141,9 @@ class _Gathered(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
-        total = torch.zeros(ctx.length, *gradient.shape[1:], device=gradient.device, dtype=torch.float32)
-        return total.index_add_(0, index, gradient.float()).to(gradient.dtype), None
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        total = torch.zeros(ctx.length, *gradient.shape[1:], device=gradient.device, dtype=wide)
+        return total.index_add_(0, index, gradient.to(wide)).to(gradient.dtype), None
 
 
 def _sequences(layout: Sequence[GroupLayout]) -> tuple[list[int], list[list[tuple[int, int]]]]:

@@ -57,6 +57,7 @@ def small_group(tiny) -> RolloutGroup:
 
 def test_packed_rows_of_fused_layers_equal_plain(oracle, tiny, launches) -> None:
     """Under checkpointing, which runs every layer forward twice and backward once."""
+    oracle.rtol = 5e-5  # kernels round once more than the plain layers
     groups = [small_group(tiny)]
     rows = pack(groups, config=tiny.model().config, max_tokens_per_row=10_000)
     policy = Policy(fused_model(tiny), gradient_checkpointing=True)

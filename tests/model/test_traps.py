@@ -48,7 +48,7 @@ def test_text_after_a_video_by_its_height_and_width(oracle, tiny, monkeypatch: p
         )
         return positions[:, 0], int(positions[:, 0, -1].max()) + 1
 
-    monkeypatch.setattr("tempsamp_fast.model.packing.mrope_positions", transformers_positions)
+    monkeypatch.setattr("tempsamp_fast.model.segments.mrope_positions", transformers_positions)
     assert packed_error(oracle, tiny) > VISIBLE
 
 
@@ -58,7 +58,7 @@ def test_wrong_clock(oracle, tiny, seconds: float, monkeypatch: pytest.MonkeyPat
     def wrong_clock(input_ids, grids, seconds_per_grid, config):
         return mrope_positions(input_ids, grids, [seconds] * len(grids), config)
 
-    monkeypatch.setattr("tempsamp_fast.model.packing.mrope_positions", wrong_clock)
+    monkeypatch.setattr("tempsamp_fast.model.segments.mrope_positions", wrong_clock)
     assert packed_error(oracle, tiny) > VISIBLE
 
 

@@ -26,7 +26,9 @@ def write_run(folder, shaping, seed, video, span):
     speeds = [
         {"time/step_s": second, "time/rollout_s": 0.25, "perf/tokens_per_s": 1000.0} for second in (1.0, 2.0, 2.0, 9.0)
     ]
-    metrics += [{"step": step, "phase": "tempsamp/answer", **rewards, **speed} for step, speed in enumerate(speeds)]
+    metrics += [
+        {"step": step, "phase": "tempsamp/answer", "loss": 0.5, **rewards, **speed} for step, speed in enumerate(speeds)
+    ]
     metrics += [{"step": 4, "phase": "eval", "eval/answer/miou": 0.5}]
     group = {"rewards": {"tiou": [0.2, 0.6, 1.0]}, "advantages": [-1, 0, 1], "is_off_policy": [False, False, True]}
     groups = [{"step": step, "phase": "tempsamp/answer", **group} for step in range(4)]
@@ -101,12 +103,12 @@ def test_highlight_detection_shows_its_scores_and_why_no_gallery(tmp_path):
     assert "Left out: the answers of highlight detection" in html and "<article>" not in html and "racle" not in html
 
 
-def test_a_run_without_groups_and_evaluations_still_has_a_page(tmp_path):
+def test_a_run_without_groups_and_evaluations_still_has_a_page_of_curves(tmp_path):
     write_config(tmp_path, task="grounding")
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "phase": "sft/answer", "loss": 1.0}\n')
     main([str(tmp_path)])
     html = (tmp_path / "report.html").read_text()
-    assert re.findall(r"<h2>(.*?)</h2>", html) == ["Runs"]
+    assert re.findall(r"<h2>(.*?)</h2>", html) == ["Runs", "Curves and distributions"]
 
 
 def test_command_line_names_a_folder_without_a_run(tmp_path, capsys):
