@@ -17,9 +17,13 @@ from tempsamp_fast.system.device import prepare_environment
 
 prepare_environment()
 
+from tempsamp_fast.arguments import FIELDS  # noqa: E402
 from tempsamp_fast.config import ModelConfig  # noqa: E402
+from tempsamp_fast.data.prompt_file import SAVED  # noqa: E402
 from tempsamp_fast.model.loading import DTYPES, load_model  # noqa: E402
 from tempsamp_fast.model.lora import base_checkpoint  # noqa: E402
+from tempsamp_fast.model.processor_files import processor_files  # noqa: E402
+from tempsamp_fast.report.model_card import model_card  # noqa: E402
 from tempsamp_fast.run.checkpoint import VIDEO_SETTINGS, model_folder  # noqa: E402
 from tempsamp_fast.system.files import log_printably, one_line, write_file  # noqa: E402
 
@@ -28,6 +32,8 @@ def export(source: Path, out: Path, dtype: torch.dtype, base: str | None = None)
     """Write the model of a run's newest checkpoint, or of a checkpoint, into the new folder `out`.
 
     base: the hub name to fetch where the model is adapters on it; otherwise the hub's cache must have it.
+    Files that others may read: weights, tokenizer, settings of processors (made from the family's where the checkpoint
+    has none), how frames were taken, own prompts, and a card with settings, data and scores.
     Raises ValueError for a source without a model and for an `out` that exists.
     """
     if out.exists():
@@ -42,10 +48,14 @@ def export(source: Path, out: Path, dtype: torch.dtype, base: str | None = None)
     out.mkdir(parents=True)
     model.save_pretrained(out)
     chat.tokenizer.save_pretrained(out)
-    for name, text in chat.preprocessor_files.items():
+    for name, text in (chat.preprocessor_files or processor_files(model.config)).items():
         write_file(out / name, text)
-    if (folder / VIDEO_SETTINGS).is_file():
-        shutil.copy(folder / VIDEO_SETTINGS, out)
+    for name in filter(lambda each: (folder / each).is_file(), (VIDEO_SETTINGS, SAVED)):
+        shutil.copy(folder / name, out)
+    defaults = {name: field.default for name, field in FIELDS.items()}
+    write_file(out / "README.md", model_card(out.resolve().name, folder, defaults))
+    for path in out.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

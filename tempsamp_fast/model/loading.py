@@ -32,7 +32,7 @@ HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
 HUB_TIMEOUT_S = 4.0
 MOST_LAYERS = 4096
 """Of a checkpoint: each takes time to build, whatever it weighs."""
-PREPROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
+PREPROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 FETCH = "the hub is only asked for what is typed; fetch it (hf download NAME), or type --model (train) or --base NAME"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -153,8 +153,9 @@ class RunLog:
                     row |= texts_of(group)
                 self._groups.write(json.dumps({"step": step, "phase": phase, **row}) + "\n")
         self._groups.flush()
-        if groups and train.show_completions and step % train.show_completions == 0:
-            lines = lines_of(sampled_groups(groups, step, 1)[0], self._config.algorithm.rewards, columns())
+        rewarded = [group for group in groups if group.completions[0].rewards]
+        if rewarded and train.show_completions and step % train.show_completions == 0:
+            lines = lines_of(sampled_groups(rewarded, step, 1)[0], self._config.algorithm.rewards, columns())
             logger.info("%s, step %d:\n%s", phase, step, "\n".join(lines))
 
     def __enter__(self) -> RunLog:

@@ -1,0 +1,74 @@
+"""An exported model: readable by others, with the processors' settings and a card that says what it is."""
+
+from __future__ import annotations
+
+import json
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from tempsamp_fast.export import export
+from tempsamp_fast.model.families import FAMILIES
+from tempsamp_fast.model.processor_files import processor_files
+from tempsamp_fast.report.model_card import model_card
+
+
+@pytest.fixture(scope="module")
+def exported(finished_run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "my_model"
+    export(finished_run.folder, out, torch.bfloat16)
+    return out
+
+
+def test_every_file_may_be_read_by_others(exported: Path) -> None:
+    assert stat.S_IMODE(exported.stat().st_mode) & 0o055 == 0o055
+    assert {stat.S_IMODE(path.stat().st_mode) for path in exported.iterdir()} == {0o644}
+    assert AutoModelForImageTextToText.from_pretrained(exported).dtype == torch.bfloat16
+    assert AutoTokenizer.from_pretrained(exported).chat_template
+
+
+def test_its_card_has_settings_data_and_scores(exported: Path, finished_run) -> None:
+    text = (exported / "README.md").read_text()
+    assert text.startswith("---\nlibrary_name: transformers\n") and "# my_model" in text
+    assert "After 5 optimizer steps." in text and "| beta | 0.04 |" not in text and "| num_generations | 3 |" in text
+    assert "| annotations | train.json |" in text and str(finished_run.folder.parent) not in text
+    assert "On test.json, held out" in text and "| 2\\_tempsamp/answer | answer |" in text and "| mIoU |" in text
+    assert "- answer: When does" in text and "- think: " in text
+
+
+def test_a_card_of_a_strangers_record_holds_no_markup(tmp_path: Path) -> None:
+    model = tmp_path / "run/checkpoints/step_000001/model"
+    model.mkdir(parents=True)
+    evil = "<script>x</script> | [a](b) \x1b[31m" + "y" * 5000
+    state = {
+        "step": 1,
+        "config": {"data": {"videos": f"/home/me/{evil}", "annotations": evil}, "model": {"model": evil}},
+    }
+    (model.parent / "state.json").write_text(json.dumps(state))
+    text = model_card("m", model, {})
+    assert "<script>" not in text.replace("\\<", "") and "\x1b" not in text and "/home" not in text
+    assert max(map(len, text.splitlines())) < 600
+    assert "## Data" not in model_card("m", tmp_path, {})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_processors_cut_as_the_family_does(family: str, tmp_path: Path) -> None:
+    config = replace(FAMILIES[family]).config_class(**FAMILIES[family].tiny)
+    files = {name: json.loads(text) for name, text in processor_files(config).items()}
+    assert files.keys() == {"preprocessor_config.json", "video_preprocessor_config.json"}
+    for settings in files.values():
+        assert settings["patch_size"] == config.vision_config.patch_size
+        assert settings["merge_size"] == config.vision_config.spatial_merge_size
+        assert settings["size"]["shortest_edge"] < settings["size"]["longest_edge"]
+
+
+def test_transformers_loads_the_processor(exported: Path) -> None:
+    pytest.importorskip("torchvision", reason="transformers' video processors need torchvision")
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(exported)
+    assert processor.video_processor.patch_size == 14 and processor.tokenizer.chat_template
