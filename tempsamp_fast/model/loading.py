@@ -108,6 +108,8 @@ def _check_size(settings: Any, weights: str) -> None:
         return
     layers = settings.text_config.num_hidden_layers + settings.vision_config.depth
     held = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHTS)
+    if not any(path.suffix == ".safetensors" for path in folder.iterdir()):
+        return  # refused where it is loaded, or pickles that were asked for
     build: Any = family_of(settings).model_class
     try:
         with torch.device("meta"), _unpartitioned():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tempsamp_fast.model.families import geometry_of
+from tempsamp_fast.model.families import family_of, geometry_of
 
 NAMES = ("preprocessor_config.json", "video_preprocessor_config.json")
 
@@ -24,7 +24,7 @@ def processor_files(model_config: Any) -> dict[str, str]:
         "do_rescale": True,
         "do_resize": True,
     }
-    is_third = geometry.family == "qwen3_vl"
+    is_third = family_of(model_config).has_timestamps
     most = geometry.total_pixels if is_third else geometry.max_pixels
     sizes = {"size": {"shortest_edge": geometry.min_pixels, "longest_edge": most}}
     kinds = {"processor_class": "Qwen3VLProcessor" if is_third else "Qwen2_5_VLProcessor"}

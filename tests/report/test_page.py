@@ -21,14 +21,12 @@ def write_run(folder, shaping, seed, video, span):
     """A run of two steps, evaluated before and after on two queries, one of them about a missing video."""
     config = {"data": {"task": "grounding"}, "model": {"model": "tiny"}, "algorithm": {"shaping": shaping}}
     config |= {"train": {"seed": seed, "phases": "p"}}
-    rewards = {"reward/tiou": 0.4, "reward/on_policy_mean": 0.4, "reward/off_policy_mean": 1.0}
+    rewards = {"reward/tiou": 0.4, "reward/on_policy_mean": 0.4, "reward/off_policy_mean": 1.0, "loss": 0.5}
     metrics = [{"step": 0, "phase": "eval", "eval/answer/miou": 0.1}]
     speeds = [
         {"time/step_s": second, "time/rollout_s": 0.25, "perf/tokens_per_s": 1000.0} for second in (1.0, 2.0, 2.0, 9.0)
     ]
-    metrics += [
-        {"step": step, "phase": "tempsamp/answer", "loss": 0.5, **rewards, **speed} for step, speed in enumerate(speeds)
-    ]
+    metrics += [{"step": step, "phase": "tempsamp/answer", **rewards, **speed} for step, speed in enumerate(speeds)]
     metrics += [{"step": 4, "phase": "eval", "eval/answer/miou": 0.5}]
     group = {"rewards": {"tiou": [0.2, 0.6, 1.0]}, "advantages": [-1, 0, 1], "is_off_policy": [False, False, True]}
     groups = [{"step": step, "phase": "tempsamp/answer", **group} for step in range(4)]

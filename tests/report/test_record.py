@@ -1,6 +1,8 @@
 """groups.jsonl: what a run writes is what the report reads, also after a resumption."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -8,18 +10,21 @@ from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.batch import Completion, RolloutGroup
 from tempsamp_fast.report.figures import select, task_rewards
 from tempsamp_fast.run.log import RunLog
+from tempsamp_fast.sample import Sample
+
+PROMPT = SimpleNamespace(sample=Sample("a", Path("a.mp4"), "a query", 4.0, ((1.0, 3.0),)), mode="answer")
 
 
 def group(*rewards):
     """A group with these rewards, the last one off-policy; advantages are 0, 1, ..."""
     ids = torch.tensor([1])
     completions = [Completion(ids, "", i == len(rewards) - 1, rewards={"tiou": r}) for i, r in enumerate(rewards)]
-    return RolloutGroup(None, completions, torch.arange(float(len(rewards))))
+    return RolloutGroup(PROMPT, completions, torch.arange(float(len(rewards))))
 
 
 def test_groups_are_recorded_and_dropped_from_the_step_of_a_resumption(tmp_path):
     config = parse_args([])
-    unrewarded = RolloutGroup(None, [Completion(torch.tensor([1]), "")], torch.ones(1))
+    unrewarded = RolloutGroup(PROMPT, [Completion(torch.tensor([1]), "")], torch.ones(1))
     with RunLog(tmp_path, config, total_steps=3, first_step=0, active=True) as log:
         for step in range(3):
             log.log_groups(step, "tempsamp/answer", [group(0.25, 0.5, 1.0), unrewarded])

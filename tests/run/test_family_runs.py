@@ -15,6 +15,7 @@ from tempsamp_fast.embedded.model import build_tiny_checkpoint
 from tempsamp_fast.model.loading import load_model
 from tempsamp_fast.model.mrope import mrope_positions
 from tempsamp_fast.run.schedule import plan
+from tempsamp_fast.video import Geometry, normalise_rows
 
 FAMILIES = pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"])
 TINY = ("--model", "tiny", "--learning_rate", "1e-3")
@@ -35,7 +36,7 @@ def test_a_saved_checkpoint_answers_the_same_without_this_package(stepper, tmp_p
     ((sampled,),) = one.run.sample([prompt], 1, 1.0)
     for ids, logps in ((answer.ids, None), (sampled.ids, sampled.sampled_logps)):
         with torch.no_grad():
-            logits = plain_logits(model, prompt, ids)
+            logits = plain_logits(model, prompt, ids, one.run.loader.geometry)
         if logps is None:
             logits[:, one.run.chat.banned_token_ids] = float("-inf")
             assert torch.equal(logits.argmax(-1), ids)
@@ -44,7 +45,7 @@ def test_a_saved_checkpoint_answers_the_same_without_this_package(stepper, tmp_p
             torch.testing.assert_close(logps, expected, rtol=1e-4, atol=1e-4)
 
 
-def plain_logits(model, prompt, ids: torch.Tensor) -> torch.Tensor:
+def plain_logits(model, prompt, ids: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """[len(ids), vocab_size]: what predicts them."""
     video, length = prompt.video, len(ids)
     positions, start = mrope_positions(prompt.input_ids, [video.grid_thw], [video.second_per_grid], model.config)
@@ -52,7 +53,7 @@ def plain_logits(model, prompt, ids: torch.Tensor) -> torch.Tensor:
     return model(
         input_ids=torch.cat([prompt.input_ids, ids])[None],
         position_ids=torch.cat([positions, own], dim=1)[:, None],
-        pixel_values_videos=video.pixel_values,
+        pixel_values_videos=normalise_rows(video.pixel_values, geometry),
         video_grid_thw=torch.tensor([video.grid_thw]),
         use_cache=False,
     ).logits[0, -length - 1 : -1]

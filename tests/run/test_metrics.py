@@ -86,7 +86,7 @@ def test_extremes_of_ranks_stay_extremes(monkeypatch: pytest.MonkeyPatch) -> Non
         {"completion/min_length": 2.0, "completion/max_length": 5.0},
         {"completion/max_length": 9.0, "loss": 1.0},
     ]
-    monkeypatch.setattr("tempsamp_fast.learning.update.of_all_ranks", lambda own: lengths)
+    monkeypatch.setattr("tempsamp_fast.learning.metrics.of_all_ranks", lambda own: lengths)
     assert mean_over_ranks({}) == {"completion/min_length": 2, "completion/max_length": 9, "loss": 1}
 
 

@@ -76,7 +76,7 @@ def test_plots_are_drawn_at_the_end(finished_run) -> None:
 def test_the_table_has_every_stage_and_the_constant_baseline(finished_run) -> None:
     summary = json.loads((finished_run.folder / "summary.json").read_text())
     lines = table(summary["rows"], summary["num_queries"]).splitlines()
-    assert lines[0] == "4 held-out queries"
+    assert lines[0] == "4 held-out queries, protocol own: frames, prompt and parser of this run"
     assert lines[1].split() == ["after", "mode", "miou", "r1@0.3", "r1@0.5", "r1@0.7", "parse_rate"]
     assert [line.split()[0] for line in lines[2:]] == ["start", "1_sft/answer", "2_tempsamp/answer", "constant"]
 

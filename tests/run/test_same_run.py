@@ -27,7 +27,8 @@ OTHERWISE: dict[str, Any] = {
     "min_frames": 6, "max_frames": 10, "min_pixels": 1000, "max_pixels": 2000, "total_pixels": 3000, "random_crop": 0.5,
     "cache_features": True, "tiny_family": "qwen3_vl", "dtype": "bfloat16", "freeze_vision": True, "lora_rank": 3,
     "lora_alpha": 3.0, "lora_targets": "q_proj", "attention_core": "split", "seed": 9, "prompts_per_device": 3,
-    "sft_prompts_per_device": 3,
+    "sft_prompts_per_device": 3, "queries_per_video": 2, "draw": "timelens", "draw_samples": 9, "draw_seed": 3,
+    "draw_like": "other", "answer_form": "timelens",
 }  # fmt: skip
 """The settings that are fixed, each with another value."""
 
@@ -63,7 +64,7 @@ def test_a_fixed_setting_of_another_value_is_refused_by_name(name: str) -> None:
         resume(settings(**{name: OTHERWISE[name]}))
 
 
-STAGE_AND_STEPS = ("phases", "gradient_accumulation_steps", "zero_stage", "offload", "deepspeed_config")
+STAGE_AND_STEPS = ("phases", "gradient_accumulation_steps", "zero_stage", "offload", "deepspeed_config", "prompt_file")
 """Settings whose changes are looked at together with others; see the tests below."""
 
 
