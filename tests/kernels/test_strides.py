@@ -139,7 +139,7 @@ def test_logits_whose_rows_share_memory_are_never_overwritten(impl):
 IDS = ("token_ids", "row_ids", "group_ids", "selected_token_ids", "completion_ids", "input_ids", "live_rows")
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("door", DOORS)
 @settings(max_examples=2, deadline=None)
 @given(data=st.data())
@@ -157,7 +157,7 @@ def test_vectors_of_any_dtype_mean_their_values(door, impl, data):
         torch.testing.assert_close(actual, value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("door", [door for door, (_, names) in DOORS.items() if {"hidden", "_input"} & set(names)])
 def test_each_leaf_has_the_gradient_that_it_has_among_all(door, impl):
     every = {name: value.to(DEVICE) for name, value in random_arguments(0).items() if name in DOORS[door][1]}
