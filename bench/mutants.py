@@ -27,6 +27,7 @@ from bench.mutation.mutant import Mutant, read_mutants  # noqa: E402
 from bench.mutation.reach import Reach, Recording, digest, inputs_of, stale, tests_reaching  # noqa: E402
 from bench.mutation.table import write_table  # noqa: E402
 from bench.mutation.verdict import FirstFailure  # noqa: E402
+from tempsamp_fast.run.log import commit_of_code  # noqa: E402
 
 WORK = ROOT / "build/mutants"
 CACHE = ("-o", f"cache_dir={WORK / 'pytest_cache'}")
@@ -190,7 +191,7 @@ def main() -> None:
         known = {} if options.again else verdicts(source.path, mutants)
         waiting = [mutant for mutant in mutants if known.get(mutant.name, {"verdict": "open"})["verdict"] == "open"]
         judge(source.path, trees, waiting, reach, options.budget)
-    write_table(every, verdicts(ROOT, every), ROOT / "bench/results")
+    write_table(every, verdicts(ROOT, every), ROOT / "bench/results", commit_of_code())
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from typing import Any
 from bench.mutation.mutant import Mutant
 
 
-def write_table(mutants: Sequence[Mutant], verdicts: Mapping[str, dict[str, Any]], folder: Path) -> None:
-    """Every mutant with its verdict as JSON, and a table by area with the survivors below it."""
+def write_table(
+    mutants: Sequence[Mutant], verdicts: Mapping[str, dict[str, Any]], folder: Path, commit: str | None = None
+) -> None:
+    """Every mutant of `commit` with its verdict as JSON, and a table by area with the survivors below it."""
     rows = [
         {
             "name": mutant.name,
@@ -28,7 +30,8 @@ def write_table(mutants: Sequence[Mutant], verdicts: Mapping[str, dict[str, Any]
     lines = ["# Mutants: small faults put into the code, and the tests that notice", ""]
     noticed = sum(row["verdict"] in ("killed", "timed out") for row in rows)
     judged = sum(row["verdict"] != "open" for row in rows)
-    lines += [f"`python bench/mutants.py`: {noticed} of {judged} noticed, {len(rows) - judged} not judged yet.", ""]
+    counts = f"{noticed} of {judged} noticed, {len(rows) - judged} not judged yet"
+    lines += [f"`python bench/mutants.py`{f' at {commit}' if commit else ''}: {counts}.", ""]
     lines += [
         "| module | mutants | killed | timed out | survived | open | by which tests |",
         "|---|---|---|---|---|---|---|",

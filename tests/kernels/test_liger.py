@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
-from tempsamp_kernels.liger import FusedLinearGRPOLoss
+from tempsamp_kernels import liger
+from tempsamp_kernels.liger import FusedLinearGRPOLoss, triton_grpo_loss
 
 LigerFusedLinearGRPOLoss = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss").LigerFusedLinearGRPOLoss
 BATCH, LENGTH, HIDDEN, VOCAB = 4, 7, 12, 37
@@ -176,3 +179,22 @@ def test_a_frozen_head_gets_no_gradient():
 def test_what_liger_refuses_is_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         FusedLinearGRPOLoss(**options)
+
+
+def test_what_is_not_said_is_as_in_liger():
+    """The defaults of the function over logits, which differ from those over hidden states."""
+    theirs = pytest.importorskip("liger_kernel.transformers.grpo_loss").triton_grpo_loss
+    ours = inspect.signature(triton_grpo_loss).parameters
+    for name, parameter in inspect.signature(theirs).parameters.items():
+        if parameter.default is not inspect.Parameter.empty and name in ours:
+            assert ours[name].default == parameter.default, name
+
+
+@pytest.mark.parametrize("given", [None, 12.0])
+def test_tokens_of_the_batch_are_counted_over_all_processes(monkeypatch, given):
+    """Three of them with as many tokens each; what is given is of all of them already."""
+    monkeypatch.setattr(liger.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(liger.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(liger.dist, "all_reduce", lambda tensor: tensor.mul_(3))
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert float(liger.items_per_process(mask, given)) == (5.0 if given is None else 4.0)

@@ -162,3 +162,12 @@ def test_any_shape_mask_and_temperature_agree_with_fp64(data):
         logps.sum().backward()
         torch.testing.assert_close(logps.double(), expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_mask_is_that_of_the_last_ids():
+    """Input ids and mask may begin with the prompt, whose tokens count otherwise."""
+    logits, ids = torch.randn(2, 4, 11), torch.randint(0, 11, (2, 7))
+    mask = torch.tensor([[0, 0, 1, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0, 1]])
+    found = fused_selective_log_softmax(logits, ids, 0.7, mask, impl="torch")
+    expected = (logits[:, :-1] / 0.7).log_softmax(-1).gather(-1, ids[:, -3:, None])[..., 0] * mask[:, -3:]
+    torch.testing.assert_close(found, expected)
