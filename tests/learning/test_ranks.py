@@ -39,8 +39,7 @@ def slow(*words: str) -> Any:
     "partitioning",
     [
         pytest.param(("2",), id="2"),
-        pytest.param(("3",), id="3"),
-        *(slow("0"), slow("1"), slow("2", "--offload", "optimizer"), slow("3", "--offload", "all")),
+        *(slow("0"), slow("1"), slow("3"), slow("2", "--offload", "optimizer"), slow("3", "--offload", "all")),
     ],
 )
 def test_every_zero_stage_and_number_of_ranks_trains_as_one_plain_rank(
