@@ -141,7 +141,7 @@ def test_a_browser_shows_spans_where_they_are_on_the_frames(page, tmp_path):
     """Each method's bar covers half the frames' width: the first method the left half, the second the right one."""
     browser = find_browser()
     shot = tmp_path / "shot.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,5000"]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,7000"]
     command = [browser, *options, f"--screenshot={shot}", f"--user-data-dir={tmp_path}", page.as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     picture = imread(shot)[..., :3]
