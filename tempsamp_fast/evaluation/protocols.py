@@ -116,7 +116,17 @@ class Protocol:
         return f"{self.name}: {', '.join([*parts, f'an answer not read counts as {unread}'])}"
 
 
-_TIMELENS_PIXELS = 768 * 32 * 32
+_TIMELENS_BUDGET = Budget(2.0, 768, min_tokens=64, max_pixels=768 * 32 * 32, total_tokens=14_336)
+_TIMELENS = Protocol(
+    "timelens",
+    "sentence",
+    _TIMELENS_BUDGET,
+    read_pairs,
+    "the first pair, tags or not",
+    rounds=True,
+    is_unread_beyond=True,
+    max_completion_length=512,
+)
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
@@ -128,26 +138,8 @@ PROTOCOLS = {
             "the last pair of the last answer block",
             answers="last",
         ),
-        Protocol(
-            "release",
-            "example",
-            Budget(2.0, 768, min_tokens=4, max_pixels=_TIMELENS_PIXELS, total_tokens=14_336),
-            read_pairs,
-            "the first pair, tags or not",
-            rounds=True,
-            is_unread_beyond=True,
-            max_completion_length=512,
-        ),
-        Protocol(
-            "timelens",
-            "sentence",
-            Budget(2.0, 768, min_tokens=64, max_pixels=_TIMELENS_PIXELS, total_tokens=14_336),
-            read_pairs,
-            "the first pair, tags or not",
-            rounds=True,
-            is_unread_beyond=True,
-            max_completion_length=512,
-        ),
+        replace(_TIMELENS, name="release", answer_form="example", budget=replace(_TIMELENS_BUDGET, min_tokens=4)),
+        _TIMELENS,
         Protocol(
             "timelens2",
             "json",
