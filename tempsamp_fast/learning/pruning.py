@@ -14,7 +14,7 @@ from tempsamp_fast.batch import RolloutGroup
 from tempsamp_fast.config import AlgorithmConfig, TrainConfig
 from tempsamp_fast.learning.advantage import task_and_added
 from tempsamp_fast.model.flops import layout_flops
-from tempsamp_fast.model.segments import segment, segments
+from tempsamp_fast.model.packing import trees_of
 
 EPS = 1e-6
 LEAST_SCALE = 0.25
@@ -114,11 +114,7 @@ def prune_metrics(
 
 
 def _flops(groups: Sequence[RolloutGroup], train: TrainConfig, model_config: Any) -> float:
-    answers = [(group.prompt, [each.ids for each in group.completions]) for group in groups]
-    if train.packing == "shared_prefix":
-        trees = list(segments(answers, model_config, train.max_tokens_per_row))
-    else:
-        trees = [segment(prompt, [ids], model_config) for prompt, of_prompt in answers for ids in of_prompt]
+    trees = list(trees_of(groups, model_config, train.max_tokens_per_row, train.packing))
     grids = [video.grid_thw for tree in trees for video in tree.videos if video.features is None]
-    num_predicted = sum(len(ids) for _, of_prompt in answers for ids in of_prompt)
+    num_predicted = sum(group.num_answer_tokens for group in groups)
     return layout_flops([tree.layout for tree in trees], num_predicted, grids, model_config)

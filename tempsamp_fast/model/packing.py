@@ -83,13 +83,19 @@ def pack(
     Raises ValueError naming the sample for a prompt or an answer longer than a row and for an empty answer; for an
     unknown mode.
     """
+    return _rows(trees_of(groups, config, max_tokens_per_row, mode), max_tokens_per_row)
+
+
+def trees_of(
+    groups: Sequence[RolloutGroup], config: Any, max_tokens_per_row: int, mode: PackingMode
+) -> Iterable[Segment]:
+    """What `pack` lays into rows; arguments and errors are the same."""
     if mode == "shared_prefix":
         branches = [(group.prompt, [completion.ids for completion in group.completions]) for group in groups]
-        return _rows(segments(branches, config, max_tokens_per_row), max_tokens_per_row)
+        return segments(branches, config, max_tokens_per_row)
     if mode != "none":
         raise ValueError(f"mode={mode!r} is unknown; choose shared_prefix or none")
-    alone = (segment(group.prompt, [each.ids], config) for group in groups for each in group.completions)
-    return _rows(alone, max_tokens_per_row)
+    return (segment(group.prompt, [each.ids], config) for group in groups for each in group.completions)
 
 
 def pack_prompts(prompts: Sequence[Prompt], *, config: Any, max_tokens_per_row: int) -> list[PackedRow]:
