@@ -47,9 +47,8 @@ def with_vision_features(policy: Any, prompts: Sequence[Prompt]) -> list[Prompt]
 
 def with_pixels_on(device: torch.device, prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts with the pixels of their videos on the device, each video sent once for all passes of a step."""
-    moved: dict[int, VideoPatches] = {}
-    for video in (prompt.video for prompt in prompts):
-        moved[id(video)] = replace(video, pixel_values=sent(video.pixel_values, device))
+    videos = {id(prompt.video): prompt.video for prompt in prompts}
+    moved = {key: replace(video, pixel_values=sent(video.pixel_values, device)) for key, video in videos.items()}
     return [replace(prompt, video=moved[id(prompt.video)]) for prompt in prompts]
 
 

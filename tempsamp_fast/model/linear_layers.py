@@ -99,6 +99,7 @@ class TreeRecurrence:
         self._lengths: list[int] = []
         self._parents: list[int | None] = []
         self._levels: list[list[int]] = []
+        self._ends: list[int] = []
         for group in layout:
             first = len(self._lengths)
             for index, node in enumerate(group.nodes):
@@ -106,9 +107,10 @@ class TreeRecurrence:
                 if depth == len(self._levels):
                     self._levels.append([])
                 self._levels[depth].append(first + index)
+                if node.is_leaf:
+                    self._ends.append(first + index)
                 self._lengths.append(node.length)
                 self._parents.append(first + node.path[-1] if node.path else None)
-        self._ends = [index for index in range(len(self._parents)) if index not in self._parents]
         self._tails: dict[int, Tensor] = {}
         self.after: dict[int, State] = {}
         """By layer: how the leaves end, in order."""

@@ -57,10 +57,12 @@ class SharedPrefixCache:
         own_values = self._own_values[layer_index].index_copy_(2, self._newest, value)
         query = query[:, :, 0].unflatten(1, (key.shape[1], -1))
         output, lse = attend(query, own_keys, own_values, self._own_bias, scaling)
-        for shared in self._shared:
+        for level, shared in enumerate(self._shared, start=1):
             theirs, their_lse = shared.attend(layer_index, query, scaling)
             share = torch.sigmoid(their_lse - lse)[..., None]
-            output, lse = torch.lerp(output, theirs, share), torch.logaddexp(lse, their_lse)
+            output = torch.lerp(output, theirs, share)
+            if level < len(self._shared):
+                lse = torch.logaddexp(lse, their_lse)
         return output.flatten(1, 2)[:, None].to(value.dtype)
 
     def retire(self, keep: Tensor) -> None:
