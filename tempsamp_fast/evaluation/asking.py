@@ -45,12 +45,13 @@ def evaluate(
     ordered = [sample for queries in by_video(samples) for sample in queries]
     size = max(1, min(batch_size, math.ceil(len(samples) / num_ranks())))
     batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    own = batches[own_rank() :: num_ranks()]
+    own += [[]] * (math.ceil(len(batches) / num_ranks()) - len(own))
     with Progress(len(samples), every_s=PROGRESS_S) if is_first_rank() else nullcontext() as progress:
         # Every rank samples equally often, as partitioned parameters need it, if only an answer that others have too.
-        for index in range(0, len(batches), num_ranks()):
+        for batch in own:
             if is_stopping():
                 return None
-            batch = next(iter(batches[index + own_rank() : index + own_rank() + 1]), [])
             prompts = loader.prompts(batch, [mode] * len(batch)) or _first_prompt(samples, mode, loader)
             answers = sampler(prompts, [1] * len(prompts)) if prompts else []
             for prompt, (completion,) in zip(prompts, answers, strict=True):

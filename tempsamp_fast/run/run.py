@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -39,7 +39,6 @@ from tempsamp_fast.run.reference import reference_of
 from tempsamp_fast.run.resume import check_same_run, facts_of, open_folder
 from tempsamp_fast.run.schedule import PhaseStep, first_reinforcement_step, in_steps, plan
 from tempsamp_fast.run.skipped_steps import SkippedSteps
-from tempsamp_fast.sample import Mode
 from tempsamp_fast.system.device import training_device
 from tempsamp_fast.system.heartbeat import GracefulStop, Heartbeat
 from tempsamp_fast.system.ranks import max_over_ranks, num_ranks, own_rank
@@ -77,8 +76,9 @@ class Run:
         self.policy, self.chat = self._load_policy(checkpoint, dtype)
         self.chat.answer_form = data.answer_form
         self.chat.templates = templates
-        held_out = train.eval_modes.split("+") if self.eval_samples else []
-        self.chat.check({mode for phase in self.phases for mode in phase.modes} | {*cast("list[Mode]", held_out)})
+        modes: list[Any] = [mode for phase in self.phases for mode in phase.modes]
+        modes += train.eval_modes.split("+") if self.eval_samples else []
+        self.chat.check({*modes})
         self.loader = PromptLoader(
             self.chat,
             geometry_of(self.policy.config, data.min_pixels, data.max_pixels, data.total_pixels),
@@ -86,8 +86,6 @@ class Run:
             max_prompt_tokens=train.max_tokens_per_row,
             tower=features_key(self.policy, data.cache_features),
         )
-        modes: list[Any] = [mode for phase in self.phases for mode in phase.modes]
-        modes += train.eval_modes.split("+") if self.eval_samples else []
         look_at_prompts(
             [*self.train_samples, *self.eval_samples],
             data,
