@@ -44,7 +44,7 @@ def server() -> Iterator[tuple[str, list[str]]]:
             self.send_error(404)
 
         def log_message(self, *_: object) -> None:
-            pass
+            """Not on stderr."""
 
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=running.serve_forever, daemon=True).start()

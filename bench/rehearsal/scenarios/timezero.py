@@ -6,7 +6,7 @@ by flash windows and its patches are one product, as ours are.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -115,9 +115,8 @@ def generation(label: str, model: PreTrainedModel, prompt: Any, length: int) -> 
         model.register_forward_hook(lambda *_: parts.pop().close()),
     ]
     try:
-        step.huggingface_generate(model, prompt, NUM_ANSWERS, GENERATED + 1)
-    except EnoughError:
-        pass
+        with suppress(EnoughError):
+            step.huggingface_generate(model, prompt, NUM_ANSWERS, GENERATED + 1)
     finally:
         for hook in hooks:
             hook.remove()

@@ -27,7 +27,7 @@ class Sampler:
         self.run = run
 
     def sync_weights(self) -> None:
-        pass
+        """There are none."""
 
     def generate(self, prompts: Sequence, num_completions: Any, params: SamplingParams, seed: Any) -> list:
         self.asked.append((list(num_completions), params, tuple(seed)))

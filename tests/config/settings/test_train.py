@@ -56,7 +56,7 @@ def test_another_seed_draws_other_adapters(stepper: Callable) -> None:
 
 
 class StopHere(Exception):
-    pass
+    """Raised where a step would begin."""
 
 
 def num_prompts(row: Any) -> int:
