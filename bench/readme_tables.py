@@ -1,4 +1,6 @@
-"""Write the README's tables from the committed results: `python bench/readme_tables.py`; `--check` only compares.
+"""Write the tables of README and docs/ from the committed results: `python bench/readme_tables.py`.
+
+`--check` only compares.
 
 `--demo RUN` first takes the results of a run of `make demo`.
 """
@@ -22,7 +24,7 @@ from tempsamp_fast.arguments import parse_args  # noqa: E402
 from tempsamp_fast.plan import peak_memory, with_stage  # noqa: E402
 from tempsamp_fast.report.runs import interval  # noqa: E402
 
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = Path(__file__).parent / "results"
 PLANNED = {
     "charades_qwen2_5_vl_7b": ["--config", "charades_qwen2_5_vl_7b"],
@@ -83,6 +85,49 @@ def step_table() -> str:
     memory = json.loads((RESULTS / "step_cpu.json").read_text())["results"]["peak_memory_of_the_update"]["ratio"]
     table = _ratio_table("step_cpu.json", "against", STEP_ROWS)
     return table + f"\n\nAt 8 answers the update needs {100 * memory:.0f} % of the memory of one row for each."
+
+
+def headline_table() -> str:
+    """Three ratios, each with the command that makes it."""
+    lines = ["| | times faster | spread | command |", "|---|---|---|---|"]
+    for label, file, name in HEADLINES:
+        result = json.loads((RESULTS / file).read_text())["results"][name]
+        least, most = result["spread"]
+        command = f"pytest bench/bench_{file.replace('_cpu.json', '.py')} -k {name.partition('[')[0]}"
+        lines.append(f"| {label} | {result['ratio']:.1f} | {least:.1f} to {most:.1f} | `{command}` |")
+    return "\n".join(lines)
+
+
+HEADLINES = [
+    ("a whole step, against one as TimeZero takes it", "step_cpu.json", "step_against_a_plain_huggingface_step"),
+    (
+        "four questions about a video, against a row an answer",
+        "step_cpu.json",
+        "tree_update_against_one_row_per_completion",
+    ),
+    ("file to frames (H.264), against the faster of torchcodec and decord", "video_cpu.json", "one_core[h264_360p]"),
+]
+
+
+def card_table() -> str:
+    """What a card of 24 GB can train, by the plan."""
+    lines = ["| on one card of 24 GB, by the plan (not measured) | memory |", "|---|---|"]
+    for model in CARD_MODELS:
+        config = parse_args(["--config", "own_videos", "--model", model, "--lora_rank", "16", "--zero_stage", "0"])
+        total = peak_memory(config, 1).total / 2**30
+        verdict = f"{total:.1f} GiB" + ("" if total < CARD_GIB else ": does not fit")
+        lines.append(f"| `--model {model} --lora_rank 16` | {verdict} |")
+    return "\n".join(lines)
+
+
+CARD_MODELS = (
+    "Qwen/Qwen2.5-VL-3B-Instruct",
+    "Qwen/Qwen3-VL-4B-Instruct",
+    "Qwen/Qwen3.5-4B",
+    "Qwen/Qwen2.5-VL-7B-Instruct",
+)
+CARD_GIB = 22
+"""What such a card leaves to a program."""
 
 
 def video_table() -> str:
@@ -175,6 +220,8 @@ def rehearsal_table() -> str:
 
 
 TABLES = {
+    "headline": headline_table,
+    "card": card_table,
     "demo": demo_table,
     "paper": paper_table,
     "step": step_table,
@@ -195,27 +242,24 @@ def take_demo(run: Path) -> None:
 
 
 def filled(text: str) -> str:
-    """The README with every `<!-- NAME table -->` ... `<!-- end -->` block made anew."""
-    for name, make in TABLES.items():
-        block = re.compile(rf"(<!-- {name} table -->\n).*?(<!-- end -->)", re.DOTALL)
-        assert block.search(text), f"README.md has no place for the {name} table"
-        table = make()
-        text = block.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
-    return text
+    """A page with every `<!-- NAME table -->` ... `<!-- end -->` block of it made anew."""
+    block = re.compile(r"(<!-- (\w+) table -->\n).*?(<!-- end -->)", re.DOTALL)
+    return block.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="fail if a page is out of date")
     parser.add_argument("--demo", type=Path, metavar="RUN")
     options = parser.parse_args()
     if options.demo:
         take_demo(options.demo)
-    current = README.read_text()
-    wanted = filled(current)
+    stale = [page for page in PAGES if filled(page.read_text()) != page.read_text()]
     if options.check:
-        return int(current != wanted)
-    README.write_text(wanted)
+        print(*stale, sep="\n")
+        return int(bool(stale))
+    for page in stale:
+        page.write_text(filled(page.read_text()))
     return 0
 
 

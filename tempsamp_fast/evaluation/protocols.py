@@ -170,7 +170,7 @@ PROTOCOLS = {
         ),
     )
 }
-"""By name; the facts of each are in docs/protocols.md."""
+"""By name; the facts of each are in docs/evaluation.md."""
 
 
 def protocol_for(name: str, test: str | None) -> Protocol:
