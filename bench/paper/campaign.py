@@ -134,8 +134,7 @@ class Campaign:
         folder.parent.mkdir(parents=True, exist_ok=True)
         files = {"annotations": _annotations(data, "train"), "eval_annotations": _annotations(data, "test")}
         kept = {"videos": data / "videos", "patch_cache": self.work / "patches", "output_dir": folder}
-        every = {**plan.COMMON, **flags, **files, **kept}
-        command = [sys.executable, str(ROOT / "tempsamp_fast/train.py"), *(f"--{k}={v}" for k, v in every.items())]
+        command = [sys.executable, str(ROOT / "tempsamp_fast/train.py"), *plan.words({**flags, **files, **kept})]
         python_path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
         started = time.monotonic()

@@ -39,6 +39,8 @@ well. All runs are trained and tested on these."""
 DATA = {"easy": EASY, "hard": HARD}
 
 PROMPTS_PER_STEP = 16
+RECIPE = "tiny_cpu"
+"""What the settings below are laid over, named in every run: own annotations would otherwise take another recipe."""
 COMMON: dict[str, object] = {
     "random_crop": 0,
     "min_pixels": 784,
@@ -119,6 +121,11 @@ def phases(method: str, modes: Iterable[str], rate: float) -> str:
     trainer = method if method in ("sft", "grpo") else "tempsamp"
     stages = zip(modes, STAGES, STAGE_SHARES, strict=True)
     return ",".join(f"{trainer}/{mode}:{steps}@{rate * share:g}" for mode, steps, share in stages)
+
+
+def words(flags: dict[str, object]) -> list[str]:
+    """The trainer's command line: the recipe, what all runs share, and `flags`."""
+    return [f"--config={RECIPE}", *(f"--{name}={value}" for name, value in {**COMMON, **flags}.items())]
 
 
 def few_shot_phases(method: str, num_queries: int, rate: float) -> str:

@@ -72,9 +72,11 @@ def test_runs_have_names_of_their_own_and_flags_that_the_trainer_takes():
     runs = [*plan.pilot_runs(), *plan.planned_runs(1e-4)]
     assert len({run.name for run in runs}) == len(runs)
     for run in (run for run in runs if run.seed in (0, plan.PILOT_SEED)):
-        flags = {**plan.COMMON, **run.flags, "seed": run.seed}
-        config = parse_args([f"--{name}={value}" for name, value in flags.items()])
+        files = {"annotations": "train.json", "eval_annotations": "test.json", "videos": "videos", "model": "start"}
+        config = parse_args(plan.words({**run.flags, **files, "seed": run.seed}))
         assert config.rollout.num_generations == run.num_generations
+        train = config.train
+        assert (config.algorithm.beta, train.gradient_accumulation_steps, train.adam_beta2) == (0, 1, 0.95)
 
 
 def test_methods_differ_in_nothing_but_method_rule_and_phases():
