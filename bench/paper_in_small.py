@@ -1,12 +1,14 @@
 """The paper's claims on the embedded data, on a CPU, with paired seeds: all runs by one command, resumable run by run.
 
     python bench/paper_in_small.py [--work DIR] [--results FILE] [--workers 2]    # make what is missing
+    python bench/paper_in_small.py --only tree pruning                            # of some families alone
     python bench/paper_in_small.py --summary                                      # state what the results say
     python bench/paper_in_small.py --list                                         # the planned runs
 
 Each run is `tempsamp_fast/train.py` in a process of its own on one thread. The results file is replaced after every
-run. A campaign goes on where it stopped, on another machine and commit too, if its settings are the same and the models
-that its runs begin from come out the same once more. `--summary` writes the figures and a page of tables beside it.
+run; two campaigns may write to one. A campaign goes on where it stopped, on another machine and commit too, if its
+settings are the same and the models that its runs begin from come out the same once more. `--summary` writes the
+figures and a page of tables beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # a checkout runs without being installed
 
 from bench.paper.campaign import Campaign  # noqa: E402
-from bench.paper.plan import PILOT_RATES, pilot_runs, planned_runs  # noqa: E402
+from bench.paper.plan import FAMILIES, PILOT_RATES, pilot_runs, planned_runs  # noqa: E402
 from bench.paper.plots import draw  # noqa: E402
 from bench.paper.results import read_results  # noqa: E402
 from bench.paper.summary import summarise  # noqa: E402
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs/paper_in_small", help="where runs are made")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--only", nargs="+", choices=FAMILIES, default=FAMILIES, help="families of runs to make")
     parser.add_argument("--summary", action="store_true", help="print and draw what the results say; make no run")
     parser.add_argument("--list", action="store_true", help="print the planned runs; make none")
     options = parser.parse_args()
@@ -40,7 +43,7 @@ def main() -> None:
         return
     try:
         if not options.summary:
-            Campaign(options.work, options.results).make(options.workers)
+            Campaign(options.work, options.results).make(options.workers, options.only)
         results = read_results(options.results)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")

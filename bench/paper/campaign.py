@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.paper import plan
-from bench.paper.plan import PlannedRun
+from bench.paper.plan import Family, PlannedRun
 from bench.paper.record import record_of
 from bench.paper.results import check_same_settings, check_same_start, read_results
 from tempsamp_fast.data.annotations import load_annotations
@@ -51,19 +52,24 @@ class Campaign:
         else:
             self.results = {"settings": settings, "machine": machine, "cold_starts": {}, "runs": {}}
 
-    def make(self, num_workers: int) -> None:
-        """Make all runs that have no record yet, `num_workers` at a time: the pilots, then the rest at their best rate.
+    def make(self, num_workers: int, families: Sequence[Family] = plan.FAMILIES) -> None:
+        """Make the runs of `families` that have no record yet, `num_workers` at a time: pilots, and what their best
+        rate asks for.
 
-        Raises RuntimeError when all others are made and one has failed.
+        Raises ValueError for others than the pilots before these are in; RuntimeError when all others are made and one
+        has failed.
         """
         self.work.mkdir(parents=True, exist_ok=True)
         pilots = plan.pilot_runs()
         self.results |= {"planned": len(pilots) + len(plan.planned_runs(plan.PILOT_RATES[0]))}
+        if "pilot" not in families and any(run.name not in self.results["runs"] for run in pilots):
+            raise ValueError(f"{self.path}: --only {' '.join(families)}: the pilots choose the rate, make them first")
         self._prepare_data(num_workers)
-        self.make_runs(pilots, num_workers)
+        if "pilot" in families:
+            self.make_runs(pilots, num_workers)
         rate = best_rate(self.results["runs"])
         self.results |= {"rate": rate}
-        self.make_runs(plan.planned_runs(rate), num_workers)
+        self.make_runs([run for run in plan.planned_runs(rate) if run.family in families], num_workers)
 
     def make_runs(self, runs: Sequence[PlannedRun], num_workers: int) -> None:
         """Make those that have no record yet. Raises RuntimeError when all others are made and one has failed."""
@@ -151,9 +157,18 @@ class Campaign:
         }
 
     def _write(self) -> None:
-        self.results["done"] = len(self.results["runs"])
+        """With what another campaign has added to the file meanwhile."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, self.results)
+        lock = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.path.exists():
+                kept = read_results(self.path)
+                self.results |= {part: kept[part] | self.results[part] for part in ("cold_starts", "runs")}
+            self.results["done"] = len(self.results["runs"])
+            write_json(self.path, self.results)
+        finally:
+            os.close(lock)
 
 
 def best_rate(runs: dict[str, dict[str, Any]]) -> float:

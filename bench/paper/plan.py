@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from tempsamp_fast.embedded.videos import SyntheticConfig
 
@@ -87,7 +87,11 @@ PRUNING = {"orarl of 9": 0.0, "orarl of 9, half pruned": 0.5}
 WASSERSTEIN = "grpo, Wasserstein"
 """The method of the reward family, whose other arm is the core's GRPO, rewarded by the IoU."""
 
-Family = Literal["pilot", "core", "group size", "few shot", "hybrid", "pruning", "reward"]
+QUERIES_PER_VIDEO = {"nonlinear, 1 query a video": 1, "nonlinear, 4 queries a video": 4}
+"""Methods of the tree family: how many queries of a video may come in one step, prompts a step being the same."""
+
+Family = Literal["pilot", "core", "group size", "few shot", "hybrid", "pruning", "reward", "tree"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,8 @@ class PlannedRun:
 
     family: Family
     method: str
-    """One of METHODS; of the hybrid family one of SCHEMES, trained with TempSamp-R1 (nonlinear); one of PRUNING, or
-    WASSERSTEIN."""
+    """One of METHODS; of the hybrid family one of SCHEMES, trained with TempSamp-R1 (nonlinear); one of PRUNING or
+    QUERIES_PER_VIDEO, or WASSERSTEIN."""
     seed: int
     num_generations: int = 4
     num_videos: int | None = None
@@ -153,7 +157,7 @@ def planned_runs(rate: float) -> list[PlannedRun]:
     """All runs at the rate chosen, in the order in which they are made: the paired seeds first, all methods of a seed
     together.
     """
-    return [*_core(rate), *_beyond(rate), *_hybrid(rate), *_group_sizes(rate), *_few_shot(rate)]
+    return [*_core(rate), *_beyond(rate), *_trees(rate), *_hybrid(rate), *_group_sizes(rate), *_few_shot(rate)]
 
 
 def _core(rate: float) -> Iterator[PlannedRun]:
@@ -170,6 +174,13 @@ def _beyond(rate: float) -> Iterator[PlannedRun]:
             yield PlannedRun("pruning", method, seed, PRUNING_SIZE, rate=rate, flags=flags)
         flags = {**answering("grpo", CORE_GROUP_SIZE, rate), "rewards": "wasserstein"}
         yield PlannedRun("reward", WASSERSTEIN, seed, rate=rate, flags=flags)
+
+
+def _trees(rate: float) -> Iterator[PlannedRun]:
+    for seed in SEEDS:
+        for method, queries in QUERIES_PER_VIDEO.items():
+            flags = {**answering("nonlinear", CORE_GROUP_SIZE, rate), "queries_per_video": queries}
+            yield PlannedRun("tree", method, seed, rate=rate, flags=flags)
 
 
 def _hybrid(rate: float) -> Iterator[PlannedRun]:

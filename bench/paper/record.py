@@ -33,7 +33,7 @@ def record_of(folder: Path) -> dict[str, Any]:
         record |= {"rewards": _rewards(groups), "advantages": _advantages(groups)}
         record["format_reward"] = _parts([(row["step"], row["reward/format"]) for row in metrics if _in_think(row)])
         record["skewness_by_rule"] = _mean_skewness(metrics)
-        for name in ("reward/tied_groups", "prune/flops_saved"):
+        for name in ("reward/tied_groups", "prune/flops_saved", "batch/tree_saving"):
             if values := [row[name] for row in metrics if name in row]:
                 record[name.partition("/")[2]] = float(np.mean(values))
     return record

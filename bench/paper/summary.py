@@ -19,6 +19,8 @@ PAPER_ORDER = ("nonlinear", "anchor", "downscale", "grpo", "mixed")
 OTHER_PAIRS = (("nonlinear", "grpo"), ("nonlinear", "mixed"), ("nonlinear", "sft"), ("orarl", "nonlinear"))
 TABLED = ("miou", "r1@0.3", "r1@0.5", "r1@0.7")
 COMPARED = ("miou", "r1@0.7")
+FORMATS = {"cpu_s": "{:.1f}", "tree_saving": "{:.2f}"}
+"""Of means over seeds; all others are shares, told in per cent."""
 
 
 def summarise(results: Results) -> str:
@@ -193,7 +195,9 @@ def _orderings(results: Results) -> str:
 
 
 def _beyond(results: Results) -> str:
-    """Pruning on and off, the Wasserstein reward against the IoU: each pair with its price or its ties."""
+    """Pruning on and off, the Wasserstein reward against the IoU, a video's queries together: each pair with its price
+    or its ties.
+    """
     pruning = {method: records(results, "pruning", method) for method in plan.PRUNING}
     iou, wasserstein = records(results, "core", "grpo"), records(results, "reward", plan.WASSERSTEIN)
     pairs = []
@@ -201,27 +205,34 @@ def _beyond(results: Results) -> str:
         pairs.append(([*pruning], [*pruning.values()]))
     if wasserstein:
         pairs.append((["grpo, IoU", plan.WASSERSTEIN], [iou, wasserstein]))
+    trees = {method: records(results, "tree", method) for method in plan.QUERIES_PER_VIDEO}
+    if all(trees.values()):
+        pairs.append(([*trees], [*trees.values()]))
     rows = []
     for names, (before, after) in pairs:
         for name, found in zip(names, (before, after), strict=True):
-            shares = [_mean_of(found, key) for key in ("tied_groups", "flops_saved", "cpu_s")]
+            shares = [_mean_of(found, key) for key in ("tied_groups", "flops_saved", "tree_saving", "cpu_s")]
             compared = _comparison("", after, before)[2:] if found is after else ["", "", ""]
             rows.append([name, str(len(found)), *(_means(found, metric) for metric in COMPARED), *shares, *compared])
     if not rows:
         return ""
     header = ["run", "seeds", *map(_title, COMPARED), "groups that teach nothing, %", "FLOPs of the update saved, %"]
-    header += ["CPU s", *(f"{_title(metric)} over the row above, points" for metric in COMPARED), "better by mIoU"]
-    return f"## Beyond the paper: pruning, and a reward for answers that miss\n\n{table(header, rows)}"
+    header += ["tokens of rows over those of trees", "CPU s"]
+    header += [*(f"{_title(metric)} over the row above, points" for metric in COMPARED), "better by mIoU"]
+    return (
+        "## Beyond the paper: pruning, a reward for answers that miss, a video's queries in one step\n\n"
+        f"{table(header, rows)}"
+    )
 
 
 def _mean_of(found: dict[int, Record], key: str) -> str:
-    """Over the seeds that have it: seconds, or a share in per cent.
+    """Over the seeds that have it: seconds, a factor, or a share in per cent.
 
     Records of before ties were kept say how many groups had no reward at all, which with an IoU is about the same.
     """
     before = lambda record: record["rewards"]["groups_without_any_reward"] if key == "tied_groups" else None
     values = [value for record in found.values() if (value := record.get(key, before(record))) is not None]
-    return "-" if not values else f"{statistics.mean(values) * (1 if key == 'cpu_s' else 100):.1f}"
+    return "-" if not values else FORMATS.get(key, "{:.1%}").format(statistics.mean(values)).rstrip("%")
 
 
 def _group_sizes(results: Results) -> str:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench.paper import plan
-from bench.paper.campaign import best_rate
+from bench.paper.campaign import Campaign, best_rate
 from bench.paper.plots import draw
 from bench.paper.record import record_of
 from bench.paper.results import check_same_settings, check_same_start, read_results
@@ -41,8 +41,8 @@ def run_record(family, method, seed, miou, **fields):
             "skewness": 1.0, "mean": {"off_policy": 1.2}, "limits": [-4, 4], "histogram": {"on_policy": [1, 2]},
         }  # fmt: skip
         record["format_reward"] = {}
-    if family in ("pruning", "reward"):
-        record |= {"tied_groups": 0.25, "flops_saved": 0.3, "cpu_s": 90.0}
+    if family in ("pruning", "reward", "tree"):
+        record |= {"tied_groups": 0.25, "flops_saved": 0.3, "cpu_s": 90.0, "tree_saving": 1.52}
     if family == "hybrid":
         record["evaluations"]["think"] = scores
         record["oracle_of_both"] = scores[-1]
@@ -91,6 +91,34 @@ def test_methods_differ_in_nothing_but_method_rule_and_phases():
     assert len(steps) == 1
 
 
+def test_tree_runs_differ_in_the_queries_of_a_video_alone():
+    one, four = ({**run.flags} for run in plan.planned_runs(1e-4) if run.family == "tree" and run.seed == 0)
+    assert (one.pop("queries_per_video"), four.pop("queries_per_video")) == (1, 4) and one == four
+    assert plan.PROMPTS_PER_STEP % 4 == 0
+
+
+def test_some_families_alone_are_made_once_the_pilots_are_in(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(Campaign, "_prepare_data", lambda self, num_workers: None)
+    monkeypatch.setattr(Campaign, "make_runs", lambda self, runs, num_workers: made.extend(run.family for run in runs))
+    campaign = Campaign(tmp_path / "work", tmp_path / "results.json")
+    with pytest.raises(ValueError, match="--only tree: the pilots"):
+        campaign.make(1, ["tree"])
+    for run in plan.pilot_runs():
+        campaign.results["runs"][run.name] = run_record("pilot", run.method, run.seed, 0.2, rate=run.rate)
+    campaign.make(1, ["tree", "pruning"])
+    assert set(made) == {"tree", "pruning"} and len(made) == 4 * len(plan.SEEDS)
+
+
+def test_two_campaigns_write_to_one_file(tmp_path):
+    first, second = (Campaign(tmp_path / name, tmp_path / "results.json") for name in ("a", "b"))
+    for campaign, name in ((first, "of a"), (second, "of b")):
+        campaign.results["runs"][name] = {}
+        campaign._write()
+    kept = read_results(tmp_path / "results.json")
+    assert set(kept["runs"]) == {"of a", "of b"} and kept["done"] == 2
+
+
 def test_the_rate_is_the_one_at_which_all_pilots_do_best_on_average():
     scores = {(1e-4, "grpo"): 0.3, (1e-4, "mixed"): 0.2, (3e-4, "grpo"): 0.1, (3e-4, "mixed"): 0.45}
     runs = {
@@ -128,7 +156,8 @@ def test_summary_states_every_ordering_and_that_it_is_partial(results):
     assert "nonlinear > anchor: holds" in text and "grpo > mixed: reversed" in text
     assert "| nonlinear > anchor | 3 | +10.0 ± 0.0 |" in text
     assert text.count("\n## ") == 7
-    assert "| orarl of 9, half pruned | 3 | 31.0 ± 2.5 | 31.0 ± 2.5 | 25.0 | 30.0 | 90.0 | +0.0 ± 0.0 |" in text
+    assert "| orarl of 9, half pruned | 3 | 31.0 ± 2.5 | 31.0 ± 2.5 | 25.0 | 30.0 | 1.52 | 90.0 | +0.0 ± 0.0 |" in text
+    assert "| nonlinear, 4 queries a video | 3 |" in text
     assert "| grpo, Wasserstein | 3 |" in text and "| +10.0 ± 0.0 | +10.0 ± 0.0 | holds |" in text
     del results["runs"]["core/anchor/seed0"], results["runs"]["core/anchor/seed1"]
     assert "nonlinear > anchor: too few runs" in summarise(results)
