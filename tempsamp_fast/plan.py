@@ -25,13 +25,15 @@ from tempsamp_fast.config import Config, DataConfig, ModelConfig, parse_phases, 
 from tempsamp_fast.data.catalogue import DATASETS, find_annotations, load_training_data
 from tempsamp_fast.embedded.data import embedded_videos
 from tempsamp_fast.embedded.videos import draw_videos
-from tempsamp_fast.learning.engine import effective_zero, least_zero_stage
-from tempsamp_fast.model.architectures import count_parameters, model_config
+from tempsamp_fast.learning.deepspeed_settings import effective_zero, least_zero_stage
+from tempsamp_fast.model.architectures import Parameters, count_parameters, model_config
 from tempsamp_fast.model.families import geometry_of
 from tempsamp_fast.model.flops import PEAK_BF16_TFLOPS
 from tempsamp_fast.planning.estimate import (
     FRAME_SIZE,
     Memory,
+    Work,
+    gathered_rollout,
     largest,
     num_frames,
     step_flops,
@@ -125,7 +127,7 @@ def decided(config: Config, world_size: int) -> Config:
     """The settings with a run folder as `model` taken for its newest checkpoint, and `zero_stage="auto"` chosen.
 
     That is the least stage whose `peak_memory` leaves a tenth of the card free; 0 without a card. Stage 0 of a bfloat16
-    run on a GPU becomes 1, which is told.
+    run on a GPU becomes 1, which is told, as is what `gather_weights="auto"` becomes under stage 3.
     """
     config = copy.deepcopy(config)
     config.model.model = model_folder(config.model.model)
@@ -133,9 +135,9 @@ def decided(config: Config, world_size: int) -> Config:
     if config.train.zero_stage == "0" != least:
         logger.info("zero_stage=0: bfloat16 on a GPU takes 1, for the optimizer that runs on a CPU too")
         config.train = dataclasses.replace(config.train, zero_stage=least)
+    card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf
     if config.train.zero_stage == "auto":
         config.train.zero_stage = least
-        card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf
         found = training_data(config.data) if card < math.inf else None
         asked = config.train.offload
         for stage, offload in ((least, asked), ("2", asked), ("3", asked), ("3", "all")):
@@ -143,7 +145,22 @@ def decided(config: Config, world_size: int) -> Config:
             config.train = dataclasses.replace(config.train, **tried)
             if found is None or peak_memory(config, world_size, found).total < 0.9 * card:
                 break
+    if config.train.reduce_gradients == "auto" and effective_zero(config.train)[0] == 2:
+        config.train.reduce_gradients = "step"
+        needed = peak_memory(config, world_size).total if card < math.inf else 0.0
+        config.train.reduce_gradients = "step" if needed < 0.9 * card else "row"
+        _tell("reduce_gradients", f"gradients are summed once a {config.train.reduce_gradients}", needed, card)
+    if config.rollout.gather_weights == "auto" and effective_zero(config.train)[0] == 3:
+        needed = rollout_memory(config, world_size) if card < math.inf else 0.0
+        config.rollout.gather_weights = "rollout" if needed < 0.9 * card else "layer"
+        how = "once for a rollout" if needed < 0.9 * card else "layer by layer in every pass of a rollout"
+        _tell("gather_weights", f"weights are gathered {how}", needed, card)
     return config
+
+
+def _tell(setting: str, what: str, needed: float, card: float) -> None:
+    why = f"whole ones would make it {needed / GIB:.3g} of {card / GIB:.3g} GiB" if needed else "no card limits it"
+    logger.info("%s: %s, as %s", setting, what, why)
 
 
 def look_before(config: Config) -> None:
@@ -164,15 +181,22 @@ def look_before(config: Config) -> None:
 
 def peak_memory(config: Config, world_size: int, found: Data | None = None) -> Memory:
     """Of the phase that takes most, with every answer as long as it may be. found: None reads the annotations."""
+    every = [step_memory(*each, config, value_size(config.model), world_size) for each in _works(config, found)]
+    return max(every, key=lambda memory: memory.total)
+
+
+def rollout_memory(config: Config, world_size: int) -> float:
+    """Bytes of the rollout that takes most where it holds all weights whole under ZeRO-3; arguments as above."""
+    return max(gathered_rollout(*each, config, value_size(config.model), world_size) for each in _works(config))
+
+
+def _works(config: Config, found: Data | None = None) -> list[tuple[Work, Any, Parameters]]:
+    """The largest prompt, by the method of each phase, with the model's configuration and parameters."""
     shape = model_config(config.model)
     grid = largest(video_grids(config.data, found or training_data(config.data), shape))
     parameters, methods = count_parameters(shape, config.model), {p.method for p in parse_phases(config.train.phases)}
-    works = [
-        work_of(grid, shape, method, config.rollout.num_generations, config.rollout.max_completion_length)
-        for method in methods
-    ]
-    every = [step_memory(work, shape, parameters, config, value_size(config.model), world_size) for work in works]
-    return max(every, key=lambda memory: memory.total)
+    most = config.rollout.num_generations, config.rollout.max_completion_length
+    return [(work_of(grid, shape, method, *most), shape, parameters) for method in methods]
 
 
 def with_stage(config: Config, stage: int) -> Config:

@@ -75,8 +75,8 @@ class RankServer:
     def __init__(self) -> None:
         self._server: subprocess.Popen[str] | None = None
 
-    def run(self, log: Path, num_ranks: int, words: list[str]) -> None:
-        """Run the trainer on `num_ranks` ranks; what they print is in `log`."""
+    def run(self, log: Path, num_ranks: int, words: list[str], main: str | None = None) -> None:
+        """Run the trainer, or the function `module:name`, on `num_ranks` ranks; what they print is in `log`."""
         if self._server is None:
             self._server = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("rank_server.py"))],
@@ -86,7 +86,7 @@ class RankServer:
                 text=True,
             )
         log.mkdir(exist_ok=True)
-        request = {"log": str(log), "num_ranks": num_ranks, "port": free_port(), "words": words}
+        request = {"log": str(log), "num_ranks": num_ranks, "port": free_port(), "words": words, "main": main}
         assert self._server.stdin is not None and self._server.stdout is not None
         print(json.dumps(request), file=self._server.stdin, flush=True)
         codes = json.loads(self._server.stdout.readline())
@@ -151,14 +151,23 @@ class Trainer:
 
 
 @pytest.fixture(scope="session")
+def rank_server() -> Iterator[RankServer]:
+    server = RankServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
 def trainer(
-    clips: Path, checkpoint: Path, process_group: None, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Trainer]:
+    clips: Path,
+    checkpoint: Path,
+    process_group: None,
+    rank_server: RankServer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Trainer:
     recipe = tmp_path_factory.mktemp("recipe") / "small.yaml"
     recipe.write_text(RECIPE)
-    server = RankServer()
-    yield Trainer(clips, checkpoint, recipe, server)
-    server.close()
+    return Trainer(clips, checkpoint, recipe, rank_server)
 
 
 @dataclass(frozen=True)

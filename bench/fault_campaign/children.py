@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,7 @@ def start(
     world_size: int = 1,
     port: int | None = None,
     kill_at: tuple[Path, int] | None = None,
+    main: Callable[[list[str]], object] = train.main,
 ) -> Child:
     """Fork a process that trains; with `kill_at` it ends itself by SIGKILL before its n-th change in a folder.
 
@@ -132,7 +133,7 @@ def start(
         os.environ["MASTER_PORT"] = str(port)
         if kill_at:
             sys.addaudithook(_killer(*kill_at))
-        train.main(list(words))
+        main(list(words))
         code = 0
     except SystemExit as stop:
         code = int(stop.code or 0)

@@ -33,6 +33,11 @@ class RolloutConfig:
         unit="nat",
     )
     cuda_graphs: bool = setting(False, "replay decoding passes as CUDA graphs")
+    gather_weights: Literal["auto", "rollout", "layer"] = setting(
+        "auto",
+        "of the policy under zero_stage 3: all weights whole on every GPU while a rollout draws, or layer by layer in "
+        "every pass; auto: whole where the plan fits them",
+    )
     record_rollouts: str | None = setting(None, "write every sampled answer to this JSONL file")
     replay_rollouts: str | None = setting(None, "take the answers from a recorded file")
 

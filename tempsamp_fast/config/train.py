@@ -64,6 +64,11 @@ class TrainConfig:
         "to CPU memory: the optimizer's state (zero_stage 1 and up), or parameters too (zero_stage 3)",
         source="paper: all",
     )
+    reduce_gradients: Literal["auto", "step", "row"] = setting(
+        "auto",
+        "how often zero_stage 2 sums gradients over ranks: once a step, whole gradients lying on each GPU between its "
+        "rows, or in every row; auto: once where the plan fits them",
+    )
     deepspeed_config: str | None = setting(
         None, "JSON merged over the generated config: a file, or zero2, zero3_nodes, ..."
     )

@@ -1,11 +1,11 @@
-"""The DeepSpeed engine: how it is configured, one optimizer step over packed rows, and the learning rate."""
+"""The DeepSpeed engine: its state on disk, one optimizer step over packed rows, and the learning rate."""
 
 from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,147 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from tempsamp_fast.config import Phase, TrainConfig
-from tempsamp_fast.model.linear_layers import linear_layers
+from tempsamp_fast.learning.deepspeed_settings import deepspeed_config, merged
+from tempsamp_fast.learning.partitioned import gather_with_their_readers
 from tempsamp_fast.model.packing import PackedRow, idle_row
 from tempsamp_fast.model.policy import Head
-from tempsamp_fast.system.files import read_json
-from tempsamp_fast.system.ranks import is_first_rank, max_over_ranks, num_ranks
+from tempsamp_fast.system.ranks import max_over_ranks, num_ranks
 from tempsamp_fast.system.stopwatch import Stopwatch
 
 STATE = "state"
 """DeepSpeed's tag of the only checkpoint in an engine folder."""
 SETTINGS = ("betas", "weight_decay")
 """Of an optimizer's parameter groups: what a run may be resumed with another value of; each step has its own rate."""
-OBJECTS = ("zero_optimization", "optimizer", "scheduler", "bf16", "fp16")
-OURS = {
-    "train_batch_size": "prompts_per_device and --gradient_accumulation_steps",
-    "train_micro_batch_size_per_gpu": "prompts_per_device",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-}
-"""Of DeepSpeed's settings, those that a run decides itself, and by what."""
-Forward = Callable[..., Any]
-"""`(row, head) -> head(hidden, weight)`, as of `Policy`."""
-
-
-def deepspeed_config(train: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's own configuration, with `deepspeed_config` merged over it, key by key.
-
-    That is a JSON file, or the name of one in configs/; as in files made for Hugging Face's trainer, "auto" means ours.
-    Accumulation is driven row by row by `optimizer_step`, so DeepSpeed is told of single steps.
-    Raises ValueError naming a file that cannot be read, and what in it contradicts the run's own settings.
-    """
-    generated: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": train.max_grad_norm,
-        "zero_optimization": {"stage": int(train.zero_stage), **_offload(train.offload)},
-        # Without it, offloading asks for an optimizer that is compiled where the run starts.
-        "zero_force_ds_cpu_optimizer": torch.cuda.is_available(),
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": train.learning_rate,
-                "betas": [0.9, train.adam_beta2],
-                "weight_decay": train.weight_decay,
-                "torch_adam": not torch.cuda.is_available(),
-            },
-        },
-        "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,
-    }
-    given = _given_settings(train.deepspeed_config)
-    wrong = _contradictions(given, generated)
-    if wrong:
-        raise ValueError(f"deepspeed_config={train.deepspeed_config!r}: {'; '.join(wrong)}")
-    given.pop("scheduler", None)
-    merged = _merged(generated, given)
-    stage = merged["zero_optimization"]["stage"]
-    least_stage = {"none": 0, "optimizer": 1, "all": 3}[train.offload]
-    if stage < least_stage:
-        raise ValueError(f"offload={train.offload!r}: needs --zero_stage {least_stage} or more; this run has {stage}")
-    if torch.cuda.is_available():
-        if stage < least_zero_stage(dtype):
-            raise ValueError(f"zero_stage={stage}: bfloat16 on a GPU needs 1 or more; set it, or --dtype float32")
-        if (merged["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") == "none":
-            merged["optimizer"]["params"] |= {"torch_adam": True, "fused": True}  # its own compiles for a minute
-    return merged
-
-
-def least_zero_stage(dtype: torch.dtype) -> int:
-    """Stage 0 keeps bfloat16 weights by other optimizers on a GPU than on a CPU."""
-    return 1 if dtype == torch.bfloat16 and torch.cuda.is_available() else 0
-
-
-def effective_zero(train: TrainConfig) -> tuple[int, set[str]]:
-    """The ZeRO stage, and which of "optimizer" and "param" are offloaded, once `deepspeed_config` has had its say.
-
-    Raises ValueError as `deepspeed_config` does.
-    """
-    zero = deepspeed_config(train, torch.float32)["zero_optimization"]
-    devices = {part: (zero.get(f"offload_{part}") or {}).get("device", "none") for part in ("optimizer", "param")}
-    return zero["stage"], {part for part, device in devices.items() if device != "none"}
-
-
-def _given_settings(name: str | None) -> dict[str, Any]:
-    if name is None:
-        return {}
-    packaged = Path(__file__).parents[1] / "configs" / f"{name}.json"
-    try:
-        given = read_json(packaged if packaged.is_file() else Path(name))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"deepspeed_config={name!r}: {error}") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"deepspeed_config={name!r}: expected an object, found {given!r:.80}")
-    return _without_auto(given)
-
-
-def _without_auto(given: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: _without_auto(value) if isinstance(value, dict) else value
-        for name, value in given.items()
-        if value != "auto"
-    }
-
-
-def _contradictions(given: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """What a DeepSpeed file says that a run cannot follow, each with what to set in its place."""
-    zero, optimizer, scheduler = (given.get(name, {}) for name in ("zero_optimization", "optimizer", "scheduler"))
-    sections: dict[str, Any] = {name: given[name] for name in OBJECTS if name in given}
-    if isinstance(zero, dict):
-        parts = ("offload_optimizer", "offload_param")
-        sections |= {f"zero_optimization.{part}": zero[part] for part in parts if zero.get(part) is not None}
-    if isinstance(optimizer, dict) and "params" in optimizer:
-        sections["optimizer.params"] = optimizer["params"]
-    wrong = [
-        f"{name} is {value!r:.80}, expected an object" for name, value in sections.items() if type(value) is not dict
-    ]
-    if wrong:
-        return wrong
-    stage, kind = zero.get("stage", 0), optimizer.get("type", "AdamW")
-    rate = optimizer.get("params", {}).get("lr", ours["optimizer"]["params"]["lr"])
-    checks = {
-        f"zero_optimization.stage is {stage!r:.80}, choose 0 to 3": type(stage) is int and 0 <= stage <= 3,
-        f"optimizer.type is {kind!r:.80}, choose AdamW": kind in ("AdamW", "Adam"),
-        f"optimizer.params.lr is {rate!r:.80}, set --learning_rate": rate == ours["optimizer"]["params"]["lr"],
-        "scheduler has settings of its own, use --lr_schedule and --warmup_ratio": not scheduler.get("params"),
-        "fp16 is enabled, runs are in bf16 or fp32 (--dtype)": not given.get("fp16", {}).get("enabled"),
-    }
-    for name, setting in OURS.items():
-        value = given.get(name, ours.get(name))
-        checks[f"{name} is {value!r:.80}, use --{setting}"] = value == ours.get(name)
-    return [text for text, holds in checks.items() if not holds]
-
-
-def _offload(what: str) -> dict[str, Any]:
-    to_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    parts = {"none": (), "optimizer": ("offload_optimizer",), "all": ("offload_optimizer", "offload_param")}[what]
-    return dict.fromkeys(parts, to_cpu)
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(base[key], over[key]) for key in base.keys() & over.keys() if isinstance(over[key], dict)}
-    return {**base, **over, **both}
 
 
 def build_engine(policy: nn.Module, train: TrainConfig, dtype: torch.dtype, *, load_universal: bool = False) -> Any:
@@ -165,7 +35,7 @@ def build_engine(policy: nn.Module, train: TrainConfig, dtype: torch.dtype, *, l
     from deepspeed.runtime.config import DeepSpeedConfigError
 
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    settings = _merged(deepspeed_config(train, dtype), {"checkpoint": {"load_universal": load_universal}})
+    settings = merged(deepspeed_config(train, dtype), {"checkpoint": {"load_universal": load_universal}})
     if settings["bf16"]["enabled"] is not (dtype == torch.bfloat16):
         raise ValueError(
             f"deepspeed_config={train.deepspeed_config!r}: bf16.enabled is {settings['bf16']['enabled']!r}, but the "
@@ -184,14 +54,6 @@ def build_engine(policy: nn.Module, train: TrainConfig, dtype: torch.dtype, *, l
         if buffer.dtype != buffers.get(name, buffer.dtype):
             raise ValueError(f"deepspeed {deepspeed.__version__} rounds {name}, and positions with it; install 0.19")
     return engine
-
-
-def gather_with_their_readers(policy: nn.Module) -> None:
-    """Have ZeRO-3 gather weights that are read outside of their own module's forward; before its engine is built."""
-    import deepspeed
-
-    for layer in linear_layers(policy):
-        deepspeed.zero.register_external_parameter(layer, layer.conv1d.weight)
 
 
 def save_engine(engine: Any, folder: Path, has_all_weights: bool) -> None:
@@ -232,52 +94,6 @@ def load_without_code(path: str, map_location: Any = None) -> Any:
             raise ValueError(f"{path}: holds more than tensors; --allow_pickle loads it anyway ({reason})") from error
 
 
-@contextmanager
-def partitioned_loading(train: TrainConfig, dtype: torch.dtype) -> Iterator[None]:
-    """Under ZeRO stage 3 `from_pretrained` inside partitions each parameter as it is made: no rank holds all."""
-    settings = deepspeed_config(train, dtype)
-    if settings["zero_optimization"]["stage"] != 3:
-        yield
-        return
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
-
-    kept_alive = HfDeepSpeedConfig(settings)  # transformers finds it through a weak reference
-    try:
-        yield
-    finally:
-        unset_hf_deepspeed_config()
-        del kept_alive
-
-
-def is_partitioned(module: nn.Module) -> bool:
-    """Whether each rank holds only a part of every parameter (ZeRO stage 3)."""
-    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
-
-
-def forward_of(engine: Any) -> Forward:
-    """The policy of an engine, or the engine itself where only that can gather partitioned parameters."""
-    return engine if engine.zero_optimization_partition_weights() else engine.module
-
-
-def whole_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """The state of `module` on the CPU of rank 0, parameters gathered one by one; called by every rank.
-
-    Empty on the other ranks. Tied parameters stay tied.
-    """
-    import deepspeed
-
-    is_first = is_first_rank()
-    whole: dict[int, Tensor] = {}
-    state = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in whole:
-            with deepspeed.zero.GatheredParameters([tensor]):
-                whole[id(tensor)] = tensor.detach().to("cpu", copy=True) if is_first else tensor.new_empty(0)
-        if is_first:
-            state[name] = whole[id(tensor)]
-    return state
-
-
 def learning_rate(train: TrainConfig, phase: Phase, step_in_phase: int) -> float:
     """The rate of one step: linear warm-up over `warmup_ratio` of the phase, then `lr_schedule` down to a tenth."""
     peak = train.learning_rate if phase.learning_rate is None else phase.learning_rate
@@ -300,11 +116,18 @@ def in_step(engine: Any, rows: Sequence[PackedRow]) -> list[PackedRow]:
 
 
 def optimizer_step(
-    engine: Any, rows: Sequence[PackedRow], heads: Sequence[Head], rate: float, watch: Stopwatch
+    engine: Any,
+    rows: Sequence[PackedRow],
+    heads: Sequence[Head],
+    rate: float,
+    watch: Stopwatch,
+    reduces_once: bool = True,
 ) -> tuple[list[Any], float]:
     """Accumulate the gradients of all rows, then update once. Every rank must have as many rows: see `in_step`.
 
     heads: each gives (loss, metrics).
+    reduces_once: have ZeRO-2 sum gradients over ranks in the last row's pass alone, as stages 0 and 1 do anyway; ZeRO-3
+        sums those of every row.
     Returns the metrics of each row, and the norm of the whole gradient before clipping. Where it is not finite, or a
     row's loss is not, no rank updates, and the norm is infinite or NaN. Raises RowsTooLargeError on every rank, nothing
     updated, when a row of any rank did not fit the memory.
@@ -314,7 +137,9 @@ def optimizer_step(
     metrics, too_large = [], False
     for index, (row, head) in enumerate(zip(rows, heads, strict=True)):
         is_last = index == len(rows) - 1
-        row_metrics, fitted = _forward_backward(engine, row, head, is_last)
+        is_local = reduces_once and not is_last and engine.zero_optimization_stage() == 2
+        with _summed_later(engine) if is_local else nullcontext():
+            row_metrics, fitted = _forward_backward(engine, row, head, is_last)
         too_large = too_large or not fitted
         if is_last:
             plain_norm = _plain_gradient_norm(engine)
@@ -329,6 +154,20 @@ def optimizer_step(
     if not math.isfinite(grad_norm):
         check_fitted(rows, not too_large, engine.device)
     return metrics, grad_norm
+
+
+@contextmanager
+def _summed_later(engine: Any) -> Iterator[None]:
+    """Passes whose gradients add up here, whole, until that of the last row sums them over ranks as it goes.
+
+    As in `engine.coalesce_grad_reduction`, which sums after the last pass and so not beside it.
+    """
+    optimizer = engine.optimizer
+    engine.inside_no_sync_ctxt = optimizer._coalesce_grad_reduction = True
+    try:
+        yield
+    finally:
+        engine.inside_no_sync_ctxt = optimizer._coalesce_grad_reduction = False
 
 
 def check_fitted(rows: Sequence[PackedRow], fitted: bool, device: torch.device) -> None:

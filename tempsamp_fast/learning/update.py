@@ -14,9 +14,10 @@ from torch import Tensor
 from tempsamp_fast.batch import RolloutGroup
 from tempsamp_fast.config import AlgorithmConfig, Config, Method
 from tempsamp_fast.learning.balance import balance
-from tempsamp_fast.learning.engine import Forward, RowsTooLargeError, check_fitted, forward_of, in_step, optimizer_step
+from tempsamp_fast.learning.engine import RowsTooLargeError, check_fitted, in_step, optimizer_step
 from tempsamp_fast.learning.loss import idle_loss, is_counted, log_probs, policy_loss, row_targets
 from tempsamp_fast.learning.metrics import combine, logp_gap, number_per_rank, tree_saving, utilisation
+from tempsamp_fast.learning.partitioned import Forward, forward_of
 from tempsamp_fast.learning.pruning import prune_groups, prune_metrics
 from tempsamp_fast.model.packing import PackedRow, pack
 from tempsamp_fast.model.policy import Head
@@ -131,7 +132,8 @@ def _update(
     grad_norms = []
     for index in range(num_updates):
         try:
-            row_metrics, grad_norm = optimizer_step(engine, rows, heads, learning_rate, watch)
+            reduces_once = config.train.reduce_gradients != "row"
+            row_metrics, grad_norm = optimizer_step(engine, rows, heads, learning_rate, watch, reduces_once)
             grad_norms.append(grad_norm)
             if index == 0:
                 logps = as_sampled or [metrics.token_logps for metrics in row_metrics[: len(own_rows)]]

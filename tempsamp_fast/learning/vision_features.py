@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tempsamp_fast.batch import Prompt, VideoPatches
-from tempsamp_fast.learning.engine import forward_of, is_partitioned
+from tempsamp_fast.learning.partitioned import forward_of, is_partitioned
 from tempsamp_fast.model.packing import idle_video
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.system.device import sent

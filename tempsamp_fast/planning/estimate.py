@@ -23,7 +23,7 @@ from tempsamp_fast.config import (
     parse_phases,
     prompts_per_row,
 )
-from tempsamp_fast.learning.engine import effective_zero
+from tempsamp_fast.learning.deepspeed_settings import effective_zero
 from tempsamp_fast.model.architectures import Parameters
 from tempsamp_fast.model.families import family_of
 from tempsamp_fast.model.flops import layout_flops
@@ -175,7 +175,8 @@ def step_memory(
     else:
         # fp32 weights and two moments, shared out; bf16 gradients, by stage 0 in fp32 too
         full = (b + 4.0 if stage == 0 else b) * trained
-        gradients, optimizer = full / (world_size if stage >= 2 else 1), 12.0 * trained / world_size
+        whole = stage < 2 or (stage == 2 and config.train.reduce_gradients == "step")
+        gradients, optimizer = full / (1 if whole else world_size), 12.0 * trained / world_size
     buffers = 0.0
     if stage in (1, 2):
         buffers = b * min(trained, REDUCE_BUCKET)
@@ -184,7 +185,7 @@ def step_memory(
     off_gpu = 0.0
     if "optimizer" in offloaded:
         off_gpu, optimizer = optimizer, 0.0
-        if stage >= 2:
+        if not whole:
             off_gpu, gradients = off_gpu + gradients, 0.0
     if "param" in offloaded:
         off_gpu, weights, reference = off_gpu + weights + reference, 0.0, 0.0
@@ -197,6 +198,16 @@ def step_memory(
         stepping = min(stepping, 4.0 * LIVE_PARAMETERS)
     activations = max(update, _sampling_bytes(work, model_config, config.train, b), stepping)
     return Memory(weights, reference, gradients, optimizer, buffers, activations, off_gpu)
+
+
+def gathered_rollout(
+    work: Work, model_config: Any, parameters: Parameters, config: Config, bytes_per_value: int, world_size: int
+) -> float:
+    """Bytes on one device while ZeRO-3 holds all weights whole for a rollout, beside what stays from step to step."""
+    memory = step_memory(work, model_config, parameters, config, bytes_per_value, world_size)
+    stays = memory.weights + memory.reference + memory.gradients + memory.optimizer
+    sampling = _sampling_bytes(work, model_config, config.train, bytes_per_value)
+    return stays + bytes_per_value * parameters.total + sampling
 
 
 def _kept_activations(work: Work, model_config: Any, config: Config, b: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from tempsamp_fast.batch import Prompt
 from tempsamp_fast.config import RolloutConfig, TrainConfig
 from tempsamp_fast.data.chat import Chat
-from tempsamp_fast.learning.engine import forward_of
+from tempsamp_fast.learning.partitioned import forward_of, gathered
 from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams, generate
 from tempsamp_fast.sample import Task
 
@@ -41,17 +42,22 @@ def build_backend(engine: Any, chat: Chat, rollout: RolloutConfig, train: TrainC
         llm = colocated_llm(engine.module, chat, max_tokens, rollout.vllm_memory, train.seed)
         return VllmBackend(engine, chat, task, llm)
     return PolicyBackend(
-        engine, chat.end_token_ids, chat.banned_token_ids, train.max_tokens_per_row, rollout.cuda_graphs
+        engine,
+        chat.end_token_ids,
+        chat.banned_token_ids,
+        train.max_tokens_per_row,
+        rollout.cuda_graphs,
+        rollout.gather_weights != "layer",
     )
 
 
 class PolicyBackend:
     """Sampling from the training weights themselves: nothing to sync.
 
-    Partitioned parameters (ZeRO-3) are gathered layer by layer, which takes all ranks: they pass through the engine in
-    step with each other.
+    Partitioned parameters (ZeRO-3) are gathered by all ranks together: whole, once for each call of `generate`, or with
+    `gathers_once=False` layer by layer in every pass, through the engine and in step with each other.
 
-    Raises ValueError for `cuda_graphs` without CUDA, or with partitioned parameters: gathering cannot be recorded.
+    Raises ValueError for `cuda_graphs` without CUDA, or with parameters gathered in passes: that cannot be recorded.
     """
 
     def __init__(
@@ -61,11 +67,13 @@ class PolicyBackend:
         banned_token_ids: Sequence[int],
         max_tokens_per_row: int,
         cuda_graphs: bool = False,
+        gathers_once: bool = True,
     ) -> None:
-        self._policy = forward_of(engine)
-        self._synced = self._policy is engine
+        self._engine, self._policy = engine, forward_of(engine)
+        is_partitioned = self._policy is engine
+        self._gathers_once, self._synced = is_partitioned and gathers_once, is_partitioned and not gathers_once
         if cuda_graphs and (self._synced or not torch.cuda.is_available()):
-            lacking = "parameters that ZeRO does not partition (stage 3)" if self._synced else "a CUDA GPU"
+            lacking = "weights gathered once (--gather_weights rollout)" if self._synced else "a CUDA GPU"
             raise ValueError(f"cuda_graphs=True needs {lacking}; set it to False")
         self._options: dict[str, Any] = {
             "eos_token_ids": eos_token_ids,
@@ -85,4 +93,5 @@ class PolicyBackend:
         seed: Sequence[int],
     ) -> list[list[SampledAnswer]]:
         """See `rollout.generate`."""
-        return generate(self._policy, prompts, num_completions, params, seed=seed, synced=self._synced, **self._options)
+        with gathered(self._engine) if self._gathers_once else nullcontext(self._policy) as policy:
+            return generate(policy, prompts, num_completions, params, seed=seed, synced=self._synced, **self._options)

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from tempsamp_fast.config import Config, DataConfig
 from tempsamp_fast.data.chat import Chat
 from tempsamp_fast.data.prompt_file import SAVED, as_json
-from tempsamp_fast.learning.engine import is_partitioned, save_engine, whole_parameters
+from tempsamp_fast.learning.engine import save_engine
+from tempsamp_fast.learning.partitioned import is_partitioned, whole_parameters
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.run.log import RECORDS, write_json
 from tempsamp_fast.system.durable import (

@@ -12,9 +12,9 @@ import torch
 
 from tempsamp_fast.config import DataConfig, ModelConfig, TrainConfig
 from tempsamp_fast.data.chat import Chat
-from tempsamp_fast.learning.engine import (
+from tempsamp_fast.learning.deepspeed_settings import deepspeed_config
+from tempsamp_fast.learning.partitioned import (
     Forward,
-    deepspeed_config,
     forward_of,
     gather_with_their_readers,
     is_partitioned,

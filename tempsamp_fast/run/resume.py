@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tempsamp_fast.config import Config, RolloutConfig, TrainConfig, parse_phases
-from tempsamp_fast.learning.engine import effective_zero
+from tempsamp_fast.learning.deepspeed_settings import effective_zero
 from tempsamp_fast.run.checkpoint import MODEL, checkpoints, sound_checkpoint
 from tempsamp_fast.run.log import own_files
 from tempsamp_fast.run.schedule import in_steps

@@ -19,9 +19,10 @@ from tempsamp_fast.data.order import TrainingOrder
 from tempsamp_fast.data.prefetch import Prefetch
 from tempsamp_fast.data.prompt_file import read_prompt_file
 from tempsamp_fast.embedded.data import embedded_checkpoint, with_embedded_data
-from tempsamp_fast.learning.engine import Forward, build_engine, learning_rate, partitioned_loading
+from tempsamp_fast.learning.engine import build_engine, learning_rate
 from tempsamp_fast.learning.groups import RecordedRollouts, answer
 from tempsamp_fast.learning.own_rewards import reward_function, reward_terms, try_rewards
+from tempsamp_fast.learning.partitioned import Forward, partitioned_loading
 from tempsamp_fast.learning.universal import restored_engine
 from tempsamp_fast.learning.update import update
 from tempsamp_fast.learning.vision_features import features_key, with_pixels_on, with_vision_features

@@ -130,6 +130,10 @@ PLAN: dict[type, dict[str, tuple[str, str]]] = {
             "run/test_guards.py::test_a_sampler_that_drifts_from_the_policy_is_seen_and_ends_the_run",
         ),
         "cuda_graphs": ("decoding is asked for graphs", f"{ROLLOUT}test_cuda_graphs_reach_the_decoding_passes"),
+        "gather_weights": (
+            "passes through whole weights, or through the engine",
+            "rollout/test_backends.py::test_partitioned_parameters_are_gathered_once_or_in_every_pass",
+        ),
         "record_rollouts": ("the file holds the sampled answers", REPLAY),
         "replay_rollouts": ("the answers are the file's, nothing is sampled", REPLAY),
     },
@@ -201,6 +205,10 @@ PLAN: dict[type, dict[str, tuple[str, str]]] = {
         "max_grad_norm": ("how far a clipped step moves", f"{LAWS}test_clipping_bounds_the_gradient"),
         "zero_stage": ("that of the engine", STATE),
         "offload": ("where the engine keeps its state", STATE),
+        "reduce_gradients": (
+            "bytes that a step reduces",
+            "learning/test_traffic.py::test_zero_2_sums_gradients_over_ranks_once_a_step_or_in_every_row",
+        ),
         "deepspeed_config": ("what the engine makes of the file", STATE),
         "eval_modes": ("modes asked, in turn", f"{TRAIN}test_evaluations_are_in_the_modes_and_batches_asked_for"),
         "eval_batch_size": ("queries of a batch", f"{TRAIN}test_evaluations_are_in_the_modes_and_batches_asked_for"),

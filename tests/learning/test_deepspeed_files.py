@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tempsamp_fast.config import TrainConfig
-from tempsamp_fast.learning.engine import deepspeed_config, effective_zero
+from tempsamp_fast.learning.deepspeed_settings import deepspeed_config, effective_zero
 
 HUGGING_FACE: dict[str, Any] = {
     "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16},

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tempsamp_fast.arguments import parse_args
-from tempsamp_fast.learning.engine import build_engine, deepspeed_config
+from tempsamp_fast.learning.deepspeed_settings import deepspeed_config
+from tempsamp_fast.learning.engine import build_engine
 
 
 def test_settings_of_the_optimizer_reach_deepspeed() -> None:

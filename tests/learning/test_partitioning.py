@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tempsamp_fast.arguments import RECIPES, parse_args
 from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.learning import loss
-from tempsamp_fast.learning.engine import deepspeed_config, partitioned_loading, whole_parameters
+from tempsamp_fast.learning.deepspeed_settings import deepspeed_config
+from tempsamp_fast.learning.partitioned import partitioned_loading, whole_parameters
 from tempsamp_fast.model.loading import load_model
 
 PACKAGED = sorted(path.stem for path in RECIPES.glob("*.json"))

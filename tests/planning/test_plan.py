@@ -108,6 +108,41 @@ def test_the_plan_sizes_a_run_on_own_videos_to_the_card(
     assert decided(parse_args([*words, "--zero_stage", "1"]), num_gpus).train.zero_stage == "1"
 
 
+@pytest.mark.parametrize(
+    ("setting", "stage", "large", "small", "told"),
+    [
+        ("gather_weights", "3", "rollout", "layer", "once for a rollout"),
+        ("reduce_gradients", "2", "step", "row", "once a step"),
+    ],
+)
+@pytest.mark.parametrize(("gib", "given"), [(80, "auto"), (20, "auto"), (None, "auto"), (20, None)])
+def test_whole_weights_and_gradients_are_held_where_they_fit(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    setting: str,
+    stage: str,
+    large: str,
+    small: str,
+    told: str,
+    gib: int | None,
+    given: str | None,
+) -> None:
+    """Of 7B in bfloat16 each takes 15 GiB. What the settings say is not asked."""
+    if gib:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=gib * 2**30))
+    words = ["--model", "Qwen/Qwen2.5-VL-7B-Instruct", "--annotations", "mine.json", "--videos", "v", "--beta", "0"]
+    words += ["--zero_stage", stage, f"--{setting}", given or large]
+    with caplog.at_level("INFO"):
+        config = decided(parse_args(words), 64)
+    found = getattr(config.rollout if stage == "3" else config.train, setting)
+    assert found == (small if (gib, given) == (20, "auto") else large)
+    assert (setting in caplog.text) == (given == "auto")
+    assert (told in caplog.text) == (given == "auto" and found == large)
+    if given == "auto":
+        assert ("no card limits it" in caplog.text) == (gib is None) and (f"of {gib} GiB" in caplog.text) == bool(gib)
+
+
 def test_partitioning_divides_what_it_partitions() -> None:
     config = parse_args(["--config", "charades_qwen2_5_vl_7b"])
     one, eight = (peak_memory(with_stage(config, 3), n) for n in (1, 8))

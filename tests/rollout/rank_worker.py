@@ -1,17 +1,14 @@
-"""One rank of `test_ranks.py`: rollouts and an update under ZeRO, checked against a model that is not partitioned.
+"""What a rank of `test_ranks.py` checks: rollouts and an update under ZeRO against a model that is not partitioned."""
 
-RANK=0 WORLD_SIZE=2 ... python tests/rollout/rank_worker.py ZERO_STAGE
-"""
+from __future__ import annotations
 
-import sys
-from pathlib import Path
+import os
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import Tiny
+from bench.traffic import Traffic
 from tempsamp_fast.learning.engine import in_step, optimizer_step
 from tempsamp_fast.learning.loss import idle_loss
 from tempsamp_fast.learning.vision_features import with_vision_features
@@ -20,6 +17,7 @@ from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.rollout.backends import PolicyBackend
 from tempsamp_fast.rollout.generate import SamplingParams, generate
 from tempsamp_fast.system.stopwatch import Stopwatch
+from tests.conftest import Tiny
 
 
 def build_engine(tiny: Tiny, zero_stage: int, has_frozen_tower: bool = False):
@@ -36,14 +34,27 @@ def build_engine(tiny: Tiny, zero_stage: int, has_frozen_tower: bool = False):
 
 
 def check_rollouts(tiny: Tiny, engine, rank: int) -> None:
-    """Rank 0 has three prompts; rank 1 has one, whose answers all end at once."""
+    """Rank 0 has three prompts; rank 1 has one, whose answers all end at once. ZeRO-3 gathers every weight once."""
     prompts = [group.prompt for group in tiny.groups()][: 3 - 2 * rank]
     ends = list(range(20, 40)) if rank == 0 else list(range(60))
     params = SamplingParams(max_completion_length=4)
-    answers = PolicyBackend(engine, ends, (), max_tokens_per_row=50).generate(prompts, 4, params, seed=(1,))
     expected = generate(Policy(tiny.model()), prompts, 4, params, seed=(1,), eos_token_ids=ends, max_tokens_per_row=50)
     flat = lambda groups: [answer.ids.tolist() for group in groups for answer in group]
-    assert flat(answers) == flat(expected)
+    is_partitioned = engine.zero_optimization_stage() == 3
+    num_bytes = sum(4 * getattr(each, "ds_numel", 0) for each in engine.module.parameters())
+    for gathers_once in (True, False):
+        backend = PolicyBackend(engine, ends, (), max_tokens_per_row=50, gathers_once=gathers_once)
+        with Traffic() as seen:
+            answers = backend.generate(prompts, 4, params, seed=(1,))
+        assert flat(answers) == flat(expected)
+        if is_partitioned and gathers_once:
+            assert set(seen.calls) == {"all_gather"}
+            assert num_bytes <= seen.bytes["all_gather"] < 1.01 * num_bytes  # each weight is padded to even parts
+            assert not any(each.numel() for each in engine.module.parameters())
+        elif is_partitioned:
+            assert seen.bytes["all_gather"] > 3 * num_bytes and seen.calls["all_reduce"]
+        else:
+            assert not seen.calls
     assert rank == 0 or max(map(len, flat(answers))) == 1
 
 
@@ -64,6 +75,19 @@ def check_update(tiny: Tiny, engine, rank: int) -> None:
     assert losses[-1] < losses[0], losses
 
 
+def check_rollouts_follow_updates(tiny: Tiny, engine) -> None:
+    """Gathered weights are those of now: both ways draw the same, and not what the first weights drew."""
+    (prompt, *_), params = [group.prompt for group in tiny.groups()], SamplingParams(max_completion_length=6)
+    drawn = [
+        PolicyBackend(engine, [], (), 50, gathers_once=gathers_once).generate([prompt], 4, params, seed=(1,))
+        for gathers_once in (True, False)
+    ]
+    before = generate(Policy(tiny.model()), [prompt], 4, params, seed=(1,), eos_token_ids=[], max_tokens_per_row=50)
+    once, layered, first = (torch.stack([each.logps for each in answers]) for ((*answers,),) in (*drawn, before))
+    torch.testing.assert_close(once, layered)
+    assert not torch.allclose(once, first, atol=1e-3)
+
+
 def check_features(tiny: Tiny, zero_stage: int, rank: int) -> None:
     """A frozen tower: rank 0 has three videos to encode, rank 1 none."""
     engine, model = build_engine(tiny, zero_stage, has_frozen_tower=True), tiny.model()
@@ -74,16 +98,13 @@ def check_features(tiny: Tiny, zero_stage: int, rank: int) -> None:
         torch.testing.assert_close(ours.video.features.embeds, theirs.video.features.embeds)
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     torch.set_num_threads(1)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ["DS_ACCELERATOR"] = "cpu"
     deepspeed.init_distributed("gloo", verbose=False)
-    tiny = Tiny("qwen2_5_vl")
-    engine = build_engine(tiny, int(sys.argv[1]))
+    tiny, zero_stage = Tiny("qwen2_5_vl"), int(words[0])
+    engine = build_engine(tiny, zero_stage)
     check_rollouts(tiny, engine, dist.get_rank())
     check_update(tiny, engine, dist.get_rank())
-    check_features(tiny, int(sys.argv[1]), dist.get_rank())
-
-
-if __name__ == "__main__":
-    main()
+    check_rollouts_follow_updates(tiny, engine)
+    check_features(tiny, zero_stage, dist.get_rank())

@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 
+from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.evaluation.asking import evaluate
 from tempsamp_fast.rollout import backends
-from tempsamp_fast.rollout.backends import PolicyBackend
+from tempsamp_fast.rollout.backends import PolicyBackend, build_backend
 from tempsamp_fast.rollout.generate import SamplingParams
 
 
-@pytest.mark.parametrize("is_partitioned", [False, True])
-def test_partitioned_parameters_are_sampled_through_the_engine_in_step(
-    is_partitioned: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("is_partitioned", "gather_weights", "expected"),
+    [
+        (False, "rollout", ("policy", False)),
+        (True, "layer", ("engine", True)),
+        (True, "rollout", ("whole", False)),
+        (True, "auto", ("whole", False)),
+    ],
+)
+def test_partitioned_parameters_are_gathered_once_or_in_every_pass(
+    is_partitioned: bool, gather_weights: str, expected: tuple[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
     monkeypatch.setattr(backends, "generate", lambda policy, *_, **options: calls.append((policy, options["synced"])))
+    monkeypatch.setattr(backends, "gathered", lambda engine: nullcontext("whole"))
     engine = SimpleNamespace(module="policy", zero_optimization_partition_weights=lambda: is_partitioned)
-    PolicyBackend(engine, [0], [], 100).generate([], 1, SamplingParams(), (0,))
-    assert calls == [(engine, True) if is_partitioned else ("policy", False)]
+    config = parse_args(["--gather_weights", gather_weights])
+    chat = SimpleNamespace(end_token_ids=[0], banned_token_ids=[])
+    backend = build_backend(engine, chat, config.rollout, config.train, config.data.task)  # type: ignore[arg-type]
+    backend.generate([], 1, SamplingParams(), (0,))
+    ((policy, synced),) = calls
+    assert ("engine" if policy is engine else policy, synced) == expected
 
 
-@pytest.mark.parametrize(("is_partitioned", "needed"), [(False, "a CUDA GPU"), (True, "stage 3")])
+@pytest.mark.parametrize(("is_partitioned", "needed"), [(False, "a CUDA GPU"), (True, "gathered once")])
 def test_cuda_graphs_are_refused_where_nothing_can_be_recorded(
     is_partitioned: bool, needed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: is_partitioned)
     engine = SimpleNamespace(module="policy", zero_optimization_partition_weights=lambda: is_partitioned)
     with pytest.raises(ValueError, match=f"cuda_graphs=True needs .*{needed}"):
-        PolicyBackend(engine, [0], [], 100, cuda_graphs=True)
+        PolicyBackend(engine, [0], [], 100, cuda_graphs=True, gathers_once=False)
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 5, 8])
