@@ -3,13 +3,15 @@
     python bench/faults.py [--only kills inputs disks ranks] [--kills 60] [--work DIR] [--results FILE]
 
 Runs are disturbed until `--kills` kills have landed: one that comes after the end of its run does not count.
-Resumable: what the results file holds is not repeated (`--again NAME...` repeats). `disks` mounts small tmpfs folders
-and needs root. The exit code is the number of cases that did not come out as they must.
+Resumable: what the results file holds is not repeated (`--again NAME...` repeats). Several may run at once, with parts
+of their own (`--only`) and a folder each (`--work`). `disks` mounts small tmpfs folders and needs root. The exit code
+is the number of cases that did not come out as they must.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import itertools
 import json
 import os
@@ -75,8 +77,7 @@ def main() -> int:
     plots.plot_run = lambda folder: []  # the same in every run, and half of its time
     world = World(options.work)
     world.make()
-    results = json.loads(options.results.read_text()) if options.results.exists() else {}
-    results = {part: results.get(part, {}) for part in PARTS}
+    results = read_results(options.results)
     cases = {
         "kills": lambda: kill_cases(world, options.kills, results["kills"]),
         "inputs": lambda: input_cases(world),
@@ -90,11 +91,30 @@ def main() -> int:
                 continue
             if name not in results[part] or name in options.again:
                 results[part][name] = portable(case(), options.work)
-                write_json(options.results, {"machine": describe_machine(), "summary": summary(results), **results})
+                add_result(options.results, part, name, results[part][name])
                 print(f"{name}: {results[part][name]['outcome'][:300]}", flush=True)
             bad += results[part][name]["outcome"] not in GOOD
-    print(summary(results))
+    print(summary(read_results(options.results)))
     return min(bad, 100)
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """The cases of every part by name."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return {part: found.get(part, {}) for part in PARTS}
+
+
+def add_result(path: Path, part: str, name: str, record: dict[str, Any]) -> None:
+    """Put one case into the file, which others may be adding to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        results = read_results(path)
+        results[part][name] = record
+        write_json(path, {"machine": describe_machine(), "summary": summary(results), **results})
+    finally:
+        os.close(folder)
 
 
 def portable(record: dict[str, Any], work: Path) -> dict[str, Any]:

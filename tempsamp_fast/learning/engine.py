@@ -45,7 +45,7 @@ def build_engine(policy: nn.Module, train: TrainConfig, dtype: torch.dtype, *, l
     buffers = {name: buffer.dtype for name, buffer in policy.named_buffers()}
     try:
         engine, _, _, _ = deepspeed.initialize(model=policy, model_parameters=trainable, config=settings)
-    except (AssertionError, TypeError, AttributeError, KeyError, DeepSpeedConfigError) as error:
+    except (AssertionError, TypeError, AttributeError, KeyError, ValueError, DeepSpeedConfigError) as error:
         if train.deepspeed_config is None:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
