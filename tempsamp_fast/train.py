@@ -58,8 +58,9 @@ def train(run: Run) -> None:
             )
             if at.phase.method == "tempsamp":
                 metrics |= advantage_metrics(groups, algorithm)
+            means = mean_over_ranks(metrics, len(groups))
             num_bad_videos = sum(of_all_ranks(sum(prompt.is_replacement for prompt in prompts)))
-            log.log(at.step, str(at.phase), mean_over_ranks(metrics) | {"data/bad_videos": num_bad_videos})
+            log.log(at.step, str(at.phase), means | {"data/bad_videos": num_bad_videos})
             log.log_groups(at.step, str(at.phase), groups)
 
             is_better = False

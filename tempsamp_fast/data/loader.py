@@ -40,12 +40,20 @@ class PromptLoader:
 
     max_prompt_tokens: a longer prompt is as bad as a video that fails.
 
+    num_threads: that decode on the CPU; None: as many as it has cores for this process.
+
     With `on_bad_sample="skip"` a bad sample is replaced by the next good one, and its video or name listed in
     `skipped`; more than `max_bad_videos` of them in one epoch raise ValueError. With `raise` its error names it.
     """
 
     def __init__(
-        self, chat: Chat, geometry: Geometry, config: DataConfig, tower: str = "", max_prompt_tokens: int | None = None
+        self,
+        chat: Chat,
+        geometry: Geometry,
+        config: DataConfig,
+        tower: str = "",
+        max_prompt_tokens: int | None = None,
+        num_threads: int | None = None,
     ):
         self.chat, self.geometry, self.config = chat, geometry, config
         self.max_prompt_tokens = max_prompt_tokens
@@ -68,6 +76,7 @@ class PromptLoader:
         self._lock = threading.RLock()
         gpu = training_device() if config.video_device != "cpu" and torch.cuda.is_available() else None
         self._device = str(gpu or config.video_device)
+        self._num_threads = None if gpu else num_threads
         self._stream = torch.cuda.Stream(gpu) if gpu else None
 
     def keep_features(self, prompts: Sequence[Prompt]) -> None:
@@ -224,6 +233,7 @@ class PromptLoader:
                 device=self._device,
                 dtype=torch.uint8,
                 on_error=self.config.on_bad_sample,
+                num_threads=self._num_threads,
                 index_folder=self._index_folder,
             )
             for path, video, result in zip(missing, batch.split(), batch.results, strict=True):

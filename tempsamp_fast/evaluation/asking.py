@@ -42,11 +42,8 @@ def evaluate(
     that says so.
     """
     texts: dict[str, str] = {}
-    ordered = [sample for queries in by_video(samples) for sample in queries]
     size = max(1, min(batch_size, math.ceil(len(samples) / num_ranks())))
-    batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    own = batches[own_rank() :: num_ranks()]
-    own += [[]] * (math.ceil(len(batches) / num_ranks()) - len(own))
+    own = [of_ranks[own_rank()] for of_ranks in rounds(samples, size, num_ranks())]
     with Progress(len(samples), every_s=PROGRESS_S) if is_first_rank() else nullcontext() as progress:
         # Every rank samples equally often, as partitioned parameters need it, if only an answer that others have too.
         for batch in own:
@@ -65,6 +62,18 @@ def evaluate(
         | ({} if sample.sample_id in texts else skipped)
         for sample in samples
     ]
+
+
+def rounds(samples: Sequence[Sample], batch_size: int, num_ranks: int) -> list[list[list[Sample]]]:
+    """Batches by round and rank: those of a round have videos of like length, and whom one gave more the next gives
+    less. In the last round ranks may have nothing.
+    """
+    longest_first = sorted(by_video(samples), key=lambda queries: -queries[0].duration_s)
+    ordered = [sample for queries in longest_first for sample in queries]
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    batches += [[]] * (-len(batches) % num_ranks)
+    dealt = [batches[start : start + num_ranks] for start in range(0, len(batches), num_ranks)]
+    return [of_ranks[:: -1 if index % 2 else 1] for index, of_ranks in enumerate(dealt)]
 
 
 def _first_prompt(samples: Sequence[Sample], mode: Mode, loader: PromptLoader) -> list[Prompt]:

@@ -25,6 +25,8 @@ REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
     "ratio_max": max,
 }
 """How the figures of rows that are no means become one."""
+OF_GROUPS = ("reward/", "completion/", "advantage/", "batch/skipped_share")
+"""What names of means over a rank's groups begin with; ranks may have other numbers of groups."""
 
 
 def combine(parts: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -47,13 +49,19 @@ def combine(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     return combined
 
 
-def mean_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
-    """Every metric averaged over the ranks that have it; of lengths the extremes stay extremes."""
-    parts = of_all_ranks(metrics)
-    names = dict.fromkeys(name for part in parts for name in part)
-    having = {name: [part[name] for part in parts if name in part] for name in names}
-    extremes = {"completion/min_length": min, "completion/max_length": max}
-    return {name: extremes.get(name, fmean)(values) for name, values in having.items()}
+def mean_over_ranks(metrics: dict[str, float], num_groups: int) -> dict[str, float]:
+    """Every metric averaged over the ranks that have it; of lengths the extremes stay extremes.
+
+    num_groups: of this rank, by which means over groups are weighted.
+    """
+    parts = of_all_ranks((num_groups, metrics))
+    found = {}
+    for name in dict.fromkeys(name for _, part in parts for name in part):
+        values = [part[name] for _, part in parts if name in part]
+        weights = [number for number, part in parts if name in part] if name.startswith(OF_GROUPS) else None
+        extreme = {"completion/min_length": min, "completion/max_length": max}.get(name)
+        found[name] = extreme(values) if extreme else fmean(values, weights)
+    return found
 
 
 def logp_gap(

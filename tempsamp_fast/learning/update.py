@@ -94,7 +94,7 @@ def _update(
     counted = [each for group in groups for each in group.completions if is_counted(each, algorithm)]
     num_tokens = number_per_rank(sum(len(each.ids) for each in counted), engine.device)
     having_gradient = [group for group in groups if _has_gradient(group, is_sft, algorithm)]
-    learning = balance(having_gradient, engine.module.config)
+    learning = balance(having_gradient, engine.module.config, engine.device)
     own_rows = [
         row
         for start in range(0, len(learning), prompts_per_row)
@@ -147,7 +147,10 @@ def _update(
         {name: value for name, value in metrics.as_dict().items() if ref is not None or name.rpartition("/")[2] != "kl"}
         for metrics in row_metrics[: len(own_rows)]
     ]
-    all_metrics = [metrics for of_rank in of_all_ranks(own_metrics) for metrics in of_rank]
+    num_tokens_run = sum(row.num_tokens for row in own_rows)
+    by_rank = of_all_ranks((num_tokens_run, own_metrics))
+    all_metrics = [metrics for _, of_rank in by_rank for metrics in of_rank]
+    loads = [each for each, _ in by_rank]
     combined = {"loss": 0.0} | combine(all_metrics)
     combined["loss"] /= num_ranks()  # each rank divides by its share of the step's answers
     return (
@@ -155,7 +158,8 @@ def _update(
         | {
             "optim/learning_rate": learning_rate,
             "optim/grad_norm": max(grad_norms, key=lambda norm: norm if math.isfinite(norm) else math.inf),
-            "batch/num_tokens": float(sum(row.num_tokens for row in own_rows)),
+            "batch/num_tokens": float(num_tokens_run),
+            "batch/idle_share": 1 - sum(loads) / max(1, len(loads) * max(loads)),
             "batch/skipped_share": 1 - len(having_gradient) / len(groups),
         }
         | tree_saving(own_rows, learning, config.train)

@@ -19,6 +19,7 @@ from tempsamp_fast.data.order import TrainingOrder
 from tempsamp_fast.data.prefetch import Prefetch
 from tempsamp_fast.data.prompt_file import read_prompt_file
 from tempsamp_fast.embedded.data import embedded_checkpoint, with_embedded_data
+from tempsamp_fast.learning.balance import balance_prompts
 from tempsamp_fast.learning.engine import build_engine, learning_rate
 from tempsamp_fast.learning.groups import RecordedRollouts, answer
 from tempsamp_fast.learning.own_rewards import reward_function, reward_terms, try_rewards
@@ -40,7 +41,7 @@ from tempsamp_fast.run.reference import reference_of
 from tempsamp_fast.run.resume import check_same_run, facts_of, open_folder
 from tempsamp_fast.run.schedule import PhaseStep, first_reinforcement_step, in_steps, plan
 from tempsamp_fast.run.skipped_steps import SkippedSteps
-from tempsamp_fast.system.device import training_device
+from tempsamp_fast.system.device import decoding_threads, training_device
 from tempsamp_fast.system.heartbeat import GracefulStop, Heartbeat
 from tempsamp_fast.system.ranks import max_over_ranks, num_ranks, own_rank
 from tempsamp_fast.system.stopwatch import Stopwatch
@@ -86,6 +87,7 @@ class Run:
             data,
             max_prompt_tokens=train.max_tokens_per_row,
             tower=features_key(self.policy, data.cache_features),
+            num_threads=decoding_threads(),
         )
         look_at_prompts(
             [*self.train_samples, *self.eval_samples],
@@ -178,7 +180,7 @@ class Run:
         return {"data/epoch": asked / len(self.train_samples)}
 
     def answer(self, at: PhaseStep, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
-        """Scored groups for the prompts, sampled or replayed."""
+        """Scored groups for this rank's share of all ranks' prompts, sampled or replayed."""
 
         def sampler(asked: Sequence[Prompt], num_completions: Sequence[int]) -> list[list[Completion]]:
             self.heartbeat.at(f"rollout of step {at.step}")
@@ -192,7 +194,8 @@ class Run:
             return answers
 
         config, method = self.config, at.phase.method
-        asked = with_pixels_on(self.device, self.with_features(prompts))
+        shared_out = balance_prompts(prompts, self.policy.config, self.device)
+        asked = with_pixels_on(self.device, self.with_features(shared_out))
         rollout, task = config.rollout, config.data.task
         longest = rollout.max_completion_length
         groups = answer(asked, method, rollout.num_generations, sampler, self.chat, config.algorithm, task, longest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
 from datetime import timedelta
 
@@ -11,6 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tempsamp_fast.system.ranks import of_all_ranks
+
+SLURM_PORTS = range(20_000, 30_000)
+"""Where ranks that srun starts meet."""
 STAGED_BYTES = 64 << 10
 """The driver sets as much of a copy from pageable memory aside; of more it waits until the device has it."""
 
@@ -21,7 +26,8 @@ def prepare_environment() -> None:
     oneDNN's AMX kernels die with SIGILL on virtual machines that advertise AMX without having it, so CPU runs cap the
     instruction set. DeepSpeed's own shared-memory collective is compiled at start-up; gloo serves as well.
     """
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (alone | _started_by_srun()).items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
@@ -31,6 +37,35 @@ def prepare_environment() -> None:
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _started_by_srun() -> dict[str, str]:
+    """What launchers tell ranks, from what srun tells its tasks; nothing where there are none or a launcher spoke.
+
+    They meet at the first node of the step, on a port that only the job's number decides.
+    """
+    given = os.environ
+    if "RANK" in given or int(given.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return {}
+    first = re.match(r"(?P<name>[^\[,]+)(\[(?P<number>\d+))?", given["SLURM_STEP_NODELIST"])
+    assert first is not None
+    return {
+        "RANK": given["SLURM_PROCID"],
+        "WORLD_SIZE": given["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": given["SLURM_LOCALID"],
+        "MASTER_ADDR": first["name"] + (first["number"] or ""),
+        "MASTER_PORT": str(SLURM_PORTS.start + int(given["SLURM_JOB_ID"]) % len(SLURM_PORTS)),
+    }
+
+
+def decoding_threads() -> int:
+    """This rank's share of the processors that it may run on, of those that ranks of its host have in common.
+
+    Called by every rank.
+    """
+    host, own = socket.gethostname(), os.sched_getaffinity(0)
+    others = of_all_ranks((host, own))
+    return max(1, len(own) // sum(at == host and bool(cores & own) for at, cores in others))
 
 
 def free_port() -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tempsamp_fast.batch import Completion, Prompt, Sample, VideoPatches
-from tempsamp_fast.evaluation.asking import evaluate
+from tempsamp_fast.evaluation.asking import evaluate, rounds
 
 WINDOWS = ((0.0, 1.0), (3.0, 5.0))
 SAMPLES = [Sample(f"s{n}", Path(f"v{n}.mp4"), "query", 10.0, WINDOWS) for n in range(5)]
@@ -59,3 +62,24 @@ def test_untagged_answers_are_read_where_tags_are_not_required() -> None:
     loader: Any = Loader()
     assert [row["iou"] for row in evaluate(SAMPLES[:1], "answer", plain, loader, 1, require_tags=False)] == [1.0]
     assert [row["iou"] for row in evaluate(SAMPLES[:1], "answer", plain, loader, 1)] == [0.0]
+
+
+@given(st.lists(st.floats(1, 3600), min_size=1, max_size=60), st.integers(1, 5), st.integers(1, 6))
+def test_ranks_evaluate_batches_of_like_length_in_every_round(durations: list, size: int, num_ranks: int) -> None:
+    """Every sample once; within a round none is longer than any of the round before."""
+    samples = [Sample(str(i), Path(f"{i}.mp4"), "", seconds, ()) for i, seconds in enumerate(durations)]
+    dealt = rounds(samples, size, num_ranks)
+    assert sorted(each.sample_id for of_ranks in dealt for batch in of_ranks for each in batch) == sorted(
+        each.sample_id for each in samples
+    )
+    assert all(len(of_ranks) == num_ranks for of_ranks in dealt)
+    lengths = [[each.duration_s for batch in of_ranks for each in batch] for of_ranks in dealt]
+    for longer, shorter in itertools.pairwise(lengths):
+        assert min(longer) >= max(shorter, default=0)
+
+
+def test_videos_of_very_different_lengths_keep_ranks_busy_alike() -> None:
+    samples = [Sample(str(i), Path(f"{i}.mp4"), "", 10.0 * 1.05**i, ()) for i in range(96)]
+    dealt = rounds(samples, 4, 4)
+    seconds = [sum(each.duration_s for of_ranks in dealt for each in of_ranks[rank]) for rank in range(4)]
+    assert 1 - sum(seconds) / 4 / max(seconds) < 0.15

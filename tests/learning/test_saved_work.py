@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from tempsamp_fast.learning.loss import idle_loss
 from tempsamp_fast.model.flops import forward_flops
 from tempsamp_fast.model.packing import idle_row, pack
 from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.model.segments import by_tree, num_tree_tokens
 from tempsamp_fast.run.checkpoint import latest_checkpoint
 from tempsamp_fast.run.run import Run
 from tempsamp_fast.run.schedule import plan
@@ -166,33 +166,46 @@ def test_ranks_get_whole_groups_balanced_by_tokens(num_tokens: list[int], num_ra
     assert max(sum(num_tokens[group] for group in groups) for groups in ranks) <= 4 / 3 * unbeatable + 1e-9
 
 
+def on_two_ranks(monkeypatch: pytest.MonkeyPatch, groups: Sequence[Sequence], config) -> list[list]:
+    """What each of two ranks has after `balance`; only the first one sends."""
+    told = list(map(trees_told(config), groups))
+    monkeypatch.setattr(balance_module, "num_ranks", lambda: 2)
+    monkeypatch.setattr(balance_module, "of_all_ranks", lambda _: told)
+    sent: list[torch.Tensor] = []
+
+    def all_to_all(arrived, outgoing, coming, splits) -> None:
+        if not sent:
+            assert coming == [0, 0] and splits[0] == 0 and sum(splits) == len(outgoing)
+            return sent.append(outgoing)
+        assert splits == [0, 0] and coming == [len(sent[0]), 0]
+        arrived.copy_(sent[0])
+
+    monkeypatch.setattr(balance_module.dist, "all_to_all_single", all_to_all)
+    arrived = []
+    for rank, own in enumerate(groups):
+        monkeypatch.setattr(balance_module, "own_rank", lambda rank=rank: rank)
+        arrived.append(balance(own, config, torch.device("cpu")))
+    return arrived
+
+
+def trees_told(config) -> Callable:
+    """What a rank tells the others of its trees."""
+    return lambda groups: [
+        (num_tree_tokens(tree, config), balance_module._message(tree).num_bytes) for tree in by_tree(groups)
+    ]
+
+
 @pytest.mark.parametrize("tiny", ["qwen3_vl"], indirect=True)
 def test_a_group_arrives_with_its_features_and_advantages(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the first of two ranks to the second, as a pickle."""
+    """From the first of two ranks to the second, as bytes."""
     groups = []
     for seed in range(3):
         group = tiny.group(tiny.prompt((2, 4, 4), seed=seed), [3, 2], seed=seed)
         features = VisionFeatures(torch.full((8, 32), float(seed)), (torch.full((8, 32), -float(seed)),))
         prompt = replace(group.prompt, video=replace(group.prompt.video, features=features))
         groups.append(replace(group, prompt=prompt, advantages=torch.tensor([1.0, float(seed)])))
-    sent: list[tuple[int, bytes]] = []
-
-    def receive(objects: list, sender: int) -> None:
-        receiver, data = sent.pop(0)
-        assert (sender, receiver) == (0, 1)
-        objects[:] = pickle.loads(data)
-
-    monkeypatch.setattr(balance_module, "num_ranks", lambda: 2)
-    monkeypatch.setattr(balance_module, "of_all_ranks", lambda _: [[group.num_tokens for group in groups], []])
-    monkeypatch.setattr(
-        balance_module.dist, "send_object_list", lambda objects, to: sent.append((to, pickle.dumps(objects)))
-    )
-    monkeypatch.setattr(balance_module.dist, "recv_object_list", receive)
-    arrived = {}
-    for rank, own in enumerate([groups, []]):
-        monkeypatch.setattr(balance_module, "own_rank", lambda rank=rank: rank)
-        arrived[rank] = balance(own, tiny.model().config)
-    assert [len(arrived[rank]) for rank in range(2)] == [2, 1] and not sent
+    arrived = on_two_ranks(monkeypatch, [groups, []], tiny.model().config)
+    assert [len(arrived[rank]) for rank in range(2)] == [2, 1]
     assert {group.prompt.sample.sample_id for group in [*arrived[0], *arrived[1]]} == {f"sample-{i}" for i in range(3)}
     for group in [*arrived[0], *arrived[1]]:
         seed, features = float(group.prompt.sample.sample_id.removeprefix("sample-")), group.prompt.video.features
@@ -202,22 +215,16 @@ def test_a_group_arrives_with_its_features_and_advantages(tiny, monkeypatch: pyt
 
 def test_groups_about_one_video_travel_together_and_stay_about_one(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weighed by what they are as a tree."""
-    groups, sent = tiny.tree_groups(), []
     config = tiny.model().config
-    weights: list[list[int]] = []
-    monkeypatch.setattr(balance_module, "num_ranks", lambda: 2)
-    monkeypatch.setattr(balance_module, "of_all_ranks", lambda own: weights.append(own) or [own, []])
-    monkeypatch.setattr(balance_module, "own_rank", lambda: 0)
-    monkeypatch.setattr(balance_module.dist, "send_object_list", lambda objects, to: sent.append(objects[0]))
-    stay = balance(groups, config)
-    units = [stay, *(pickle.loads(pickle.dumps(tree)) for tree in sent)]
+    groups = tiny.tree_groups()
+    units = [tree for of_rank in on_two_ranks(monkeypatch, [groups, []], config) for tree in by_tree(of_rank)]
     assert sorted(len(unit) for unit in units) == [1, 2, 3]
     found = []
     for unit in units:
         (row,) = pack(unit, config=config, max_tokens_per_row=10_000)
         assert len(row.layout) == 1
         found.append(row.num_tokens)
-    assert sorted(found) == sorted(weights[0])
+    assert sorted(found) == sorted(num_tokens for num_tokens, _ in trees_told(config)(groups))
 
 
 def test_every_phase_of_a_step_is_timed(finished_run) -> None:

@@ -9,13 +9,17 @@ import torch
 import torch.distributed as dist
 
 from bench.traffic import Traffic
+from tempsamp_fast.batch import RolloutGroup
+from tempsamp_fast.learning.balance import balance_prompts
 from tempsamp_fast.learning.engine import in_step, optimizer_step
 from tempsamp_fast.learning.loss import idle_loss
 from tempsamp_fast.learning.vision_features import with_vision_features
 from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.model.segments import by_tree, num_tree_tokens
 from tempsamp_fast.rollout.backends import PolicyBackend
 from tempsamp_fast.rollout.generate import SamplingParams, generate
+from tempsamp_fast.system.ranks import of_all_ranks
 from tempsamp_fast.system.stopwatch import Stopwatch
 from tests.conftest import Tiny
 
@@ -88,6 +92,42 @@ def check_rollouts_follow_updates(tiny: Tiny, engine) -> None:
     assert not torch.allclose(once, first, atol=1e-3)
 
 
+def check_balance(tiny: Tiny, rank: int) -> None:
+    """Rank 0 has three prompts, rank 1 a short one: trees travel in one exchange, bit for bit, and none by a pair."""
+    config = tiny.model().config
+    prompts = [group.prompt for group in tiny.tree_groups()] if rank == 0 else [tiny.prompt((1, 4, 4), seed=9)]
+    every = [prompt for of_rank in of_all_ranks(prompts) for prompt in of_rank]
+    with Traffic() as seen:
+        mine = balance_prompts(prompts, config, torch.device("cpu"))
+    assert set(seen.calls) == {"all_gather", "all_to_all"} and seen.calls["all_to_all"] == 1
+    by_id = {prompt.sample.sample_id: prompt for prompt in every}
+    found = of_all_ranks([prompt.sample.sample_id for prompt in mine])
+    assert sorted(each for of_rank in found for each in of_rank) == sorted(by_id) and len(found[1]) > 1
+    for prompt in mine:
+        assert torch.equal(prompt.video.pixel_values, by_id[prompt.sample.sample_id].video.pixel_values)
+    tokens = [sum(num_tree_tokens(tree, config) for tree in by_tree([RolloutGroup(each, []) for each in share]))
+              for share in (prompts, mine)]  # fmt: skip
+    before, after = zip(*of_all_ranks(tokens), strict=True)
+    assert max(after) < max(before)
+
+
+def check_gradient_traffic(tiny: Tiny, rank: int) -> None:
+    """Bytes that a step of three rows reduces under ZeRO-2: all gradients once, or in every row; the same weights."""
+    rows = pack(tiny.groups(), config=tiny.model().config, max_tokens_per_row=50)
+    weights = []
+    for reduces_once in (True, False):
+        engine = build_engine(tiny, 2)
+        num_bytes = sum(each.nbytes for each in engine.module.parameters())
+        heads = [lambda hidden, weight: ((hidden @ weight.T).square().mean() * (1 + rank), None)] * len(rows)
+        with Traffic() as seen:
+            optimizer_step(engine, rows, heads, 1e-3, Stopwatch(), reduces_once)
+        times = 1 if reduces_once else len(rows)
+        assert times * num_bytes <= seen.bytes["all_reduce"] < times * num_bytes + 1000
+        assert num_bytes <= seen.bytes["all_gather"] < 1.01 * num_bytes
+        weights.append(torch.cat([each.detach().flatten() for each in engine.module.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
 def check_features(tiny: Tiny, zero_stage: int, rank: int) -> None:
     """A frozen tower: rank 0 has three videos to encode, rank 1 none."""
     engine, model = build_engine(tiny, zero_stage, has_frozen_tower=True), tiny.model()
@@ -108,3 +148,6 @@ def main(words: list[str]) -> None:
     check_update(tiny, engine, dist.get_rank())
     check_rollouts_follow_updates(tiny, engine)
     check_features(tiny, zero_stage, dist.get_rank())
+    if zero_stage == 3:
+        check_balance(tiny, dist.get_rank())
+        check_gradient_traffic(tiny, dist.get_rank())

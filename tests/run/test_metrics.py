@@ -83,11 +83,18 @@ def test_without_sampled_positives_none_is_said_to_flip() -> None:
 
 def test_extremes_of_ranks_stay_extremes(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [
-        {"completion/min_length": 2.0, "completion/max_length": 5.0},
-        {"completion/max_length": 9.0, "loss": 1.0},
+        (1, {"completion/min_length": 2.0, "completion/max_length": 5.0}),
+        (3, {"completion/max_length": 9.0, "loss": 1.0}),
     ]
     monkeypatch.setattr("tempsamp_fast.learning.metrics.of_all_ranks", lambda own: lengths)
-    assert mean_over_ranks({}) == {"completion/min_length": 2, "completion/max_length": 9, "loss": 1}
+    assert mean_over_ranks({}, 1) == {"completion/min_length": 2, "completion/max_length": 9, "loss": 1}
+
+
+def test_means_over_groups_weigh_ranks_by_their_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are shared out by their tokens: one rank may have one long one, another three."""
+    parts = [(1, {"reward/tiou": 0.0, "time/step_s": 1.0}), (3, {"reward/tiou": 1.0, "time/step_s": 2.0})]
+    monkeypatch.setattr("tempsamp_fast.learning.metrics.of_all_ranks", lambda own: parts)
+    assert mean_over_ranks({}, 1) == {"reward/tiou": 0.75, "time/step_s": 1.5}
 
 
 def test_a_kl_that_is_not_computed_is_not_in_the_record(finished_run, trainer, tmp_path: Path) -> None:
