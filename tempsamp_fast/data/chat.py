@@ -23,6 +23,8 @@ VIDEO_PAD = "<|video_pad|>"
 VIDEO_MARKER = f"<|vision_start|>{VIDEO_PAD}<|vision_end|>"
 QUESTION = "[the question]"
 """Stands for it while the chat template is rendered."""
+_RENDERED: dict[str, str] = {}
+"""What chat templates have made of turns, by all that it depends on."""
 
 
 class Chat:
@@ -54,7 +56,6 @@ class Chat:
         self.tokenizer: Any = tokenizer
         self.answer_form: AnswerForm = "text"
         """How everything is asked from now on."""
-        self._rendered: dict[tuple[Any, Mode], tuple[str, str]] = {}
         self._template("answer")
         self.preprocessor_files = preprocessor_files
         self.templates: Templates | None = None
@@ -153,13 +154,10 @@ class Chat:
         return query
 
     def _template(self, mode: Mode) -> tuple[str, str]:
-        """What the chat template puts before and after a question; rendered once a mode, as it is a stranger's program.
+        """What the chat template puts before and after a question.
 
         Raises ValueError for one that fails, repeats or drops the question, takes over 10 s or 512 MiB.
         """
-        key = self.tokenizer.chat_template, mode
-        if key in self._rendered:
-            return self._rendered[key]
         asked = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}]
         try:
             text = self._render(asked, add_generation_prompt=True, enable_thinking=mode == "think")
@@ -169,12 +167,19 @@ class Chat:
                 f"the chat template of {self.tokenizer.name_or_path!r} cannot be used: it must render a question once "
                 f"({error})"
             ) from error
-        return self._rendered.setdefault(key, (before, after))
+        return before, after
 
     def _render(self, turns: list[Any], **options: bool) -> str:
-        """What the chat template makes of `turns`. Raises ValueError for one that fails, takes over 10 s or 512 MiB."""
-        render = lambda: self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
-        return bounded(render, seconds=10, num_bytes=512 << 20)
+        """What the chat template, a stranger's program, makes of `turns`; asked once in a process.
+
+        Raises ValueError for one that fails, takes over 10 s or 512 MiB.
+        """
+        words = self.tokenizer
+        key = repr((type(words), words.chat_template, words.special_tokens_map, turns, options))
+        if key not in _RENDERED:
+            render = lambda: words.apply_chat_template(turns, tokenize=False, **options)
+            _RENDERED[key] = bounded(render, seconds=10, num_bytes=512 << 20)
+        return _RENDERED[key]
 
     def _video_text(self, video: VideoPatches) -> str:
         frames, height, width = video.grid_thw
