@@ -24,12 +24,14 @@ from tempsamp_fast.data.prompts import off_policy_text, question
 from tempsamp_fast.embedded.model import build_tiny_checkpoint
 from tempsamp_fast.embedded.videos import SyntheticConfig, generate
 from tempsamp_fast.learning.advantage import assign_advantages
+from tempsamp_fast.report import plots
 from tempsamp_fast.run.log import read_metrics
 from tempsamp_fast.run.run import Run
 from tempsamp_fast.run.schedule import PhaseStep, plan
 from tempsamp_fast.system.device import free_port, join_ranks, prepare_environment
 
 REPOSITORY = Path(__file__).parents[1]
+PLOT_RUN = plots.plot_run
 RECIPE = """
 dtype: float32
 video_backend: torchcodec
@@ -164,10 +166,18 @@ def trainer(
     process_group: None,
     rank_server: RankServer,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Trainer:
+) -> Iterator[Trainer]:
     recipe = tmp_path_factory.mktemp("recipe") / "small.yaml"
     recipe.write_text(RECIPE)
-    return Trainer(clips, checkpoint, recipe, rank_server)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "plot_run", lambda _: [])  # it takes longer than most of the runs
+        yield Trainer(clips, checkpoint, recipe, rank_server)
+
+
+@pytest.fixture
+def pictures(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw their pictures."""
+    monkeypatch.setattr(plots, "plot_run", PLOT_RUN)
 
 
 @dataclass(frozen=True)
@@ -210,10 +220,12 @@ class FinishedRun:
 
 @pytest.fixture(scope="session")
 def finished_run(trainer: Trainer, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """Two phases, an evaluation after each, a checkpoint after every step."""
+    """Two phases, an evaluation after each, a checkpoint after every step, and pictures of it all."""
     words = (*FINISHED, *FINISHED_EVALUATION, "--eval_annotations", str(clips / "annotations/test.json"))
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    return FinishedRun(folder, words, trainer.main(folder, *words))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "plot_run", PLOT_RUN)
+        return FinishedRun(folder, words, trainer.main(folder, *words))
 
 
 @pytest.fixture

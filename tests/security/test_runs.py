@@ -38,7 +38,7 @@ def set_in_record(run: Path, section: str, **settings: Any) -> None:
     path.write_text(json.dumps(found))
 
 
-def test_a_resumed_run_writes_through_no_link(run: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_writes_through_no_link(run: Path, pictures: None, tmp_path: Path) -> None:
     """Every file that it adds to, replaces, or makes beside one."""
     victims = []
     for name in WRITTEN:
@@ -61,7 +61,9 @@ def test_a_resumed_run_writes_through_no_link(run: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "eval", "plots", "heartbeat", "tensorboard"])
-def test_a_resumed_run_writes_into_no_folder_elsewhere(run: Path, refused, tmp_path: Path, name: str) -> None:
+def test_a_resumed_run_writes_into_no_folder_elsewhere(
+    run: Path, pictures: None, refused, tmp_path: Path, name: str
+) -> None:
     outside = (run / name).rename(tmp_path / "outside") if (run / name).exists() else tmp_path / "outside"
     outside.mkdir(exist_ok=True)
     (run / name).symlink_to(outside)
