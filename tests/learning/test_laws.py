@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,55 +18,61 @@ from tempsamp_fast.learning.engine import learning_rate
 from tempsamp_fast.learning.groups import reward_metrics
 from tempsamp_fast.learning.metrics import combine
 from tempsamp_fast.run.schedule import in_steps, plan
+from tests.trainer_fixtures import Stepper
 
 THREE_STEPS = ("--phases", "sft:1,tempsamp:2", "--shaping", "anchor", "--beta", "0.04")
 """With `anchor` the advantages of a group do not add up to zero, so that the loss is no rounding error."""
 
 
+FOUR_ROWS = ("--gradient_accumulation_steps", "4")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Weights before and after all steps, and the metrics of each."""
+
+    before: torch.Tensor
+    steps: list[dict[str, float]]
+    after: torch.Tensor
+
+    @classmethod
+    def of(cls, stepper: Any) -> Trained:
+        return cls(stepper.weights(), stepper.steps(), stepper.weights())
+
+    def assert_equals(self, other: Trained) -> None:
+        """Losses, gradient norms and weights after all steps, the weights by how far they moved."""
+        for name in ("loss", "optim/grad_norm", "policy/entropy", "policy/kl"):
+            expected = [metrics[name] for metrics in other.steps if name in metrics]
+            assert [m[name] for m in self.steps if name in m] == pytest.approx(expected, rel=1e-3, abs=1e-6), name
+        moved = (self.after - self.before).norm()
+        assert moved > 0
+        assert (self.after - other.after).norm() < 0.01 * moved
+
+
 @pytest.fixture(scope="module")
-def recorded(trainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Answers for the 8 prompts of each step of THREE_STEPS."""
+def plain(trainer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, tuple[str, ...]]:
+    """Four rows of a prompt each in every step of THREE_STEPS, and the words that give its answers to other runs."""
     folder = tmp_path_factory.mktemp("recorded")
-    words = ("--gradient_accumulation_steps", "8", "--record_rollouts", str(folder / "rollouts.jsonl"))
-    run = trainer.run(folder / "run", *THREE_STEPS, *words)
-    for at in plan(run.phases):
-        run.answer(at, run.prompts(at))
-    return folder / "rollouts.jsonl"
+    record = ("--record_rollouts", str(folder / "rollouts.jsonl"))
+    trained = Trained.of(Stepper(trainer.run(folder / "run", *THREE_STEPS, *FOUR_ROWS, *record)))
+    return trained, (*THREE_STEPS, "--replay_rollouts", str(folder / "rollouts.jsonl"))
 
 
-def assert_same_training(one, other) -> None:
-    """Losses, gradient norms and weights after all steps, the weights by how far they moved."""
-    start = one.weights()
-    ours, theirs = one.steps(), other.steps()
-    for name in ("loss", "optim/grad_norm", "policy/entropy", "policy/kl"):
-        expected = [metrics[name] for metrics in theirs if name in metrics]
-        assert [m[name] for m in ours if name in m] == pytest.approx(expected, rel=1e-3, abs=1e-6), name
-    moved = (one.weights() - start).norm()
-    assert moved > 0
-    assert (one.weights() - other.weights()).norm() < 0.01 * moved
-
-
-def test_accumulating_8_rows_of_1_prompt_is_1_row_of_8(stepper, recorded: Path) -> None:
-    words = (*THREE_STEPS, "--replay_rollouts", str(recorded))
-    one_row = stepper(
-        *words, "--prompts_per_device", "8", "--sft_prompts_per_device", "8", "--gradient_accumulation_steps", "1"
-    )
-    eight_rows = stepper(*words, "--gradient_accumulation_steps", "8")
-    assert_same_training(one_row, eight_rows)
-
-
-@pytest.mark.parametrize("budget", [32768, 400])
-def test_packing_does_not_change_the_training(stepper, recorded: Path, budget: int) -> None:
-    """Shared prompts against one row per answer; with the small budget, rows of on-policy answers alone."""
-    words = (*THREE_STEPS, "--replay_rollouts", str(recorded), "--gradient_accumulation_steps", "8")
-    assert_same_training(stepper(*words), stepper(*words, "--packing", "none", "--max_tokens_per_row", str(budget)))
-
-
-def test_zero_stages_do_not_change_the_training(stepper, recorded: Path) -> None:
-    """Nor the gradient norm before clipping, which DeepSpeed keeps in another place at each stage."""
-    words = (*THREE_STEPS, "--replay_rollouts", str(recorded), "--gradient_accumulation_steps", "8")
-    for stage in ("1", "2"):
-        assert_same_training(stepper(*words, "--zero_stage", "0"), stepper(*words, "--zero_stage", stage))
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--prompts_per_device", "4", "--sft_prompts_per_device", "4", "--gradient_accumulation_steps", "1"),
+        (*FOUR_ROWS, "--packing", "none"),
+        (*FOUR_ROWS, "--packing", "none", "--max_tokens_per_row", "400"),
+        (*FOUR_ROWS, "--zero_stage", "1"),
+        (*FOUR_ROWS, "--zero_stage", "2"),
+    ],
+    ids=["one row of four prompts", "a row an answer", "rows of few tokens", "ZeRO 1", "ZeRO 2"],
+)
+def test_rows_packing_and_zero_stages_do_not_change_the_training(stepper, plain, words: tuple[str, ...]) -> None:
+    """Nor the gradient norm before clipping. With the small budget, rows hold on-policy answers alone."""
+    expected, replayed = plain
+    Trained.of(stepper(*replayed, *words)).assert_equals(expected)
 
 
 def test_the_gradient_norm_is_the_one_before_clipping(stepper) -> None:
@@ -271,7 +277,8 @@ def test_frozen_vision_stays_as_it_was(stepper) -> None:
 
 def test_gradient_checkpointing_changes_nothing(stepper) -> None:
     words, some = ("--phases", "sft:2"), ("--checkpoint_every", "2", "--checkpoint_vision", "False")
-    assert_same_training(stepper(*words), stepper(*words, "--gradient_checkpointing", *some))
+    checkpointed = stepper(*words, "--gradient_checkpointing", *some)
+    Trained.of(checkpointed).assert_equals(Trained.of(stepper(*words)))
 
 
 def test_supervised_advantages_are_ones_and_the_loss_is_the_mean_negative_log_likelihood(stepper) -> None:
