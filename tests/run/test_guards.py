@@ -27,8 +27,8 @@ LONGER_ONES = ("--on_bad_sample", "skip")
 """Samples that these steps do not take may be longer than a row."""
 
 
-def slow(value: Any) -> Any:
-    return pytest.param(value, marks=pytest.mark.slow)
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def spoil_loss(monkeypatch: pytest.MonkeyPatch, spoiled: Callable[[int], Any]) -> None:
@@ -67,8 +67,17 @@ SPOILED = {
 }
 
 
-@pytest.mark.parametrize("stage", [*map(slow, "02"), "1", "3"])
-@pytest.mark.parametrize("what", SPOILED)
+NAN, INFINITE, INFINITE_GRADIENT = SPOILED
+
+
+@pytest.mark.parametrize(
+    ("what", "stage"),
+    [
+        *((what, "1") for what in SPOILED),
+        *((what, stage) for what, stage in ((NAN, "0"), (INFINITE_GRADIENT, "3"))),
+        *(slow(what, stage) for what in SPOILED for stage in "023"),
+    ],
+)
 def test_a_non_finite_step_leaves_the_weights_and_the_next_step_learns(
     stepper, monkeypatch: pytest.MonkeyPatch, what: str, stage: str
 ) -> None:
@@ -138,7 +147,12 @@ def fails_at(call: int) -> Callable[..., None]:
 
 @pytest.mark.parametrize(
     ("stage", "change"),
-    [("0", out_of_memory), ("0", OutOfMemoryBackward.apply), ("1", out_of_memory), ("2", out_of_memory)],
+    [
+        ("0", OutOfMemoryBackward.apply),
+        ("1", out_of_memory),
+        slow("0", out_of_memory),
+        slow("2", out_of_memory),
+    ],
 )
 @pytest.mark.parametrize("failing_row", [slow(0), 1])
 def test_a_batch_that_does_not_fit_is_packed_again_in_shorter_rows(
@@ -178,10 +192,10 @@ def test_a_group_that_does_not_fit_is_run_in_stages_of_its_prompt(stepper, monke
 @pytest.mark.parametrize(
     ("words", "settings"),
     [
-        (("--zero_stage", "1"), {"reduce_bucket_size": 20_000}),
+        slow(("--zero_stage", "1"), {"reduce_bucket_size": 20_000}),
         (("--zero_stage", "2"), {"reduce_bucket_size": 20_000, "overlap_comm": True}),
-        (("--zero_stage", "2", "--offload", "optimizer"), {}),
-        (("--zero_stage", "2", "--dtype", "bfloat16"), {}),
+        slow(("--zero_stage", "2", "--offload", "optimizer"), {}),
+        slow(("--zero_stage", "2", "--dtype", "bfloat16"), {}),
     ],
 )
 @pytest.mark.parametrize("failing_row", [slow(0), 1])

@@ -89,14 +89,23 @@ def test_ctrl_c_before_the_first_step_is_one_line(
     assert "error: Ctrl-C" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("when", [1, 5, 7])
-def test_ctrl_c_in_an_evaluation_saves_and_it_is_made_up_for(
-    trainer, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, when: int
-) -> None:
-    """In the evaluation before the first step, in that after a phase, and in the second mode of that."""
+@pytest.fixture(scope="module")
+def evaluated(trainer, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...]]:
+    """A run that was not stopped, and its words: two queries in two modes, before the first step and after a phase."""
     held_out = ("--eval_annotations", str(clips / "annotations/test.json"), "--eval_modes", "answer+think")
     words = ("--phases", "sft:2,sft/think:1", *held_out, "--max_eval_samples", "2", "--eval_batch_size", "1")
-    whole, folder, greedy, calls = tmp_path / "whole", tmp_path / "run", Run.greedy, []
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    trainer.main(folder, *words)
+    return folder, words
+
+
+@pytest.mark.parametrize("when", [1, 5, 7])
+def test_ctrl_c_in_an_evaluation_saves_and_it_is_made_up_for(
+    trainer, evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, when: int
+) -> None:
+    """In the evaluation before the first step, in that after a phase, and in the second mode of that."""
+    whole, words = evaluated
+    folder, greedy, calls = tmp_path / "run", Run.greedy, []
 
     def interrupted(run: Run, *arguments: Any) -> Any:
         calls.append(run)
@@ -104,7 +113,6 @@ def test_ctrl_c_in_an_evaluation_saves_and_it_is_made_up_for(
             os.kill(os.getpid(), signal.SIGINT)
         return greedy(run, *arguments)
 
-    trainer.main(whole, *words)
     with monkeypatch.context() as patch:
         patch.setattr(Run, "greedy", interrupted)
         trainer.main(folder, *words)
