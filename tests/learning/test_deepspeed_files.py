@@ -47,7 +47,7 @@ def test_auto_is_what_the_run_says(tmp_path: Path) -> None:
     assert effective_zero(train) == (2, set())
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_trains_with_the_usual_file(trainer, tmp_path: Path, stage: int) -> None:
     file = tmp_path / "ds.json"
     zero = HUGGING_FACE["zero_optimization"] | {"stage": stage}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-START, REST = ("--phases", "sft:3"), ("--phases", "sft:6")
+START, REST = ("--phases", "sft:2"), ("--phases", "sft:3")
 
 
 def on(num_ranks: int) -> tuple[str, ...]:
@@ -34,7 +34,7 @@ def test_a_run_resumed_on_another_number_of_ranks_goes_on_alike(
     undisturbed, run, after = trainer.main(tmp_path / "undisturbed", *REST, *words), tmp_path / "run", 3 - before
     trainer.ranks(run, before, *START, *on(before), *words)
     rows = trainer.ranks(run, after, *REST, *on(after), *words, "--resume", str(run))
-    assert [row["step"] for row in rows] == [row["step"] for row in undisturbed] == list(range(6))
+    assert [row["step"] for row in rows] == [row["step"] for row in undisturbed] == [0, 1, 2]
     for ours, theirs in zip(rows, undisturbed, strict=True):
         for name in ("loss", "optim/grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (ours["step"], name)
