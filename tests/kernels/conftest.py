@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -185,30 +184,16 @@ def naive_loss(
     return total, {**details, "index": torch.cat(rows), "entropy": entropy.detach()[torch.cat(rows)]}
 
 
-@contextmanager
-def nan_semantics(of: str) -> Iterator[None]:
-    """What minimum and maximum of the interpreter make of NaN: a "gpu" drops it unless told otherwise, "numpy" never.
+@pytest.fixture(scope="session", autouse=True)
+def as_on_a_gpu() -> Iterator[None]:
+    """Minimum and maximum of two numbers drop NaN as on a GPU; those of numpy, which is interpreted with, keep it.
 
     Along an axis the interpreter drops it by itself.
     """
     with pytest.MonkeyPatch.context() as patch:
-        if of == "gpu":
-            for name, ufunc in {"create_minnumf": np.fmin, "create_maxnumf": np.fmax}.items():
-                patch.setattr(InterpreterBuilder, name, lambda self, a, b, ufunc=ufunc: self.binary_op(a, b, ufunc))
+        for name, ufunc in {"create_minnumf": np.fmin, "create_maxnumf": np.fmax}.items():
+            patch.setattr(InterpreterBuilder, name, lambda self, a, b, ufunc=ufunc: self.binary_op(a, b, ufunc))
         yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def as_on_a_gpu() -> Iterator[None]:
-    """All kernel tests see a GPU's NaN."""
-    with nan_semantics("gpu"):
-        yield
-
-
-@pytest.fixture(scope="session")
-def semantics():
-    """`nan_semantics`."""
-    return nan_semantics
 
 
 @pytest.fixture(scope="session")

@@ -157,7 +157,9 @@ def test_order_of_rows_and_other_groups_do_not_matter(shaping, data):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shaping", ["downscale", "anchor", "orarl"])
+@pytest.mark.parametrize(
+    "shaping", ["anchor", *(pytest.param(name, marks=pytest.mark.slow) for name in ("downscale", "orarl"))]
+)
 def test_a_group_may_be_longer_than_a_block_of_the_kernel(shaping):
     """Its largest reward is in the first block of 128 rows, its smallest in the second, other groups in between."""
     rewards = torch.linspace(1, 0, 132)

@@ -64,7 +64,7 @@ def test_a_compiled_step_over_held_logits_gives_the_gradients_of_an_eager_one(in
     torch.testing.assert_close(compiled.grad, eager.grad)
 
 
-@pytest.mark.parametrize("vocab_size", [37, 48])
+@pytest.mark.parametrize("vocab_size", [37, pytest.param(48, marks=pytest.mark.slow)])
 def test_a_step_from_hidden_states_compiles_into_one_graph_with_the_gradients_of_an_eager_one(vocab_size):
     """The loss in two chunks, of which one is padded, and the log-prob with its entropy."""
     torch.manual_seed(0)

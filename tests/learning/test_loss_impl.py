@@ -32,7 +32,16 @@ def test_both_implementations_train_alike(stepper, tmp_path: Path, phases: str, 
     recorded = tmp_path / "rollouts.jsonl"
     words = (
         *("--phases", phases, "--shaping", "anchor", "--beta", beta, "--gradient_accumulation_steps", "1"),
-        *("--max_completion_length", "8", "--updates_per_batch", "2", "--learning_rate", "1e-4"),
+        *(
+            "--max_completion_length",
+            "4",
+            "--num_generations",
+            "2",
+            "--updates_per_batch",
+            "2",
+            "--learning_rate",
+            "1e-4",
+        ),
     )
     expected = stepper(*words, "--loss_impl", "torch", "--record_rollouts", str(recorded)).steps()
     found = stepper(*words, "--loss_impl", "triton", "--replay_rollouts", str(recorded)).steps()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
-import subprocess
 import sys
 
 import pytest
@@ -33,6 +33,9 @@ def test_on_is_refused(tiny, without_liger: None) -> None:
         apply_liger_layers(tiny.model(), "on")
 
 
-def test_the_loader_of_models_imports_without_it() -> None:
-    program = "import sys; sys.modules['liger_kernel'] = None; import tempsamp_fast.model.loading"
-    subprocess.run([sys.executable, "-c", program], check=True)
+def test_the_loader_of_models_imports_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tempsamp_fast.model.liger_layers", "tempsamp_fast.model.loading"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    assert "loading" in importlib.import_module("tempsamp_fast.model.loading").__name__
+    assert not sys.modules["tempsamp_fast.model.liger_layers"].HAS_LIGER
