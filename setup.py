@@ -59,6 +59,15 @@ def video_extension() -> list[Pybind11Extension]:
 ParallelCompile().install()
 setup(
     packages=find_packages(include=["tempsamp_fast*"]),
-    package_data={"tempsamp_fast": ["configs/*", "evaluation/published.yaml", "py.typed", "_video.pyi"]},
+    package_data={
+        "tempsamp_fast": [
+            "configs/*",
+            "evaluation/published.yaml",
+            "report/page.css",
+            "report/page.js",
+            "py.typed",
+            "_video.pyi",
+        ]
+    },
     ext_modules=video_extension(),
 )

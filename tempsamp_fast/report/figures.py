@@ -1,11 +1,11 @@
-"""The report's figures, each as SVG text: curves of several runs together, rewards and advantages by method."""
+"""The report's figures, each as SVG text: rewards and advantages by method."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
 from itertools import cycle
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,61 +16,13 @@ from matplotlib.lines import Line2D
 
 from tempsamp_fast.batch import Completion, RolloutGroup
 from tempsamp_fast.config import AlgorithmConfig
-from tempsamp_fast.config.reward_terms import parse_rewards, weighted
+from tempsamp_fast.config.reward_terms import weighted
 from tempsamp_fast.learning.advantage import advantages_by_rule, skewness
-from tempsamp_fast.report.plots import COLOURS, GRID, TRAINING, series, series_names, smooth
-from tempsamp_fast.report.runs import RunRecord, by_method
-from tempsamp_fast.sample import Mode
+from tempsamp_fast.report.plots import COLOURS, GRID
+from tempsamp_fast.report.runs import RunRecord, by_method, own_rewards
 
 NUM_PARTS = 20
 """Stretches of training that a curve of group statistics has a point for."""
-
-
-def reward_curves(runs: Sequence[RunRecord]) -> str | None:
-    """Running mean of the on-policy task reward, a line per run; None without rewards."""
-    runs = [run for run in runs if series_names(run.metrics, "reward/on_policy_mean")]
-    if not runs:
-        return None
-    figure, axes = _figure(1, 1)
-    for run, colour in _coloured(runs):
-        first = next(n for n in series_names(run.metrics, "reward/") if not n.endswith(("_mean", "/format")))
-        names = [f"reward/{term.name}" for term in parse_rewards(own_rewards(run))] or [first]
-        rows = [row for row in run.metrics if all(name in row for name in names)]
-        sums = [weighted({name.partition("/")[2]: row[name] for name in names}, own_rewards(run)) for row in rows]
-        axes[0].plot([row["step"] for row in rows], smooth(np.array(sums)), color=colour, alpha=0.8)
-    axes[0].set(xlabel="step", ylabel="mean sampled task reward", ylim=(0, None))
-    return _curves(figure, runs)
-
-
-def training_curves(runs: Sequence[RunRecord]) -> str | None:
-    """Loss, KL, entropy, gradient norm, learning rate and answer lengths, a line per run; None without any."""
-    names = [name for name in TRAINING if any(series_names(run.metrics, name) for run in runs)]
-    if not names:
-        return None
-    figure, panels = _figure(-(-len(names) // 3), min(3, len(names)), sharey=False)
-    for axes, name in zip(panels, names, strict=False):
-        for run, colour in _coloured(runs):
-            steps, values = series(run.metrics, name)
-            axes.plot(steps, smooth(values), color=colour, alpha=0.8)
-        axes.set_title(TRAINING[name], fontsize=9)
-        axes.set_xlabel("step")
-    for axes in panels[len(names) :]:
-        axes.remove()
-    return _curves(figure, runs)
-
-
-def miou_curves(runs: Sequence[RunRecord]) -> str | None:
-    """Held-out mIoU of every evaluation, a panel per mode and a line per run; None without evaluations."""
-    names = {mode: f"eval/{mode}/miou" for mode in get_args(Mode)}
-    names = {mode: name for mode, name in names.items() if any(series_names(run.metrics, name) for run in runs)}
-    if not names:
-        return None
-    figure, panels = _figure(1, len(names))
-    for axes, (mode, name) in zip(panels, names.items(), strict=True):
-        for run, colour in _coloured(runs):
-            axes.plot(*series(run.metrics, name), "o-", color=colour, alpha=0.8, markersize=4)
-        axes.set(xlabel="step", ylabel=f"held-out mIoU, {mode} mode", ylim=(0, None))
-    return _curves(figure, runs)
 
 
 def best_reward(runs: Sequence[RunRecord]) -> str | None:
@@ -90,7 +42,9 @@ def best_reward(runs: Sequence[RunRecord]) -> str | None:
         axes[0].fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
         axes[0].plot(steps, median, color=colour)
     axes[0].set(xlabel="step", ylabel="best sampled reward of a group")
-    return _curves(figure, runs)
+    handles = [Line2D([], [], color=colour, label=method) for method, colour in method_colours(runs).items()]
+    figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False, fontsize=8)
+    return _svg(figure)
 
 
 def reward_distribution(runs: Sequence[RunRecord]) -> str | None:
@@ -161,11 +115,6 @@ def _completions(group: dict[str, Any]) -> list[Completion]:
     ]
 
 
-def own_rewards(run: RunRecord) -> str | None:
-    """The setting `rewards` of a run."""
-    return run.config["algorithm"].get("rewards")
-
-
 def task_rewards(group: dict[str, Any], rewards: str | None = None) -> list[float]:
     """Sums of the rewards of a group's sampled answers by the setting `rewards`, without that for the format."""
     named = {name: values for name, values in group["rewards"].items() if name != "format"}
@@ -184,21 +133,10 @@ def method_colours(runs: Sequence[RunRecord]) -> dict[str, str]:
     return dict(zip(by_method(runs), cycle(COLOURS), strict=False))
 
 
-def _coloured(runs: Sequence[RunRecord]) -> list[tuple[RunRecord, str]]:
-    colours = method_colours(runs)
-    return [(run, colours[run.method]) for run in runs]
-
-
-def _figure(num_rows: int, num_columns: int, sharey: bool = True) -> tuple[Figure, list[Axes]]:
+def _figure(num_rows: int, num_columns: int) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(9, 0.6 + 2.6 * num_rows), layout="constrained")
     FigureCanvasSVG(figure)
-    return figure, list(figure.subplots(num_rows, num_columns, sharex=True, sharey=sharey, squeeze=False).flat)
-
-
-def _curves(figure: Figure, runs: Sequence[RunRecord]) -> str:
-    handles = [Line2D([], [], color=colour, label=method) for method, colour in method_colours(runs).items()]
-    figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False, fontsize=8)
-    return _svg(figure)
+    return figure, list(figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).flat)
 
 
 def _panels(

@@ -16,8 +16,10 @@ from tempsamp_fast.report.plots import drawn_part, times_text
 from tempsamp_fast.report.runs import RunRecord
 from tempsamp_fast.video import VideoError
 
-NUM_FRAMES = 8
-FRAME_HEIGHT = 72
+NUM_FRAMES = 24
+EVERY = 3
+"""Of the frames that are played, what the strip above the bars shows."""
+FRAME_HEIGHT = 108
 TRUE_COLOUR = "#444444"
 
 
@@ -45,11 +47,13 @@ def gallery(runs: Sequence[RunRecord], colours: Mapping[str, str], num_samples: 
         bars = [_bar("true", first["windows"], first["duration_s"], TRUE_COLOUR, "")]
         for run, answer in zip(runs, answers, strict=True):
             spans = [answer["span"]] if answer["span"] else []
-            note = f"IoU {answer['iou']:.2f}" if spans else "no answer"
+            note = f"IoU {100 * answer['iou']:.0f} %" if spans else "no answer"
             bars.append(_bar(run.label, spans, first["duration_s"], colours[run.method], note))
+        strip = _strip(first)
         parts.append(
-            f'<article><h3>“{escape(first["query"])}”</h3><p class="file">{escape(Path(first["video"]).name)}, '
-            f"{first['duration_s']:.1f} s</p>{_strip(first)}{''.join(bars)}</article>"
+            f'<article{" class=plays" if "<img" in strip else ""} data-duration="{first["duration_s"]:.3f}">'
+            f'<h3>“{escape(first["query"])}”</h3><p class="file">{escape(Path(first["video"]).name)}, '
+            f"{first['duration_s']:.1f} s</p>{strip}{''.join(bars)}</article>"
         )
     return "".join(parts)
 
@@ -59,10 +63,11 @@ def _bar(label: str, spans: Sequence[Sequence[float]], duration_s: float, colour
     for start, end in spans:
         left, right = (100 * time / duration_s for time in drawn_part((start, end), duration_s))
         blocks.append(f'<i style="left:{left:.2f}%;width:{right - left:.2f}%;background:{colour}"></i>')
-    times = ", ".join(map(times_text, spans))
+    said = ", ".join(filter(None, (*map(times_text, spans), note)))
     return (
-        f'<div class="bar"><span class="label">{escape(label)}</span><span class="track">{"".join(blocks)}</span>'
-        f'<span class="note">{escape(", ".join(filter(None, (times, note))))}</span></div>'
+        f'<div class="bar"><span class="label">{escape(label)}</span>'
+        f'<span class="track">{"".join(blocks)}<span class="now"></span></span>'
+        f'<span class="note">{escape(said)}</span></div>'
     )
 
 
@@ -74,13 +79,19 @@ def _strip(answer: Mapping[str, Any]) -> str:
     except VideoError as error:
         return f'<p class="missing">no frames: {escape(str(error))}</p>'
     images = [
-        f'<img alt="{time:.1f} s" src="data:image/jpeg;base64,{_jpeg(picture.permute(1, 2, 0).numpy())}">'
-        for picture, time in zip(pictures, times_s, strict=True)
+        f'<img{"" if index % EVERY == EVERY // 2 else " class=between"} alt="{time:.1f} s" '
+        f'src="data:image/jpeg;base64,{_jpeg(picture.permute(1, 2, 0).numpy())}">'
+        for index, (picture, time) in enumerate(zip(pictures, times_s, strict=True))
     ]
-    return f'<div class="strip"><span></span><span class="frames">{"".join(images)}</span></div>'
+    return (
+        '<div class="strip"><span></span><span class="screen"><img alt="the frame at the time below"></span></div>'
+        '<div class="strip"><span class="label"><button>Play</button></span><span class="controls">'
+        '<input type="range" min="0" max="1000" value="0" aria-label="time"></span><output class="note"></output></div>'
+        f'<div class="strip"><span></span><span class="frames">{"".join(images)}</span></div>'
+    )
 
 
 def _jpeg(picture: Any) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="JPEG", quality=80)
+    Image.fromarray(picture).save(buffer, format="JPEG", quality=75)
     return base64.b64encode(buffer.getvalue()).decode()

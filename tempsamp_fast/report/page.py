@@ -3,82 +3,119 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
+from typing import Any
 
 from tempsamp_fast.report import figures
+from tempsamp_fast.report.curves import charts
 from tempsamp_fast.report.gallery import gallery
-from tempsamp_fast.report.runs import RunRecord, ScoreRow, score_table, step_medians
-from tempsamp_fast.sample import Task
+from tempsamp_fast.report.runs import RunRecord, ScoreRow, by_method, differing_settings, score_table, step_medians
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2126; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { font-size: 1rem; margin: 0; }
-table { border-collapse: collapse; font-size: .9rem; } .wide { overflow-x: auto; }
-th, td { text-align: left; padding: .3rem .55rem; border-bottom: 1px solid #d5d9de; vertical-align: bottom; }
-table.numbers td { white-space: nowrap; font-variant-numeric: tabular-nums; }
-figure { margin: 1.5rem 0; } figure img { width: 100%; } figcaption, .hint, .file { color: #5a6570; font-size: .85rem; }
-article { margin: 1.5rem 0 2.5rem; } .file { margin: 0 0 .4rem; }
-.strip, .bar { display: grid; grid-template-columns: 11rem minmax(0, 1fr) 13rem; gap: .6rem; align-items: center; }
-.strip { margin-bottom: .3rem; } .frames { display: flex; } .frames img { flex: 1; min-width: 0; }
-.track { position: relative; height: .8rem; background: #eceff2; }
-.track i { position: absolute; top: 0; bottom: 0; min-width: 2px; }
-.label, .note { font-size: .8rem; } .label { text-align: right; overflow-wrap: anywhere; } .missing { color: #a04000; }
-"""
+HERE = Path(__file__).parent
 
 
 def build_page(runs: Sequence[RunRecord], num_gallery: int) -> str:
     """The HTML of the report on `runs`; parts that the runs left no record for are left out."""
     pictures = [
-        (figures.reward_curves(runs), "Running mean of the sampled answers' task reward; one line per run."),
-        (figures.miou_curves(runs), "Held-out mIoU before training and after each phase; one line per run."),
-        (figures.training_curves(runs), "Running means over the steps; one line per run."),
         (figures.best_reward(runs), "Best sampled reward of each group: median, quartiles shaded."),
         (figures.reward_distribution(runs), "Sampled rewards early and late in reinforcement learning."),
         (figures.advantage_distribution(runs), "Advantages as the updates used them."),
         (figures.rule_comparison(runs), "What every rule would have made of the rewards of one of the runs."),
     ]
+    colours = figures.method_colours(runs)
+    samples, answers = _answers(runs)
+    data = {
+        "methods": [{"label": method, "colour": colour} for method, colour in colours.items()],
+        "charts": charts(runs),
+        "samples": samples,
+        "answers": answers,
+    }
     sections = [
         ("Runs", _run_list(runs)),
-        ("Scores", _score_table(score_table(runs), runs[0].task)),
-        ("Speed", _speed_table(runs)),
-        ("Curves and distributions", "".join(_figure(svg, caption) for svg, caption in pictures if svg)),
+        ("Scores", _score_table(score_table(runs), runs, answers)),
+        ("Answers", samples and '<div id="answers"></div>' + _hint("Choose a figure of the table of scores.")),
         ("Gallery", _gallery(runs, num_gallery)),
+        ("Speed", _speed_table(runs)),
+        ("Curves", data["charts"] and CURVES),
+        ("Distributions", "".join(_figure(svg, caption) for svg, caption in pictures if svg)),
     ]
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections if content)
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Training report</title>'
-        f"<style>{STYLE}</style></head><body><h1>Training report</h1>{body}</body></html>\n"
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Training report</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{(HERE / 'page.css').read_text(encoding='utf-8')}</style></head><body><h1>Training report</h1>{body}"
+        f'<script type="application/json" id="data">{text}</script><script>{script}</script></body></html>\n'
     )
 
 
+CURVES = (
+    '<p class="hint">One line per run. Point at a curve for its values, drag over steps to look closer, double-click '
+    'to go back.</p><div id="legend"></div><div id="charts"></div>'
+    "<noscript>Curves, answers and playing need JavaScript; nothing is loaded from elsewhere.</noscript>"
+)
+
+
+def _answers(runs: Sequence[RunRecord]) -> tuple[list[Any], dict[str, list[dict[str, Any]]]]:
+    """What was asked (query, file, true spans), and by mode each run's answers to it (start, end, IoU)."""
+    if runs[0].task == "highlight":
+        return [], {}
+    rows = {row["sample_id"]: row for run in runs for answers in run.answers.values() for row in answers}
+    samples = [[row["query"], Path(row["video"]).name, row["windows"]] for row in rows.values()]
+    methods = list(by_method(runs))
+    by_mode: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        for mode, answers in run.answers.items():
+            found = {row["sample_id"]: [*(row["span"] or (None, None)), row["iou"]] for row in answers}
+            listed = [found.get(sample_id) for sample_id in rows]
+            entry = {"method": methods.index(run.method), "run": run.folder.name, "rows": listed}
+            by_mode.setdefault(mode, []).append(entry)
+    return samples, by_mode
+
+
 def _run_list(runs: Sequence[RunRecord]) -> str:
+    differing = differing_settings([run.config for run in runs])
     rows = [
-        [run.folder.name, run.method, str(run.seed), run.config["model"]["model"], run.config["train"]["phases"]]
-        for run in runs
+        [run.folder.name, run.method, str(run.seed), run.config["model"]["model"], run.config["train"]["phases"], each]
+        for run, each in zip(runs, differing, strict=True)
     ]
-    return _table(["folder", "method", "seed", "model", "phases"], rows)
+    return _table(["folder", "method", "seed", "model", "phases", "differs in"], rows)
 
 
-def _score_table(rows: Sequence[ScoreRow], task: Task) -> str:
+def _score_table(rows: Sequence[ScoreRow], runs: Sequence[RunRecord], answers: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     names = list(rows[0].scores)
-    header = ["method", "mode", "seeds", *names, f"{names[0]} against {rows[0].method}"]
-    cells = [
-        [row.method, row.mode, str(len(row.seeds)), *(str(row.scores[name]) for name in names), str(row.gain or "-")]
-        for row in rows
-    ]
-    hint = "After the last phase: mean ± 95 % interval over the seeds (Student’s t), "
-    if task == "grounding":
+    methods = list(by_method(runs))
+    header = ["method", "mode", f"{names[0]} over {rows[0].method}, points", *names, "seeds"]
+    cells = []
+    for row in rows:
+        target = f"#answers-{row.mode}-{methods.index(row.method)}" if row.mode in answers else ""
+        figures_ = [_linked(target, row.scores[name].percent()) for name in names]
+        gain = escape(row.gain.percent() if row.gain else "-")
+        cells.append([escape(row.method), escape(row.mode), gain, *figures_, str(len(row.seeds))])
+    hint = "In per cent, after the last phase: mean ± 95 % interval over the seeds (Student’s t), "
+    if runs[0].task == "grounding":
         hint += (
             "or over the queries where there is one seed. “Oracle of both” takes the better mode of each query by "
             "looking at the truth: an upper bound, not a result. "
         )
     else:
         hint += "as the runs logged their last evaluation. "
-    hint += "The last column is paired by seed."
-    return _table(header, cells) + _hint(hint)
+    hint += "Gains are paired by seed, or by query where there is one seed; each figure leads to its answers."
+    return _raw_table(header, cells) + _hint(hint)
+
+
+def _linked(target: str, text: str) -> str:
+    return f'<a href="{target}">{escape(text)}</a>' if target else escape(text)
 
 
 def _gallery(runs: Sequence[RunRecord], num_shown: int) -> str:
@@ -109,8 +146,13 @@ def _speed_table(runs: Sequence[RunRecord]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return _raw_table(header, [[escape(cell) for cell in row] for row in rows])
+
+
+def _raw_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Of cells that are HTML."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 

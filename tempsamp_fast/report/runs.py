@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,7 +37,7 @@ class RunRecord:
 
     folder: Path
     method: str
-    """The settings in which it differs from the other runs of the report; equal for runs that differ by seed only."""
+    """What its folder's name shares with those of the runs that differ from it by seed only; equal for all of these."""
     seed: int
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
@@ -61,8 +63,10 @@ class Interval:
     mean: float
     half_width: float
 
-    def __str__(self) -> str:
-        return f"{self.mean:.3f}" if math.isnan(self.half_width) else f"{self.mean:.3f} ± {self.half_width:.3f}"
+    def percent(self) -> str:
+        """In per cent, as scores are shown."""
+        mean, half_width = 100 * self.mean, 100 * self.half_width
+        return f"{mean:.1f}" if math.isnan(half_width) else f"{mean:.1f} ± {half_width:.1f}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ class ScoreRow:
     scores: dict[str, Interval]
     """By metric of the task. Over the seeds; over the queries when there is one seed and the task is grounding."""
     gain: Interval | None
-    """The first of the scores minus that of the first method, paired by seed; None with fewer than two common seeds."""
+    """The first of the scores minus that of the first method, paired by seed, or by query where they share one seed;
+    None without common seeds."""
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
@@ -108,15 +113,47 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 
 def name_methods(configs: Sequence[dict[str, Any]], folders: Sequence[Path]) -> list[str]:
-    """A name for each configuration made of the settings in which they differ; the folder's name where none does."""
+    """A name for the method of each run: its folder's, or what the names of all runs of the method share.
+
+    Where that does not tell two methods apart, the settings in which they differ.
+    """
+    settings = differing_settings(configs)
+    names = {
+        each: _shared_name([folder.name for folder, other in zip(folders, settings, strict=True) if other == each])
+        for each in settings
+    }
+    if len(set(names.values())) < len(names) or not all(re.search(r"[^\W\d_]", name) for name in names.values()):
+        return [each or folders[0].name for each in settings]
+    return [names[each] for each in settings]
+
+
+def differing_settings(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """Of each configuration the settings in which some differ, but for what tells runs of one method apart."""
     settings = [
         {name: value for section in config.values() for name, value in section.items() if name not in NOT_A_METHOD}
         for config in configs
     ]
     differing = [name for name in settings[0] if any(each.get(name) != settings[0][name] for each in settings)]
-    if not differing:
-        return [folders[0].name] * len(settings)
     return [", ".join(f"{name}={each.get(name)}" for name in differing) for each in settings]
+
+
+def _shared_name(names: Sequence[str]) -> str:
+    """`grpo-*` of grpo-0 and grpo-1."""
+    if len(set(names)) == 1:
+        return names[0]
+    start = _common_start(names)
+    end = _common_start([name[len(start) :][::-1] for name in names])[::-1]
+    return f"{start}*{end}"
+
+
+def _common_start(names: Sequence[str]) -> str:
+    columns = zip(*names, strict=False)
+    return "".join(letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, columns))
+
+
+def own_rewards(run: RunRecord) -> str | None:
+    """The setting `rewards` of a run."""
+    return run.config["algorithm"].get("rewards")
 
 
 def by_method(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
@@ -155,26 +192,38 @@ def score_table(runs: Sequence[RunRecord]) -> list[ScoreRow]:
     """
     rows = []
     for mode in (*get_args(Mode), ORACLE):
-        baseline: dict[int, float] = {}
+        baseline: dict[int, RunRecord] = {}
         for method, members in by_method(runs).items():
             by_seed = {run.seed: run for run in members if _scores(run, mode)}
             if not by_seed:
                 continue
             scores = {seed: _scores(run, mode) for seed, run in by_seed.items()}
             only = next(iter(by_seed.values()))
-            first = {seed: next(iter(score.values())) for seed, score in scores.items()}
-            gains = [first[seed] - baseline[seed] for seed in first if seed in baseline]
-            baseline = baseline or first
+            pairs = [(by_seed[seed], baseline[seed]) for seed in by_seed if seed in baseline]
+            baseline = baseline or by_seed
             rows.append(
                 ScoreRow(
                     method=method,
                     mode=mode,
                     seeds=tuple(by_seed),
                     scores=_over_seeds(list(scores.values())) if len(scores) > 1 else _of_one(only, mode),
-                    gain=interval(gains) if len(gains) > 1 else None,
+                    gain=_gain(pairs, mode) if pairs else None,
                 )
             )
     return rows
+
+
+def _gain(pairs: Sequence[tuple[RunRecord, RunRecord]], mode: str) -> Interval:
+    """Of the first score, over pairs of runs, or of one pair over the queries that both answered."""
+    if len(pairs) == 1 and pairs[0][0].task == "grounding":
+        ours, theirs = (dict(zip(_ids(run, mode), _ious(run, mode), strict=True)) for run in pairs[0])
+        return interval([(ours[each] or 0.0) - (theirs[each] or 0.0) for each in ours if each in theirs] or [math.nan])
+    firsts = [[next(iter(_scores(run, mode).values())) for run in pair] for pair in pairs]
+    return interval([ours - theirs for ours, theirs in firsts])
+
+
+def _ids(run: RunRecord, mode: str) -> list[str]:
+    return [row["sample_id"] for row in run.answers[get_args(Mode)[0] if mode == ORACLE else mode]]
 
 
 def _scores(run: RunRecord, mode: str) -> dict[str, float]:

@@ -1,10 +1,13 @@
 """The report: one file that needs nothing else, and that a browser shows as meant."""
 
+import base64
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
+from html import unescape
 
 import numpy as np
 import pytest
@@ -61,16 +64,62 @@ def page(tmp_path_factory):
 def test_page_loads_nothing_from_elsewhere(page):
     html = page.read_text()
     sources = re.findall(r"""(?:src|href)=["']([^"']*)""", html)
-    assert sources and all(source.startswith("data:") for source in sources)
-    assert "<script" not in html and "url(" not in html and "@import" not in html
+    assert sources and all(source.startswith(("data:", "#answers-")) for source in sources)
+    assert html.count("<script") == 2 and "url(" not in html and "@import" not in html
+    (policy,) = re.findall(r'Content-Security-Policy" content="(.*?)"', html)
+    script = html.rpartition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 
 
 def test_page_has_every_section_and_escapes_what_it_shows(page):
     html = page.read_text()
-    assert re.findall(r"<h2>(.*?)</h2>", html) == ["Runs", "Scores", "Speed", "Curves and distributions", "Gallery"]
-    assert html.count("<figure>") == 7 and html.count("<article>") == 2
+    titles = ["Runs", "Scores", "Answers", "Gallery", "Speed", "Curves", "Distributions"]
+    assert re.findall(r"<h2>(.*?)</h2>", html) == titles
+    assert html.count("<figure>") == 4 and html.count("<article") == 2 and html.count("<article class=plays") == 1
     assert "&lt;b&gt;red&lt;/b&gt;" in html and "<b>red" not in html
-    assert "shaping=anchor" in html and "0.250 ± 0.000" in html
+    assert "anchor-*" in html and "shaping=anchor" in html and "25.0 ± 0.0" in html
+
+
+def test_the_page_carries_its_curves_and_every_answer(page):
+    data = carried(page.read_text())
+    assert [method["label"] for method in data["methods"]] == ["mixed-*", "anchor-*"]
+    titles = [chart["title"] for chart in data["charts"]]
+    assert titles[:2] == ["mean sampled task reward (running mean)", "held-out mIoU, answer mode [%]"]
+    first = data["charts"][1]["lines"][0]
+    assert first == {"method": 0, "run": "mixed-0", "x": [0, 4], "y": [10.0, 50.0]}
+    assert data["samples"][0] == [QUERY, "video.mp4", [[1.0, 3.0]]]
+    assert data["answers"]["answer"][3] == {
+        "method": 1, "run": "anchor-1", "rows": [[2.0, 4.0, 0.5], [None, None, 0.0]]
+    }  # fmt: skip
+
+
+def test_each_score_leads_to_its_answers_and_gains_come_first(page):
+    table = page.read_text().partition("<h2>Scores</h2>")[2].partition("</table>")[0]
+    header, first, second = [re.findall("<t[hd]>(.*?)</t", line) for line in table.split("</tr>")[:-1]]
+    assert header[:4] == ["method", "mode", "miou over mixed-*, points", "miou"] and header[-1] == "seeds"
+    assert first[2:4] == ["-", '<a href="#answers-answer-0">25.0 ± 0.0</a>'] and second[2] == "0.0 ± 0.0"
+
+
+def test_what_a_page_carries_cannot_end_its_script(tmp_path):
+    write_run(tmp_path / "run", "mixed", 0, tmp_path / "</script><b>.mp4", [0.0, 2.0])
+    main([str(tmp_path / "run")])
+    html = (tmp_path / "run/report.html").read_text()
+    assert html.count("</script>") == 2 and carried(html)["samples"][0][1] == "script><b>.mp4"
+
+
+def test_many_runs_keep_the_page_small(tmp_path):
+    folders = [tmp_path / f"run-{seed}" for seed in range(8)]
+    for seed, folder in enumerate(folders):
+        write_run(folder, "mixed", seed, tmp_path / "gone.mp4", [0.0, 2.0])
+        rows = [{"step": step, "phase": "p", "loss": step / 7, "policy/entropy": 1 / 3} for step in range(20_000)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main([*map(str, folders)])
+    assert (folders[0] / "report.html").stat().st_size < 600_000
+
+
+def carried(html):
+    return json.loads(html.partition('id="data">')[2].partition("</script>")[0])
 
 
 def test_the_page_tells_the_median_time_of_each_part_of_a_step(page):
@@ -97,8 +146,8 @@ def test_highlight_detection_shows_its_scores_and_why_no_gallery(tmp_path):
     (tmp_path / "eval/start_answer.jsonl").write_text(json.dumps({**answer, "text": "", "span": None, "iou": 0.0}))
     main([str(tmp_path)])
     html = (tmp_path / "report.html").read_text()
-    assert "<th>hl_map</th>" in html and "<td>0.250</td>" in html and "miou" not in html
-    assert "Left out: the answers of highlight detection" in html and "<article>" not in html and "racle" not in html
+    assert "<th>hl_map</th>" in html and "<td>25.0</td>" in html and "miou" not in html.partition("<script>")[0]
+    assert "Left out: the answers of highlight detection" in html and "<article" not in html and "racle" not in html
 
 
 def test_a_run_without_groups_and_evaluations_still_has_a_page_of_curves(tmp_path):
@@ -106,7 +155,7 @@ def test_a_run_without_groups_and_evaluations_still_has_a_page_of_curves(tmp_pat
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "phase": "sft/answer", "loss": 1.0}\n')
     main([str(tmp_path)])
     html = (tmp_path / "report.html").read_text()
-    assert re.findall(r"<h2>(.*?)</h2>", html) == ["Runs", "Curves and distributions"]
+    assert re.findall(r"<h2>(.*?)</h2>", html) == ["Runs", "Curves"]
 
 
 def test_command_line_names_a_folder_without_a_run(tmp_path, capsys):
@@ -136,14 +185,66 @@ def test_without_a_browser_the_test_skips_unless_one_is_required(tmp_path, monke
         find_browser()
 
 
+def in_browser(page, folder, *options):
+    """What Chromium prints of the page."""
+    command = [find_browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += [f"--user-data-dir={folder}", *options]
+    return subprocess.run([*command, page], check=True, capture_output=True, timeout=120, text=True).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1300, 400])
+def test_a_browser_draws_zooms_plays_and_lists_answers(page, tmp_path, width):
+    """A copy of the page that uses itself, and says into its title what it saw."""
+    use = """<script>
+      const plot = document.querySelector(".plot"), box = plot.getBoundingClientRect(), seen = {};
+      const at = (share) => ({ clientX: box.left + share * box.width });
+      const point = (kind, share) => plot.dispatchEvent(new PointerEvent(kind, at(share)));
+      const steps = () => [...plot.querySelectorAll("text[text-anchor=middle]")].map((text) => +text.textContent);
+      seen.lines = document.querySelectorAll(".chart").length && plot.querySelectorAll("polyline").length;
+      point("pointermove", 0.5);
+      seen.tip = document.querySelector(".tip").textContent;
+      seen.range = Math.max(...steps());
+      point("pointerdown", 0.2); point("pointerup", 0.6);
+      seen.zoomed = Math.max(...steps());
+      plot.dispatchEvent(new Event("dblclick"));
+      seen.back = Math.max(...steps());
+      document.querySelector("#legend input").click();
+      seen.left = plot.querySelectorAll("polyline").length;
+      const slider = document.querySelector("article.plays input");
+      slider.value = 500; slider.dispatchEvent(new Event("input"));
+      seen.time = document.querySelector("article.plays output").textContent;
+      seen.frame = document.querySelector(".screen img").src.startsWith("data:image/jpeg");
+      seen.now = document.querySelector("article.plays .now").style.left;
+      seen.answers = [...document.querySelectorAll("#answers td")].map((cell) => cell.textContent);
+      seen.overflow = document.documentElement.scrollWidth - innerWidth;
+      document.title = JSON.stringify(seen);
+    </script></body>"""
+    copy = tmp_path / "copy.html"
+    html = re.sub('<meta http-equiv="Content-Security-Policy".*?>', "", page.read_text())
+    copy.write_text(html.replace("</body>", use))
+    dom = in_browser(f"{copy.as_uri()}#answers-answer-1", tmp_path, f"--window-size={width},2000", "--dump-dom")
+    seen = json.loads(unescape(re.findall("<title>(.*?)</title>", dom)[0]))
+    assert re.fullmatch(r"step [12] mixed-\*: 0.4 \(0.4 to 0.4\) anchor-\*: 0.4 \(0.4 to 0.4\)", seen.pop("tip"))
+    assert seen.pop("answers") == [
+        *(QUERY, "gone.mp4", "1.00 to 3.00", "no answer", "no answer", "0", "0"),
+        *(QUERY, "video.mp4", "1.00 to 3.00", "2.00 to 4.00", "2.00 to 4.00", "50", "50"),
+    ]
+    assert seen.pop("zoomed") < seen.pop("range") == seen.pop("back")
+    assert seen.pop("overflow") <= 0
+    assert seen == {"lines": 4, "left": 2, "time": "2.0 s", "frame": True, "now": "50%"}
+
+
+@pytest.mark.slow
+def test_a_browser_obeys_the_pages_policy_and_still_draws(page, tmp_path):
+    assert in_browser(page.as_uri(), tmp_path, "--dump-dom").count("<polyline") == 12
+
+
 @pytest.mark.slow
 def test_a_browser_shows_spans_where_they_are_on_the_frames(page, tmp_path):
     """Each method's bar covers half the frames' width: the first method the left half, the second the right one."""
-    browser = find_browser()
     shot = tmp_path / "shot.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,7000"]
-    command = [browser, *options, f"--screenshot={shot}", f"--user-data-dir={tmp_path}", page.as_uri()]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    in_browser(page.as_uri(), tmp_path, "--window-size=1280,2400", f"--screenshot={shot}")
     picture = imread(shot)[..., :3]
     is_frame = _has(picture, (0x20 / 255, 0x60 / 255, 0xA0 / 255), tolerance=0.05)
     first_row = np.flatnonzero(is_frame.sum(axis=1) > 300)[0]

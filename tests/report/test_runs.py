@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,10 +22,21 @@ def record(method, seed, ious, mode="answer"):
     return RunRecord(None, method, seed, config(seed), [], [], {mode: answers})
 
 
-def test_methods_are_named_by_the_settings_that_differ_but_not_by_seed_and_folder(tmp_path):
+def named(*names):
     configs = [config(0, "mixed", "a"), config(1, "mixed", "b"), config(0, "anchor", "c")]
-    assert name_methods(configs, [tmp_path] * 3) == ["shaping=mixed", "shaping=mixed", "shaping=anchor"]
-    assert name_methods(configs[:2], [tmp_path / "run"] * 2) == ["run", "run"]
+    return name_methods(configs[: len(names)], [Path("runs", name) for name in names])
+
+
+def test_methods_are_named_by_what_their_folders_share():
+    assert named("grpo-0", "grpo-1", "anchor") == ["grpo-*", "grpo-*", "anchor"]
+    assert named("seed0_grpo", "seed1_grpo", "x") == ["seed*_grpo", "seed*_grpo", "x"]
+    assert named("a/grpo", "b/grpo", "c/x") == ["grpo", "grpo", "x"]
+    assert named("run", "run") == ["run", "run"]
+
+
+@pytest.mark.parametrize("names", [("a/run", "b/run", "c/run"), ("1", "2", "x")])
+def test_methods_whose_folders_do_not_tell_them_apart_are_named_by_their_settings(names):
+    assert named(*names) == ["shaping=mixed", "shaping=mixed", "shaping=anchor"]
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
@@ -59,6 +71,12 @@ def test_one_seed_has_its_interval_over_the_queries():
     assert row.scores["parse_rate"].mean == 0.75 and row.gain is None
 
 
+def test_one_common_seed_has_its_gain_over_the_queries_that_both_answered():
+    ours = record("b", 0, [0.3, None, 0.9, 0.9])
+    _, row = score_table([record("a", 0, [0.1, 0.2, 0.9]), ours])
+    assert row.gain == Interval(pytest.approx(0.0), pytest.approx(interval([0.2, -0.2, 0.0]).half_width))
+
+
 def test_modes_are_scored_apart():
     rows = score_table([record("a", 0, [1.0, 1.0]), record("b", 0, [0.5, 0.5], mode="think")])
     assert [(row.method, row.mode) for row in rows] == [("a", "answer"), ("b", "think")]
@@ -81,7 +99,7 @@ def test_another_task_shows_its_own_scores_of_the_last_evaluation():
 
 def test_one_seed_of_another_task_has_no_interval():
     (row,) = score_table([highlight_record("a", 0, 0.3)])
-    assert str(row.scores["hl_map"]) == "0.300"
+    assert row.scores["hl_map"].percent() == "30.0"
 
 
 def test_runs_of_different_tasks_are_refused_by_name(tmp_path):

@@ -61,8 +61,8 @@ def test_rewards_of_a_file_count_only_when_typed(tmp_path: Path) -> None:
 
 def test_no_code_of_a_run_folder_is_run(tmp_path: Path) -> None:
     """Not for its report, and not for what its record says."""
-    from tempsamp_fast.report.figures import own_rewards, task_rewards
-    from tempsamp_fast.report.runs import read_runs
+    from tempsamp_fast.report.figures import task_rewards
+    from tempsamp_fast.report.runs import own_rewards, read_runs
 
     run = recorded(tmp_path / "run")
     (run / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
