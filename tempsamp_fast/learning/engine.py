@@ -6,6 +6,7 @@ import math
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tempsamp_fast.learning.deepspeed_settings import deepspeed_config, merged
 from tempsamp_fast.learning.partitioned import gather_with_their_readers
 from tempsamp_fast.model.packing import PackedRow, idle_row
 from tempsamp_fast.model.policy import Head
-from tempsamp_fast.system.ranks import max_over_ranks, num_ranks
+from tempsamp_fast.system.ranks import max_over_ranks, num_ranks, of_all_ranks
 from tempsamp_fast.system.stopwatch import Stopwatch
 
 STATE = "state"
@@ -109,10 +110,18 @@ def learning_rate(train: TrainConfig, phase: Phase, step_in_phase: int) -> float
 
 
 def in_step(engine: Any, rows: Sequence[PackedRow]) -> list[PackedRow]:
-    """This rank's rows, and idle ones after them: as many as the rank with the most rows has, and at least one."""
+    """This rank's rows, and idle ones after them: as many as the rank with the most rows has, and at least one.
+
+    Under ZeRO-3, where every pass through a layer gathers its weights on all ranks together, with idle stages too.
+    """
     num_rounds = max(1, max_over_ranks(len(rows), engine.device))
     idle = idle_row(engine.module.config, has_features=engine.module.has_frozen_tower)
-    return [*rows, *[idle] * (num_rounds - len(rows))]
+    rows = [*rows, *[idle] * (num_rounds - len(rows))]
+    if engine.zero_optimization_stage() < 3:
+        return rows
+    num_stages = [max(1, len(row.stages)) for row in rows]
+    most = map(max, zip(*of_all_ranks(num_stages), strict=True))
+    return [replace(row, idle_stages=n - own) for row, own, n in zip(rows, num_stages, most, strict=True)]
 
 
 def optimizer_step(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,14 +34,30 @@ def partitioned_loading(train: TrainConfig, dtype: torch.dtype) -> Iterator[None
     if settings["zero_optimization"]["stage"] != 3:
         yield
         return
+    from transformers.core_model_loading import Transpose
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     kept_alive = HfDeepSpeedConfig(settings)  # transformers finds it through a weak reference
+    operation: Any = Transpose
+    turn = operation.convert
     try:
+        operation.convert = lambda *args, model, **options: turn(*args, model=_WholeShapes(model), **options)
         yield
     finally:
+        operation.convert = turn
         unset_hf_deepspeed_config()
         del kept_alive
+
+
+@dataclass(frozen=True)
+class _WholeShapes:
+    """A model as transformers asks it whether a stored weight lies turned: by shape, which partitioned ones hide."""
+
+    model: nn.Module
+
+    def get_parameter(self, name: str) -> Tensor:
+        parameter = self.model.get_parameter(name)
+        return torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
 
 
 def is_partitioned(module: nn.Module) -> bool:

@@ -36,14 +36,19 @@ def fla_kernels() -> FlaKernels | None:
 
 
 def packed_recurrence(
-    layout: Sequence[GroupLayout], device: torch.device, before: Mapping[int, State] | None = None
+    layout: Sequence[GroupLayout],
+    device: torch.device,
+    before: Mapping[int, State] | None = None,
+    roots: Sequence[int] = (),
 ) -> TreeRecurrence:
     """The recurrence of a packed row: by the kernels where they run, on torch's operations elsewhere.
 
-    before: see `TreeRecurrence`.
+    before, roots: see `TreeRecurrence`.
     """
     kernels = fla_kernels() if device.type == "cuda" else None
-    return TreeRecurrence(layout, before) if kernels is None else FlaRecurrence(layout, device, kernels, before)
+    if kernels is None:
+        return TreeRecurrence(layout, before, roots)
+    return FlaRecurrence(layout, device, kernels, before, roots)
 
 
 @dataclass(frozen=True)
@@ -86,15 +91,16 @@ class FlaRecurrence(TreeRecurrence):
         device: torch.device,
         kernels: FlaKernels,
         before: Mapping[int, State] | None = None,
+        roots: Sequence[int] = (),
     ) -> None:
-        super().__init__(layout, before)
+        super().__init__(layout, before, roots)
         self._device, self._kernels = device, kernels
 
     def convolve(self, layer_index: int, inputs: Tensor, weight: Tensor) -> Tensor:
         num_before = weight.shape[1] - 1
         first = inputs.new_zeros(num_before, inputs.shape[-1])
         if self._before is not None:
-            first = self._before[layer_index][1][0]
+            first = self._before[layer_index][1].index_select(0, self._begun_from).flatten(0, 1)
         starts, ends = self._tail_indices
         begun = torch.nn.functional.pad(_gathered(first, inputs[0], starts).mT, (1, 0))  # kernels read as many as taps
         options = {"activation": "silu", **self._nodes.options()}
@@ -119,7 +125,7 @@ class FlaRecurrence(TreeRecurrence):
             else:
                 begun = None
                 if self._before is not None:
-                    begun = self._before[layer_index][0].expand(len(self._levels[0]), -1, -1, -1).contiguous()
+                    begun = self._before[layer_index][0].index_select(0, self._begun_from)
             output, states = self._kernels.chunk_gated_delta_rule(
                 *(tensor[:, level.tokens] for tensor in tensors),
                 initial_state=begun,
@@ -175,15 +181,21 @@ class FlaRecurrence(TreeRecurrence):
         return sent(torch.tensor([order.index(end) for end in self._ends]), self._device)
 
     @cached_property
+    def _begun_from(self) -> Tensor:
+        """[roots] int64: which states before the row they go on from."""
+        return sent(torch.tensor(self._roots), self._device)
+
+    @cached_property
     def _tail_indices(self) -> tuple[Tensor, Tensor]:
         """[nodes, 3] and [leaves, 3] int64: the inputs before every node, and the last ones of every leaf.
 
-        -3, -2 and -1 are those before the row.
+        Negative ones are before the row: of each root three, those of the last root last.
         """
         starts, path_of = [*accumulate(self._lengths, initial=0)], list[list[int]]()
-        before = []
+        before, begun = [], iter(range(-3 * len(self._roots), 0, 3))
         for node, parent in enumerate(self._parents):
-            path = [-3, -2, -1] if parent is None else path_of[parent]
+            first = next(begun, -3) if parent is None else 0
+            path = [first, first + 1, first + 2] if parent is None else path_of[parent]
             before.append(path)
             path_of.append([*path, *range(starts[node], starts[node + 1])][-3:])
         ends = [path_of[end] for end in self._ends]

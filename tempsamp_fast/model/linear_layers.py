@@ -9,8 +9,9 @@ the keyword `packed_attention`; without that keyword the layers are transformers
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import repeat
 from types import MethodType
 from typing import Any, Protocol
 
@@ -89,11 +90,13 @@ class TreeRecurrence:
 
     Nodes of a level run as one batch, padded on the right, unless more than half of it were padding.
 
-    before: by layer, what every root goes on from (S = 1); None: from nothing.
+    before: by layer, states that roots go on from; None: from nothing. roots: of which of the S each does.
     """
 
-    def __init__(self, layout: Sequence[GroupLayout], before: Mapping[int, State] | None = None) -> None:
-        self._before = before
+    def __init__(
+        self, layout: Sequence[GroupLayout], before: Mapping[int, State] | None = None, roots: Sequence[int] = ()
+    ) -> None:
+        self._before, self._roots = before, list(roots)
         self.keep = False
         """Whether `after` collects how the leaves end: the prompts of a row without answers."""
         self._lengths: list[int] = []
@@ -118,13 +121,11 @@ class TreeRecurrence:
     def convolve(self, layer_index: int, inputs: Tensor, weight: Tensor) -> Tensor:
         """All nodes in one convolution, each behind the last inputs on its path."""
         num_before = weight.shape[1] - 1
-        first = inputs.new_zeros(num_before, inputs.shape[-1])
-        if self._before is not None:
-            first = self._before[layer_index][1][0]
+        begun = self._begun(layer_index, 1, inputs.new_zeros(num_before, inputs.shape[-1]))
         pieces: list[Tensor] = []
         tails: list[Tensor] = []
         for parent, tokens in zip(self._parents, inputs[0].split(self._lengths), strict=True):
-            tail = first if parent is None else tails[parent]
+            tail = next(begun) if parent is None else tails[parent]
             pieces += [tail, tokens]
             tails.append(torch.cat([tail, tokens[-num_before:]])[-num_before:])
         if self.keep:
@@ -142,13 +143,11 @@ class TreeRecurrence:
         by_node = [each[0].to(wide).split(self._lengths) for each in (query, key, value, log_decay, beta)]
         outputs: list[Tensor] = [value] * len(self._lengths)
         states: list[Tensor] = [value] * len(self._lengths)
-        root_state = value.new_zeros(value.shape[2], key.shape[3], value.shape[3], dtype=wide)
-        if self._before is not None:
-            root_state = self._before[layer_index][0][0]
+        begun = self._begun(layer_index, 0, value.new_zeros(value.shape[2], key.shape[3], value.shape[3], dtype=wide))
         for level in self._levels:
             for nodes in self._batches(level):
                 parents = [self._parents[node] for node in nodes]
-                state = torch.stack([root_state if parent is None else states[parent] for parent in parents])
+                state = torch.stack([next(begun) if parent is None else states[parent] for parent in parents])
                 batch = [pad_sequence([pieces[node] for node in nodes], batch_first=True) for pieces in by_node]
                 with torch.autocast(value.device.type, enabled=False):
                     output, state = chunked_delta_rule(*(*batch, state))
@@ -158,6 +157,13 @@ class TreeRecurrence:
             kept = torch.stack([states[end] for end in self._ends])
             self.after.setdefault(layer_index, (kept, self._tails[layer_index]))
         return torch.cat(outputs)[None].to(value.dtype)
+
+    def _begun(self, layer_index: int, part: int, nothing: Tensor) -> Iterator[Tensor]:
+        """What root after root goes on from: a part of its `State`."""
+        if self._before is None:
+            return repeat(nothing)
+        states = self._before[layer_index][part].unbind()
+        return iter([states[root] for root in self._roots])
 
     def _batches(self, level: Sequence[int]) -> list[list[int]]:
         lengths = [self._lengths[node] for node in level]

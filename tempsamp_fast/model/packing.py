@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tempsamp_fast.batch import Prompt, RolloutGroup, Sample, VideoPatches, VisionFeatures
-from tempsamp_fast.model.layout import GroupLayout
+from tempsamp_fast.model.layout import GroupLayout, Node
 from tempsamp_fast.model.segments import Segment, segment, segments
 from tempsamp_fast.system.device import sent
 
@@ -42,8 +42,10 @@ class PackedRow:
     """[M] int64: which answer of this row each of them belongs to."""
     vision: VisionFeatures | None = None
     """Features of the row's videos when they are at hand; `pixel_values` are not read then."""
-    branch_chunks: tuple[tuple[int, ...], ...] = ()
-    """For a group longer than a row: its branch lengths, chunk by chunk, each chunk run by itself after the prompt."""
+    stages: tuple[int, ...] = ()
+    """For a tree longer than a row: how many of its nodes, all of one depth, run together, stage after stage."""
+    idle_stages: int = 0
+    """Further passes through the text layers whose results count for nothing: another rank runs so many more stages."""
 
     @property
     def num_tokens(self) -> int:
@@ -76,8 +78,9 @@ def pack(
     "none" every answer becomes a group of its own, with its own copy of the prompt and of the video.
 
     Neighbouring groups about one video (the same `VideoPatches`) become a tree, `[video | q1 | q2 | ... | answers to
-    q1 | ...]`: what their prompts share is there once. A tree longer than a row becomes several.
-    A group longer than a row gets a row to itself that is run in stages: the prompt, then chunks of answers.
+    q1 | ...]`: what their prompts share is there once.
+    A tree longer than a row gets a row to itself that is run in stages: the video, then chunks of questions, then of
+    answers; of a single question its prompt, then chunks of answers.
 
     config: the model's transformers configuration.
     Raises ValueError naming the sample for a prompt or an answer longer than a row and for an empty answer; for an
@@ -90,9 +93,11 @@ def trees_of(
     groups: Sequence[RolloutGroup], config: Any, max_tokens_per_row: int, mode: PackingMode
 ) -> Iterable[Segment]:
     """What `pack` lays into rows; arguments and errors are the same."""
+    for group in groups:
+        _check_lengths(group.prompt, [completion.ids for completion in group.completions], max_tokens_per_row)
     if mode == "shared_prefix":
         branches = [(group.prompt, [completion.ids for completion in group.completions]) for group in groups]
-        return segments(branches, config, max_tokens_per_row)
+        return segments(branches, config)
     if mode != "none":
         raise ValueError(f"mode={mode!r} is unknown; choose shared_prefix or none")
     return (segment(group.prompt, [each.ids], config) for group in groups for each in group.completions)
@@ -100,7 +105,10 @@ def trees_of(
 
 def pack_prompts(prompts: Sequence[Prompt], *, config: Any, max_tokens_per_row: int) -> list[PackedRow]:
     """Rows of prompts without answers, for prefilling; `logit_indices` are the prompts' last tokens."""
-    return _rows(segments(((prompt, []) for prompt in prompts), config, max_tokens_per_row), max_tokens_per_row)
+    for prompt in prompts:
+        _check_lengths(prompt, [], max_tokens_per_row)
+    trees = segments(((prompt, []) for prompt in prompts), config, max_tokens_per_row)
+    return _rows(trees, max_tokens_per_row)
 
 
 def idle_row(config: Any, has_features: bool) -> PackedRow:
@@ -116,7 +124,7 @@ def idle_row(config: Any, has_features: bool) -> PackedRow:
     ids = torch.tensor([config.vision_start_token_id, config.video_token_id, config.vision_end_token_id])
     sample = Sample("idle", Path("idle"), "", 0.0, ())
     idle = segment(Prompt(sample, "answer", ids, video), [ids[:1]], config)
-    return _concatenate([idle], branch_chunks=())
+    return _concatenate([idle], stages=())
 
 
 def idle_video(config: Any) -> VideoPatches:
@@ -136,28 +144,32 @@ def _rows(trees: Iterable[Segment], max_tokens_per_row: int) -> list[PackedRow]:
             used = 0
         rows[-1].append(tree)
         used += tree.num_tokens
-    return [_concatenate(row, _branch_chunks(row[0], max_tokens_per_row)) for row in rows]
+    return [_concatenate(row, _stages(row[0], max_tokens_per_row)) for row in rows]
 
 
-def _branch_chunks(tree: Segment, max_tokens_per_row: int) -> tuple[tuple[int, ...], ...]:
-    """Empty unless the group, which then has a row of its own, is longer than a row."""
+def _check_lengths(prompt: Prompt, answers: Sequence[Tensor], max_tokens_per_row: int) -> None:
+    longest = max(map(len, answers), default=0)
+    if max(len(prompt.input_ids), longest) > max_tokens_per_row:
+        raise ValueError(
+            f"sample {prompt.sample.sample_id!r}: its prompt has {len(prompt.input_ids)} tokens and its longest answer "
+            f"{longest}, each of which must fit max_tokens_per_row={max_tokens_per_row}"
+        )
+
+
+def _stages(tree: Segment, max_tokens_per_row: int) -> tuple[int, ...]:
+    """Empty unless the tree, which then has a row of its own, is longer than a row."""
     if tree.num_tokens <= max_tokens_per_row:
         return ()
-    prompt_len, lengths = tree.layout.prompt_len, tree.layout.branch_lens
-    if max(prompt_len, *lengths, 0) > max_tokens_per_row:
-        raise ValueError(
-            f"sample {tree.prompts[0].sample.sample_id!r}: its prompt has {prompt_len} tokens and its longest answer "
-            f"{max(lengths, default=0)}, each of which must fit max_tokens_per_row={max_tokens_per_row}"
-        )
-    chunks: list[list[int]] = [[]]
-    for length in lengths:
-        if sum(chunks[-1]) + length > max_tokens_per_row:
-            chunks.append([])
-        chunks[-1].append(length)
-    return tuple(map(tuple, chunks))
+    stages: list[list[Node]] = [[]]
+    for node in tree.layout.nodes:
+        is_deeper = stages[-1] and len(node.path) != len(stages[-1][0].path)
+        if is_deeper or sum(each.length for each in stages[-1]) + node.length > max_tokens_per_row:
+            stages.append([])
+        stages[-1].append(node)
+    return tuple(map(len, stages))
 
 
-def _concatenate(trees: Sequence[Segment], branch_chunks: tuple[tuple[int, ...], ...]) -> PackedRow:
+def _concatenate(trees: Sequence[Segment], stages: tuple[int, ...]) -> PackedRow:
     layout = tuple(tree.layout for tree in trees)
     videos = [video for tree in trees for video in tree.videos]
     answers = [ids for tree in trees for ids in tree.answers]
@@ -172,7 +184,7 @@ def _concatenate(trees: Sequence[Segment], branch_chunks: tuple[tuple[int, ...],
         token_ids=torch.cat([nothing, *answers]),
         row_ids=torch.cat([nothing, *(torch.full_like(ids, index) for index, ids in enumerate(answers))]),
         vision=_features(videos),
-        branch_chunks=branch_chunks,
+        stages=stages,
     )
 
 

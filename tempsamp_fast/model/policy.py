@@ -19,7 +19,7 @@ from tempsamp_fast.model.attention import PackedAttention, PrefillAttention, pac
 from tempsamp_fast.model.families import FAMILIES
 from tempsamp_fast.model.layout import GroupLayout
 from tempsamp_fast.model.packing import PackedRow
-from tempsamp_fast.model.split_attention import BranchAttention
+from tempsamp_fast.model.split_attention import BranchAttention, KeptNodes
 from tempsamp_fast.model.vision_tower import prepare_tower, run_tower
 
 Head = Callable[[Tensor, Tensor], Any]
@@ -100,13 +100,15 @@ class Policy(nn.Module):
         if isinstance(row, VideoPatches):
             return self.encode_videos(row.pixel_values, torch.tensor([row.grid_thw]))
         embeds, deepstack = self._embed(row)
-        if isinstance(row, PackedRow) and row.branch_chunks:
+        if isinstance(row, PackedRow) and row.stages:
             hidden = self._run_in_stages(row, embeds, deepstack)
         else:
             if attention is None:
                 assert isinstance(row, PackedRow), "only a PackedRow says by itself how its tokens attend"
                 attention = self._core(row.layout, embeds)
             hidden = self._run_text(embeds, row.position_ids, attention, deepstack)
+        if isinstance(row, PackedRow) and row.idle_stages:
+            hidden = torch.cat([hidden, *self._idle_stages(row, embeds)], dim=1)
         hidden = hidden.flatten(0, 1)[row.logit_indices]
         return hidden if head is None else head(hidden, self.base_model.lm_head.weight)
 
@@ -148,23 +150,35 @@ class Policy(nn.Module):
         ).last_hidden_state
 
     def _run_in_stages(self, row: PackedRow, embeds: Tensor, deepstack: dict[str, Any]) -> Tensor:
-        """The prompt once, then chunk after chunk of branches against its keys and values.
+        """The root once, then stage after stage of nodes against the keys, values and states of those before.
 
-        A chunk's activations are dropped and recomputed when its turn comes in the backward pass, so that one chunk
-        at a time is held; the gradients of all chunks meet in the prompt's keys and values.
+        A stage's activations are dropped and recomputed when its turn comes in the backward pass, so that one stage at
+        a time is held beside the root's; the gradients of all meet in what they continue.
         """
-        (group,) = row.layout
-        prompt = GroupLayout(group.prompt_len, ())
-        prefill = PrefillAttention([prompt], self._core([prompt], embeds))
-        start = group.prompt_len
-        outputs = [self._run_text(embeds[:, :start], row.position_ids[..., :start], prefill, deepstack)]
-        for branch_lens in row.branch_chunks:
-            tokens = slice(start, start + sum(branch_lens))
-            attention = BranchAttention(prefill.keys, prefill.values, branch_lens, prefill.recurrence.after)
-            chunk = embeds[:, tokens], row.position_ids[..., tokens], attention
-            outputs.append(checkpoint(self._run_text, *chunk, use_reentrant=False))
-            start = tokens.stop
+        (tree,) = row.layout
+        last_parent = max(node.path[-1] for node in tree.nodes[1:])
+        kept, outputs, first = KeptNodes(), list[Tensor](), 0
+        for number in row.stages:
+            nodes = tree.nodes[first : first + number]
+            tokens = slice(nodes[0].start, nodes[-1].start + nodes[-1].length)
+            stage = embeds[:, tokens], row.position_ids[..., tokens]
+            layout = [GroupLayout(node.length, ()) for node in nodes]
+            attention = BranchAttention(nodes, kept) if first else self._core(layout, embeds)
+            if first <= last_parent:
+                attention = prefill = PrefillAttention(layout, attention)
+            if first:
+                outputs.append(checkpoint(self._run_text, *stage, attention, use_reentrant=False))
+            else:
+                outputs.append(self._run_text(*stage, attention, deepstack))
+            if first <= last_parent:
+                kept.add([node.length for node in nodes], prefill.keys, prefill.values, prefill.recurrence.after)
+            first += number
         return torch.cat(outputs, dim=1)
+
+    def _idle_stages(self, row: PackedRow, embeds: Tensor) -> list[Tensor]:
+        """Passes over the first token of the row, whose gradients are 0."""
+        token = embeds[:, :1], row.position_ids[..., :1], self._core([GroupLayout(1, ())], embeds)
+        return [checkpoint(self._run_text, *token, use_reentrant=False) for _ in range(row.idle_stages)]
 
     def _core(self, layout: Sequence[GroupLayout], embeds: Tensor) -> PackedAttention:
         return packed_attention(layout, dtype=embeds.dtype, device=embeds.device, core=self.attention_core)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -54,7 +55,7 @@ def segment(prompt: Prompt, answers: Sequence[Tensor], config: Any) -> Segment:
     return _tree([(prompt, answers)], len(prompt.input_ids), config)
 
 
-def segments(branches: Iterable[Branches], config: Any, max_tokens: int) -> Iterator[Segment]:
+def segments(branches: Iterable[Branches], config: Any, max_tokens: float = math.inf) -> Iterator[Segment]:
     """Trees in order: neighbours about one video (the same object) as one, as far as they fit `max_tokens` together."""
     for _, neighbours in groupby(branches, lambda each: id(each[0].video)):
         waiting = list(neighbours)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tempsamp_fast.model.fla_layers import packed_recurrence
-from tempsamp_fast.model.layout import GroupLayout
+from tempsamp_fast.model.layout import GroupLayout, Node
 from tempsamp_fast.model.linear_layers import State
 
 BRANCH_BLOCK = 256
@@ -76,27 +76,63 @@ def _gathered(tensor: Tensor, spans: Sequence[slice]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
-class BranchAttention:
-    """A `PackedAttention` for branches alone, `[c1 | ... | cG]`, whose prompt was run before them."""
+@dataclass
+class KeptNodes:
+    """What nodes of one tree hand on to those that continue them, node after node from the root on."""
 
-    def __init__(
+    keys: dict[int, list[Tensor]] = field(default_factory=dict)
+    """By layer that attends: [1, kv_heads, length, dim] of each node."""
+    values: dict[int, list[Tensor]] = field(default_factory=dict)
+    states: dict[int, State] = field(default_factory=dict)
+    """By linear layer: how each node ends."""
+
+    def add(
         self,
-        prefix_keys: Mapping[int, Tensor],
-        prefix_values: Mapping[int, Tensor],
-        branch_lens: Sequence[int],
-        prefix_states: Mapping[int, State],
+        lengths: Sequence[int],
+        keys: Mapping[int, Tensor],
+        values: Mapping[int, Tensor],
+        states: Mapping[int, State],
     ) -> None:
-        """prefix_keys, prefix_values, prefix_states: by layer that has such; keys [1, kv_heads, prompt_len, dim]."""
-        self._prefix_keys, self._prefix_values = prefix_keys, prefix_values
-        like = next(iter(prefix_keys.values()))
-        branches = [GroupLayout(length, ()) for length in branch_lens]
-        self.recurrence = packed_recurrence(branches, like.device, prefix_states)
-        self._blocks = _branch_blocks(0, like.shape[2], branch_lens, like.dtype, like.device)
+        """The next nodes, as they ran together: keys and values [1, kv_heads, sum of lengths, dim]."""
+        for kept, added in ((self.keys, keys), (self.values, values)):
+            for layer, tensor in added.items():
+                kept.setdefault(layer, []).extend(tensor.split(lengths, dim=2))
+        for layer, (read, inputs) in states.items():
+            before = self.states.get(layer)
+            self.states[layer] = (
+                (read, inputs) if before is None else (torch.cat([before[0], read]), torch.cat([before[1], inputs]))
+            )
+
+
+class BranchAttention:
+    """A `PackedAttention` for nodes of one depth alone, whose ancestors were run before them."""
+
+    def __init__(self, nodes: Sequence[Node], kept: KeptNodes) -> None:
+        """kept: has all of their ancestors."""
+        self._kept = kept
+        own_keys = next(iter(kept.keys.values()))
+        dtype, device = own_keys[0].dtype, own_keys[0].device
+        branches = [GroupLayout(node.length, ()) for node in nodes]
+        self.recurrence = packed_recurrence(branches, device, dict(kept.states), [node.path[-1] for node in nodes])
+        self._parts: list[tuple[tuple[int, ...], list[_BranchBlock]]] = []
+        """The nodes of one parent together, beside their path."""
+        start = 0
+        for path, siblings in groupby(nodes, lambda node: node.path):
+            lengths = [node.length for node in siblings]
+            prefix_len = sum(own_keys[each].shape[2] for each in path)
+            self._parts.append((path, _branch_blocks(start, prefix_len, lengths, dtype, device)))
+            start += sum(lengths)
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        prefix = self._prefix_keys[layer_index], self._prefix_values[layer_index]
-        outputs = [block.attend(query, key, value, prefix, scaling) for block in self._blocks]
+        outputs = []
+        for path, blocks in self._parts:
+            prefix = _on_path(self._kept.keys[layer_index], path), _on_path(self._kept.values[layer_index], path)
+            outputs += [block.attend(query, key, value, prefix, scaling) for block in blocks]
         return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _on_path(kept: Sequence[Tensor], path: Sequence[int]) -> Tensor:
+    return kept[path[0]] if len(path) == 1 else torch.cat([kept[each] for each in path], dim=2)
 
 
 def attend_windows(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float) -> Tensor:

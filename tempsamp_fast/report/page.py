@@ -128,7 +128,7 @@ def _gallery(runs: Sequence[RunRecord], num_shown: int) -> str:
 def _speed_table(runs: Sequence[RunRecord]) -> str:
     """Medians over the steps of each phase of each run."""
     medians = [
-        (run.folder.name, phase, step_medians(run, ("time/", "perf/"), phase))
+        (run.folder.name, phase, step_medians(run, ("time/", "perf/", "batch/tree_saving"), phase))
         for run in runs
         for phase in dict.fromkeys(row["phase"] for row in run.metrics if "time/step_s" in row)
     ]
@@ -141,7 +141,8 @@ def _speed_table(runs: Sequence[RunRecord]) -> str:
     ]
     header = ["folder", "phase", *(name.partition("/")[2] for name in names)]
     return _table(header, cells) + _hint(
-        "Medians over steps: seconds of the step and its parts, tokens per second, MFU."
+        "Medians over steps: seconds of the step and its parts, tokens per second, MFU, and tree_saving, how many "
+        "times fewer tokens trees have than rows of one question each."
     )
 
 

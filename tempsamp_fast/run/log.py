@@ -32,6 +32,7 @@ SHOWN = {
     "time/step_s": "s/step",
     "perf/tokens_per_s": "tok/s",
     "perf/mfu": "mfu",
+    "batch/tree_saving": "tree x",
 }
 MOST_OF_RECORD = 1 << 32
 """Bytes."""

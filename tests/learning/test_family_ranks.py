@@ -11,16 +11,13 @@ from tests.learning.test_ranks import COMPARED
 STEPS = ("--phases", "sft:2,tempsamp:3", "--beta", "0.04", "--learning_rate", "1e-4", "--model", "tiny")
 
 
-NOT_LOADED = pytest.mark.xfail(reason="transformers does not turn its experts' weights while ZeRO-3 loads", strict=True)
-
-
-def slow(family: str, stage: str, *marks: pytest.MarkDecorator):
-    return pytest.param(family, stage, marks=[pytest.mark.slow, *marks])
+def slow(family: str, stage: str):
+    return pytest.param(family, stage, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
     ("family", "stage"),
-    [slow("qwen3_5_moe", "3"), slow("qwen3_5", "2"), slow("qwen3_5", "3"), slow("qwen3_vl_moe", "3", NOT_LOADED)],
+    [slow("qwen3_5_moe", "3"), slow("qwen3_5", "2"), slow("qwen3_5", "3"), slow("qwen3_vl_moe", "3")],
 )
 def test_two_ranks_train_as_one(trainer, tmp_path: Path, family: str, stage: str) -> None:
     """A frozen reference, sampling and updates, through weights that each rank holds a part of."""

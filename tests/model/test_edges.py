@@ -22,9 +22,9 @@ def test_groups_that_fill_a_row_to_the_last_token_share_it(tiny) -> None:
 def test_a_group_that_fills_a_row_to_the_last_token_needs_no_stages(tiny) -> None:
     group, config = tiny.groups()[0], tiny.model().config
     (row,) = pack([group], config=config, max_tokens_per_row=group.num_tokens)
-    assert row.branch_chunks == ()
+    assert row.stages == ()
     (row,) = pack([group], config=config, max_tokens_per_row=group.num_tokens - 1)
-    assert row.branch_chunks == ((4, 1, 7),)
+    assert row.stages == (1, 3)
 
 
 def test_a_chunk_is_filled_to_the_last_token(tiny) -> None:
@@ -32,11 +32,11 @@ def test_a_chunk_is_filled_to_the_last_token(tiny) -> None:
     config, prompt = tiny.model().config, tiny.prompt((2, 4, 4))
     length = len(prompt.input_ids)
     (row,) = pack([tiny.group(prompt, [length - 1, 1, 2, length])], config=config, max_tokens_per_row=length)
-    assert row.branch_chunks == ((length - 1, 1), (2,), (length,))
+    assert row.stages == (1, 2, 1, 1)
     with pytest.raises(ValueError, match=f"longest answer {length + 1}"):
         pack([tiny.group(prompt, [length + 1])], config=config, max_tokens_per_row=length)
     (row,) = pack_prompts([prompt], config=config, max_tokens_per_row=length)
-    assert row.branch_chunks == ()
+    assert row.stages == ()
     with pytest.raises(ValueError, match=f"its prompt has {length} tokens"):
         pack_prompts([prompt], config=config, max_tokens_per_row=length - 1)
 

@@ -40,7 +40,7 @@ def test_a_group_longer_than_a_row_runs_in_stages_with_the_same_gradients(
     groups = [tiny.group(tiny.prompt((3, 6, 4), seed=1), [20, 15, 1, 9, 12]), tiny.groups()[1]]
     model = exact.model(tiny)
     rows = pack(groups, config=model.config, max_tokens_per_row=40)
-    assert [row.branch_chunks for row in rows] == [((20, 15, 1), (9, 12)), ()]
+    assert [row.stages for row in rows] == [(1, 3, 2), ()]
     policy = Policy(model, gradient_checkpointing=gradient_checkpointing)
     exact.assert_same(exact.packed_pass(policy, rows), exact.plain_pass(tiny, groups))
 

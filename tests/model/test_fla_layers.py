@@ -66,11 +66,11 @@ DOUBLES = FlaKernels(causal_conv1d, chunk_gated_delta_rule)
 @pytest.mark.parametrize("max_tokens_per_row", [160, 10_000], ids=["in_stages", "one_row"])
 def test_a_call_per_level_equals_plain(exact, tiny, max_tokens_per_row: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, groups longer than a row too."""
-    by_calls = lambda layout, device, before=None: FlaRecurrence(layout, device, DOUBLES, before)
+    by_calls = lambda layout, device, *before: FlaRecurrence(layout, device, DOUBLES, *before)
     monkeypatch.setattr("tempsamp_fast.model.split_attention.packed_recurrence", by_calls)
     model = exact.model(tiny)
     rows = pack(exact.groups(tiny), config=model.config, max_tokens_per_row=max_tokens_per_row)
-    assert any(row.branch_chunks for row in rows) == (max_tokens_per_row == 160)
+    assert any(row.stages for row in rows) == (max_tokens_per_row == 160)
     exact.assert_same(exact.packed_pass(Policy(model, gradient_checkpointing=True), rows), exact.expected(tiny.family))
 
 
@@ -79,12 +79,14 @@ def both_ways(layout: Sequence[GroupLayout], kernels: FlaKernels, dtype: torch.d
     num_tokens, generator = sum(group.num_tokens for group in layout), torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(*shape, dtype=dtype, generator=generator)
     leaves = [each.detach().to(dtype) for each in inputs(num_tokens, **sizes)]
-    leaves = [*leaves, random(1, num_tokens, 8), random(8, 4), random(1, 3, 8)]
+    leaves = [*leaves, random(1, num_tokens, 8), random(8, 4), random(2, 3, 8)]
+    leaves[5] = torch.cat([leaves[5], -leaves[5]])
+    roots = [1 - index % 2 for index in range(len(layout))]
 
     def run(kind: type[TreeRecurrence], *arguments: object):
         def rule(*tensors: Tensor) -> list[Tensor]:
             *tokens, state, channels, weight, tail = tensors
-            recurrence = kind(layout, *arguments, {0: (state, tail)})
+            recurrence = kind(layout, *arguments, {0: (state, tail)}, roots)
             recurrence.keep = True
             return [recurrence.convolve(0, channels, weight), recurrence.delta_rule(0, *tokens), *recurrence.after[0]]
 

@@ -85,19 +85,20 @@ def paths(layout: Sequence[GroupLayout]) -> list[tuple[list[int], slice]]:
     return found
 
 
-@pytest.mark.parametrize("begins", ["from_nothing", "from_a_state"])
+@pytest.mark.parametrize("begins", ["from_nothing", "from_states"])
 def test_a_tree_is_its_paths(begins: str) -> None:
     """Any depth, children after their parent or level by level: every node is the end of a sequence of its own."""
     num_tokens, kernel = sum(group.num_tokens for group in TREES), 4
     leaves, generator = inputs(num_tokens), torch.Generator().manual_seed(0)
     channels = torch.randn(1, num_tokens, 3, dtype=torch.float64, generator=generator).requires_grad_()
     weight = torch.randn(3, kernel, dtype=torch.float64, generator=generator).requires_grad_()
-    tail = torch.randn(1, kernel - 1, 3, dtype=torch.float64, generator=generator).requires_grad_()
-    used = begins == "from_a_state"
+    tail = torch.randn(2, kernel - 1, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    leaves[5] = torch.cat([leaves[5], -leaves[5]]).detach().requires_grad_()
+    used, roots = begins == "from_states", [1 - index % 2 for index in range(len(TREES))]
 
     def packed(*tensors: Tensor) -> list[Tensor]:
         *tokens, state, channels, weight, tail = tensors
-        recurrence = TreeRecurrence(TREES, {3: (state, tail)} if used else None)
+        recurrence = TreeRecurrence(TREES, {3: (state, tail)} if used else None, roots if used else ())
         recurrence.keep = True
         found = [recurrence.convolve(3, channels, weight), recurrence.delta_rule(3, *tokens)]
         return [*found, *recurrence.after[3]]
@@ -106,11 +107,11 @@ def test_a_tree_is_its_paths(begins: str) -> None:
         *tokens, state, channels, weight, tail = tensors
         state, tail = (state, tail) if used else (torch.zeros_like(state), torch.zeros_like(tail))
         convolved, outputs, states, tails = [], [], [], []
-        nodes = [node for group in TREES for node in group.nodes]
-        for node, (path, own) in zip(nodes, paths(TREES), strict=True):
-            read = torch.cat([tail, channels[:, path]], dim=1)
+        nodes = [(node, [root]) for group, root in zip(TREES, roots, strict=True) for node in group.nodes]
+        for (node, root), (path, own) in zip(nodes, paths(TREES), strict=True):
+            read = torch.cat([tail[root], channels[:, path]], dim=1)
             convolved.append(silu(conv1d(read.mT, weight[:, None], groups=3)).mT[:, own])
-            output, after = chunked_delta_rule(*(each[:, path] for each in tokens), state)
+            output, after = chunked_delta_rule(*(each[:, path] for each in tokens), state[root])
             outputs.append(output[:, own])
             if node.is_leaf:
                 states.append(after)

@@ -22,7 +22,7 @@ def test_every_pass_attends_by_the_core_of_the_policy(tiny, in_stages: bool, mon
     group = tiny.groups()[0]
     budget = len(group.prompt.input_ids) if in_stages else group.num_tokens
     (row,) = pack([group], config=policy.config, max_tokens_per_row=budget)
-    assert bool(row.branch_chunks) == in_stages
+    assert bool(row.stages) == in_stages
     with torch.no_grad():
         policy(row, linear)
     assert set(cores) == {"flex"}

@@ -8,9 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tempsamp_fast.batch import RolloutGroup
 from tempsamp_fast.model import segments
+from tempsamp_fast.model.families import FAMILIES
 from tempsamp_fast.model.packing import pack, pack_prompts
 from tempsamp_fast.model.policy import Policy
+
+every_family = pytest.mark.parametrize("tiny", FAMILIES, indirect=True)
 
 
 def test_what_prompts_share_is_there_once(tiny) -> None:
@@ -29,13 +33,39 @@ def test_what_prompts_share_is_there_once(tiny) -> None:
     assert segments.num_tree_tokens(groups[:3], tiny.model().config) == row.layout[0].num_tokens
 
 
-@pytest.mark.parametrize("max_tokens_per_row", [70, 110, 10_000], ids=["questions_apart", "part_of_a_tree", "one_row"])
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@every_family
+@pytest.mark.parametrize(
+    ("max_tokens_per_row", "gradient_checkpointing"), [(70, True), (10_000, False)], ids=["row_per_tree", "one_row"]
+)
 def test_trees_equal_separate_rows(exact, tiny, max_tokens_per_row: int, gradient_checkpointing: bool) -> None:
     """Logits, loss and the gradient of every parameter, the tower's included."""
     groups = tiny.tree_groups()
     model = exact.model(tiny)
     rows = pack(groups, config=model.config, max_tokens_per_row=max_tokens_per_row)
+    policy = Policy(model, gradient_checkpointing=gradient_checkpointing)
+    exact.assert_same(exact.packed_pass(policy, rows), exact.plain_pass(tiny, groups))
+
+
+def long_tree(tiny) -> list[RolloutGroup]:
+    """Four questions, one of two tokens, that fit no row together, and a group of another video behind them."""
+    questions = [[7, *range(1, 19)], [5, *range(21, 40)], [7, 5], [9, *range(11, 36)]]
+    prompts = tiny.about(tiny.prompt((3, 6, 4), seed=1), questions)
+    lengths = [[9, 1], [20, 3], [4], [1, 1, 30]]
+    pairs = zip(prompts, lengths, strict=True)
+    groups = [tiny.group(prompt, of_prompt, seed=seed) for seed, (prompt, of_prompt) in enumerate(pairs)]
+    return [*groups, tiny.groups()[1]]
+
+
+@every_family
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_a_tree_longer_than_a_row_runs_in_stages_with_the_same_gradients(
+    exact, tiny, gradient_checkpointing: bool
+) -> None:
+    """The video, questions in turn and answers in turn: each of them once, whatever continues it and when."""
+    groups, model = long_tree(tiny), exact.model(tiny)
+    rows = pack(groups, config=model.config, max_tokens_per_row=60)
+    assert rows[0].stages[:3] == (1, 3, 1) and len(rows[0].stages) > 4 and rows[1].stages == ()
+    assert sum(rows[0].stages) == len(rows[0].layout[0].nodes)
     policy = Policy(model, gradient_checkpointing=gradient_checkpointing)
     exact.assert_same(exact.packed_pass(policy, rows), exact.plain_pass(tiny, groups))
 

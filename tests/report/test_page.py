@@ -27,7 +27,8 @@ def write_run(folder, shaping, seed, video, span):
     rewards = {"reward/tiou": 0.4, "reward/on_policy_mean": 0.4, "reward/off_policy_mean": 1.0, "loss": 0.5}
     metrics = [{"step": 0, "phase": "eval", "eval/answer/miou": 0.1}]
     speeds = [
-        {"time/step_s": second, "time/rollout_s": 0.25, "perf/tokens_per_s": 1000.0} for second in (1.0, 2.0, 2.0, 9.0)
+        {"time/step_s": second, "time/rollout_s": 0.25, "perf/tokens_per_s": 1000.0, "batch/tree_saving": 1.5}
+        for second in (1.0, 2.0, 2.0, 9.0)
     ]
     metrics += [{"step": step, "phase": "tempsamp/answer", **rewards, **speed} for step, speed in enumerate(speeds)]
     metrics += [{"step": 4, "phase": "eval", "eval/answer/miou": 0.5}]
@@ -122,11 +123,11 @@ def carried(html):
     return json.loads(html.partition('id="data">')[2].partition("</script>")[0])
 
 
-def test_the_page_tells_the_median_time_of_each_part_of_a_step(page):
+def test_the_page_tells_the_median_time_of_each_part_of_a_step_and_what_trees_save(page):
     table = page.read_text().partition("<h2>Speed</h2>")[2].partition("</table>")[0]
     header, *rows = [re.findall("<t[hd]>(.*?)</t", line) for line in table.split("</tr>")[:-1]]
-    assert header == ["folder", "phase", "step_s", "rollout_s", "tokens_per_s"]
-    assert rows[0] == ["mixed-0", "tempsamp/answer", "2.000", "0.250", "1,000"] and len(rows) == 4
+    assert header == ["folder", "phase", "step_s", "rollout_s", "tokens_per_s", "tree_saving"]
+    assert rows[0] == ["mixed-0", "tempsamp/answer", "2.000", "0.250", "1,000", "1.500"] and len(rows) == 4
 
 
 def test_a_missing_video_is_said_in_its_place(page):

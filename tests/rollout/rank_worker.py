@@ -63,8 +63,9 @@ def check_rollouts(tiny: Tiny, engine, rank: int) -> None:
 
 
 def check_update(tiny: Tiny, engine, rank: int) -> None:
-    """Uneven rows: rank 0 has three, rank 1 one; the loss falls on both."""
-    own_rows = pack(tiny.groups()[: 3 - 2 * rank], config=engine.module.config, max_tokens_per_row=50)
+    """Uneven rows: rank 0 has three, two of which run in stages, rank 1 has one; the loss falls on both."""
+    own_rows = pack(tiny.groups()[: 3 - 2 * rank], config=engine.module.config, max_tokens_per_row=50 if rank else 30)
+    assert [len(row.stages) for row in own_rows] == [[2, 0, 2], [0]][rank]
     rows = in_step(engine, own_rows)
 
     def head_of(row):
