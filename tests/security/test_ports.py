@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tempsamp_fast.system.device import free_port, join_ranks, prepare_environment
+from tempsamp_fast.system.device import join_ranks, prepare_environment
 
 
 def listening() -> list[str]:
@@ -27,16 +25,18 @@ def listening() -> list[str]:
     return [row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own]
 
 
-REPOSITORY = Path(__file__).parents[2]
 LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
 
 
-def rank(number: int, num_ranks: int, port: int, address: str) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"):
-        os.environ.pop(name, None)
+def check(words: list[str]) -> None:
+    """What a rank does, with `address` for the first one's where there are several."""
+    number, num_ranks, address = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), words[0]
+    os.environ.pop("GLOO_SOCKET_IFNAME", None)
     if num_ranks > 1:
-        os.environ |= {"RANK": str(number), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(number)}
-        os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        os.environ["MASTER_ADDR"] = address
+    else:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
     prepare_environment()
     join_ranks("gloo")
     total = torch.ones(1)
@@ -49,20 +49,6 @@ def rank(number: int, num_ranks: int, port: int, address: str) -> None:
 
 
 @pytest.mark.parametrize(("num_ranks", "address"), [(1, ""), (2, "127.0.0.1"), (2, "localhost")])
-def test_a_run_on_one_host_opens_no_port_to_others(num_ranks: int, address: str) -> None:
+def test_a_run_on_one_host_opens_no_port_to_others(rank_server, tmp_path: Path, num_ranks: int, address: str) -> None:
     """In processes of their own: one that has a group already would hand it down."""
-    words = [str(num_ranks), str(free_port()), address]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "kernels")))}
-    children = [
-        subprocess.Popen([sys.executable, __file__, str(number), *words], env=environment)
-        for number in range(num_ranks)
-    ]
-    try:
-        assert [child.wait(timeout=120) for child in children] == [0] * num_ranks
-    finally:
-        for child in children:
-            child.kill()
-
-
-if __name__ == "__main__":
-    rank(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    rank_server.run(tmp_path / "logs", num_ranks, [address], "tests.security.test_ports:check")
