@@ -2,7 +2,8 @@
 
 Read are seconds (`12.5`, `12,5`, `1,234.5`, `1.234,5`), MM:SS and HH:MM:SS (`1:02,500` as in subtitles), and minutes
 and hours in words (`1 min 30 s`). Left unread are numbers with two readings (`1,234`, `1 234`), negative ones, those
-glued to other text, and bare ones beside a clock time or wherever the text counts in frames, per cent or other units.
+glued to other text, bare ones beside a clock time or wherever the text counts in frames, per cent or other units, and
+all where it counts from elsewhere or tells how long (`for 5 to 7 s`, `10 to 5 s before the end`).
 """
 
 from __future__ import annotations
@@ -25,9 +26,18 @@ _UNIT = re.compile(r"\s*(?:(s|secs?|seconds?)|(m|mins?|minutes?)|h|hrs?|hours?)(
 _OTHER_UNIT = re.compile(
     r"[%‰٪％]|\b(?:per\s?cent|pct|frames?|fps|minus|negative)\b"
     r"|(?<!\d)(?<!\d\s)\b(?:minutes?|mins?|hours?)\b"
-    r"|(?<=\d)\s*(?:ms|msecs?|milli\w+|days?|weeks?|months?|years?|times|clips?|degrees?|[cmk]?m|met(?:er|re)s?)\b",
+    r"|(?<=\d)\s*(?:ms|msecs?|milli\w+|days?|weeks?|months?|years?|times|clips?|degrees?|[cmk]?m|met(?:er|re)s?)\b"
+    r"|(?<=\d)\s*(?:[ap]\.?m\b|o.?clock\b|[€$£¥]|[x×*]\s*\d)",
     re.IGNORECASE,
 )
+_NOT_SINCE_THE_START = re.compile(
+    r"\b(?:from|before)\s+the\s+end\b|\bago\b"
+    r"|\b(?:first|last|next|every|for|lasts|lasting)\s+(?:about\s+|around\s+)?(?=\d)",
+    re.IGNORECASE,
+)
+"""How long something takes, and times that are counted from elsewhere."""
+_NARROW = "\u00a0\u2007\u2009\u200a\u202f"
+"""Spaces that part the digits of one number."""
 # What may touch a time on either side, the joining words apart.
 _LEFT = re.compile(r"(?:\A|[\s(\[{<>\"'“‘*`|~=≈;]|[^\W\d_][:,]|[)\]}][,:])\Z")
 _RIGHT = re.compile(rf"\Z|[\s.,;:!?)\]}}<>\"'”’*`|~…]|(?:to|and)(?=\s|\d|\Z)|[{_DASH}](?=[\s\d]|\Z)", re.IGNORECASE)
@@ -71,9 +81,11 @@ def read_times(text: str) -> list[Time]:
             time.seconds = None
         times.append(time)
     counts_otherwise = _OTHER_UNIT.search(text) is not None
+    is_elsewhere = _NOT_SINCE_THE_START.search(text) is not None
     for time in times:
         is_metres = time.unit == 60 and text[time.end - 1] in "mM" and not text[time.end - 2].isalpha()
-        if is_metres or (time.unit == 0 and counts_otherwise) or not _RIGHT.match(text, time.end):
+        is_unsure = is_metres or is_elsewhere or (time.unit == 0 and counts_otherwise)
+        if is_unsure or not _RIGHT.match(text, time.end):
             time.seconds = None
     _unread_chains(text, times)
     _unread_strays(text, times)
@@ -126,7 +138,7 @@ def _may_begin(gap: str) -> bool:
 def _splits_a_number(gap: str, following: str) -> bool:
     """`1 234`, `1'234`, `12/5`: both parts may be one number."""
     is_thousand = re.match(r"\d{3}(?!\d)", following) and gap.isspace() and "\n" not in gap
-    return bool(is_thousand) or (len(gap) == 1 and not gap.isspace() and gap not in _DASH)
+    return bool(is_thousand) or (len(gap) == 1 and gap not in _DASH and (gap in _NARROW or not gap.isspace()))
 
 
 def _unread_chains(text: str, times: list[Time]) -> None:

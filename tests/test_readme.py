@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 
 from bench.readme_tables import PAGES, ROOT, TABLES, filled
+from tempsamp_fast.arguments import FIELDS
 
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
 
@@ -25,6 +26,16 @@ def test_every_link_leads_to_a_file() -> None:
     links = [(page, link) for page in pages for link in LINK.findall(page.read_text())]
     assert len(links) > 15
     assert not [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()]
+
+
+def test_every_flag_is_a_setting_or_one_of_a_command() -> None:
+    ours = [*ROOT.glob("tempsamp_fast/**/*.py"), *ROOT.glob("bench/**/*.py"), ROOT / "Makefile"]
+    typed = set(re.findall(r"--([a-z][\w-]+)", "\n".join(source.read_text() for source in ours)))
+    pages = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "kernels/README.md"]
+    flags = {(page.name, flag) for page in pages for flag in re.findall(r"--([a-z][\w-]+)", page.read_text())}
+    assert len(flags) > 60
+    known = {*FIELDS, *(name.replace("_", "-") for name in FIELDS), *typed, "index-url"}
+    assert not sorted((page, flag) for page, flag in flags if flag not in known)
 
 
 def test_every_file_of_the_map_exists() -> None:

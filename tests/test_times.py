@@ -43,6 +43,10 @@ def spans(answer):
         ("scene 2: 12 to 17, then nothing", (12, 17)),
         ("12 to 20 seconds, which are frames 300 to 500", None),
         ("12 s to 20 s, which are frames 300 to 500", (12, 20)),
+        ("it lasts from 12 to 17 s", (12, 17)),
+        ("the last time is 12 to 17", (12, 17)),
+        ("first from 12 to 17 s, at the end", (12, 17)),
+        ("12 to\u00a017 s", (12, 17)),
     ],
 )
 def test_what_is_unambiguous_is_read(answer, span):
@@ -67,6 +71,20 @@ def test_what_is_unambiguous_is_read(answer, span):
         *("1.2.3 to 4", "1,2,3 to 4", "1.234.567 to 4", ".5 to .75", "1e3 to 2e3", "\u00bd to 3", "1\u0662 to 17"),
         *("30 to 2 minutes", "1 minute to 90", "1 min 30 to 90", "1 minute 90 seconds to 3 minutes", "5' to 10'"),
         *("1 minute, 30 seconds to 2 minutes", "1 to 1 h 5 min", "1:30 to 2 hours", "0:05 to 20", "2 to 3:30"),
+        *("5 to 7 pm", "5 to 7 p.m.", "5 to 7 o'clock", "5 to 7 €", "2 x 5 to 7", "5 to 7 x 2", "12\u20095 to 17"),
+        *(
+            "for 5 to 7 seconds",
+            "It lasts 5 to 7 s.",
+            "the first 5 to 7 seconds",
+            "every 5 to 7 seconds",
+            "5 to 7 s ago",
+        ),
+        *(
+            "the last 5 to 7 seconds",
+            "10 to 5 seconds before the end",
+            "5 to 7 s from the end",
+            "lasting about 5 to 7 s",
+        ),
         *("12:5 to 17:8", "1:75 to 2:10", "00:00:12:05 to 00:00:17:00", "0:05,0:07 to 0:09", "$5 to $13", "5x to 6x"),
     ],
 )

@@ -25,7 +25,7 @@ class DataConfig:
         "format of both annotation files: captions, charades_text, momentseeker, omtg, orarl, plain, qvhighlights, "
         "time_r1, timelens, timelens_100k, timelens_bench, vue_tr; auto tells by suffix and keys",
     )
-    videos: str | None = setting(None, "folder of <video id>.{mp4,mkv,webm,avi,mov,m4v}")
+    videos: str | None = setting(None, "folder of <video id>.mp4, or of another suffix, or of frames")
     eval_videos: str | None = setting(None, "folder of the held-out videos where it is another (out of domain)")
     few_shot_videos: int | None = setting(None, "train on this many videos, drawn at random", unit="videos")
     few_shot_seed: int = setting(0, "seed of the draw of few_shot_videos; smaller subsets lie within larger ones")
@@ -132,6 +132,10 @@ class DataConfig:
         require(self.eval_videos is None or has_test, "eval_videos", self.eval_videos, "given with eval_annotations")
         if self.annotations != "synthetic":
             require(self.videos is not None, "videos", self.videos, "given with your own annotations")
+            return
+        for name in ("videos", "eval_annotations", "eval_videos"):
+            value = getattr(self, name)
+            require(value is None, name, value, "given with --annotations (without it the embedded data set is used)")
 
     def num_synthetic_videos(self) -> tuple[int, int, int]:
         """Embedded videos for training, validation and test."""

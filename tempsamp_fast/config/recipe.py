@@ -78,7 +78,8 @@ def read_entries(path: Path, where: str) -> dict[str, Entry]:
         depth = 0
         for event in yaml.parse(text, yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > 2 or isinstance(event, yaml.AliasEvent) or len(text) == MOST_CHARACTERS:
+            is_merge = isinstance(event, yaml.ScalarEvent) and event.value == "<<"
+            if depth > 2 or is_merge or isinstance(event, yaml.AliasEvent) or len(text) == MOST_CHARACTERS:
                 raise ValueError(f"aliases, nesting and {MOST_CHARACTERS} characters are too much for `name: value`")
         values = yaml.safe_load(text)
         node: Any = yaml.compose(text, yaml.SafeLoader)

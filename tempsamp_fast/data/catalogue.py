@@ -85,8 +85,12 @@ def load_samples(annotations: str, videos: Path, format: str = "auto") -> list[S
 
 def require_clip_scores(annotations: str, samples: Sequence[Sample]) -> None:
     """What the task `highlight` learns from and is scored by. Raises ValueError where a sample has none."""
-    if not all(sample.clip_scores for sample in samples):
-        raise ValueError(f"--task highlight: {annotations} has no clip scores; it takes QVHighlights annotations")
+    without = [sample for sample in samples if not sample.clip_scores]
+    if without:
+        raise ValueError(
+            f"--task highlight: {annotations} has no clip scores for {len(without)} of {len(samples)} queries, first "
+            f"{without[0].sample_id[:80]!r}; it takes QVHighlights annotations"
+        )
 
 
 def _drawn(train: list[Sample], data: DataConfig) -> list[Sample]:

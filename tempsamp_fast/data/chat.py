@@ -66,6 +66,7 @@ class Chat:
         self._added = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items()}
         # Qwen3's <think> is an added token too, but not a special one.
         special = [token for token, added in tokenizer.added_tokens_decoder.items() if added.special]
+        self._special = {*special}
         self.end_token_ids = self._ends(generation_eos, special)
         """What ends an answer."""
         self.eos_token_id = self.end_token_ids[0]
@@ -87,7 +88,7 @@ class Chat:
         first = self.tokenizer(behind.strip(), add_special_tokens=False).input_ids[:1]
         ours = [token for token in first if token in special]
         theirs = generation_eos if isinstance(generation_eos, (list, tuple)) else [generation_eos]
-        known = [token for token in theirs if isinstance(token, int)]
+        known = [token for token in theirs if type(token) is int]
         ends = [token for token in dict.fromkeys([*ours, eos, *known]) if 0 <= token < self._num_embeddings]
         if not ends:
             raise ValueError(f"tokenizer of {name!r}: eos_token {eos} is beyond the model's {self._num_embeddings} ids")
@@ -111,6 +112,12 @@ class Chat:
         """Raise ValueError, naming the template, for a mode that it cannot be asked in."""
         for mode in modes:
             self._question(Sample("", Path(), "a query", 1.0, ()), mode, "grounding")
+            own = self.templates[mode] if self.templates is not None else ""
+            for token in self._special.intersection(self.tokenizer(own, add_special_tokens=False).input_ids):
+                raise ValueError(
+                    f"the prompt file's template of {mode} holds {self._added[token]!r}, a token of the chat format, "
+                    "which the chat template writes itself: leave it out"
+                )
 
     def _question(self, sample: Sample, mode: Mode, task: Task) -> tuple[str, str]:
         """The prompt as text, and what of the answer stands at its end already."""

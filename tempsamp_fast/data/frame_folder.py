@@ -81,7 +81,7 @@ def images_of(folder: Path) -> list[Path]:
     numbered: dict[int, Path] = {}
     for path in folder.iterdir():
         number = re.search(r"(\d+)\D*\Z", path.stem, re.ASCII)
-        if path.suffix.lower() in IMAGE_SUFFIXES and number:
+        if path.suffix.lower() in IMAGE_SUFFIXES and number and not path.name.startswith("."):
             first = numbered.setdefault(int(number[1]), path)
             if first != path:
                 raise VideoError(folder, "UNSUPPORTED", f"{first.name} and {path.name} have the same number")
@@ -94,15 +94,16 @@ def images_of(folder: Path) -> list[Path]:
 
 
 def fps_of(folder: Path) -> float:
-    """Images per second."""
+    """Images per second, as a number or as a fraction (`30000/1001`)."""
     for path in (folder / "fps.txt", folder.parent / "fps.txt"):
         if path.is_file():
             try:
-                fps = float(read_bytes(path).decode("utf-8-sig"))
-            except ValueError:
+                parts = [float(part) for part in read_bytes(path).decode("utf-8-sig").split("/")]
+                fps = parts[0] / parts[1] if len(parts) == 2 else parts[0] if len(parts) == 1 else math.nan
+            except (ValueError, ZeroDivisionError):
                 fps = math.nan
-            if not 0 < fps < math.inf:
-                raise VideoError(folder, "UNSUPPORTED", f"{path} does not hold one positive number")
+            if not 1e-4 <= fps <= 1e4:
+                raise VideoError(folder, "UNSUPPORTED", f"{path} does not hold one number, from 0.0001 to 10000")
             return fps
     raise VideoError(folder, "UNSUPPORTED", "a folder of frames needs its frame rate: write it into fps.txt there")
 

@@ -163,7 +163,7 @@ def _reasoning(place: str, text: Any) -> str | None:
     if text is None:
         return None
     thought = typed(place, "reasoning", text, str).strip()
-    tag = re.search(r"<\|?/?(think|answer|im_|vision_|video_|image_|endoftext)", thought)
+    tag = re.search(r"<\|\w*|</?(think|answer|tool_call|tool_response)\b", thought)
     if tag or not thought:
         found = f"holds {shown(tag[0])}" if tag else "is empty"
         raise ValueError(f"{place}: reasoning {found}; expected what is thought, without tags around it")

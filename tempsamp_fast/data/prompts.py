@@ -70,6 +70,11 @@ def _both(text: str) -> dict[Task, str]:
     return {"grounding": text, "multi_grounding": text}
 
 
+def _short(time: str) -> str:
+    """`12` for `12.00`."""
+    return time.rstrip("0").rstrip(".")
+
+
 _ALL_SPANS = _both(_ASK["multi_grounding"])
 QUESTION_FORMS: dict[AnswerForm, QuestionForm] = {
     "text": QuestionForm(normalise_query, _ASK, _FORMAT, lambda spans: f"<answer> {', '.join(spans)} </answer>"),
@@ -106,7 +111,9 @@ QUESTION_FORMS: dict[AnswerForm, QuestionForm] = {
             "grounding": "Give its start and end in seconds as start time to end time inside <answer> </answer>, for "
             "example <answer>12 to 18</answer>"
         },
-        lambda spans: f"<answer>{' to '.join(f'{float(time):g}' for time in spans[0].split(' to '))}</answer>",
+        lambda spans: (
+            f"<answer>{' to '.join(time.rstrip('0').rstrip('.') for time in spans[0].split(' to '))}</answer>"
+        ),
     ),
     "time_tags": QuestionForm(
         str.strip,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from pathlib import Path, PurePath
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
-"""The first one is preferred."""
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv",
+                  ".wmv", ".3gp", ".ogv")  # fmt: skip
+"""Earlier ones are preferred."""
 
 
 class VideoFolder:
@@ -26,7 +28,8 @@ class VideoFolder:
         if path.parent not in self._names:
             self._names[path.parent] = _videos_in(path.parent) if self._is_listed else {}
         names = self._names[path.parent]
-        name = names.get(path.name) or names.get(path.stem + path.suffix.lower())
+        called = path.name, _composed(path.name), _composed(path.stem + path.suffix.lower())
+        name = next((names[each] for each in called if each in names), None)
         return None if name is None else path.with_name(name)
 
     def path(self, video_id: str) -> Path:
@@ -59,7 +62,7 @@ def _inside(video_id: str) -> PurePath:
 
 
 def _videos_in(folder: Path) -> dict[str, str]:
-    """Names of files and folders, by what an id may call them."""
+    """Names of files and folders, by what an id may call them, accents composed (archives of macOS part them)."""
     try:
         with os.scandir(folder) as entries:
             is_folder = {entry.name: entry.is_dir() for entry in entries if entry.is_dir() or entry.is_file()}
@@ -75,4 +78,9 @@ def _videos_in(folder: Path) -> dict[str, str]:
         stem = PurePath(name).stem
         found.setdefault(stem + suffixes[name].lower(), name)
         found.setdefault(stem, name)
-    return {name: name for name in is_folder if is_folder[name]} | found
+    every = {name: name for name in is_folder if is_folder[name]} | found
+    return {_composed(called): name for called, name in every.items()} | every
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)

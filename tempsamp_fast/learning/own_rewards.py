@@ -58,15 +58,16 @@ def _own_reward(term: RewardTerm) -> Reward:
     parameters = inspect.signature(function).parameters.values()
     takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters)
     names = {each.name for each in parameters}
-    line = function.__code__.co_firstlineno
+    code = function.__code__
+    line = code.co_firstlineno if code.co_filename == str(Path(term.file).resolve()) else None
+    where = f"--rewards {term.file}: {f'line {line}' if line else code.co_filename}: {term.name}"
 
     def checked(completions: Sequence[str], **given: Any) -> list[float]:
         taken = {name: value for name, value in given.items() if takes_all or name in names}
         try:
-            values = list(function(completions, **taken))
-        except Exception as error:  # their code may raise anything
-            raise ValueError(_place(term.file, error)) from error
-        where = f"--rewards {term.file}: line {line}: {term.name}"
+            values = list(function([*completions], **taken))
+        except (Exception, SystemExit) as error:  # their code may raise anything
+            raise ValueError(_place(term.file, error, line)) from error
         if len(values) != len(completions):
             raise ValueError(f"{where} returned {len(values)} rewards for {len(completions)} answers")
         return [_number(where, index, value) for index, value in enumerate(values)]
@@ -95,20 +96,21 @@ def _module(file: str) -> ModuleType:
     sys.path.append(str(path.parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # their code may raise anything
+    except (Exception, SystemExit) as error:  # their code may raise anything
         raise ValueError(_place(file, error)) from error
     return module
 
 
-def _place(file: str, error: Exception) -> str:
-    """`--rewards mine.py: line 3: KeyError: 'x'`: the last line of theirs on the way to the error."""
+def _place(file: str, error: BaseException, line: int | None = None) -> str:
+    """`--rewards mine.py: line 3: KeyError: 'x'`: the last line of theirs on the way to the error, else `line`."""
     path = str(Path(file).resolve())
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     if isinstance(error, SyntaxError) and error.filename == path:
         lines, text = [error.lineno], error.msg
     else:
         text = str(error)
-    return f"--rewards {file}: line {lines[-1] if lines else '?'}: {type(error).__name__}: {text[:200]}"
+    place = f"line {lines[-1] if lines else line}: " if lines or line else ""
+    return f"--rewards {file}: {place}{type(error).__name__}: {text[:200]}"
 
 
 def try_rewards(algorithm: AlgorithmConfig, task: Task, samples: Sequence[Sample]) -> None:

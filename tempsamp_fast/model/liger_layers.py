@@ -15,14 +15,14 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-import triton
+from tempsamp_kernels.optional_triton import has_triton, triton
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tempsamp_fast.config import LigerLayers
 from tempsamp_fast.model.families import family_of
 
-HAS_LIGER = find_spec("liger_kernel") is not None
+HAS_LIGER = has_triton and find_spec("liger_kernel") is not None
 if HAS_LIGER:
     from liger_kernel.ops import LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from tempsamp_kernels.launch import choose_impl, launch
+from tempsamp_kernels.optional_triton import tl, triton
 from torch import Tensor
 
 from tempsamp_fast.model.linear_layers import normalised

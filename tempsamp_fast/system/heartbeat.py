@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -159,9 +160,10 @@ RELAY_S = 0.5
 
 
 class GracefulStop:
-    """SIGTERM or Ctrl-C asks for a checkpoint and the end after the current step; one of over `grace_s` ends without.
+    """SIGTERM, Ctrl-C or a lost terminal asks for a checkpoint and the end after the step; `grace_s` later it ends so.
 
-    A context manager around the training loop. A second Ctrl-C ends at once, a second SIGTERM changes nothing.
+    A context manager around the training loop. A second Ctrl-C ends at once, a second SIGTERM changes nothing, and
+    under `nohup` a lost terminal does not.
 
     how_to_go_on: what is said last.
     """
@@ -180,7 +182,9 @@ class GracefulStop:
         return is_stopping
 
     def __enter__(self) -> GracefulStop:
-        self._previous = [(number, signal.signal(number, self._ask)) for number in (signal.SIGTERM, signal.SIGINT)]
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        numbers += [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+        self._previous = [(number, signal.signal(number, self._ask)) for number in numbers]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -190,6 +194,8 @@ class GracefulStop:
             signal.signal(number, previous)
 
     def _ask(self, number: int, _: object) -> None:
+        if number == signal.SIGHUP:
+            _forget_terminal()
         if self.asked:
             if number == signal.SIGINT and time.monotonic() - self._asked_s > RELAY_S:
                 self._end("Ctrl-C again", number)
@@ -207,6 +213,15 @@ class GracefulStop:
     def _end(self, reason: str, number: int) -> None:
         os.write(2, f"error: {reason}; nothing saved since the last checkpoint; {self.how_to_go_on}\n".encode())
         os._exit(128 + number)
+
+
+def _forget_terminal() -> None:
+    """What is written to one that is gone fails, and would end the run before it is saved."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for output in (1, 2):
+        if stat.S_ISCHR(os.fstat(output).st_mode):
+            os.dup2(nothing, output)
+    os.close(nothing)
 
 
 def _place() -> str:

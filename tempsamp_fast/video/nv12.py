@@ -1,7 +1,7 @@
 """Decoder surfaces (NV12, P016) to patch rows in one Triton kernel: colour, resize, normalise, patch order.
 
 8-bit surfaces give the bits of the CPU path (`patches`); P016 keeps the extra bits until the colour conversion rounds.
-Imported only where there are surfaces: it needs Triton, and a GPU unless TRITON_INTERPRET=1.
+Where there are surfaces it needs Triton, and a GPU unless TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
+from tempsamp_kernels.optional_triton import tl, triton
 from torch import Tensor
 
 from tempsamp_fast.video.geometry import Geometry

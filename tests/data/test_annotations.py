@@ -249,7 +249,8 @@ def test_late_end_is_kept_and_logged_once(written, caplog):
     [
         *(("a", "a.mkv"), ("b", "b.webm"), ("c", "c.avi"), ("d", "d.mp4"), ("e", "e.mov"), ("f", "f.m4v")),
         *(("g", "g.MP4"), ("h", "h.MOV"), ("i", "i.M4v"), ("j", "j.WebM"), ("sub/k", "k.AVI")),
-        *(("x_0.0_2.0", "x_0.0_2.0.MKV"), ("frames", "frames")),
+        *(("x_0.0_2.0", "x_0.0_2.0.MKV"), ("frames", "frames"), ("l", "l.3gp"), ("m.wmv", "m.WMV"), ("n", "n.Mpg")),
+        *((name, "u\u0308.MP4") for name in ("\u00fc", "u\u0308", "u\u0308.mp4", "\u00fc.mp4", "\u00fc.MP4")),
         *(("d.mp4", "d.mp4"), ("g.mp4", "g.MP4"), ("d.MP4", "d.mp4"), ("both", "both.mp4"), ("both.MP4", "both.MP4")),
         *(("A", None), ("t", None), ("nothing", None), ("sub/nothing/k", None), ("a" * 300, None)),
     ],
@@ -259,7 +260,8 @@ def test_a_video_is_found_by_its_id_whatever_the_case_of_its_suffix(tmp_path, vi
     (tmp_path / "sub").mkdir()
     (tmp_path / "frames").mkdir()
     for file in ("a.mkv", "b.webm", "c.avi", "d.mp4", "e.mov", "f.m4v", "g.MP4", "h.MOV", "i.M4v", "j.WebM", "t.txt",
-                 "sub/k.AVI", "x_0.0_2.0.MKV", "both.mp4", "both.MP4", "both.avi"):  # fmt: skip
+                 "sub/k.AVI", "x_0.0_2.0.MKV", "both.mp4", "both.MP4", "both.avi", "l.3gp", "m.WMV", "n.Mpg",
+                 "u\u0308.MP4"):  # fmt: skip
         (tmp_path / file).touch()
     found = find_video(tmp_path, video_id)
     assert (found and found.name) == name and (found is None or found.exists())

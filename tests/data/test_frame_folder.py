@@ -13,7 +13,7 @@ from PIL import Image
 from tempsamp_fast.data.__main__ import check
 from tempsamp_fast.data.annotations import load_annotations, read_annotations
 from tempsamp_fast.data.catalogue import Dataset
-from tempsamp_fast.data.frame_folder import load_frame_folder, thumbnails
+from tempsamp_fast.data.frame_folder import duration_of, load_frame_folder, thumbnails
 from tempsamp_fast.video import Geometry, Sampling, VideoError
 from tempsamp_fast.video.patch_cache import PatchCache
 from tempsamp_fast.video.patches import unpatchify
@@ -60,6 +60,12 @@ def test_the_frame_rate_may_stand_one_folder_up_and_thumbnails_are_of_the_frames
     assert pictures.shape == (3, 3, 28, 28) and (pictures[:, 0, 14, 14] // 10).tolist() == [0, 5, 19]
 
 
+def test_a_rate_may_be_a_fraction_and_hidden_files_are_no_frames(tmp_path: Path) -> None:
+    folder = frame_folder(tmp_path / "v", count=3, fps="30000/1001\n")
+    (folder / "._frame_00000.PNG").write_bytes(b"left by another system")
+    assert duration_of(folder) == pytest.approx(3 * 1001 / 30000)
+
+
 def test_annotations_find_a_folder_and_the_check_measures_it(tmp_path: Path) -> None:
     frame_folder(tmp_path / "videos/v1")
     entry = {"duration": 4.0, "timestamps": [[0, 1]], "sentences": ["one"]}
@@ -74,8 +80,10 @@ def test_annotations_find_a_folder_and_the_check_measures_it(tmp_path: Path) -> 
     ("change", "said"),
     [
         (lambda v: (v / "fps.txt").unlink(), "needs its frame rate"),
-        (lambda v: (v / "fps.txt").write_text("fast"), "does not hold one positive number"),
-        (lambda v: (v / "fps.txt").write_text("-1"), "does not hold one positive number"),
+        *(
+            (lambda v, fps=fps: (v / "fps.txt").write_text(fps), "does not hold one number")
+            for fps in ("fast", "-1", "0", "", "nan", "1e300", "1e-300", "30/0", "1/2/3", "25\n30", "2,5", "25 fps")
+        ),
         (lambda v: (v / "frame_00007.PNG").unlink(), "has no image of the number 7"),
         (lambda v: (v / "frame_00001.PNG").unlink(), "has no image of the number 1"),
         (lambda v: (v / "other_7.jpg").touch(), "have the same number"),

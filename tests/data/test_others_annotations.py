@@ -146,14 +146,23 @@ def test_a_video_too_short_for_hundredths_of_a_second_is_dropped(written):
     assert len(annotations.samples) == 1 and "below 0.01 s" in annotations.dropped[0]
 
 
-@pytest.mark.parametrize("content", [{"v1": ENTRY}, [TIME_R1], [DETR, DETR | {"qid": 4}]])
-def test_highlights_need_clip_scores(written, tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "missing"),
+    [
+        ({"v1": ENTRY}, "1 of 1"),
+        ([TIME_R1], "1 of 1"),
+        ([DETR, DETR | {"qid": 4}], "2 of 2"),
+        ([DETR | {"relevant_clip_ids": [12], "saliency_scores": [[1, 2, 3]]}, DETR | {"qid": 4}], "1 of 2 .* '4'"),
+        ([DETR | {"relevant_clip_ids": [], "saliency_scores": []}], "1 of 1"),
+    ],
+)
+def test_highlights_need_clip_scores(written, tmp_path, content, missing):
     """In training as in evaluation, and in the held-out file as in the training file."""
     path = str(written("a.json", content))
     scored = DETR | {"relevant_clip_ids": [12], "saliency_scores": [[1, 2, 3]]}
     good = str(written("good.jsonl", scored))
     for words in ({"annotations": path}, {"annotations": good, "eval_annotations": path}):
-        with pytest.raises(ValueError, match=r"--task highlight: .*a\.json has no clip scores"):
+        with pytest.raises(ValueError, match=rf"--task highlight: .*a\.json has no clip scores for {missing}"):
             load_training_data(DataConfig(videos=str(tmp_path), task="highlight", **words))
     assert len(load_training_data(DataConfig(videos=str(tmp_path), task="highlight", annotations=good))[0]) == 1
 

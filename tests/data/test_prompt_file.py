@@ -49,6 +49,15 @@ def test_templates_are_filled_in(tmp_path: Path) -> None:
         ("{}", "no template; expected answer: and think:"),
         ("just words", "expected `name: value` lines"),
         ("answer: [", "not valid YAML: line 1"),
+        ("answer: '{query}'\n  think: '{query}'", "not valid YAML: line 2"),
+        ("answer: '{query}'\nanswer: '{query}?'", "line 2: answer comes twice, as on line 1"),
+        ("<<: {answer: '{query}', think: '{query}'}", "not valid YAML: aliases, nesting"),
+        ("answer: {query}", "line 1: the template of answer is {'query': None}, expected a text"),
+        ("answer: '{query} {Duration}'", "no field 'Duration'; .*did you mean 'duration'"),
+        ("answer:\n", "line 1: the template of answer is None"),
+        ("answer: '  '", "does not ask for the {query}"),
+        ("1: '{query}'", "line 1: no mode '1'"),
+        ("", "expected `name: value` lines, found NoneType"),
     ],
 )
 def test_a_flaw_is_named_with_file_and_line(tmp_path: Path, text: str, named: str) -> None:

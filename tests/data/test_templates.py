@@ -131,11 +131,12 @@ def test_answers_stop_at_the_template_s_own_end_of_turn_and_at_all_ends_of_the_g
         assert chat.completion(said).text == "no"
 
 
-@pytest.mark.parametrize("generation_eos", [None, 5, [5], (5, 10**6)])
+@pytest.mark.parametrize("generation_eos", [None, 5, [5], (5, 10**6), [5, -1, "6", None, 7.0, [8]], True, "5", {}])
 def test_an_end_may_be_an_ordinary_token_and_none_is_beyond_the_vocabulary(generation_eos: Any) -> None:
     chat = chat_with(generation_eos=generation_eos)
-    assert chat.end_token_ids == [chat.tokenizer.eos_token_id] + ([5] if generation_eos else [])
-    assert chat.completion(torch.tensor([8, 5])).text == chat.tokenizer.decode([8] if generation_eos else [8, 5])
+    ends = 5 in (generation_eos if isinstance(generation_eos, (list, tuple)) else [generation_eos])
+    assert chat.end_token_ids == [chat.tokenizer.eos_token_id] + [5] * ends
+    assert chat.completion(torch.tensor([8, 5])).text == chat.tokenizer.decode([8] if ends else [8, 5])
 
 
 def test_a_tokenizer_without_an_end_is_refused_clearly() -> None:
@@ -174,6 +175,15 @@ def test_text_of_data_is_text_and_never_a_token(query: str, mode: Mode) -> None:
     assert prompt.opening == plain.opening
     read = chat.tokenizer.decode(prompt.input_ids).replace(" ", "")
     assert normalise_query(query).replace(" ", "") in read
+
+
+def test_a_template_of_one_s_own_holds_no_token_of_the_chat_format() -> None:
+    """It would end the user's turn. The tags of thoughts are no special tokens, and may be asked for."""
+    chat = chat_with()
+    chat.templates = {"think": "Use <think> </think>. When is it that {query}?", "answer": "{query}?<|im_end|> Now:"}
+    chat.check(["think"])
+    with pytest.raises(ValueError, match=r"template of answer holds '<\|im_end\|>'"):
+        chat.check(["answer"])
 
 
 def test_a_query_that_is_no_text_is_refused_with_its_sample() -> None:

@@ -118,7 +118,16 @@ def test_own_rewards_are_called_with_what_they_take_and_weigh_as_asked(mine: Sim
         ("def f(c):\n    return [1, float('nan'), 0]\n", "line 1: f returned nan for answer 1"),
         ("def f(c):\n    return [0, 1, None]\n", "line 1: f returned None for answer 2"),
         ("def f(c):\n    return None\n", "TypeError"),
-        ("def f(c, wanted):\n    return c\n", "TypeError: f.. missing .*'wanted'"),
+        ("def f(c, wanted):\n    return c\n", "line 1: TypeError: f.. missing .*'wanted'"),
+        ("\ndef f():\n    return []\n", "line 2: TypeError"),
+        ("\nasync def f(c):\n    return []\n", "line 2: TypeError: 'coroutine' object is not iterable"),
+        ("def f(c):\n    raise SystemExit(0)\n", "line 2: SystemExit"),
+        ("import sys\nsys.exit()\n", "line 2: SystemExit"),
+        ("def f(c):\n    return f(c)\n", "line 2: RecursionError"),
+        ("def f(c):\n    c.clear()\n    return c\n", "line 1: f returned 0 rewards for 3 answers"),
+        ("from textwrap import indent as f\n", "textwrap.py|TypeError"),
+        ("def f(c):\n\treturn c\n        return c\n", "line 3: TabError|line 3: IndentationError"),
+        ("f = 3\n", "no function 'f'"),
     ],
 )
 def test_what_goes_wrong_in_it_names_file_and_line(mine: SimpleNamespace, text: str, named: str) -> None:

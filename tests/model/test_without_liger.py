@@ -33,9 +33,14 @@ def test_on_is_refused(tiny, without_liger: None) -> None:
         apply_liger_layers(tiny.model(), "on")
 
 
-def test_the_loader_of_models_imports_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("tempsamp_fast.model.liger_layers", "tempsamp_fast.model.loading"):
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    assert "loading" in importlib.import_module("tempsamp_fast.model.loading").__name__
+@pytest.mark.parametrize("missing", ["liger_kernel", "triton"])
+def test_what_has_kernels_imports_without_it(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    """Liger itself imports Triton, which has releases for Linux alone: without the one the other is not there."""
+    names = ["tempsamp_fast.model.liger_layers", "tempsamp_fast.model.loading", "tempsamp_fast.rollout.delta_step",
+             "tempsamp_fast.video.nv12", "tempsamp_kernels.optional_triton"]  # fmt: skip
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    for name in names:
+        assert importlib.import_module(name).__name__ == name
     assert not sys.modules["tempsamp_fast.model.liger_layers"].HAS_LIGER

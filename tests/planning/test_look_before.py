@@ -212,6 +212,12 @@ def test_the_toy_recipe_is_for_the_toy_alone(words: list[str], recipe: str) -> N
     assert decided(config, 1).train.zero_stage == "0"
 
 
+@pytest.mark.parametrize("name", ["videos", "eval_annotations"])
+def test_own_files_are_not_dropped_for_the_embedded_data(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}='mine': must be given with --annotations"):
+        parse_args([f"--{name}", "mine"])
+
+
 def test_every_start_prints_the_recipe_and_its_main_settings(trainer, tmp_path: Path, caplog) -> None:
     with caplog.at_level(logging.INFO):
         main(trainer.flags(tmp_path / "run", "--dry_run"))

@@ -117,22 +117,19 @@ def test_omtg_reads_every_span_in_order(text, spans):
     assert read_time_tags(text) == spans
 
 
-TIMES = st.floats(0, 500).map(lambda time: round(time, 2))
+TIMES = st.floats(0, 200_000).map(lambda time: round(time, 2))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @given(st.lists(st.tuples(TIMES, st.floats(0.05, 50)), min_size=1, max_size=3))
 def test_what_is_written_in_a_form_reads_back_and_earns_the_most(form, starts):
     windows = tuple((start, round(start + length, 2)) for start, length in starts)
-    sample = Sample("s", Path("v.mp4"), "query", 1000.0, windows)
+    sample = Sample("s", Path("v.mp4"), "query", 300_000.0, windows)
     text = off_policy_text(sample, "answer", answer_form=form)
     span = answered_span(text, form)
     expected = min(windows, key=lambda window: window[0]) if form == "time_tags" else windows[0]
-    if form == "strict":  # six digits, as %g writes them
-        assert span == pytest.approx(expected, rel=1e-5)
-    else:
-        assert span == expected
-        assert tiou_reward([text], samples=[sample], answer_form=form) == [1.0]
+    assert span == expected
+    assert tiou_reward([text], samples=[sample], answer_form=form) == [1.0]
     if QUESTION_FORMS[form].names_all:
         assert sorted(read_spans(text, form)) == sorted(windows)
         assert multi_tiou_reward([text], samples=[sample], answer_form=form) == [1.0]

@@ -76,6 +76,26 @@ def test_a_second_sigterm_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         assert stop.asked
 
 
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_a_lost_terminal_asks_to_stop_and_writing_to_it_fails_no_more(is_ignored: bool) -> None:
+    """As when a connection breaks off; with `nohup` the run goes on."""
+    kept, previous = os.dup(2), signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    terminal, line = os.openpty()
+    try:
+        with GracefulStop(100) as stop:
+            os.dup2(line, 2)
+            os.close(terminal)
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.asked is not is_ignored
+            if not is_ignored:
+                os.write(2, b"step 3\n")
+    finally:
+        os.dup2(kept, 2)
+        signal.signal(signal.SIGHUP, previous)
+        for descriptor in (kept, line):
+            os.close(descriptor)
+
+
 def test_ctrl_c_before_the_first_step_is_one_line(
     trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
