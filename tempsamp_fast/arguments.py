@@ -182,10 +182,13 @@ def describe_settings(arguments: Sequence[str], config: Config) -> str:
     pixels = f"{data.min_pixels or 'default'} to {data.max_pixels or 'default'} pixels"
     return "\n".join([
         f"recipe   {recipe}",
-        f"         {model.model} on {data.annotations}, videos {data.videos}, into {run or train.output_dir}",
-        f"         {train.phases}, learning rate {train.learning_rate:g}, beta {config.algorithm.beta:g}",
-        f"         {data.fps:g} frames per second, at most {data.max_frames}, of {pixels}; crops {data.random_crop:g}",
-        f"         {rollout.num_generations} answers of at most {rollout.max_completion_length} tokens; ZeRO "
+        f"model    {model.model}",
+        f"data     {data.annotations}",
+        f"videos   {data.videos or data.synthetic_dir}",
+        f"into     {run or train.output_dir}",
+        f"steps    {train.phases}, learning rate {train.learning_rate:g}, beta {config.algorithm.beta:g}",
+        f"frames   {data.fps:g} per second, at most {data.max_frames}, of {pixels}; crops {data.random_crop:g}",
+        f"answers  {rollout.num_generations} of at most {rollout.max_completion_length} tokens; ZeRO "
         f"{train.zero_stage}, offload {train.offload}",
     ])  # fmt: skip
 

@@ -218,6 +218,14 @@ def test_own_files_are_not_dropped_for_the_embedded_data(name: str) -> None:
         parse_args([f"--{name}", "mine"])
 
 
+@pytest.mark.parametrize("recipe", ["tiny_cpu", "own_videos", "charades_qwen2_5_vl_7b", "timelens_qwen3_5_4b"])
+def test_what_a_start_prints_fits_80_columns(recipe: str) -> None:
+    """But for paths that do not."""
+    words = ["--config", recipe, *([] if recipe == "tiny_cpu" else ["--annotations", "a.json", "--videos", "v"])]
+    lines = describe_settings(words, parse_args(words)).split("\n")
+    assert len(lines) == 8 and max(map(len, lines)) <= 80
+
+
 def test_every_start_prints_the_recipe_and_its_main_settings(trainer, tmp_path: Path, caplog) -> None:
     with caplog.at_level(logging.INFO):
         main(trainer.flags(tmp_path / "run", "--dry_run"))
