@@ -46,6 +46,30 @@ DEEPSPEED: dict[str, Any] = {
     "a rate of its own": {"optimizer": {"type": "AdamW", "params": {"lr": 0.5}}},
     "fp16": {"fp16": {"enabled": True}},
     "bf16 for a run in fp32": {"bf16": {"enabled": True}},
+    "clipping in words": {"gradient_clipping": "1.0"},
+    "clipping below zero": {"gradient_clipping": -1},
+    "parameters offloaded at stage 2": {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+    "elastic batches": {"elasticity": {"enabled": True, "max_train_batch_size": 2000}},
+    "a misspelt section": {"zero_optimisation": {"stage": 2}},
+    "a misspelt setting": {"zero_optimization": {"stage": 2, "overlap_com": True}},
+}
+REWARDS: dict[str, str] = {
+    "a syntax error": "def mine(completions:\n    pass\n",
+    "an import that is missing": "import nowhere_to_be_found\n",
+    "the end of the program": "raise SystemExit(0)\n",
+    "another name": "def yours(completions):\n    return []\n",
+    "an error": "def mine(completions):\n    return [1 / 0 for _ in completions]\n",
+    "too few numbers": "def mine(completions):\n    return [1.0]\n",
+    "NaN": "def mine(completions):\n    return [float('nan') for _ in completions]\n",
+}
+"""Files of one's own rewards, of which `mine` is asked for."""
+PROMPTS: dict[str, str] = {
+    "an unknown mode": "anwser: '{query}'\n",
+    "an unknown field": "answer: '{query} {qery}'\n",
+    "no query": "answer: When?\n",
+    "a token of the chat format": "answer: '{query}<|im_end|>'\n",
+    "no template for a mode": "think: '{query}'\n",
+    "no YAML": "answer: [\n",
 }
 ENTRY: dict[str, Any] = {"duration": 8.0, "timestamps": [[1.0, 3.0]], "sentences": ["a square appears"]}
 ANNOTATIONS: dict[str, str] = {
@@ -199,6 +223,10 @@ def input_cases(world: World) -> Iterator[tuple[str, Case]]:
         yield f"config: {name}", partial(_config, world, words)
     for name, content in DEEPSPEED.items():
         yield f"DeepSpeed file: {name}", partial(_deepspeed, world, content)
+    for name, text in REWARDS.items():
+        yield f"own rewards: {name}", partial(_own_file, world, "my_rewards.py", text, "rewards", ":mine")
+    for name, text in PROMPTS.items():
+        yield f"own prompts: {name}", partial(_own_file, world, "my_prompts.yaml", text, "prompt_file")
     yield "before the run: a missing video", partial(_sample, world, {"lost": ENTRY}, "lost.mp4")
     yield "before the run: a long query", partial(_sample, world, {"long": ENTRY | {"sentences": [LONG]}}, "'long/0'")
     yield "weights of NaN", partial(_nan, world)
@@ -238,6 +266,12 @@ def _deepspeed(world: World, content: Any) -> dict[str, Any]:
     run, path = fresh(world.folder / "input"), world.folder / "my_deepspeed.json"
     path.write_text(json.dumps(content))
     return _verdict(world, world.flags(run, deepspeed_config=path), "my_deepspeed.json")
+
+
+def _own_file(world: World, name: str, text: str, setting: str, part: str = "") -> dict[str, Any]:
+    run, path = fresh(world.folder / "input"), world.folder / name
+    path.write_text(text)
+    return _verdict(world, world.flags(run, **{setting: f"{path}{part}"}), name)
 
 
 def _sample(world: World, entries: dict[str, Any], named: str) -> dict[str, Any]:

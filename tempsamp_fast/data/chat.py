@@ -112,11 +112,18 @@ class Chat:
         """Raise ValueError, naming the template, for a mode that it cannot be asked in."""
         for mode in modes:
             self._question(Sample("", Path(), "a query", 1.0, ()), mode, "grounding")
-            own = self.templates[mode] if self.templates is not None else ""
-            for token in self._special.intersection(self.tokenizer(own, add_special_tokens=False).input_ids):
+
+    def check_templates(self, modes: Iterable[Mode], where: str) -> None:
+        """Raise ValueError that begins with `where` unless `templates` has one for each mode, of plain text."""
+        assert self.templates is not None
+        for mode in modes:
+            if mode not in self.templates:
+                raise ValueError(f"{where}: no template for the mode {mode}, only {', '.join(self.templates)}")
+            ids = self.tokenizer(self.templates[mode], add_special_tokens=False).input_ids
+            for token in self._special.intersection(ids):
                 raise ValueError(
-                    f"the prompt file's template of {mode} holds {self._added[token]!r}, a token of the chat format, "
-                    "which the chat template writes itself: leave it out"
+                    f"{where}: the template of {mode} holds {self._added[token]!r}, a token that the chat template "
+                    "writes itself: leave it out"
                 )
 
     def _question(self, sample: Sample, mode: Mode, task: Task) -> tuple[str, str]:

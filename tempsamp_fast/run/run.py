@@ -80,6 +80,8 @@ class Run:
         self.chat.templates = templates
         modes: list[Any] = [mode for phase in self.phases for mode in phase.modes]
         modes += train.eval_modes.split("+") if self.eval_samples else []
+        if templates:
+            self.chat.check_templates({*modes}, f"--prompt_file {data.prompt_file}")
         self.chat.check({*modes})
         self.loader = PromptLoader(
             self.chat,

@@ -180,10 +180,13 @@ def test_text_of_data_is_text_and_never_a_token(query: str, mode: Mode) -> None:
 def test_a_template_of_one_s_own_holds_no_token_of_the_chat_format() -> None:
     """It would end the user's turn. The tags of thoughts are no special tokens, and may be asked for."""
     chat = chat_with()
-    chat.templates = {"think": "Use <think> </think>. When is it that {query}?", "answer": "{query}?<|im_end|> Now:"}
-    chat.check(["think"])
-    with pytest.raises(ValueError, match=r"template of answer holds '<\|im_end\|>'"):
-        chat.check(["answer"])
+    chat.templates = {"think": "Use <think> </think>. When is it that {query}?"}
+    chat.check_templates(["think"], "mine.yaml")
+    with pytest.raises(ValueError, match=r"^mine.yaml: no template for the mode answer, only think"):
+        chat.check_templates(["think", "answer"], "mine.yaml")
+    chat.templates = {"answer": "{query}?<|im_end|> Now:"}
+    with pytest.raises(ValueError, match=r"^mine.yaml: the template of answer holds '<\|im_end\|>'"):
+        chat.check_templates(["answer"], "mine.yaml")
 
 
 def test_a_query_that_is_no_text_is_refused_with_its_sample() -> None:
