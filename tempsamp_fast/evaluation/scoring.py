@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tempsamp_fast.data.prompts import normalise_query
-from tempsamp_fast.data.text_files import json_rows, shown
+from tempsamp_fast.data.text_files import get, json_rows, shown, typed
 from tempsamp_fast.rewards import CLIP_S, best_iou, parse_highlights, read_spans, temporal_iou
 from tempsamp_fast.sample import AnswerForm, Sample, Span, Task
 
@@ -166,7 +166,8 @@ def read_predictions(path: str | Path, samples: Sequence[Sample]) -> list[dict[s
 
     A row names its sample by `sample_id` or `qid`, or by `vid` (the video's id) and `query`. Where a video has the same
     query several times, its rows are taken in the order of the samples; a single one answers them all. Raises
-    ValueError naming the rows that name no sample or the same one twice, and the samples without a row.
+    ValueError naming the line that names no sample, the same one twice or predicts nothing that can be scored, and the
+    samples without a row.
     """
     by_id = {sample.sample_id: sample for sample in samples}
     by_query: dict[tuple[str, str], list[str]] = {}
@@ -178,13 +179,18 @@ def read_predictions(path: str | Path, samples: Sequence[Sample]) -> list[dict[s
         if key is not None:
             ids, name = [str(row[key])] if str(row[key]) in by_id else [], f"{key} {shown(row[key])}"
         else:
-            vid, query = str(row.get("vid")), normalise_query(str(row.get("query")))
+            vid, query = (str(typed(place, field, get(place, row, field), str)) for field in ("vid", "query"))
+            query = normalise_query(query)
             ids, name = by_query.get((vid, query), []), f"vid {shown(vid)} with query {shown(query)}"
         if not ids:
             raise ValueError(f"{place}: {name} is not in the annotations")
         free = next((sample_id for sample_id in ids if sample_id not in rows), None)
         if free is None:
             raise ValueError(f"{place}: {name} has a prediction already")
+        try:
+            _check(row)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
         rows[free] = row
     for ids in by_query.values():
         given = [rows[sample_id] for sample_id in ids if sample_id in rows]
@@ -194,6 +200,16 @@ def read_predictions(path: str | Path, samples: Sequence[Sample]) -> list[dict[s
     if missing:
         raise ValueError(f"{path}: no prediction for {len(missing)} of {len(samples)} samples: {_some(missing)}")
     return [rows[sample.sample_id] for sample in samples]
+
+
+def _check(row: Mapping[str, Any]) -> None:
+    """Raise ValueError for a row that no task can score, whatever its answer says."""
+    if row.get("text") is not None:
+        typed(f"prediction {shown(dict(row))}", "text", row["text"], str)
+    elif "pred_saliency_scores" in row:
+        _row_saliency(row, True)
+    if "pred_saliency_scores" not in row:
+        row_spans(row, lambda text: None)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -271,4 +287,4 @@ def row_spans(row: Mapping[str, Any], read: Callable[[str], list[Span] | None]) 
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -19,6 +20,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.integrations import deepspeed as integration
 from transformers.utils import cached_file
+from transformers.utils.logging import disable_progress_bar
 
 from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.data.chat import Chat
@@ -52,6 +54,8 @@ def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tupl
     Raises ValueError for a folder without a model, an architecture that is not supported, files that lead out of their
     folder, and weights that are missing or cannot be read.
     """
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # transformers draws it into files too
     with hub_for(checkpoint, config):
         checkpoint = found_checkpoint(checkpoint)
     weights = base = base_checkpoint(checkpoint)
@@ -183,7 +187,7 @@ def found_checkpoint(name: str) -> str:
     """
     folder = Path(os.path.expanduser(name))
     beside = folder.parent != Path() and (folder.parent.exists() or folder.parent == Path("runs"))
-    is_path = beside or not re.fullmatch(HUB_NAME, name)
+    is_path = beside or not re.fullmatch(HUB_NAME, name, re.ASCII)
     if folder.exists() or is_path:
         if not folder.is_dir():
             raise ValueError(f"model={name!r}: no such folder")

@@ -202,10 +202,25 @@ def test_answers_without_tags_count_where_they_are_asked_for(files, capsys):
         ([{"sample_id": "v9/0", "span": [0, 1]}], r"line 1: sample_id 'v9/0' is not in the annotations"),
         ([{"vid": "v1", "query": "six"}], r"line 1: vid 'v1' with query 'six' is not in the annotations"),
         ([{"sample_id": "v1/0", "span": None}] * 2, r"line 2: sample_id 'v1/0' has a prediction already"),
-        ([{"sample_id": "v1/0"}, {"sample_id": "v1/1"}], r"has no text, span, spans or pred_relevant"),
-        ([{"sample_id": f"v1/{i}", "span": ["0", 1]} for i in (0, 1)], r"has \['0', 1\], expected the numbers"),
-        ([{"sample_id": f"v1/{i}", "span": [0, float("nan")]} for i in (0, 1)], r"has \[0, nan\], expected the"),
-        ([{"sample_id": f"v1/{i}", "span": 5} for i in (0, 1)], r"span has 5, expected the numbers"),
+        ([{"vid": "v1", "text": ""}], r"line 1: no field 'query', only \['vid', 'text'\]"),
+        ([{"text": ""}], r"line 1: no field 'vid', only \['text'\]"),
+        ([{"vid": 1, "query": "six"}], r"line 1: vid is 1, expected a str"),
+        ([{"sample_id": "v1/0"}, {"sample_id": "v1/1"}], r"line 1: .* has no text, span, spans or pred_relevant"),
+        *(
+            ([{"sample_id": "v1/0", "text": ""}, {"sample_id": "v1/1", **row}], rf"p\.jsonl: line 2: .*{message}")
+            for row, message in (
+                ({"text": 3}, "text is 3, expected a str"),
+                ({"text": ["0 to 1"]}, "text is .*, expected a str"),
+                ({"span": ["0", 1]}, r"has \['0', 1\], expected the numbers"),
+                ({"span": [0, float("nan")]}, r"has \[0, nan\], expected the"),
+                ({"span": [False, True]}, r"has \[False, True\], expected the"),
+                ({"span": 5}, "span has 5, expected the numbers"),
+                ({"spans": [1, 2]}, "spans has 1, expected the numbers"),
+                ({"spans": "1 to 2"}, "spans is not a list"),
+                ({"pred_relevant_windows": [[1, 2]]}, "expected the numbers start, end, confidence"),
+                ({"pred_saliency_scores": [True]}, "pred_saliency_scores is not a list of numbers"),
+            )
+        ),
         ([3], r"line 1: expected an object, got '3'"),
     ],
 )

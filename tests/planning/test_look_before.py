@@ -269,7 +269,7 @@ def test_a_run_without_a_checkpoint_is_no_model(tmp_path: Path) -> None:
         model_folder(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["runs/x", "./x", "../x", "/x", "~/x", "here/x", "a/b/c", "here/", "a b"])
+@pytest.mark.parametrize("name", ["runs/x", "./x", "../x", "/x", "~/x", "here/x", "a/b/c", "here/", "a b", "a/n\u00e9"])
 def test_a_path_that_is_no_folder_is_refused_without_asking_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
