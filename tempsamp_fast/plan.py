@@ -23,9 +23,11 @@ import torch
 from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.config import Config, DataConfig, ModelConfig, parse_phases, prompts_per_step
 from tempsamp_fast.data.catalogue import DATASETS, find_annotations, load_training_data
+from tempsamp_fast.data.prompt_file import read_prompt_file
 from tempsamp_fast.embedded.data import embedded_videos
 from tempsamp_fast.embedded.videos import draw_videos
 from tempsamp_fast.learning.deepspeed_settings import effective_zero, least_zero_stage
+from tempsamp_fast.learning.own_rewards import reward_function, reward_terms, try_rewards
 from tempsamp_fast.model.architectures import Parameters, count_parameters, model_config
 from tempsamp_fast.model.families import geometry_of
 from tempsamp_fast.model.flops import PEAK_BF16_TFLOPS
@@ -164,17 +166,22 @@ def _tell(setting: str, what: str, needed: float, card: float) -> None:
 
 
 def look_before(config: Config) -> None:
-    """Say what `decided` settings would stumble over: missing videos, a prompt longer than a row.
+    """Say what `decided` settings would stumble over: own rewards and prompts, missing videos, too long a prompt.
 
-    Raises ValueError for it where `on_bad_sample` does, and for a file or a folder of videos that is not there.
+    Raises ValueError for it, for samples where `on_bad_sample` does, and for a file or a folder that is not there.
     """
     data = config.data
+    if data.prompt_file:
+        read_prompt_file(data.prompt_file)
+    for term in reward_terms(config.algorithm, data.task):
+        reward_function(term)
     for name in ("annotations", "eval_annotations"):
         given = getattr(data, name)
         if given not in (None, "synthetic", *DATASETS) and not Path(given).is_file():
             raise ValueError(f"{name}={given!r}: no such file, and no data set of {', '.join(DATASETS)}")
     if data.annotations != "synthetic" and are_here(data):
         train, held_out = load_training_data(data)
+        try_rewards(config.algorithm, data.task, train)
         look_for_all_videos(data, train, held_out)
         look_at_prompts([*train, *held_out], data, model_config(config.model), config.train.max_tokens_per_row)
 

@@ -99,6 +99,27 @@ def test_a_dry_run_names_a_file_that_is_not_there(trainer, refused, tmp_path: Pa
         assert line.startswith(f"{setting}={name!r}: no such file")
 
 
+@pytest.mark.parametrize(
+    ("setting", "name", "text", "named"),
+    [
+        ("rewards", "mine.py:mine", "def mine(completions)\n    return []\n", "mine.py: line 1: SyntaxError"),
+        (
+            "rewards",
+            "mine.py:mine",
+            "def mine(completions):\n    return [1]\n",
+            "mine.py: line 1: mine returned 1 rewards",
+        ),
+        ("rewards", "mine.py:mine", "def mind(completions):\n    return []\n", "did you mean 'mind'"),
+        ("prompt_file", "mine.yaml", "answer: '{qery}'\n", "mine.yaml: line 1: the template of answer has no field"),
+    ],
+)
+def test_a_dry_run_tries_own_rewards_and_prompts(
+    trainer, refused, tmp_path: Path, setting: str, name: str, text: str, named: str
+) -> None:
+    (tmp_path / name.partition(":")[0]).write_text(text)
+    assert named in refused(trainer.flags(tmp_path / "run", "--dry_run", f"--{setting}", str(tmp_path / name)))
+
+
 LONG = ENTRY | {"sentences": ["word " * 40_000]}
 
 
