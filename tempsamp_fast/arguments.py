@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import re
+import textwrap
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -186,7 +187,8 @@ def describe_settings(arguments: Sequence[str], config: Config) -> str:
         f"data     {data.annotations}",
         f"videos   {data.videos or data.synthetic_dir}",
         f"into     {run or train.output_dir}",
-        f"steps    {train.phases}, learning rate {train.learning_rate:g}, beta {config.algorithm.beta:g}",
+        textwrap.fill(f"steps    {train.phases.replace(',', ', ')}", 80, subsequent_indent=" " * 9),
+        f"         learning rate {train.learning_rate:g}, beta {config.algorithm.beta:g}",
         f"frames   {data.fps:g} per second, at most {data.max_frames}, of {pixels}; crops {data.random_crop:g}",
         f"answers  {rollout.num_generations} of at most {rollout.max_completion_length} tokens; ZeRO "
         f"{train.zero_stage}, offload {train.offload}",

@@ -244,7 +244,7 @@ def test_what_a_start_prints_fits_80_columns(recipe: str) -> None:
     """But for paths that do not."""
     words = ["--config", recipe, *([] if recipe == "tiny_cpu" else ["--annotations", "a.json", "--videos", "v"])]
     lines = describe_settings(words, parse_args(words)).split("\n")
-    assert len(lines) == 8 and max(map(len, lines)) <= 80
+    assert len(lines) > 8 and max(map(len, lines)) <= 80
 
 
 def test_every_start_prints_the_recipe_and_its_main_settings(trainer, tmp_path: Path, caplog) -> None:
