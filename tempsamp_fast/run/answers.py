@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tempsamp_fast.batch import RolloutGroup
@@ -30,16 +32,27 @@ def texts_of(group: RolloutGroup) -> dict[str, Any]:
 
 
 def lines_of(group: RolloutGroup, rewards: str | None, width: int) -> list[str]:
-    """The query and the first answers with their rewards (summed by the setting `rewards`), a line of `width` each.
+    """The query and the first answers with their rewards (summed by the setting `rewards`), a line each.
 
-    Of a long answer its end is shown, where the spans are.
+    width: of a line, in columns of a terminal. Of a long answer its end is shown, where the spans are.
     """
     spans = ", ".join(f"{start:.2f} to {end:.2f} s" for start, end in group.prompt.sample.windows)
-    lines = [f"  {shown(group.prompt.sample.query)}, {group.prompt.mode}: {spans}"[:width]]
+    asked = f"  {shown(group.prompt.sample.query)}, {group.prompt.mode}: {spans}"
+    lines = [asked[: _num_fitting(asked, width)]]
     for answer in group.completions[:MOST_SHOWN]:
         head = f"  {weighted(answer.rewards, rewards):6.3f} {'true' if answer.is_off_policy else '    '} "
         text, room = one_line(answer.text), width - len(head)
-        lines.append(head + (text if len(text) <= room else "..." + text[3 - room :]))
+        if _num_fitting(text, room) < len(text):
+            text = "..." + text[len(text) - _num_fitting(reversed(text), room - 3) :]
+        lines.append(head + text)
     if len(group.completions) > MOST_SHOWN:
         lines.append(f"  and {len(group.completions) - MOST_SHOWN} more")
     return lines
+
+
+def _num_fitting(letters: Iterable[str], room: int) -> int:
+    """How many of the letters fit into so many columns: those of East Asia take two, accents that are added none."""
+    columns = (
+        2 if unicodedata.east_asian_width(each) in "WF" else int(not unicodedata.combining(each)) for each in letters
+    )
+    return sum(end <= room for end in itertools.accumulate(columns))

@@ -41,3 +41,12 @@ def test_every_line_fits_and_ends_with_the_end_of_the_answer(width: int) -> None
     assert lines[1].startswith("   1.000      ...") and lines[1].endswith("<answer> 1 to 2 </answer>")
     assert lines[2] == "   1.000 true \\x1b[31mred"
     assert lines[-1] == f"  and {len(texts) - MOST_SHOWN} more" and "\x1b" not in "".join(lines)
+
+
+def test_letters_of_two_columns_and_of_none_are_counted_so() -> None:
+    query = "\u4eba\u6253\u5f00\u51b0\u7bb1" * 9
+    texts = ["\u7b2c" * 100 + "<answer> 1 to 2 </answer>", "\u7b2c" * 31, "e\u0301" * 62]
+    lines = lines_of(group(*texts, query=query), None, 80)
+    wide = [sum(2 if letter > "\u4e00" else letter != "\u0301" for letter in line) for line in lines]
+    assert max(wide) <= 80 and min(wide) >= 75
+    assert lines[1].endswith("<answer> 1 to 2 </answer>") and lines[2].endswith(texts[1]) and "..." not in lines[3]
