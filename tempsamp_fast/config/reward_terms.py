@@ -10,7 +10,7 @@ from functools import cache
 
 SET_ELSEWHERE = {"format": "format_weight", "answer_format": "format_weight", "overlong": "soft_overlong"}
 """What is added to the sum by settings of its own."""
-TERM = r"(?:(.+\.py):)?([A-Za-z]\w*)(?:=(.+))?"
+TERM = r"(?:(.+\.py):)?([A-Za-z]\w*)\s*(?:=(.+))?"
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,12 @@ def read_prompt_file(path: str) -> Templates:
 
     Raises ValueError naming the file, the line and the flaw; `{query}` must occur.
     """
-    return _checked(read_entries(Path(path), f"--prompt_file {path}"), f"--prompt_file {path}")
+    try:
+        entries = read_entries(Path(path), f"--prompt_file {path}")
+    except ValueError as error:
+        quoted = "; templates are quoted: answer: 'When is it that {query}?'"
+        raise ValueError(f"{error}{quoted if 'not valid YAML' in str(error) else ''}") from error
+    return _checked(entries, f"--prompt_file {path}")
 
 
 def saved_templates(model: str) -> Templates | None:

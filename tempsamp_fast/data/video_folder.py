@@ -40,7 +40,10 @@ class VideoFolder:
 
     def duration_s(self, place: str, video_id: str) -> float:
         """Seconds that the video itself lasts. Raises ValueError, beginning with `place`, where it cannot be read."""
-        found = self.find(video_id)
+        try:
+            found = self.find(video_id)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
         if found is None:
             where = f"not in {self._folder}" if self._is_listed else "not looked for"
             raise ValueError(f"{place}: no duration is given, and the video is {where} (--videos)")

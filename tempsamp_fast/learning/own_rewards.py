@@ -65,9 +65,12 @@ def _own_reward(term: RewardTerm) -> Reward:
     def checked(completions: Sequence[str], **given: Any) -> list[float]:
         taken = {name: value for name, value in given.items() if takes_all or name in names}
         try:
-            values = list(function([*completions], **taken))
+            found: Any = function([*completions], **taken)
+            values = list(found) if hasattr(found, "__iter__") else None
         except (Exception, SystemExit) as error:  # their code may raise anything
             raise ValueError(_place(term.file, error, line)) from error
+        if values is None:
+            raise ValueError(f"{where} returned {repr(found)[:60]}; expected a list of {len(completions)} numbers")
         if len(values) != len(completions):
             raise ValueError(f"{where} returned {len(values)} rewards for {len(completions)} answers")
         return [_number(where, index, value) for index, value in enumerate(values)]
@@ -102,14 +105,19 @@ def _module(file: str) -> ModuleType:
 
 
 def _place(file: str, error: BaseException, line: int | None = None) -> str:
-    """`--rewards mine.py: line 3: KeyError: 'x'`: the last line of theirs on the way to the error, else `line`."""
-    path = str(Path(file).resolve())
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    if isinstance(error, SyntaxError) and error.filename == path:
+    """`--rewards mine.py: line 3: KeyError: 'x'`: the last line of theirs on the way to the error, else `line`.
+
+    Of a file beside it, the place in that one follows.
+    """
+    path, steps = Path(file).resolve(), traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in steps if Path(frame.filename).parent == path.parent]
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    text = str(error)
+    if isinstance(error, SyntaxError) and error.filename == str(path):
         lines, text = [error.lineno], error.msg
-    else:
-        text = str(error)
     place = f"line {lines[-1] if lines else line}: " if lines or line else ""
+    if lines and frames and frames[-1].filename != str(path):
+        place += f"{Path(frames[-1].filename).name}: line {frames[-1].lineno}: "
     return f"--rewards {file}: {place}{type(error).__name__}: {text[:200]}"
 
 

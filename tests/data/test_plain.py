@@ -60,6 +60,10 @@ def test_the_duration_is_that_of_the_file(clips: Path, tmp_path: Path) -> None:
     ("change", "named"),
     [
         ({"start": "soon"}, "line 1, video 'a': window .* has 'soon'"),
+        (
+            {"video": "/elsewhere/a.mp4"},
+            "line 1, video '/elsewhere/a.mp4': .* is not a path inside",
+        ),
         ({"reasoning": ""}, "line 1, video 'a': reasoning is empty"),
         ({"reasoning": ["x"]}, "line 1, video 'a': reasoning is"),
         ({"reasoning": "so </think> <answer>"}, "line 1, video 'a': reasoning holds '</think'"),

@@ -49,6 +49,8 @@ def test_templates_are_filled_in(tmp_path: Path) -> None:
         ("{}", "no template; expected answer: and think:"),
         ("just words", "expected `name: value` lines"),
         ("answer: [", "not valid YAML: line 1"),
+        ("answer: {query}?", "not valid YAML: line 1: .*; templates are quoted: answer: '"),
+        ("answer: Say: when is {query}", "not valid YAML: line 1: .*; templates are quoted"),
         ("answer: '{query}'\n  think: '{query}'", "not valid YAML: line 2"),
         ("answer: '{query}'\nanswer: '{query}?'", "line 2: answer comes twice, as on line 1"),
         ("<<: {answer: '{query}', think: '{query}'}", "not valid YAML: aliases, nesting"),

@@ -46,6 +46,7 @@ def mine(tmp_path: Path) -> SimpleNamespace:
         (None, ()),
         ("tiou", (RewardTerm("tiou", 1.0),)),
         ("a/my.py:f=0.5, tiou=1", (RewardTerm("f", 0.5, "a/my.py"), RewardTerm("tiou", 1.0))),
+        ("my.py:f = 0.5 , tiou =1", (RewardTerm("f", 0.5, "my.py"), RewardTerm("tiou", 1.0))),
         ("c:/x.py:f=-1e-1,tiou=0", (RewardTerm("f", -0.1, "c:/x.py"), RewardTerm("tiou", 0.0))),
     ],
 )
@@ -117,10 +118,11 @@ def test_own_rewards_are_called_with_what_they_take_and_weigh_as_asked(mine: Sim
         ("def f(c):\n    return ['a'] * len(c)\n", "line 1: f returned 'a' for answer 0; expected a finite number"),
         ("def f(c):\n    return [1, float('nan'), 0]\n", "line 1: f returned nan for answer 1"),
         ("def f(c):\n    return [0, 1, None]\n", "line 1: f returned None for answer 2"),
-        ("def f(c):\n    return None\n", "TypeError"),
+        ("def f(c):\n    return None\n", "line 1: f returned None; expected a list of 3 numbers"),
+        ("def f(c):\n    return 0.5\n", "line 1: f returned 0.5; expected a list of 3 numbers"),
         ("def f(c, wanted):\n    return c\n", "line 1: TypeError: f.. missing .*'wanted'"),
         ("\ndef f():\n    return []\n", "line 2: TypeError"),
-        ("\nasync def f(c):\n    return []\n", "line 2: TypeError: 'coroutine' object is not iterable"),
+        ("\nasync def f(c):\n    return []\n", "line 2: f returned <coroutine .*; expected a list of 3 numbers"),
         ("def f(c):\n    raise SystemExit(0)\n", "line 2: SystemExit"),
         ("import sys\nsys.exit()\n", "line 2: SystemExit"),
         ("def f(c):\n    return f(c)\n", "line 2: RecursionError"),
@@ -134,6 +136,17 @@ def test_what_goes_wrong_in_it_names_file_and_line(mine: SimpleNamespace, text: 
     file = mine.write(text)
     with pytest.raises(ValueError, match=rf"--rewards {file}: .*{named}"):
         score(group(), "grounding", AlgorithmConfig(rewards=f"{file}:f"))
+
+
+def test_what_goes_wrong_in_a_file_beside_it_names_that_one_too(mine: SimpleNamespace) -> None:
+    (mine.folder / "beside_yours.py").write_text("def half(text):\n    return 1 / (len(text) - len(text))\n")
+    (mine.folder / "beside_broken.py").write_text("x = 1\ny = x.z\n")
+    file = mine.write("from beside_yours import half\n\ndef f(c):\n    return [half(text) for text in c]\n")
+    with pytest.raises(ValueError, match=rf"--rewards {file}: line 4: beside_yours\.py: line 2: ZeroDivisionError"):
+        score(group(), "grounding", AlgorithmConfig(rewards=f"{file}:f"))
+    file = mine.write("import beside_broken\n")
+    with pytest.raises(ValueError, match=rf"--rewards {file}: line 1: beside_broken\.py: line 2: AttributeError"):
+        reward_function(RewardTerm("f", 1.0, file))
 
 
 def test_numbers_of_any_library_and_files_beside_it_are_taken(mine: SimpleNamespace) -> None:
