@@ -70,8 +70,8 @@ class AlgorithmConfig:
     rewards: str | None = setting(
         None,
         "what answers earn: [file.py:]name[=weight], ...; functions of a file of yours (f(completions, samples) -> "
-        "list), tiou, multi_tiou, highlight; None: the task's own. A file counts only when typed; tau is in units of "
-        "the sum",
+        "list), tiou, multi_tiou, location, wasserstein, highlight; None: the task's own. A file counts only when "
+        "typed; tau is in units of the sum",
     )
     format_weight: float = setting(1.0, "weight of the format reward where it is added", source="paper: 1")
     format_reward: Literal["think", "add", "factor"] = setting(

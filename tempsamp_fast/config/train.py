@@ -70,7 +70,7 @@ class TrainConfig:
         "rows, or in every row; auto: once where the plan fits them",
     )
     deepspeed_config: str | None = setting(
-        None, "JSON merged over the generated config: a file, or zero2, zero3_nodes, ..."
+        None, "JSON merged over the generated config, as far as the run does not decide it: a file, or zero2, ..."
     )
     eval_modes: str = setting("answer", "modes evaluated after each phase, such as answer+think")
     eval_batch_size: int = setting(64, "queries asked together in an evaluation, per rank", unit="queries")

@@ -9,8 +9,9 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from tempsamp_fast.arguments import SECTIONS, parse_args
+from tempsamp_fast.arguments import FIELDS, SECTIONS, parse_args
 from tempsamp_fast.config.recipe import RECIPES
+from tempsamp_fast.rewards import REWARDS
 
 PURE_NUMBERS = {
     *("few_shot_seed", "draw_seed", "seed", "local_rank"),
@@ -37,6 +38,11 @@ def test_every_setting_says_what_it_is_its_unit_and_its_source(field: Any, type_
     if is_number:
         assert (field.name in PURE_NUMBERS) != bool(re.search(r"\[[a-zA-Z/ -]+\]", meaning))
     assert (field.name in OF_THE_PAPER) <= bool(re.search(r"\(.*paper.*\)", meaning))
+
+
+def test_the_rewards_of_the_package_are_named() -> None:
+    named = set(re.findall(r"\w+", FIELDS["rewards"].metadata["help"]))
+    assert {name for name in REWARDS if not name.endswith("format")} <= named
 
 
 def test_help_is_in_groups_with_every_flag_once_and_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
