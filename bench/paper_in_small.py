@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # a checkout runs without being installed
 
 from bench.paper.campaign import Campaign  # noqa: E402
+from bench.paper.evidence import evidence  # noqa: E402
 from bench.paper.plan import FAMILIES, PILOT_RATES, pilot_runs, planned_runs  # noqa: E402
 from bench.paper.plots import draw  # noqa: E402
 from bench.paper.results import read_results  # noqa: E402
@@ -47,7 +48,7 @@ def main() -> None:
         results = read_results(options.results)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
-    text = summarise(results)
+    text = "\n\n".join([summarise(results).rstrip(), *filter(None, evidence(results))]) + "\n"
     options.results.with_suffix(".md").write_text(text)
     print(text)
     for path in draw(results, options.results.parent):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import fcntl
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -29,6 +31,8 @@ from tempsamp_fast.run.checkpoint import MODEL, latest_checkpoint
 from tempsamp_fast.run.log import describe_machine, write_json
 
 ROOT = Path(__file__).parents[2]
+SUMMARY = "summary.json"
+"""What a run writes when all its steps are done."""
 
 
 class Campaign:
@@ -43,7 +47,8 @@ class Campaign:
         self.data: dict[str, Path] = {}
         self._lock = threading.Lock()
         self._base_lock = threading.Lock()
-        self._cold_locks = {seed: threading.Lock() for seed in (*plan.SEEDS, plan.PILOT_SEED)}
+        seeds = (*plan.SEEDS, plan.PILOT_SEED)
+        self._start_locks = {(kind, seed): threading.Lock() for kind in plan.STARTS for seed in seeds}
         machine, settings = describe_machine(), _settings()
         self.commit = machine.pop("commit")
         if results.exists():
@@ -89,44 +94,50 @@ class Campaign:
         self.results |= {"num_queries": len(test), "constant_span": {"span": span, **scores}}
 
     def _make(self, run: PlannedRun) -> None:
-        folder = self.work / run.name
-        flags = {**run.flags, "model": self._cold_start(run.seed), "seed": run.seed}
-        if run.num_videos:
-            flags |= self._few_shot(run)
-        cost = self._train(folder, self.data["hard"], flags)
-        shown = {name: value for name, value in dataclasses.asdict(run).items() if name != "flags"}
+        folder, start = self.work / run.name, self._start(run.start, run.seed)
+        made: dict[str, Any] = {}
+        if run.method != plan.START:
+            flags = {**run.flags, "model": start, "seed": run.seed}
+            if run.num_videos:
+                flags |= self._few_shot(run)
+            if run.noise:
+                flags["annotations"] = self._jittered(run.noise)
+            cost = self._train(folder, self.data["hard"], flags)
+            made = {**record_of(folder), **cost}
+        if run.tests:
+            model = start if run.method == plan.START else folder
+            made["tests"] = {name: self._test(model, folder / "tests" / name, name) for name in run.tests}
+        shown = {name: value for name, value in dataclasses.asdict(run).items() if name not in ("flags", "tests")}
         with self._lock:
-            self.results["runs"][run.name] = {**shown, **record_of(folder), **cost, "commit": self.commit}
+            self.results["runs"][run.name] = {**shown, **made, "commit": self.commit}
             self._write()
-        shutil.rmtree(folder / "checkpoints")
-        done = self.results["done"]
-        score = self.results["runs"][run.name]["evaluations"]["answer"][-1]["miou"]
-        print(f"{done}/{self.results['planned']} {run.name}: mIoU {score:.3f}, {cost['cpu_s']:.0f} CPU s", flush=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        score = made["evaluations"]["answer"][-1]["miou"] if "evaluations" in made else made["tests"]
+        print(f"{self.results['done']}/{self.results['planned']} {run.name}: mIoU {score}", flush=True)
 
-    def _cold_start(self, seed: int) -> Path:
+    def _start(self, kind: str, seed: int) -> Path:
         """The checkpoint that all runs of a seed start from; made by whichever comes first."""
-        folder = self.work / f"cold_start/seed{seed}"
-        with self._cold_locks[seed]:
-            if str(seed) not in self.results["cold_starts"] or not folder.exists():
-                flags = {**plan.COLD_START, "model": self._base(), "seed": seed + plan.COLD_START_SEED}
-                self._keep_start(str(seed), folder, self._train(folder, self.data["hard"], flags))
-            return latest_checkpoint(folder)[0] / MODEL
+        name, folder = f"{'' if kind == 'cold' else f'{kind} '}{seed}", self.work / f"{kind}_start/seed{seed}"
+        with self._start_locks[kind, seed]:
+            flags = {**plan.STARTS[kind], "model": self._base(), "seed": seed + plan.COLD_START_SEED}
+            return self._whole_start(name, folder, self.data["hard"], flags)
 
     def _base(self) -> Path:
         """The checkpoint that all cold starts come from."""
-        folder = self.work / "base"
         with self._base_lock:
-            if "base" not in self.results["cold_starts"] or not folder.exists():
-                self._keep_start("base", folder, self._train(folder, self.data["easy"], plan.BASE))
-            return latest_checkpoint(folder)[0] / MODEL
+            return self._whole_start("base", self.work / "base", self.data["easy"], plan.BASE)
 
-    def _keep_start(self, name: str, folder: Path, cost: dict[str, float]) -> None:
+    def _whole_start(self, name: str, folder: Path, data: Path, flags: dict[str, object]) -> Path:
+        """Trained where it does not lie there whole; either way it has to be what earlier runs began from."""
+        cost = {} if (folder / SUMMARY).exists() else self._train(folder, data, flags)
         with self._lock:
-            scores = record_of(folder)["evaluations"]["answer"][-1]
-            check_same_start(name, self.results["cold_starts"].get(name), scores)
-            self.results["cold_starts"][name] = {**scores, **cost}
-            self._write()
-        print(f"{name}: mIoU {scores['miou']:.3f}, {cost['cpu_s']:.0f} CPU s", flush=True)
+            kept, scores = self.results["cold_starts"].get(name), record_of(folder)["evaluations"]["answer"][-1]
+            check_same_start(name, kept, scores)
+            if cost or not kept:
+                self.results["cold_starts"][name] = {**scores, **cost}
+                self._write()
+                print(f"{name}: mIoU {scores['miou']:.3f}", flush=True)
+        return latest_checkpoint(folder)[0] / MODEL
 
     def _few_shot(self, run: PlannedRun) -> dict[str, object]:
         assert run.num_videos is not None
@@ -134,27 +145,32 @@ class Campaign:
         subset = {"few_shot_videos": run.num_videos, "few_shot_seed": run.seed}
         return {**subset, "phases": plan.few_shot_phases(run.method, num_queries, run.rate)}
 
+    def _jittered(self, noise: float) -> Path:
+        """The hard videos' training annotations with errors."""
+        path = self.work / f"noise{noise:g}.json"
+        with self._lock:
+            write_json(path, jittered(json.loads(_annotations(self.data["hard"], "train").read_text()), noise))
+        return path
+
+    def _test(self, model: Path, out: Path, name: str) -> dict[str, float]:
+        """Scores of a checkpoint or run on one of TESTS, by `tempsamp_fast/eval.py`."""
+        config, mode = plan.TESTS[name]
+        with self._lock:
+            data = generate(self.work / "tests" / name, dataclasses.replace(config, num_train=0), 1)
+        words = {"model": model, "annotations": _annotations(data, "test"), "videos": data / "videos", "output": out}
+        words |= {"mode": mode, "max_completion_length": 64, "batch_size": plan.COMMON["eval_batch_size"]}
+        shutil.rmtree(out, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _run("tempsamp_fast/eval.py", [f"--{key}={value}" for key, value in words.items()], out.with_suffix(".log"))
+        return json.loads((out / "scores.json").read_text())["rows"][0]
+
     def _train(self, folder: Path, data: Path, flags: dict[str, object]) -> dict[str, float]:
         """Run the trainer in a fresh folder; returns what it cost. Raises RuntimeError with the end of its output."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         files = {"annotations": _annotations(data, "train"), "eval_annotations": _annotations(data, "test")}
         kept = {"videos": data / "videos", "patch_cache": self.work / "patches", "output_dir": folder}
-        command = [sys.executable, str(ROOT / "tempsamp_fast/train.py"), *plan.words({**flags, **files, **kept})]
-        python_path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
-        started = time.monotonic()
-        with folder.with_suffix(".log").open("w") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
-            _, status, usage = os.wait4(process.pid, 0)  # unlike Popen.wait, it tells what the process used
-            process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            end = folder.with_suffix(".log").read_text()[-2000:]
-            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{end}")
-        return {
-            "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
-            "wall_s": round(time.monotonic() - started, 1),
-        }
+        return _run("tempsamp_fast/train.py", plan.words({**files, **kept, **flags}), folder.with_suffix(".log"))
 
     def _write(self) -> None:
         """With what another campaign has added to the file meanwhile."""
@@ -180,6 +196,38 @@ def best_rate(runs: dict[str, dict[str, Any]]) -> float:
     return max(by_rate, key=lambda rate: statistics.mean(by_rate[rate]))
 
 
+def jittered(annotations: dict[str, Any], noise: float, seed: int = 0) -> dict[str, Any]:
+    """Starts and ends moved by normal errors, their deviation `noise` times the event's length, in order and in the
+    video; what is left of an event is at least a tenth of a second.
+    """
+    rng = random.Random(seed)
+    changed = copy.deepcopy(annotations)
+    for video in changed.values():
+        for span in video["timestamps"]:
+            length = span[1] - span[0]
+            ends = sorted(min(max(end + rng.gauss(0, noise * length), 0), video["duration"]) for end in span)
+            span[:] = [round(min(ends[0], video["duration"] - 0.1), 2), round(max(ends[1], ends[0] + 0.1), 2)]
+    return changed
+
+
+def _run(script: str, words: Sequence[str], log_path: Path) -> dict[str, float]:
+    """Run a script on one thread; returns what it cost. Raises RuntimeError with the end of its output."""
+    command = [sys.executable, str(ROOT / script), *words]
+    python_path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
+    started = time.monotonic()
+    with log_path.open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)  # unlike Popen.wait, it tells what the process used
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{log_path.read_text()[-2000:]}")
+    return {
+        "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
+        "wall_s": round(time.monotonic() - started, 1),
+    }
+
+
 def _annotations(data: Path, split: str) -> Path:
     return data / f"annotations/{split}.json"
 
@@ -191,6 +239,8 @@ def _settings() -> dict[str, Any]:
         "common": plan.COMMON,
         "base": plan.BASE,
         "cold_start": plan.COLD_START,
+        "starts": plan.STARTS,
+        "far": dataclasses.asdict(plan.FAR),
         "stages": plan.STAGES,
         "stage_shares": plan.STAGE_SHARES,
         "pilot_rates": plan.PILOT_RATES,

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from tempsamp_fast.embedded.videos import SyntheticConfig
 
@@ -37,6 +37,10 @@ HARD = dataclasses.replace(EASY, num_train=2400, num_test=540, max_events=3, num
 well. All runs are trained and tested on these."""
 
 DATA = {"easy": EASY, "hard": HARD}
+FAR = dataclasses.replace(
+    HARD, num_train=0, num_test=300, min_duration_s=14.0, max_duration_s=18.0, shapes=("square", "triangle")
+)
+"""Longer videos of other shapes, which nothing is trained on: out of domain."""
 
 PROMPTS_PER_STEP = 16
 RECIPE = "tiny_cpu"
@@ -63,6 +67,8 @@ BASE: dict[str, object] = {
 thoughts are written."""
 COLD_START: dict[str, object] = {"phases": "sft:30@3e-4", "lr_schedule": "cosine"}
 """From the base model to a seed's cold start, on the hard videos: short, so that few sampled answers hit."""
+STARTS = {"cold": COLD_START, "rare": {**COLD_START, "phases": "sft:8@3e-4"}}
+"""From the base model to where a run begins; after fewer steps still fewer sampled answers hit."""
 COLD_START_SEED = 1000
 """Added to a run's seed: the cold start takes the training samples in an order of its own."""
 
@@ -90,7 +96,16 @@ WASSERSTEIN = "grpo, Wasserstein"
 QUERIES_PER_VIDEO = {"nonlinear, 1 query a video": 1, "nonlinear, 4 queries a video": 4}
 """Methods of the tree family: how many queries of a video may come in one step, prompts a step being the same."""
 
-Family = Literal["pilot", "core", "group size", "few shot", "hybrid", "pruning", "reward", "tree"]
+TESTS = {"far": (FAR, "answer"), "easy": (EASY, "answer"), "thinking": (HARD, "think")}
+"""Tests besides the held-out hard videos, answering: out of domain, the easy stage, the other mode."""
+START = "start"
+"""The method of the elsewhere family that trains nothing: what others may gain or forget."""
+NOISE = (0.1, 0.3)
+"""Standard deviation of the errors of true starts and ends, as shares of the event's length."""
+
+Family = Literal[
+    "pilot", "core", "group size", "few shot", "hybrid", "pruning", "reward", "tree", "elsewhere", "noise", "rare hits"
+]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
@@ -110,6 +125,12 @@ class PlannedRun:
     """Learning rate, at its peak."""
     flags: dict[str, object] = field(default_factory=dict, compare=False)
     """What it adds to COMMON."""
+    start: str = "cold"
+    """One of STARTS."""
+    noise: float = 0.0
+    """Of the training annotations."""
+    tests: tuple[str, ...] = ()
+    """Of TESTS, taken when it is trained."""
 
     @property
     def name(self) -> str:
@@ -117,6 +138,7 @@ class PlannedRun:
         parts += [f"G{self.num_generations}"] if self.family == "group size" else []
         parts += [f"{self.num_videos}_videos"] if self.num_videos else []
         parts += [f"rate{self.rate:g}"] if self.family == "pilot" else []
+        parts += [f"noise{self.noise:g}"] if self.noise else []
         return "/".join([*parts, f"seed{self.seed}"])
 
 
@@ -157,7 +179,8 @@ def planned_runs(rate: float) -> list[PlannedRun]:
     """All runs at the rate chosen, in the order in which they are made: the paired seeds first, all methods of a seed
     together.
     """
-    return [*_core(rate), *_beyond(rate), *_trees(rate), *_hybrid(rate), *_group_sizes(rate), *_few_shot(rate)]
+    paired = [*_core(rate), *_beyond(rate), *_trees(rate), *_evidence(rate)]
+    return [*paired, *_hybrid(rate), *_group_sizes(rate), *_few_shot(rate)]
 
 
 def _core(rate: float) -> Iterator[PlannedRun]:
@@ -181,6 +204,20 @@ def _trees(rate: float) -> Iterator[PlannedRun]:
         for method, queries in QUERIES_PER_VIDEO.items():
             flags = {**answering("nonlinear", CORE_GROUP_SIZE, rate), "queries_per_video": queries}
             yield PlannedRun("tree", method, seed, rate=rate, flags=flags)
+
+
+def _evidence(rate: float) -> Iterator[PlannedRun]:
+    """What holds of "RL generalises, SFT does not": other videos and the other mode, wrong truths, and rarer hits."""
+    for seed in SEEDS:
+        yield PlannedRun("elsewhere", START, seed, rate=rate, tests=tuple(TESTS))
+        for method in ("sft", "grpo", "nonlinear"):
+            given: dict[str, Any] = {"rate": rate, "flags": answering(method, CORE_GROUP_SIZE, rate)}
+            yield PlannedRun("elsewhere", method, seed, tests=tuple(TESTS), **given)
+            for noise in NOISE:
+                yield PlannedRun("noise", method, seed, noise=noise, **given)
+        for method in ("sft", "grpo", "mixed", "nonlinear"):
+            flags = answering(method, CORE_GROUP_SIZE, rate)
+            yield PlannedRun("rare hits", method, seed, rate=rate, flags=flags, start="rare")
 
 
 def _hybrid(rate: float) -> Iterator[PlannedRun]:

@@ -19,9 +19,9 @@ def read_results(path: Path) -> Results:
 
 
 def check_same_settings(path: Path, kept: Results, settings: Results) -> None:
-    """Raise ValueError, naming what differs, if the file's runs were made with other settings."""
+    """Raise ValueError, naming what differs, if the file's runs were made with other settings; add those it lacks."""
     for name, value in settings.items():
-        if kept[name] != value:
+        if kept.setdefault(name, value) != value:
             raise ValueError(
                 f"{path}: its runs have {name} {kept[name]!r}, this checkout has {value!r}; "
                 "check that out, or write to another file with --results"

@@ -112,7 +112,7 @@ def _means(found: dict[int, Record], metric: str, mode: str = "answer") -> str:
 def _header(results: Results) -> str:
     done, planned = results.get("done", 0), results["planned"]
     constant = results["constant_span"]
-    cold = [scores for name, scores in results["cold_starts"].items() if name != "base"]
+    cold = [scores for name, scores in results["cold_starts"].items() if name.isdecimal()]
     start, end = constant["span"]
     grpo = records(results, "core", "grpo").values()
     commits = ", ".join(sorted({record["commit"][:8] for record in results["runs"].values()}))

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from bench.paper import plan
-from bench.paper.campaign import Campaign, best_rate
+from bench.paper.campaign import Campaign, best_rate, jittered
+from bench.paper.evidence import evidence
 from bench.paper.plots import draw
 from bench.paper.record import record_of
 from bench.paper.results import check_same_settings, check_same_start, read_results
@@ -43,6 +45,9 @@ def run_record(family, method, seed, miou, **fields):
         record["format_reward"] = {}
     if family in ("pruning", "reward", "tree"):
         record |= {"tied_groups": 0.25, "flops_saved": 0.3, "cpu_s": 90.0, "tree_saving": 1.52}
+    if family == "elsewhere":
+        far = {"sft": 0.2, "nonlinear": 0.3}.get(method, 0.1)
+        record["tests"] = {name: {"miou": far, "r1@0.5": far, "parse_rate": 1.0} for name in plan.TESTS}
     if family == "hybrid":
         record["evaluations"]["think"] = scores
         record["oracle_of_both"] = scores[-1]
@@ -60,10 +65,10 @@ def results():
     for run in plan.planned_runs(1e-4):
         if run.seed < 3:
             miou = MIOU.get(run.method, 0.3) + 0.01 * run.seed
-            fields = {"num_generations": run.num_generations, "num_videos": run.num_videos}
+            fields = {"num_generations": run.num_generations, "num_videos": run.num_videos, "noise": run.noise}
             runs[run.name] = run_record(run.family, run.method, run.seed, miou, **fields)
     return {
-        "planned": 100, "done": len(runs), "num_queries": 1000, "cold_starts": {},
+        "planned": 1000, "done": len(runs), "num_queries": 1000, "cold_starts": {},
         "constant_span": {"span": [1.0, 2.0], "miou": 0.1, "r1@0.7": 0.0}, "runs": runs,
     }  # fmt: skip
 
@@ -110,6 +115,61 @@ def test_some_families_alone_are_made_once_the_pilots_are_in(tmp_path, monkeypat
     assert set(made) == {"tree", "pruning"} and len(made) == 4 * len(plan.SEEDS)
 
 
+def test_evidence_runs_ask_for_other_starts_truths_and_tests():
+    """Over the core's, which they otherwise repeat."""
+    runs = [run for run in plan.planned_runs(1e-4) if run.seed == 0]
+    core = {run.method: run.flags for run in runs if run.family == "core"}
+    of = {family: [run for run in runs if run.family == family] for family in ("elsewhere", "noise", "rare hits")}
+    assert [len(found) for found in of.values()] == [4, 6, 4]
+    for run in (run for found in of.values() for run in found if run.method != plan.START):
+        assert run.flags == core[run.method]
+    assert {run.start for run in of["rare hits"]} == {"rare"} and {run.noise for run in of["noise"]} == {*plan.NOISE}
+    assert all(run.tests == tuple(plan.TESTS) and run.start == "cold" for run in of["elsewhere"])
+
+
+def test_spans_with_errors_stay_spans_in_their_videos():
+    spans = [span for _ in range(200) for span in ([0.0, 1.0], [4.0, 6.0], [8.5, 10.0])]
+    given = {"a": {"duration": 10.0, "timestamps": spans, "sentences": []}}
+    changed = jittered(given, 0.3)["a"]["timestamps"]
+    assert all(0 <= start < end <= 10 for start, end in changed) and given["a"]["timestamps"][1] == [4.0, 6.0]
+    assert np.std([span[0] for span in changed[1::3]]) == pytest.approx(0.3 * 2, rel=0.15)
+    assert jittered(given, 0.3) == jittered(given, 0.3) and jittered(given, 0.0) == given
+
+
+def test_evidence_is_told_for_families_that_have_runs(results):
+    text = "\n".join(evidence(results))
+    assert "| nonlinear > sft | 3 | +10.0 ± 0.0 | holds |" in text and "| grpo keeps thinking | 3 |" in text
+    assert "| 30 | 31.0 ± 2.5 | 21.0 ± 2.5 | 31.0 ± 2.5 | -10.0 ± 0.0 | reversed |" in text
+    assert "5.0 % of the answers that GRPO samples" in text and "| mixed | 3 |" in text
+    results["runs"] = {}
+    assert evidence(results) == ["", "", ""]
+
+
+def test_a_start_lies_there_whole_and_as_it_was_or_is_not_taken(tmp_path, monkeypatch):
+    made = []
+
+    def train(self, folder, data, flags):
+        made.append(folder.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 30, "phase": "eval", "eval/answer/miou": 0.2}) + "\n")
+        (folder / "summary.json").write_text("{}")
+        return {"cpu_s": 1.0}
+
+    monkeypatch.setattr(Campaign, "_train", train)
+    monkeypatch.setattr("bench.paper.campaign.latest_checkpoint", lambda folder: (folder / "checkpoints/step", {}))
+    campaign = Campaign(tmp_path, tmp_path / "results.json")
+    campaign.data = {"easy": tmp_path, "hard": tmp_path}
+    model = campaign._start("cold", 0)
+    assert model == campaign._start("cold", 0) == tmp_path / "cold_start/seed0/checkpoints/step/model"
+    assert made == ["base", "seed0"] and campaign.results["cold_starts"]["0"]["miou"] == 0.2
+    (tmp_path / "base/summary.json").unlink()  # stopped on its way
+    campaign._start("rare", 0)
+    assert made[2:] == ["base", "seed0"] and "rare 0" in campaign.results["cold_starts"]
+    campaign.results["cold_starts"]["0"]["miou"] = 0.3
+    with pytest.raises(ValueError, match="start '0' came out with"):
+        campaign._start("cold", 0)
+
+
 def test_two_campaigns_write_to_one_file(tmp_path):
     first, second = (Campaign(tmp_path / name, tmp_path / "results.json") for name in ("a", "b"))
     for campaign, name in ((first, "of a"), (second, "of b")):
@@ -152,7 +212,7 @@ def test_core_runs_serve_as_their_group_size(results):
 
 def test_summary_states_every_ordering_and_that_it_is_partial(results):
     text = summarise(results)
-    assert f"**Partial: {results['done']} of 100" in text and "c0ffee" in text
+    assert f"**Partial: {results['done']} of 1000" in text and "c0ffee" in text
     assert "nonlinear > anchor: holds" in text and "grpo > mixed: reversed" in text
     assert "| nonlinear > anchor | 3 | +10.0 ± 0.0 |" in text
     assert text.count("\n## ") == 7
