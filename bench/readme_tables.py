@@ -21,7 +21,7 @@ from bench.paper.plan import METHODS  # noqa: E402
 from bench.paper.results import read_results  # noqa: E402
 from bench.paper.summary import final, paired, percent, points, records  # noqa: E402
 from tempsamp_fast.arguments import parse_args  # noqa: E402
-from tempsamp_fast.plan import peak_memory, with_stage  # noqa: E402
+from tempsamp_fast.planning.subject import peak_memory, with_stage  # noqa: E402
 from tempsamp_fast.report.runs import interval  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -14,115 +14,53 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tempsamp_fast.arguments import parse_args
-from tempsamp_fast.config import Config, DataConfig, ModelConfig, parse_phases, prompts_per_step
-from tempsamp_fast.data.catalogue import DATASETS, find_annotations, load_training_data
+from tempsamp_fast.config import Config, parse_phases, prompts_per_step
+from tempsamp_fast.data.catalogue import DATASETS, load_training_data
 from tempsamp_fast.data.prompt_file import read_prompt_file
-from tempsamp_fast.embedded.data import embedded_videos
-from tempsamp_fast.embedded.videos import draw_videos
 from tempsamp_fast.learning.deepspeed_settings import effective_zero, least_zero_stage
 from tempsamp_fast.learning.own_rewards import reward_function, reward_terms, try_rewards
-from tempsamp_fast.model.architectures import Parameters, count_parameters, model_config
-from tempsamp_fast.model.families import geometry_of
+from tempsamp_fast.model.architectures import count_parameters, model_config
 from tempsamp_fast.model.flops import PEAK_BF16_TFLOPS
 from tempsamp_fast.planning.estimate import (
     FRAME_SIZE,
-    Memory,
-    Work,
-    gathered_rollout,
     largest,
-    num_frames,
     step_flops,
-    step_memory,
-    step_traffic,
-    video_grid,
     work_of,
 )
 from tempsamp_fast.planning.forecast import Forecast, Measured, describe, forecast, read_measured
 from tempsamp_fast.planning.look import look_at_prompts, look_for_all_videos
+from tempsamp_fast.planning.network import Network, describe_scale, step_messages
+from tempsamp_fast.planning.subject import (
+    are_here,
+    peak_memory,
+    rollout_memory,
+    training_data,
+    value_size,
+    video_grids,
+    with_stage,
+)
 from tempsamp_fast.run.checkpoint import model_folder
 from tempsamp_fast.run.schedule import in_steps
-from tempsamp_fast.sample import by_video
 from tempsamp_fast.system.files import escaped, log_printably, one_line
 
 logger = logging.getLogger(__name__)
 SHORTEST_ANSWER = {"answer": 20, "think": 45}
 """Tokens of the shortest useful answers: the span in its tags, and the template that thinks before it."""
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Data:
-    """What is known of the training samples."""
-
-    num_samples: int | None
-    durations_s: tuple[float, ...]
-    """One per sample; empty where only counts are known."""
-    note: str
-    queries: tuple[float, ...] = (1.0,)
-    """Of each video; where only counts are known, their mean alone."""
-
-    def together(self, most: int) -> float:
-        """Queries of a video that are asked together where at most so many are, on average."""
-        return sum(self.queries) / sum(math.ceil(number / most) for number in self.queries)
-
-
-def are_here(data: DataConfig) -> bool:
-    """Whether the training annotations, if a file, can be read on this machine."""
-    dataset = DATASETS.get(data.annotations)
-    assert data.videos is not None
-    try:
-        return bool(find_annotations(dataset, Path(data.videos))) if dataset else Path(data.annotations).is_file()
-    except ValueError:
-        return False
-
-
-def training_data(data: DataConfig) -> Data:
-    """From the annotations where they are, from published counts where they are not."""
-    if data.annotations == "synthetic":
-        videos = draw_videos(embedded_videos(data))["train"]
-        durations = [video.annotation["duration"] for video in videos for _ in video.annotation["sentences"]]
-        queries = tuple(float(len(video.annotation["sentences"])) for video in videos)
-        return Data(len(durations), tuple(durations), "the embedded data set", queries)
-    dataset = DATASETS.get(data.annotations)
-    if are_here(data):
-        samples, _ = load_training_data(dataclasses.replace(data, eval_annotations=None, eval_videos=None))
-        queries = tuple(float(len(of_video)) for of_video in by_video(samples))
-        durations = [sample.duration_s for sample in samples]
-        return Data(len(samples), tuple(durations), f"read from {data.annotations}", queries)
-    missing = f"{data.annotations} is not here"
-    if dataset is None or dataset.num_queries is None:
-        return Data(None, (), f"{missing}, and no counts are published")
-    per_video = dataset.num_queries / (dataset.num_videos or dataset.num_queries)
-    if data.few_shot_videos is None:
-        return Data(dataset.num_queries, (), f"{missing}: published count, filters left aside", (per_video,))
-    per_video = 1.0 if data.few_shot_queries == "one" else per_video
-    number = round(per_video * data.few_shot_videos)
-    return Data(number, (), f"{missing}: mean of the published counts", (per_video,))
-
-
-def video_grids(data: DataConfig, found: Data, config: Any) -> list[tuple[int, int, int]]:
-    """The grids of all samples; where durations are not known, of every possible number of frames."""
-    geometry = geometry_of(config, data.min_pixels, data.max_pixels, data.total_pixels)
-    if found.durations_s:
-        counts = [num_frames(duration_s, data) for duration_s in found.durations_s]
-    else:
-        counts = list(range(data.min_frames, data.max_frames + 1, 2))
-    by_count = {count: video_grid(geometry, count, FRAME_SIZE) for count in set(counts)}
-    return [by_count[count] for count in counts]
-
-
-def value_size(model: ModelConfig) -> int:
-    """Bytes of a weight: 4 in fp32 as asked for, or by `auto` for a model of one's own on a machine without a GPU."""
-    is_own = model.model == "tiny" or Path(model.model).exists()
-    on_cpu = model.dtype == "auto" and is_own and not torch.cuda.is_available()
-    return 4 if model.dtype == "float32" or on_cpu else 2
+NETWORK = {
+    "node_gpus": "GPUs of a node, which NVLink joins",
+    "nvlink_gbs": "GB/s of a GPU to others of its node, one way; H100 SXM",
+    "network_gbs": "GB/s of a GPU's adapter to other nodes; InfiniBand of 400 Gb/s",
+    "share": "of these bandwidths that collectives reach; assumed",
+    "hop_us": "microseconds from one GPU to the next; assumed",
+}
+"""What the options of the network mean, by field of `Network`."""
 
 
 def decided(config: Config, world_size: int) -> Config:
@@ -186,39 +124,18 @@ def look_before(config: Config) -> None:
         look_at_prompts([*train, *held_out], data, model_config(config.model), config.train.max_tokens_per_row)
 
 
-def peak_memory(config: Config, world_size: int, found: Data | None = None) -> Memory:
-    """Of the phase that takes most, with every answer as long as it may be. found: None reads the annotations."""
-    every = [step_memory(*each, config, value_size(config.model), world_size) for each in _works(config, found)]
-    return max(every, key=lambda memory: memory.total)
-
-
-def rollout_memory(config: Config, world_size: int) -> float:
-    """Bytes of the rollout that takes most where it holds all weights whole under ZeRO-3; arguments as above."""
-    return max(gathered_rollout(*each, config, value_size(config.model), world_size) for each in _works(config))
-
-
-def _works(config: Config, found: Data | None = None) -> list[tuple[Work, Any, Parameters]]:
-    """The largest prompt, by the method of each phase, with the model's configuration and parameters."""
-    shape = model_config(config.model)
-    grid = largest(video_grids(config.data, found or training_data(config.data), shape))
-    parameters, methods = count_parameters(shape, config.model), {p.method for p in parse_phases(config.train.phases)}
-    most = config.rollout.num_generations, config.rollout.max_completion_length
-    return [(work_of(grid, shape, method, *most), shape, parameters) for method in methods]
-
-
-def with_stage(config: Config, stage: int) -> Config:
-    """The same settings under another ZeRO stage, without offload and without DeepSpeed settings by file."""
-    changed = copy.deepcopy(config)
-    zero: dict[str, Any] = {"zero_stage": str(stage), "offload": "none", "deepspeed_config": None}
-    changed.train = dataclasses.replace(changed.train, **zero)
-    return changed
-
-
-def describe_plan(config: Config, world_size: int, gpu: str | None = None, measured: Measured | None = None) -> str:
+def describe_plan(
+    config: Config,
+    world_size: int,
+    gpu: str | None = None,
+    measured: Measured | None = None,
+    network: Network | None = None,
+) -> str:
     """The plan as text, for `world_size` devices.
 
     gpu: a name of `flops.PEAK_BF16_TFLOPS`, whose peak gives the least time that the FLOPs can take.
     measured: what step times are expected from; None expects none.
+    network: with `measured`, for a table of what steps take on 1, 8, 64, ... devices.
     """
     shape, found = model_config(config.model), training_data(config.data)
     parameters, b = count_parameters(shape, config.model), value_size(config.model)
@@ -247,7 +164,8 @@ def describe_plan(config: Config, world_size: int, gpu: str | None = None, measu
             for length in (short, longest)
         )
         flops = [step_flops(work, shape, config, phase.method, per_device) for work in (least, most)]
-        traffic = [step_traffic(work, parameters, config, b, world_size, per_device) for work in (least, most)]
+        messages = [step_messages(work, parameters, config, b, per_device) for work in (least, most)]
+        traffic = [sum(each.sent(world_size) for each in of_step) for of_step in messages]
         num_steps = phase.num_steps or f"{phase.num_epochs:g} epochs of unknown length in"
         lines += [
             f"phase    {phase}: {num_steps} steps of {per_step} prompts; a prompt and its answers are "
@@ -265,6 +183,10 @@ def describe_plan(config: Config, world_size: int, gpu: str | None = None, measu
                 f"         {low.seconds:.3g} to {high.seconds:.3g} s expected per step, of which sampling takes "
                 f"{low.sampling_s:.3g} to {high.sampling_s:.3g}"
             )
+            if network and world_size > 1:
+                lengths = [each + least.num_tokens - max(tokens) for each in tokens]
+                table = describe_scale(world_size, low, messages[0], per_device, lengths, network)
+                lines += [f"         predicted with {short} tokens an answer:", *(f"         {line}" for line in table)]
     expected = describe(measured, forecasts) if measured else "none expected: no measurement was given (--measured)"
     lines.append(f"time     {expected}")
     lines.append("memory   GiB per device at the worst moment, answers as long as they may be:")
@@ -286,8 +208,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; every flag of train.py is understood too. Exit code 2 and one line on stderr for bad input."""
     log_printably()
     parser = argparse.ArgumentParser(prog="python -m tempsamp_fast.plan", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--gpus", type=int, default=1, help="per node")
+    parser.add_argument("--gpus", type=int, default=1, help="in all, or of each node with --nodes")
     parser.add_argument("--nodes", type=int, default=1)
+    for name, what in NETWORK.items():
+        default = getattr(Network, name)
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{what} (default: {default})")
     parser.add_argument("--gpu", choices=PEAK_BF16_TFLOPS, help="also the least time, at this GPU's peak")
     parser.add_argument(
         "--measured",
@@ -301,7 +226,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--gpus {options.gpus} --nodes {options.nodes}: must be at least 1")
         measured = read_measured(options.measured) if options.measured else None
         world_size = options.gpus * options.nodes
-        print(escaped(describe_plan(decided(parse_args(words), world_size), world_size, options.gpu, measured)))
+        network = Network(**{name: getattr(options, name) for name in NETWORK})
+        if min(vars(network).values()) <= 0:
+            raise ValueError(f"{network}: every number must be positive")
+        config = decided(parse_args(words), world_size)
+        print(escaped(describe_plan(config, world_size, options.gpu, measured, network)))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return 2

@@ -24,7 +24,7 @@ from bench.gpu_sections.watch import GpuWatch
 from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.data.prompts import question
 from tempsamp_fast.embedded.model import train_tokenizer
-from tempsamp_fast.plan import peak_memory
+from tempsamp_fast.planning.subject import peak_memory
 
 ROOT = Path(__file__).parents[2]
 DATA = ["--synthetic_dir=data/gpu", "--synthetic_videos=48,2,8", "--max_eval_samples=0"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from heapq import heapreplace
 from itertools import accumulate
 from typing import Any
 
@@ -148,9 +149,9 @@ def assign_groups(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
     possible maximum (Graham 1969).
     """
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
+    loads = [(0, 0, rank) for rank in range(num_ranks)]
     for group in sorted(range(len(num_tokens)), key=lambda index: -num_tokens[index]):
-        rank = min(range(num_ranks), key=lambda index: (loads[index], len(ranks[index])))
+        load, number, rank = loads[0]
         ranks[rank].append(group)
-        loads[rank] += num_tokens[group]
+        heapreplace(loads, (load + num_tokens[group], number + 1, rank))
     return [sorted(groups) for groups in ranks]

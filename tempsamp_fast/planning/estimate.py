@@ -268,22 +268,6 @@ def _sampling_bytes(work: Work, model_config: Any, train: TrainConfig, b: int) -
     return float(prompts * (per_token * num_tokens + per_answer * work.num_sampled))
 
 
-def step_traffic(work: Work, parameters: Parameters, config: Config, b: int, world_size: int, num_rows: int) -> float:
-    """Bytes that one device sends per step, in rings.
-
-    Stages 0 to 2 reduce the gradients and hand back the weights. Stage 3 gathers all weights in every pass: forward and
-    backward of each of the `num_rows` rows, the reference's, a prefill and one per sampled token.
-    """
-    share = (world_size - 1) / world_size
-    trained = b * parameters.trained(config.model)
-    if effective_zero(config.train)[0] < 3:
-        return 2 * trained * share
-    sampling = 1 + work.answer_len if work.num_sampled else 0
-    reference = num_rows if config.algorithm.beta > 0 and work.num_sampled else 0
-    passes = 2 * num_rows + reference + sampling
-    return share * (passes * b * parameters.total + num_rows * trained)
-
-
 def largest(grids: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
     """The grid of the most patches."""
     return max(grids, key=lambda grid: grid[0] * grid[1] * grid[2])

@@ -25,8 +25,10 @@ from tempsamp_fast.model.layout import GroupLayout
 from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.model.shapes import text_shape
-from tempsamp_fast.plan import decided, describe_plan, main, peak_memory, with_stage
-from tempsamp_fast.planning.estimate import TEXT_TOKENS, Work, step_traffic, work_of
+from tempsamp_fast.plan import decided, describe_plan, main
+from tempsamp_fast.planning.estimate import TEXT_TOKENS, Work, work_of
+from tempsamp_fast.planning.network import step_messages
+from tempsamp_fast.planning.subject import peak_memory, with_stage
 from tempsamp_fast.train import main as train_main
 from tests.conftest import Tiny
 
@@ -152,9 +154,13 @@ def test_partitioning_divides_what_it_partitions() -> None:
     shape = model_config(config.model)
     work = work_of((2, 4, 4), shape, "tempsamp", 4, 10)
     counted = count_parameters(shape, config.model)
-    gigabytes = 2 * counted.total
-    assert step_traffic(work, counted, with_stage(config, 2), 2, 8, 1) == 2 * gigabytes * 7 / 8
-    assert step_traffic(work, counted, with_stage(config, 3), 2, 8, 1) == (2 + 1 + 11 + 1) * gigabytes * 7 / 8
+    gigabytes, video = 2 * counted.total, 32 * 1176
+    sent = lambda stage: sum(each.sent(8) for each in step_messages(work, counted, with_stage(config, stage), 2, 1))
+    assert sent(2) == (3 * gigabytes + video) * 7 / 8
+    # Of the gathers for a backward pass all but half of DeepSpeed's distance; a rollout and the reference gather once.
+    assert sent(3) == pytest.approx((5 * gigabytes - 1e9 + video) * 7 / 8)
+    config.rollout.gather_weights = "layer"
+    assert sent(3) == pytest.approx((15 * gigabytes - 1e9 + video) * 7 / 8)
 
 
 def kept_bytes(model: torch.nn.Module, tiny: Tiny) -> tuple[int, int, int]:

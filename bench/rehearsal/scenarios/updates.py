@@ -114,7 +114,7 @@ def _update(size: str, policy: Policy, variant: Variant) -> dict[str, Any]:
 
 
 def planned_gib(size: str, config: Any, variant: Variant, prompt_len: int) -> float:
-    """Weights, gradients and activations of one pass, as `tempsamp_fast.plan` has them."""
+    """Weights, gradients and activations of one pass, as `tempsamp_fast.planning` has them."""
     settings, shape = parse_args(variant.flags(size)), variant.shape
     queries = shape.num_groups if shape.is_tree else 1
     work = Work(GRID, prompt_len, shape.completion_len, shape.num_generations, shape.num_generations, queries)
