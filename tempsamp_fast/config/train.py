@@ -40,6 +40,12 @@ class TrainConfig:
         2, "micro-steps per optimizer step", unit="micro-steps", source="paper: 2"
     )
     max_tokens_per_row: int = setting(32768, "token budget of one packed row", unit="tokens")
+    sequence_parallel_size: int = setting(
+        1,
+        "neighbouring ranks that run each row of an update together, every one a share of its tokens and frames "
+        "(Ulysses): for rows longer than one GPU holds; models whose layers all attend",
+        unit="ranks",
+    )
     packing: Literal["shared_prefix", "none"] = setting(
         "shared_prefix", "a prompt once for all of its answers, or a row for each answer with the prompt again"
     )
@@ -109,7 +115,7 @@ class TrainConfig:
         require_types(self)
         for name in (
             "prompts_per_device", "sft_prompts_per_device", "gradient_accumulation_steps", "max_tokens_per_row",
-            "eval_batch_size", "keep_checkpoints", "queries_per_video",
+            "eval_batch_size", "keep_checkpoints", "queries_per_video", "sequence_parallel_size",
         ):  # fmt: skip
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")

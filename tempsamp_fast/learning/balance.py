@@ -29,7 +29,9 @@ def balance_prompts(prompts: Sequence[Prompt], config: Any, device: torch.device
     return [group.prompt for group in balance([RolloutGroup(prompt, []) for prompt in prompts], config, device)]
 
 
-def balance(groups: Sequence[RolloutGroup], config: Any, device: torch.device) -> list[RolloutGroup]:
+def balance(
+    groups: Sequence[RolloutGroup], config: Any, device: torch.device, ranks_together: int = 1
+) -> list[RolloutGroup]:
     """This rank's share of all ranks' groups: its own ones if their tokens are even, else some travel, videos and all.
 
     Neighbours about one video stay together. A rank may be left without a group. Every rank has to call this together:
@@ -37,6 +39,7 @@ def balance(groups: Sequence[RolloutGroup], config: Any, device: torch.device) -
 
     config: the model's transformers configuration.
     device: where collectives take tensors; videos that arrive are there.
+    ranks_together: so many neighbouring ranks have the same groups in the end, in the same order.
     """
     if num_ranks() == 1:
         return list(groups)
@@ -44,17 +47,18 @@ def balance(groups: Sequence[RolloutGroup], config: Any, device: torch.device) -
     messages = [_message(tree) for tree in trees]
     told = [(num_tree_tokens(tree, config), each.num_bytes) for tree, each in zip(trees, messages, strict=True)]
     by_rank = of_all_ranks(told)
-    owners, rank = new_owners([[num_tokens for num_tokens, _ in of_rank] for of_rank in by_rank]), own_rank()
+    num_tokens = [[number for number, _ in of_rank] for of_rank in by_rank]
+    owners, rank = _owners(num_tokens, ranks_together), own_rank()
     sizes = [[sum(num_bytes) for _, num_bytes in of_rank] for of_rank in by_rank]
-    moves = [(s, r) for s, receivers in enumerate(owners) for r in receivers if s != r]
+    moves = [1 for sender, receivers in enumerate(owners) for each in receivers if {*each} != {sender}]
     arrived = _exchanged(messages, sizes, owners, device) if moves else torch.empty(0)
     mine: list[RolloutGroup] = []
     start = 0
     for sender, receivers in enumerate(owners):
-        for index, receiver in enumerate(receivers):
-            if receiver == rank == sender:
+        for index, of_tree in enumerate(receivers):
+            if rank in of_tree and rank == sender:
                 mine += trees[index]
-            elif receiver == rank:
+            elif rank in of_tree:
                 mine += _unpacked(arrived[start : start + sizes[sender][index]], by_rank[sender][index][1])
                 start += sizes[sender][index]
     return mine
@@ -105,14 +109,19 @@ def _unpacked(message: Tensor, num_bytes: Sequence[int]) -> list[RolloutGroup]:
 
 
 def _exchanged(
-    messages: Sequence[_Message], sizes: Sequence[Sequence[int]], owners: Sequence[Sequence[int]], device: torch.device
+    messages: Sequence[_Message],
+    sizes: Sequence[Sequence[int]],
+    owners: Sequence[Sequence[range]],
+    device: torch.device,
 ) -> Tensor:
     """[bytes] uint8: what this rank receives, sender after sender."""
     rank, ranks = own_rank(), range(num_ranks())
-    going = [[i for i, receiver in enumerate(owners[rank]) if receiver == to != rank] for to in ranks]
+    going = [[i for i, receivers in enumerate(owners[rank]) if to in receivers and to != rank] for to in ranks]
     outgoing = [each for to in ranks for i in going[to] for each in messages[i].to_bytes(device)]
     coming = [
-        sum(size for size, receiver in zip(sizes[sender], owners[sender], strict=True) if receiver == rank != sender)
+        sum(size for size, receivers in zip(sizes[sender], owners[sender], strict=True) if rank in receivers)
+        if sender != rank
+        else 0
         for sender in ranks
     ]
     nothing = torch.empty(0, dtype=torch.uint8, device=device)
@@ -120,6 +129,15 @@ def _exchanged(
     splits = [sum(sizes[rank][i] for i in indices) for indices in going]
     dist.all_to_all_single(arrived, torch.cat([nothing, *outgoing]), coming, splits)
     return arrived
+
+
+def _owners(num_tokens: Sequence[Sequence[int]], ranks_together: int) -> list[list[range]]:
+    """The ranks that each tree goes to, by the rank that has it."""
+    starts = range(0, len(num_tokens), ranks_together)
+    by_group = [[count for counts in num_tokens[at : at + ranks_together] for count in counts] for at in starts]
+    owners = iter([owner for of_group in new_owners(by_group) for owner in of_group])
+    groups = [range(start, start + ranks_together) for start in starts]
+    return [[groups[next(owners)] for _ in counts] for counts in num_tokens]
 
 
 def new_owners(num_tokens: Sequence[Sequence[int]]) -> list[list[int]]:

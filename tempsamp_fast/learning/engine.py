@@ -18,6 +18,7 @@ from tempsamp_fast.learning.deepspeed_settings import deepspeed_config, merged
 from tempsamp_fast.learning.partitioned import gather_with_their_readers
 from tempsamp_fast.model.packing import PackedRow, idle_row
 from tempsamp_fast.model.policy import Head
+from tempsamp_fast.model.sequence_parallel import share_out
 from tempsamp_fast.system.ranks import max_over_ranks, num_ranks, of_all_ranks
 from tempsamp_fast.system.stopwatch import Stopwatch
 
@@ -109,13 +110,17 @@ def learning_rate(train: TrainConfig, phase: Phase, step_in_phase: int) -> float
     return peak
 
 
-def in_step(engine: Any, rows: Sequence[PackedRow]) -> list[PackedRow]:
+def in_step(engine: Any, rows: Sequence[PackedRow], sequence_group: Any = None) -> list[PackedRow]:
     """This rank's rows, and idle ones after them: as many as the rank with the most rows has, and at least one.
 
     Under ZeRO-3, where every pass through a layer gathers its weights on all ranks together, with idle stages too.
+
+    sequence_group: whose ranks share rows out; each gives its shares of the same rows.
     """
     num_rounds = max(1, max_over_ranks(len(rows), engine.device))
     idle = idle_row(engine.module.config, has_features=engine.module.has_frozen_tower)
+    if sequence_group:
+        idle = share_out(idle, sequence_group, engine.module.config)
     rows = [*rows, *[idle] * (num_rounds - len(rows))]
     if engine.zero_optimization_stage() < 3:
         return rows

@@ -65,6 +65,19 @@ def row_targets(
     ]
 
 
+def own_answers(row: PackedRow) -> slice:
+    """Of the row's answers those whose loss this rank computes: all but in a row that ranks share."""
+    return row.shares.answers if row.shares else slice(None)
+
+
+def own_targets(targets: RowTargets, row: PackedRow) -> RowTargets:
+    """Of a whole row's targets those of this rank's answers, to which log-probs are confined already."""
+    mine = own_answers(row)
+    mask = None if targets.row_mask is None else targets.row_mask[mine]
+    by_answer = targets.advantages[mine], targets.is_off_policy[mine]
+    return RowTargets(*by_answer, targets.old_logps, targets.ref_logps, mask)
+
+
 def policy_loss(
     row: PackedRow,
     targets: RowTargets,
@@ -132,6 +145,8 @@ def log_probs(row: PackedRow, algorithm: AlgorithmConfig, temperature: float) ->
 
     @torch.no_grad()
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
+        if not len(row.token_ids):
+            return hidden.new_empty(0, dtype=torch.float32)
         impl = None if algorithm.loss_impl == "auto" else algorithm.loss_impl
         token_ids, chunk_size = row.token_ids.to(hidden.device, non_blocking=True), _chunk_size(row, weight)
         logps, _ = linear_logprob(hidden, weight, token_ids, temperature=temperature, chunk_size=chunk_size, impl=impl)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tempsamp_fast.batch import RolloutGroup
+from tempsamp_fast.batch import Completion, RolloutGroup
 from tempsamp_fast.config import TrainConfig
 from tempsamp_fast.model.flops import device_peak_flops, forward_flops
 from tempsamp_fast.model.packing import PackedRow
@@ -65,7 +65,7 @@ def mean_over_ranks(metrics: dict[str, float], num_groups: int) -> dict[str, flo
 
 
 def logp_gap(
-    logps: Sequence[Tensor], groups: Sequence[RolloutGroup], limit: float, compared: Sequence[bool] | None = None
+    logps: Sequence[Tensor], answers: Sequence[Completion], limit: float, compared: Sequence[bool] | None = None
 ) -> dict[str, float]:
     """Mean absolute difference between the sampler's log-probs and the policy's, over the sampled tokens of the update.
 
@@ -74,7 +74,6 @@ def logp_gap(
 
     logps: [M] of each row, before the first update. compared: of each answer, whether the loss has it; None: all.
     """
-    answers = [completion for group in groups for completion in group.completions]
     by_answer = torch.cat(list(logps)).cpu().split([len(answer.ids) for answer in answers]) if answers else []
     gaps = [
         (own - answer.sampled_logps).abs()
@@ -109,7 +108,9 @@ def utilisation(rows: Sequence[PackedRow], num_updates: int, engine: Any, watch:
     found = {"perf/tokens_per_s": num_tokens / watch.total()["time/step_s"]}
     peak = device_peak_flops(engine.device)
     if peak is not None:
-        flops = 3 * num_updates * sum(forward_flops(row, engine.module.config) for row in rows)
+        ranks_of = [row.shares.num_ranks if row.shares else 1 for row in rows]
+        by_row = [forward_flops(row, engine.module.config) / ranks for row, ranks in zip(rows, ranks_of, strict=True)]
+        flops = 3 * num_updates * sum(by_row)
         found["perf/mfu"] = flops / watch.seconds["time/forward_backward_s"] / peak
     return found
 

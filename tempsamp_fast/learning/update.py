@@ -6,21 +6,32 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from tempsamp_fast.batch import RolloutGroup
+from tempsamp_fast.batch import Completion, RolloutGroup
 from tempsamp_fast.config import AlgorithmConfig, Config, Method
 from tempsamp_fast.learning.balance import balance
 from tempsamp_fast.learning.engine import RowsTooLargeError, check_fitted, in_step, optimizer_step
-from tempsamp_fast.learning.loss import idle_loss, is_counted, log_probs, policy_loss, row_targets
+from tempsamp_fast.learning.loss import (
+    idle_loss,
+    is_counted,
+    log_probs,
+    own_answers,
+    own_targets,
+    policy_loss,
+    row_targets,
+)
 from tempsamp_fast.learning.metrics import combine, logp_gap, number_per_rank, tree_saving, utilisation
 from tempsamp_fast.learning.partitioned import Forward, forward_of
 from tempsamp_fast.learning.pruning import prune_groups, prune_metrics
 from tempsamp_fast.model.packing import PackedRow, pack
 from tempsamp_fast.model.policy import Head
+from tempsamp_fast.model.sequence_parallel import share_out
 from tempsamp_fast.system.ranks import max_over_ranks, num_ranks, of_all_ranks
 from tempsamp_fast.system.stopwatch import Stopwatch
 
@@ -36,6 +47,7 @@ def update(
     prompts_per_row: int,
     learning_rate: float,
     watch: Stopwatch,
+    sequence_group: Any = None,
 ) -> dict[str, float]:
     """Update the policy on all ranks' groups, `updates_per_batch` times; returns the metrics of the last update.
 
@@ -47,6 +59,8 @@ def update(
 
     Groups whose advantages are all zero are left out where they have no gradient: they count in the loss's normalisers,
     but `policy/*` describes the answers of the others. With `prune_ratio` all of this is of the answers that stay.
+
+    sequence_group: neighbouring ranks that run each row together; the token budget of a row is that of each of them.
     """
     shorter: dict[str, float] = {}
     train = config.train
@@ -55,8 +69,8 @@ def update(
         shorter = prune_metrics(sampled, groups, train, prompts_per_row, engine.module.config)
     while True:
         try:
-            found = _update(engine, reference, groups, method, config, prompts_per_row, learning_rate, watch)
-            return found | shorter
+            given = config, prompts_per_row, learning_rate, watch, sequence_group
+            return _update(engine, reference, groups, method, *given) | shorter
         except RowsTooLargeError as error:
             too_much = min(error.num_tokens, config.train.max_tokens_per_row)
         torch.cuda.empty_cache()
@@ -87,6 +101,7 @@ def _update(
     prompts_per_row: int,
     learning_rate: float,
     watch: Stopwatch,
+    sequence_group: Any,
 ) -> dict[str, float]:
     algorithm, temperature = config.algorithm, config.rollout.temperature
     is_sft = method == "sft"
@@ -94,18 +109,22 @@ def _update(
     counted = [each for group in groups for each in group.completions if is_counted(each, algorithm)]
     num_tokens = number_per_rank(sum(len(each.ids) for each in counted), engine.device)
     having_gradient = [group for group in groups if _has_gradient(group, is_sft, algorithm)]
-    learning = balance(having_gradient, engine.module.config, engine.device)
-    own_rows = [
+    ranks_together = dist.get_world_size(sequence_group) if sequence_group else 1
+    learning = balance(having_gradient, engine.module.config, engine.device, ranks_together)
+    whole_rows = [
         row
         for start in range(0, len(learning), prompts_per_row)
         for row in pack(
             learning[start : start + prompts_per_row],
             config=engine.module.config,
-            max_tokens_per_row=config.train.max_tokens_per_row,
+            max_tokens_per_row=config.train.max_tokens_per_row * ranks_together,
             mode=config.train.packing,
         )
     ]
-    rows = [row.to(engine.device) for row in in_step(engine, own_rows)]
+    own_rows = whole_rows
+    if sequence_group:
+        own_rows = [share_out(row, sequence_group, engine.module.config) for row in whole_rows]
+    rows = [row.to(engine.device) for row in in_step(engine, own_rows, sequence_group)]
     watch.lap("pack")
     old = ref = None
     if algorithm.updates_per_batch > 1 and not is_sft:
@@ -114,11 +133,12 @@ def _update(
     if reference is not None and algorithm.beta > 0 and not is_sft:
         ref = _log_probs(engine, reference, rows, algorithm, temperature)
         watch.lap("reference")
-    targets = row_targets(own_rows, learning, old, ref, algorithm)
-    heads = [
-        policy_loss(
-            row, target, method, algorithm, temperature, num_answers, num_tokens, config.rollout.max_completion_length
-        )
+    targets = row_targets(whole_rows, learning, old, ref, algorithm)
+    counts = num_answers, num_tokens, config.rollout.max_completion_length
+    heads: list[Head] = [
+        policy_loss(row, own_targets(target, row), method, algorithm, temperature, *counts)
+        if len(row.token_ids)
+        else idle_loss  # of this row other ranks have the answers
         for row, target in zip(own_rows, targets, strict=True)
     ]
     # vLLM tells log-probs at temperature 1, whatever it samples at.
@@ -136,19 +156,22 @@ def _update(
             row_metrics, grad_norm = optimizer_step(engine, rows, heads, learning_rate, watch, reduces_once)
             grad_norms.append(grad_norm)
             if index == 0:
-                logps = as_sampled or [metrics.token_logps for metrics in row_metrics[: len(own_rows)]]
-                compared = [is_counted(each, algorithm) for group in learning for each in group.completions]
-                gap = logp_gap(logps[: len(own_rows)], learning, config.rollout.max_logp_gap, compared)
+                own_metrics = [metrics for metrics in row_metrics[: len(own_rows)] if metrics is not None]
+                logps = as_sampled or [metrics.token_logps for metrics in own_metrics]
+                answers = _own_answers(learning, own_rows)
+                compared = [is_counted(each, algorithm) for each in answers]
+                gap = logp_gap(logps, answers, config.rollout.max_logp_gap, compared)
         except RowsTooLargeError as error:
             if index == 0:
                 raise
             raise ValueError(f"out of memory in update {index + 1} of a batch; lower max_tokens_per_row") from error
-    own_metrics = [
+    figures = [
         {name: value for name, value in metrics.as_dict().items() if ref is not None or name.rpartition("/")[2] != "kl"}
         for metrics in row_metrics[: len(own_rows)]
+        if metrics is not None
     ]
     num_tokens_run = sum(row.num_tokens for row in own_rows)
-    by_rank = of_all_ranks((num_tokens_run, own_metrics))
+    by_rank = of_all_ranks((num_tokens_run, figures))
     all_metrics = [metrics for _, of_rank in by_rank for metrics in of_rank]
     loads = [each for each, _ in by_rank]
     combined = {"loss": 0.0} | combine(all_metrics)
@@ -162,10 +185,17 @@ def _update(
             "batch/idle_share": 1 - sum(loads) / max(1, len(loads) * max(loads)),
             "batch/skipped_share": 1 - len(having_gradient) / len(groups),
         }
-        | tree_saving(own_rows, learning, config.train)
+        | tree_saving(whole_rows, learning, config.train)
         | gap
         | utilisation(own_rows, num_updates, engine, watch)
     )
+
+
+def _own_answers(groups: Sequence[RolloutGroup], rows: Sequence[PackedRow]) -> list[Completion]:
+    """The answers of rows that hold those of group after group; of shared rows those that are this rank's."""
+    answers = iter([each for group in groups for each in group.completions])
+    by_row = [list(islice(answers, row.num_completions)) for row in rows]
+    return [each for row, found in zip(rows, by_row, strict=True) for each in found[own_answers(row)]]
 
 
 def _has_gradient(group: RolloutGroup, is_sft: bool, algorithm: AlgorithmConfig) -> bool:

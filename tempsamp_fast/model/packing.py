@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from tempsamp_fast.batch import Prompt, RolloutGroup, Sample, VideoPatches, Visi
 from tempsamp_fast.model.layout import GroupLayout, Node
 from tempsamp_fast.model.segments import Segment, segment, segments
 from tempsamp_fast.system.device import sent
+
+if TYPE_CHECKING:
+    from tempsamp_fast.model.sequence_parallel import Shares
 
 PackingMode = Literal["shared_prefix", "none"]
 
@@ -46,6 +49,8 @@ class PackedRow:
     """For a tree longer than a row: how many of its nodes, all of one depth, run together, stage after stage."""
     idle_stages: int = 0
     """Further passes through the text layers whose results count for nothing: another rank runs so many more stages."""
+    shares: Shares | None = None
+    """Of a row that several ranks run together: this is one rank's share, as `sequence_parallel.share_out` makes it."""
 
     @property
     def num_tokens(self) -> int:

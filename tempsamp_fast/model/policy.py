@@ -18,9 +18,11 @@ from tempsamp_fast.config.setting import require
 from tempsamp_fast.model.attention import PackedAttention, PrefillAttention, packed_attention, use_packed_attention
 from tempsamp_fast.model.families import FAMILIES
 from tempsamp_fast.model.layout import GroupLayout
-from tempsamp_fast.model.packing import PackedRow
+from tempsamp_fast.model.packing import PackedRow, idle_video
+from tempsamp_fast.model.sequence_parallel import Shares, UlyssesAttention, exchange_features
 from tempsamp_fast.model.split_attention import BranchAttention, KeptNodes
 from tempsamp_fast.model.vision_tower import prepare_tower, run_tower
+from tempsamp_fast.system.device import sent
 
 Head = Callable[[Tensor, Tensor], Any]
 """(hidden [M, hidden_size], lm_head weight [vocab_size, hidden_size]) -> whatever the caller wants of them."""
@@ -94,6 +96,8 @@ class Policy(nn.Module):
     ) -> Any:
         """Hidden states [M, hidden_size] at `row.logit_indices`, or `head` of them; of a video alone, its features.
 
+        Of a rank's share of a row (`row.shares`) those that predict its own answers; its group's ranks pass together.
+
         head: called inside this forward with the hidden states and the output embedding.
         attention: how the tokens attend; by default as the layout of a `PackedRow` says.
         """
@@ -106,10 +110,14 @@ class Policy(nn.Module):
             if attention is None:
                 assert isinstance(row, PackedRow), "only a PackedRow says by itself how its tokens attend"
                 attention = self._core(row.layout, embeds)
+                attention = UlyssesAttention(attention, row.shares) if row.shares else attention
             hidden = self._run_text(embeds, row.position_ids, attention, deepstack)
         if isinstance(row, PackedRow) and row.idle_stages:
             hidden = torch.cat([hidden, *self._idle_stages(row, embeds)], dim=1)
-        hidden = hidden.flatten(0, 1)[row.logit_indices]
+        if isinstance(row, PackedRow) and row.shares:
+            hidden = row.shares.hidden(hidden[0])
+        else:
+            hidden = hidden.flatten(0, 1)[row.logit_indices]
         return hidden if head is None else head(hidden, self.base_model.lm_head.weight)
 
     def encode_videos(self, pixel_values: Tensor, video_grid_thw: Tensor) -> VisionFeatures:
@@ -128,14 +136,28 @@ class Policy(nn.Module):
         embeds = self.base_model.model.get_input_embeddings()(row.input_ids)
         if not isinstance(row, PackedRow) or not len(row.video_grid_thw):
             return embeds, {}
-        vision = row.vision or self.encode_videos(row.pixel_values, row.video_grid_thw)
-        # Sorted, not searched: how many there are is known, and nothing waits for the device to count them.
-        is_video = row.input_ids[0] == self.config.video_token_id
-        places = is_video.byte().argsort(descending=True, stable=True)[: len(vision.embeds)]
+        if row.shares:
+            vision = row.vision or self._encode_share(row, row.shares)
+            places = sent(row.shares.places, embeds.device)
+        else:
+            vision = row.vision or self.encode_videos(row.pixel_values, row.video_grid_thw)
+            # Sorted, not searched: how many there are is known, and nothing waits for the device to count them.
+            is_video = row.input_ids[0] == self.config.video_token_id
+            places = is_video.byte().argsort(descending=True, stable=True)[: len(vision.embeds)]
         embeds = embeds.index_copy(1, places, vision.embeds.to(embeds.dtype)[None])
         if not vision.deepstack:
             return embeds, {}
         return embeds, {"visual_pos_masks": places, "deepstack_visual_embeds": list(vision.deepstack)}
+
+    def _encode_share(self, row: PackedRow, shares: Shares) -> VisionFeatures:
+        """Features of the placeholders among this rank's tokens; without frames it passes the tower all the same."""
+        if len(shares.grids):
+            features = self.encode_videos(row.pixel_values, shares.grids)
+        else:
+            video = idle_video(self.config)
+            pixels = video.pixel_values.to(row.input_ids.device)
+            features = self.encode_videos(pixels, torch.tensor([video.grid_thw])).map(lambda tensor: tensor[:0])
+        return exchange_features(features, shares.features)
 
     def _run_text(
         self, embeds: Tensor, position_ids: Tensor, attention: PackedAttention, deepstack: dict[str, Any] | None = None

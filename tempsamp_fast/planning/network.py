@@ -72,7 +72,8 @@ def step_messages(
         Message("update", "all_gather", b * (read + again), True),
         Message("update", "reduce_scatter", trained, True),
     ]
-    reference = [Message("update", "all_gather", b * read, True)] * (config.algorithm.beta > 0 and work.num_sampled > 0)
+    if config.algorithm.beta > 0 and work.num_sampled:  # the reference's pass
+        rows.append(Message("update", "all_gather", b * read, True))
     encoded = [Message("rollout", "all_gather", b * tower, True)] * num_rows * (tower > 0)
     passes = 1 if config.rollout.gather_weights != "layer" else 1 + work.answer_len
     drawn = [Message("rollout", "all_gather", b * parameters.total)] * (passes if work.num_sampled else 0)

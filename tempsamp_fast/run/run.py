@@ -32,6 +32,7 @@ from tempsamp_fast.model.families import family_named, geometry_of
 from tempsamp_fast.model.loading import load_model, resolve_dtype
 from tempsamp_fast.model.lora import REFERENCE, add_reference, with_adapters
 from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.model.sequence_parallel import check_sequence_parallel, sequence_group
 from tempsamp_fast.planning.look import look_at_prompts, look_for_all_videos
 from tempsamp_fast.rollout.backends import build_backend
 from tempsamp_fast.rollout.generate import SamplingParams
@@ -99,6 +100,8 @@ class Run:
             lambda sample: max(len(self.chat.unexpanded(sample, mode, data.task)) for mode in modes),
             modes,
         )
+        check_sequence_parallel(train.sequence_parallel_size, self.policy.config)
+        self.sequence_group = sequence_group(train.sequence_parallel_size)
         if self.resumed_from:
             self.engine = restored_engine(self.policy, train, config.model, dtype, self.resumed_from / ENGINE)
         else:
@@ -240,7 +243,8 @@ class Run:
         self.heartbeat.at(f"update of step {at.step}")
         per_row, rate = prompts_per_row(config.train, at.phase), learning_rate(config.train, at.phase, at.step_in_phase)
         method = at.phase.method
-        metrics = update(self.engine, self.reference, groups, method, config, per_row, rate, self.watch)
+        given = config, per_row, rate, self.watch, self.sequence_group
+        metrics = update(self.engine, self.reference, groups, method, *given)
         self.skipped_steps.note(at, groups, metrics)
         self.heartbeat.at(f"records of step {at.step} and data of the next")
         return metrics

@@ -195,6 +195,10 @@ PLAN: dict[type, dict[str, tuple[str, str]]] = {
             "learning/test_tree_training.py::test_trees_train_as_rows_of_single_questions_do",
         ),
         "gradient_accumulation_steps": ("rows of a step", ROWS),
+        "sequence_parallel_size": (
+            "ranks that run a row together",
+            "learning/test_ranks.py::test_ranks_that_share_rows_train_as_one_plain_rank",
+        ),
         "max_tokens_per_row": ("tokens of a row", f"{TRAIN}test_rows_and_prefill_passes_keep_the_budget_asked_for"),
         "packing": ("a row's groups of one answer each", ROWS),
         "learning_rate": ("peak of the rates", RATE),

@@ -63,3 +63,34 @@ def test_every_zero_stage_and_number_of_ranks_trains_as_one_plain_rank(
     reference = weights(run)
     for name, weight in weights(tmp_path / "run").items():
         torch.testing.assert_close(weight, reference[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("phases", "words", "num_ranks"),
+    [
+        pytest.param(FIVE_STEPS, ("--zero_stage", "2"), 2, id="few steps"),
+        *(
+            pytest.param(TWENTY_STEPS, ("--zero_stage", stage, *more), n, marks=pytest.mark.slow)
+            for stage, more, n in [("0", (), 2), ("1", ("--freeze_vision", "True"), 2), ("3", (), 2), ("2", (), 4)]
+        ),
+    ],
+)
+def test_ranks_that_share_rows_train_as_one_plain_rank(
+    trainer, one_rank, tmp_path: Path, phases: str, words: tuple[str, ...], num_ranks: int
+) -> None:
+    """Rows of all ranks of a group, one after the other, each by all of them: supervised, sampled, with a reference."""
+    accumulation = lambda number: ("--gradient_accumulation_steps", str(number))
+    steps = [*WORDS, "--phases", phases]
+    if num_ranks == 2 and "--freeze_vision" not in words:
+        _, recorded, expected = one_rank(phases)
+        steps += ["--replay_rollouts", str(recorded)]
+    else:
+        expected = trainer.main(tmp_path / "plain", *steps, *accumulation(num_ranks), *words[2:])
+    together = ("--sequence_parallel_size", "2")
+    rows = trainer.ranks(tmp_path / "run", num_ranks, *steps, *accumulation(2 // min(2, num_ranks)), *together, *words)
+    assert len(rows) == len(expected)
+    for ours, theirs in zip(rows, expected, strict=True):
+        assert num_ranks > 2 or ours["batch/idle_share"] < 0.01
+        for name in COMPARED:
+            if name in theirs:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-7), (ours["step"], name)

@@ -75,7 +75,7 @@ def test_a_plan_of_many_gpus_says_where_it_stops_scaling(capsys: pytest.CaptureF
     assert main(words) == 0
     good = capsys.readouterr().out
     assert [line.split()[0] for line in good.splitlines() if line.endswith(" %")][:4] == ["1", "8", "64", "512"]
-    assert "% or more to 4096 GPUs" in good and "predicted with 20 tokens an answer" in good
+    assert "stays above 80% to 4096 GPUs" in good and "predicted with 20 tokens an answer" in good
     assert main([*words, "--network_gbs", "0.1"]) == 0
     assert "falls below 80% at 16 GPUs" in capsys.readouterr().out
     assert main([*words, "--network_gbs", "0"]) == 2
