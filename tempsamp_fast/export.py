@@ -34,7 +34,7 @@ def export(source: Path, out: Path, dtype: torch.dtype, base: str | None = None)
     base: the hub name to fetch where the model is adapters on it; otherwise the hub's cache must have it.
     Files that others may read: weights, tokenizer, settings of processors (made from the family's where the checkpoint
     has none), how frames were taken, own prompts, and a card with settings, data and scores.
-    Raises ValueError for a source without a model and for an `out` that exists.
+    Raises ValueError for a source without a model, weights that are not finite, and an `out` that exists.
     """
     if out.exists():
         raise ValueError(f"{out}: exists already")
@@ -45,6 +45,9 @@ def export(source: Path, out: Path, dtype: torch.dtype, base: str | None = None)
     )
     if has_adapters:
         model = model.merge_and_unload().to(dtype)
+    for name, weights in model.state_dict().items():
+        if not weights.isfinite().all():
+            raise ValueError(f"{folder}: {name} holds NaN or infinity (in {dtype}): nothing was written")
     out.mkdir(parents=True)
     model.save_pretrained(out)
     chat.tokenizer.save_pretrained(out)

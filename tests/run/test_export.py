@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from tempsamp_fast.export import export
@@ -29,6 +31,19 @@ def test_every_file_may_be_read_by_others(exported: Path) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in exported.iterdir()} == {0o644}
     assert AutoModelForImageTextToText.from_pretrained(exported).dtype == torch.bfloat16
     assert AutoTokenizer.from_pretrained(exported).chat_template
+
+
+def test_weights_that_are_not_finite_are_not_written(checkpoint: Path, tmp_path: Path) -> None:
+    """Those that only the 16 bits make infinite neither."""
+    for value, dtype in ((float("nan"), torch.float32), (3.4e38, torch.bfloat16)):
+        spoiled = shutil.copytree(checkpoint, tmp_path / f"{dtype}")
+        weights = load_file(spoiled / "model.safetensors")
+        name = next(name for name in weights if "mlp.down_proj.weight" in name)
+        weights[name][0, 0] = value
+        save_file(weights, spoiled / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"down_proj.weight holds NaN or infinity \(in torch"):
+            export(spoiled, tmp_path / "out", dtype)
+        assert not (tmp_path / "out").exists()
 
 
 def test_its_card_has_settings_data_and_scores(exported: Path, finished_run) -> None:
