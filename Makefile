@@ -76,7 +76,8 @@ $(VLLM_BIN)/.installed: constraints-vllm.txt tests/rollout/vllm_environment.py
 	touch $@
 # The tests with the newest releases that a plain `pip install` brings, and with the oldest that are asked for.
 NEWEST := torch==2.14.1 triton==3.8.0 transformers==5.24.0 torchcodec==0.17.0
-OLDEST := torch==2.11.0 triton==3.6.0 transformers==5.17.0 torchcodec==0.13.0
+# Triton 3.6 turns arrays of one number into numbers in its interpreter, which NumPy 2.4 refuses.
+OLDEST := torch==2.11.0 triton==3.6.0 transformers==5.17.0 torchcodec==0.13.0 numpy==2.3.5
 test-newest: VERSIONS := $(NEWEST)
 test-oldest: VERSIONS := $(OLDEST)
 test-newest test-oldest: system-packages

@@ -22,13 +22,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchcodec.decoders import VideoDecoder, VideoStreamMetadata
 
 from tempsamp_fast.video.backend import Request, usable_cores
 from tempsamp_fast.video.geometry import Geometry
 from tempsamp_fast.video.patches import normalise_rows, patchify, resize_frames
 from tempsamp_fast.video.result import SINGLE_FRAME, Code, Limits, VideoError, VideoResult, failure
 from tempsamp_fast.video.sampling import FRAME_FACTOR, TOLERANCE_S, Sampling, sample_indices, sample_times
+
+try:
+    from torchcodec.decoders import VideoDecoder, VideoStreamMetadata
+except (ImportError, OSError, RuntimeError) as error:  # its libraries are built for some releases of torch each
+    raise ImportError(
+        f"torchcodec does not load beside torch {torch.__version__}: install the release that fits, such as 0.13 for "
+        f"torch 2.11 to 2.13 and 0.17 for 2.14 ({str(error)[:200]})"
+    ) from error
 
 NAME = "torchcodec"
 CHUNK = 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import sys
@@ -36,6 +37,13 @@ from tests.video.verdict import GEOMETRY, numbers_shown
 
 HALF_SECONDS = [round(index * 12.5 - 1e-9) for index in range(12)]
 """Numbers on screen every half second at 25 frames a second."""
+
+
+def test_a_torchcodec_that_does_not_fit_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    monkeypatch.delitem(sys.modules, "tempsamp_fast.video.torchcodec_backend")
+    with pytest.raises(ImportError, match=r"torchcodec does not load beside torch \d.*0\.13 for torch 2\.11"):
+        importlib.import_module("tempsamp_fast.video.torchcodec_backend")
 
 
 def test_rows_are_the_frames_of_torchcodec_resized_and_patchified(corpus: Path) -> None:
