@@ -15,6 +15,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,10 +119,11 @@ def add_result(path: Path, part: str, name: str, record: dict[str, Any]) -> None
 
 
 def portable(record: dict[str, Any], work: Path) -> dict[str, Any]:
-    """The record without the folders of this machine, which error lines name."""
+    """The record without the folders of this machine, which error lines name: whole, or cut off at their end."""
     text = json.dumps(record)
     for folder, name in ((work, "WORK"), (ROOT, "CHECKOUT")):
         text = text.replace(str(folder), name)
+        text = re.sub(re.escape(str(folder)[:8]) + r'[^" ]*(?=")', name, text)
     return json.loads(text)
 
 
