@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 MISSING = "impl 'triton' needs the package triton (Linux: pip install triton); impl='torch' does without it"
@@ -14,7 +15,7 @@ class _NoTriton:
         return function or (lambda kernel: kernel)
 
     def constexpr(self, value: Any) -> Any:
-        return value
+        return SimpleNamespace(value=value)
 
 
 triton: Any

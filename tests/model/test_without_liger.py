@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from tempsamp_kernels.advantages import SHAPINGS, grouped_advantages
 
 from tempsamp_fast.model import liger_layers
 from tempsamp_fast.model.liger_layers import apply_liger_layers
@@ -37,10 +38,15 @@ def test_on_is_refused(tiny, without_liger: None) -> None:
 def test_what_has_kernels_imports_without_it(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     """Liger itself imports Triton, which has releases for Linux alone: without the one the other is not there."""
     names = ["tempsamp_fast.model.liger_layers", "tempsamp_fast.model.loading", "tempsamp_fast.rollout.delta_step",
-             "tempsamp_fast.video.nv12", "tempsamp_kernels.optional_triton"]  # fmt: skip
+             "tempsamp_fast.video.nv12", "tempsamp_kernels.optional_triton", "tempsamp_kernels.advantages"]  # fmt: skip
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     for name in names:
         assert importlib.import_module(name).__name__ == name
     assert not sys.modules["tempsamp_fast.model.liger_layers"].HAS_LIGER
+    rewards, ids, off_policy = torch.tensor([0.2, 0.6, 1.0]), torch.zeros(3, dtype=torch.int64), torch.arange(3) == 2
+    for shaping in SHAPINGS:
+        given = {"shaping": shaping, "impl": "torch"}
+        found = sys.modules["tempsamp_kernels.advantages"].grouped_advantages(rewards, ids, off_policy, **given)
+        assert torch.equal(found, grouped_advantages(rewards, ids, off_policy, **given)) and found.any()
