@@ -95,6 +95,21 @@ def test_a_sampled_answer_reads_without_special_tokens(chat: Chat) -> None:
     assert chat.completion(ids).text == "<answer> 1.00 to 2.00 </answer>"
 
 
+def test_a_special_token_within_an_answer_is_not_read(chat: Chat) -> None:
+    """As another engine's sampler may say one."""
+    ids = chat.encode("<answer> 1.00 <|vision_end|>to 2.00 </answer><|im_end|>")
+    assert chat.completion(ids).text == "<answer> 1.00 to 2.00 </answer>"
+
+
+def test_an_unexpanded_prompt_has_one_placeholder_between_markers_that_an_engine_does_not_write(
+    chat: Chat, family: str
+) -> None:
+    text = tokenizer().decode(chat.unexpanded(SAMPLE, "answer", "grounding"))
+    markers = ("<|vision_start|>", "<|vision_end|>") if family == "qwen2_5_vl" else ("", "")
+    assert text.count("<|video_pad|>") == 1 and f"user\n{markers[0]}<|video_pad|>{markers[1]}" in text
+    assert text.count("<|vision_start|>") == text.count("<|vision_end|>") == (family == "qwen2_5_vl")
+
+
 def test_every_special_token_but_eos_is_banned(chat: Chat, family: str) -> None:
     config = model(family).config
     assert {config.video_token_id, config.image_token_id, config.vision_start_token_id} <= set(chat.banned_token_ids)
