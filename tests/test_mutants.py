@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from bench.mutation.mutant import Mutant, read_mutants
 from bench.mutation.reach import tests_reaching as reaching
+from bench.mutation.swap import swap
 from bench.mutation.table import write_table
+from bench.mutation.warm import nearest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = """\
@@ -88,3 +92,57 @@ def test_the_table_counts_verdicts_and_shows_survivors(tmp_path: Path) -> None:
     assert "| learning/loss | 3 | 1 | 0 | 1 | 1 | laws 1 |" in text
     assert "| learning/loss/b | `x \\| y` → nothing | why b |  |" in text
     assert "why c" not in text
+
+
+LOADED = """\
+from dataclasses import dataclass
+from functools import cache
+
+LIMIT, NAMES = 3, {"most": len}
+
+
+@cache
+def capped(number, most=LIMIT):
+    return min(number, most, LIMIT)
+
+
+@dataclass
+class Box:
+    width: int = 2
+
+    @property
+    def area(self):
+        return self.width * self.width
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("min(number", "max(number", [7, 4, 3, ["most"]]),
+        ("most=LIMIT", "most=1", [1, 4, 3, ["most"]]),
+        ("LIMIT, NAMES = 3", "LIMIT, NAMES = 2", [2, 4, 2, ["most"]]),
+        ("width: int = 2", "width: int = 5", [3, 25, 3, ["most"]]),
+        ("self.width * self.width", "self.width", [3, 2, 3, ["most"]]),
+        ('{"most": len}', '{"least": len}', [3, 4, 3, ["least"]]),
+    ],
+)
+def test_a_fault_is_put_into_what_others_hold_of_a_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, expected: list
+) -> None:
+    module = ModuleType("held_by_others")
+    module.__file__ = str(tmp_path / "held_by_others.py")
+    monkeypatch.setitem(sys.modules, "held_by_others", module)
+    exec(compile(LOADED, module.__file__, "exec", dont_inherit=True), vars(module))
+    capped, box, names = module.capped, module.Box, module.NAMES
+    assert not swap(module, LOADED) and [capped(7), box().area] == [3, 4]
+    assert swap(module, LOADED.replace(old, new))
+    assert [capped(7), box().area, module.LIMIT, list(names)] == expected
+
+
+def test_near_tests_meet_a_mutant_first_and_variants_take_turns() -> None:
+    names = ["tests/kernels/test_a.py::t", "tests/run/test_a.py::t", "tests/run/test_b.py::t[1]"]
+    names += ["tests/run/test_b.py::t[2]", "tests/model/test_b.py::t"]
+    items = [SimpleNamespace(nodeid=name, fixturenames=["trainer"] if "[" in name else []) for name in names]
+    order = [names.index(item.nodeid) for item in nearest(items, "tempsamp_fast/run/b.py")]
+    assert order == [2, 3, 1, 4, 0]
