@@ -142,7 +142,7 @@ def test_a_fault_is_put_into_what_others_hold_of_a_module(
 
 def test_near_tests_meet_a_mutant_first_and_variants_take_turns() -> None:
     names = ["tests/kernels/test_a.py::t", "tests/run/test_a.py::t", "tests/run/test_b.py::t[1]"]
-    names += ["tests/run/test_b.py::t[2]", "tests/model/test_b.py::t"]
+    names += ["tests/run/test_b.py::t[2]", "tests/model/test_c.py::t"]
     items = [SimpleNamespace(nodeid=name, fixturenames=["trainer"] if "[" in name else []) for name in names]
     order = [names.index(item.nodeid) for item in nearest(items, "tempsamp_fast/run/b.py")]
     assert order == [2, 3, 1, 4, 0]

@@ -94,3 +94,9 @@ def test_ranks_that_share_rows_train_as_one_plain_rank(
         for name in COMPARED:
             if name in theirs:
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-7), (ours["step"], name)
+
+
+def test_the_launcher_starts_the_trainer(trainer, tmp_path: Path) -> None:
+    """By the file, as the README does, which puts the file's folder first on the path."""
+    (row,) = trainer.launch(tmp_path / "run", 1, "--phases", "sft:1")
+    assert row["loss"] > 0 and latest_checkpoint(tmp_path / "run")[1] == 1
