@@ -304,7 +304,7 @@ def test_a_path_that_is_no_folder_is_refused_without_asking_the_hub(
 @pytest.mark.parametrize("what", ["closed", "silent", "unknown", "offline"])
 def test_a_hub_that_cannot_be_reached_is_told_within_5_s(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """For a name that is not in the cache; one that is there is taken from it."""
-    monkeypatch.setattr(loading, "HUB_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(loading, "HUB_TIMEOUT_S", 0.2)  # the rest is for a busy machine
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", what == "offline")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         hosts = {"silent": f"127.0.0.1:{silent.getsockname()[1]}", "unknown": "nowhere.invalid"}
