@@ -14,11 +14,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup, Sample, VideoPatches
 from tempsamp_fast.model.packing import PackedRow, pack
 from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.rollout.decoding import Decoder
 from tempsamp_fast.rollout.generate import SamplingParams, generate
 
 VOCAB, EOS = 2048, 0
 IMAGE, VIDEO, VISION_START, VISION_END = range(VOCAB - 4, VOCAB)
-NO_EOS: dict[str, list[int]] = {"eos_token_ids": [], "banned_token_ids": [EOS, VISION_START, VISION_END]}
+NO_EOS: dict[str, Any] = {"eos_token_ids": [], "banned_token_ids": [EOS, VISION_START, VISION_END]}
 UNLIMITED = 10**9
 BETA = 0.04
 
@@ -99,10 +100,10 @@ def packed_step(
     prompt: Prompt,
     num_answers: int,
     length: int,
-    cuda_graphs: bool = False,
+    decoder: Decoder | None = None,
 ) -> None:
     params = SamplingParams(max_completion_length=length)
-    (answers,) = generate(policy, [prompt], num_answers, params, seed=(0,), cuda_graphs=cuda_graphs, **NO_EOS)
+    (answers,) = generate(policy, [prompt], num_answers, params, seed=(0,), decoder=decoder, **NO_EOS)
     group = RolloutGroup(prompt, [Completion(answer.ids, text="") for answer in answers])
     packed_loss(policy, reference, packed_row(policy, group)).backward()
     finish(policy, optimizer)

@@ -33,8 +33,9 @@ from tempsamp_fast.batch import Completion, Prompt, RolloutGroup  # noqa: E402
 from tempsamp_fast.config import AlgorithmConfig  # noqa: E402
 from tempsamp_fast.learning.loss import log_probs  # noqa: E402
 from tempsamp_fast.model.packing import pack  # noqa: E402
+from tempsamp_fast.rollout.answers import SampledAnswer  # noqa: E402
 from tempsamp_fast.rollout.backends import PolicyBackend  # noqa: E402
-from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams  # noqa: E402
+from tempsamp_fast.rollout.generate import SamplingParams  # noqa: E402
 from tempsamp_fast.run.run import Run  # noqa: E402
 from tempsamp_fast.run.schedule import plan  # noqa: E402
 

@@ -17,7 +17,9 @@ from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
 from tempsamp_fast.model.liger_layers import apply_liger_layers
 from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
-from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams, generate
+from tempsamp_fast.rollout.answers import SampledAnswer
+from tempsamp_fast.rollout.decoding import Decoder, GraphDecoder
+from tempsamp_fast.rollout.generate import SamplingParams, generate
 
 NUM_ANSWERS, LENGTH = 8, 128
 NUM_PROMPTS = (1, 8, 32)
@@ -36,9 +38,11 @@ def measure(
         measure_text(record, scale, policy, num_prompts[1], length)
 
 
-def ours(policy: Policy, length: int, prompts: list[Prompt], cuda_graphs: bool = False) -> list[list[SampledAnswer]]:
+def ours(
+    policy: Policy, length: int, prompts: list[Prompt], decoder: Decoder | None = None
+) -> list[list[SampledAnswer]]:
     params = SamplingParams(max_completion_length=length)
-    return generate(policy, prompts, NUM_ANSWERS, params, seed=(0,), cuda_graphs=cuda_graphs, **NO_EOS)
+    return generate(policy, prompts, NUM_ANSWERS, params, seed=(0,), decoder=decoder, **NO_EOS)
 
 
 @torch.no_grad()
@@ -73,9 +77,10 @@ def measure_videos(record: Record, scale: Scale, policy: Policy, num_prompts: in
     runs: dict[str, Callable[[], object]] = {"ours": partial(ours, policy, length, prompts)}
     checks = {"ours": {"logp_error": error}}
     with record.attempt(f"{num_prompts} prompts, CUDA graphs"):
-        same = share_of_same_tokens(answers, ours(policy, length, prompts, cuda_graphs=True))
+        decoder = GraphDecoder()
+        same = share_of_same_tokens(answers, ours(policy, length, prompts, decoder))
         require(1 - same, 0.5, "share of tokens that CUDA graphs draw differently")
-        runs["ours, graphs"] = partial(ours, policy, length, prompts, True)
+        runs["ours, graphs"] = partial(ours, policy, length, prompts, decoder)
         checks["ours, graphs"] = {"same_tokens": same}
     if num_prompts <= 8:  # 32 prompts are 256 copies of 3700 tokens there
         with record.attempt(f"{num_prompts} prompts, generate"):

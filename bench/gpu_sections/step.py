@@ -18,6 +18,7 @@ from bench.gpu_sections.timing import in_turn, memory, require, synchronize
 from tempsamp_fast.batch import Prompt, RolloutGroup
 from tempsamp_fast.model.liger_layers import apply_liger_layers
 from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.rollout.decoding import Decoder, GraphDecoder
 
 LENGTH = 32
 NUM_ANSWERS = (8, 4)
@@ -65,6 +66,11 @@ def log_prob_distance(policy: Policy, on_device: Prompt, group: RolloutGroup) ->
     return (actual - expected.flatten().float()).abs().mean().item()
 
 
+def decoder_of(scale: Scale) -> Decoder:
+    """The trainer's default."""
+    return GraphDecoder() if scale.device == "cuda" else Decoder()
+
+
 def our_step(
     model: PreTrainedModel,
     reference: Policy | None,
@@ -72,12 +78,12 @@ def our_step(
     prompt: Prompt,
     num_answers: int,
     length: int,
-    cuda_graphs: bool,
+    decoder: Decoder,
     **recomputation: Any,
 ) -> None:
     """As the trainer runs it; which layers recompute is set anew, since the plain step ends by switching it off."""
     policy = Policy(model, **recomputation).train()
-    step.packed_step(policy, reference, optimizer, prompt, num_answers, length, cuda_graphs)
+    step.packed_step(policy, reference, optimizer, prompt, num_answers, length, decoder)
 
 
 def measure_against_plain_step(
@@ -99,10 +105,10 @@ def measure_against_plain_step(
     on_device = scale.on_device(prompt)
     group = step.random_group(prompt, length, num_answers)
     error = require(log_prob_distance(Policy(model), on_device, group), 0.05, "mean distance of the log-probs")
-    num_layers = model.config.text_config.num_hidden_layers
+    num_layers, decoder = model.config.text_config.num_hidden_layers, decoder_of(scale)
     runs = {
         "ours": partial(
-            our_step, model, reference, optimizer, prompt, num_answers, length, scale.device == "cuda",
+            our_step, model, reference, optimizer, prompt, num_answers, length, decoder,
             gradient_checkpointing=True, checkpoint_every=num_layers,
         ),
         "TimeZero-style": partial(
@@ -133,7 +139,7 @@ def measure_against_trl(
 ) -> None:
     """Same shape, prompt, answer length and sampling; beta 0, AdamW at 1e-6 and clipping at 1 on both sides."""
     prompt, num_answers = scale.text_prompt(), NUM_ANSWERS[0]
-    ours = partial(our_step, model, None, optimizer, prompt, num_answers, length, scale.device == "cuda")
+    ours = partial(our_step, model, None, optimizer, prompt, num_answers, length, decoder_of(scale))
     alternating = step.Alternating(ours, synced_seconds)
     with tempfile.TemporaryDirectory() as folder:
         step.trl_trainer(

@@ -28,7 +28,7 @@ from typing import Any
 from bench.rehearsal.card import CARD
 from bench.rehearsal.ledger import LEDGER
 from bench.rehearsal.rules import failures
-from bench.rehearsal.scenarios import engine, kernels, rollouts, small, timezero, updates
+from bench.rehearsal.scenarios import engine, kernels, rollouts, sections, small, timezero, updates
 from bench.rehearsal.scenarios.models import Shape
 from bench.rehearsal.stage import set_up
 from bench.rehearsal.triton_double import COMPILED
@@ -42,7 +42,7 @@ WHOLE = [
 ]  # fmt: skip
 UPDATES = {
     "3B": WHOLE, "7B": [Variant(), Variant(Shape(256))], "Qwen3-VL-8B": [Variant(), Variant(is_packed=False)],
-    "Qwen3.5-4B": [],  # the plan counts more for its linear layers than the kernels keep
+    "Qwen3.5-4B": [Variant()],
 }  # fmt: skip
 ROLLOUTS = {
     "3B": [Case(1, False), *(Case(number, True) for number in (1, 8, 32)), Case(4, False, True),
@@ -70,7 +70,7 @@ def scenarios(is_quick: bool) -> dict[str, Callable[[], Any]]:
         name = f"ZeRO {stage}, {depth or 'all'} layers{', frozen tower' * frozen}"
         found[f"3B/update() behind {name}"] = partial(engine.play, stage, depth, frozen)
     if not is_quick:
-        found["kernels"] = kernels.play
+        found |= {"kernels": kernels.play, "sections": sections.play}
     return found
 
 
@@ -133,11 +133,11 @@ def document(models: dict[str, Any], kernels_before: dict[str, Any]) -> dict[str
         "simulated": True,
         "models": models,
         "kernels": [used[name] for name in sorted(used)],
-        "sections": sections(models),
+        "sections": measured_sections(models),
     }
 
 
-def sections(models: dict[str, Any]) -> dict[str, Any]:
+def measured_sections(models: dict[str, Any]) -> dict[str, Any]:
     """The cautious figures as `bench/gpu.py` writes measured ones, for `tempsamp_fast.plan --measured`."""
     update_rows, rollout_rows = [], []
     for size, parts in models.items():

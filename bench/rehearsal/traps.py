@@ -33,19 +33,24 @@ class Trap:
 TRAPS = (
     Trap(
         "a scalar assigned per token",
-        "tempsamp_fast/rollout/kv_cache.py",
-        "self._own_bias[self._num_own].fill_(0.0)",
-        "self._own_bias[self._num_own] = 0.0",
-        "kv_cache.py SharedPrefixCache.advance: self._own_bias[self._num_own] = 0.0",
+        "tempsamp_fast/rollout/decoding.py",
+        "cache.step.add_(1)",
+        "cache.step[0] = 1",
+        "decoding.py decode_token: cache.step[0] = 1",
     ),
     Trap(
         "a value read per token",
         "tempsamp_fast/rollout/decoding.py",
-        "        return self._policy(new, next_token_logits, attention=self._cache)",
-        "        logits = self._policy(new, next_token_logits, attention=self._cache)\n"
-        "        logits.sum().item()\n"
-        "        return logits",
+        "    logits = policy(new, next_token_logits, attention=cache)",
+        "    logits = policy(new, next_token_logits, attention=cache)\n    logits.sum().item()",
         "a CUDA graph cannot record a wait",
+    ),
+    Trap(
+        "a graph recorded anew in every rollout",
+        "tempsamp_fast/rollout/decoding.py",
+        "        return self._rooms\n",
+        "        self._rooms, self._version = Rooms(), -1\n        return self._rooms\n",
+        "a CUDA graph was recorded again",
     ),
     Trap(
         "pixels in float32",

@@ -20,10 +20,11 @@ from triton.runtime.jit import JITFunction
 
 from bench.rehearsal.card import on_card
 from bench.rehearsal.costs import num_bytes
+from bench.rehearsal.decoding_costs import DECODING
 from bench.rehearsal.ledger import LEDGER, Work
 
 MOST_BLOCKS = (2**31 - 1, 2**16 - 1, 2**16 - 1)
-SECOND_READ = {"row_loss_kernel"}
+SECOND_READ = {"row_loss_kernel", "draw_kernel"}
 """Kernels that read their largest input twice: statistics first, then the gradient."""
 
 
@@ -98,11 +99,18 @@ def _run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
     entry.calls += 1
     if isinstance(grid, tuple) and any(size > most for size, most in zip(grid, MOST_BLOCKS, strict=False)):
         raise RuntimeError(f"{self.__name__}: a grid of {grid} is more than the card takes")
-    moved = sum(map(num_bytes, tensors))
-    if self.__name__ in SECOND_READ:
-        moved += max(map(num_bytes, tensors))
-    LEDGER.launch(f"triton {self.__name__}", Work(1, _flops(self.__name__, tensors), moved))
+    LEDGER.launch(f"triton {self.__name__}", _work(self.__name__, tensors, kwargs))
     return kernel
+
+
+def _work(name: str, tensors: list[Tensor], arguments: dict[str, Any]) -> Work:
+    """By default every tensor is read or written once."""
+    if name in DECODING:
+        return DECODING[name](arguments)
+    moved = sum(map(num_bytes, tensors))
+    if name in SECOND_READ:
+        moved += max(map(num_bytes, tensors))
+    return Work(1, _flops(name, tensors), moved)
 
 
 def _flops(name: str, tensors: list[Tensor]) -> float:

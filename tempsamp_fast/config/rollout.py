@@ -32,7 +32,9 @@ class RolloutConfig:
         "end the run where the sampler's log-probs are further than this from the policy's on average; 0: never",
         unit="nat",
     )
-    cuda_graphs: bool = setting(False, "replay decoding passes as CUDA graphs")
+    cuda_graphs: bool | None = setting(
+        None, "replay decoding passes as CUDA graphs; unset: on a GPU, unless weights are gathered layer by layer"
+    )
     gather_weights: Literal["auto", "rollout", "layer"] = setting(
         "auto",
         "of the policy under zero_stage 3: all weights whole on every GPU while a rollout draws, or layer by layer in "

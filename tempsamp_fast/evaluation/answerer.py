@@ -14,6 +14,7 @@ from tempsamp_fast.data.prompt_file import saved_templates
 from tempsamp_fast.model.families import geometry_of
 from tempsamp_fast.model.loading import load_model, resolve_dtype
 from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.rollout.decoding import Decoder, GraphDecoder
 from tempsamp_fast.rollout.generate import SamplingParams, generate
 from tempsamp_fast.sample import Mode, Sample
 from tempsamp_fast.system.device import training_device
@@ -56,6 +57,7 @@ class Answerer:
         geometry = geometry_of(model.config, data.min_pixels, data.max_pixels, data.total_pixels)
         self.loader = PromptLoader(self._chat, geometry, data, max_prompt_tokens=max_tokens_per_row)
         self._policy = Policy(model).eval().to(device)
+        self._decoder = GraphDecoder() if device.type == "cuda" else Decoder()
         self._params, self._seed, self._max_tokens_per_row = params, seed, max_tokens_per_row
 
     def answer(self, prompts: Sequence[Prompt]) -> list[Completion]:
@@ -69,6 +71,7 @@ class Answerer:
             eos_token_ids=self._chat.end_token_ids,
             banned_token_ids=self._chat.banned_token_ids,
             max_tokens_per_row=self._max_tokens_per_row,
+            decoder=self._decoder,
         )
         return [
             self._chat.completion(answer.ids, opening=prompt.opening)

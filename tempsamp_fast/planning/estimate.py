@@ -93,7 +93,7 @@ class Memory:
     """DeepSpeed's buckets, or the parameters that ZeRO-3 has gathered."""
     activations: float
     """The largest of sampling (keys, values, states), updating (what autograd keeps, the head with its gradient) and
-    the optimizer's step (gradients in fp32)."""
+    the optimizer's step (gradients in fp32). With CUDA graphs what sampling takes is kept beside the others."""
     off_gpu: float = 0.0
     """Offloaded to the memory or disk of the machine, per GPU; not in the total."""
 
@@ -196,7 +196,11 @@ def step_memory(
     stepping = 0.0 if (stage == 0 and b == 4) or "optimizer" in offloaded else 4.0 * trained / world_size
     if stage == 3:
         stepping = min(stepping, 4.0 * LIVE_PARAMETERS)
-    activations = max(update, _sampling_bytes(work, model_config, config.train, b), stepping)
+    sampling = _sampling_bytes(work, model_config, config.train, b)
+    activations = max(update, sampling, stepping)
+    has_graphs = b == 2 and stage < 3 and config.rollout.cuda_graphs is not False
+    if work.num_sampled and has_graphs and config.rollout.rollout_backend == "policy":
+        activations = sampling + max(update, stepping)  # what graphs were recorded on stays where it is
     return Memory(weights, reference, gradients, optimizer, buffers, activations, off_gpu)
 
 

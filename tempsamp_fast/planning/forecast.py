@@ -121,7 +121,7 @@ def forecast(measured: Measured, work: Work, shape: Any, config: Config, method:
     sampling = min(
         measured.samplings,
         key=lambda each: (
-            each.has_cuda_graphs != config.rollout.cuda_graphs,
+            each.has_cuda_graphs != (config.rollout.cuda_graphs is not False),
             each.num_answers < num_answers,
             abs(each.num_answers - num_answers),
         ),

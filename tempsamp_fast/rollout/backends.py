@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +11,9 @@ from tempsamp_fast.batch import Prompt
 from tempsamp_fast.config import RolloutConfig, TrainConfig
 from tempsamp_fast.data.chat import Chat
 from tempsamp_fast.learning.partitioned import forward_of, gathered
-from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams, generate
+from tempsamp_fast.rollout.answers import SampledAnswer
+from tempsamp_fast.rollout.decoding import Decoder, GraphDecoder
+from tempsamp_fast.rollout.generate import SamplingParams, generate
 from tempsamp_fast.sample import Task
 
 
@@ -57,7 +58,9 @@ class PolicyBackend:
     Partitioned parameters (ZeRO-3) are gathered by all ranks together: whole, once for each call of `generate`, or with
     `gathers_once=False` layer by layer in every pass, through the engine and in step with each other.
 
-    Raises ValueError for `cuda_graphs` without CUDA, or with parameters gathered in passes: that cannot be recorded.
+    cuda_graphs: None is where they can be recorded. They are kept between calls, but for weights that are gathered
+    anew for each, which lie elsewhere every time. Raises ValueError for True without CUDA, or with parameters gathered
+    in passes: that cannot be recorded.
     """
 
     def __init__(
@@ -66,21 +69,23 @@ class PolicyBackend:
         eos_token_ids: Sequence[int],
         banned_token_ids: Sequence[int],
         max_tokens_per_row: int,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
         gathers_once: bool = True,
     ) -> None:
         self._engine, self._policy = engine, forward_of(engine)
         is_partitioned = self._policy is engine
         self._gathers_once, self._synced = is_partitioned and gathers_once, is_partitioned and not gathers_once
-        if cuda_graphs and (self._synced or not torch.cuda.is_available()):
+        can_record = torch.cuda.is_available() and not self._synced
+        if cuda_graphs and not can_record:
             lacking = "weights gathered once (--gather_weights rollout)" if self._synced else "a CUDA GPU"
             raise ValueError(f"cuda_graphs=True needs {lacking}; set it to False")
         self._options: dict[str, Any] = {
             "eos_token_ids": eos_token_ids,
             "banned_token_ids": banned_token_ids,
             "max_tokens_per_row": max_tokens_per_row,
-            "cuda_graphs": cuda_graphs,
         }
+        self._make_decoder = GraphDecoder if can_record and cuda_graphs is not False else Decoder
+        self._decoder = self._make_decoder()
 
     def sync_weights(self) -> None:
         """The weights are the policy's own."""
@@ -93,5 +98,8 @@ class PolicyBackend:
         seed: Sequence[int],
     ) -> list[list[SampledAnswer]]:
         """See `rollout.generate`."""
-        with gathered(self._engine) if self._gathers_once else nullcontext(self._policy) as policy:
-            return generate(policy, prompts, num_completions, params, seed=seed, synced=self._synced, **self._options)
+        options = {"seed": seed, "synced": self._synced, **self._options}
+        if not self._gathers_once:
+            return generate(self._policy, prompts, num_completions, params, decoder=self._decoder, **options)
+        with gathered(self._engine) as policy:
+            return generate(policy, prompts, num_completions, params, decoder=self._make_decoder(), **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,13 @@ import torch
 from tempsamp_kernels.head import mm, multiplies_into_fp32
 from torch import Tensor
 
-from tempsamp_fast.rollout.kv_cache import SharedPrefixCache
+from tempsamp_fast.rollout.answers import Answers
+from tempsamp_fast.rollout.kv_cache import DecodeCache
+from tempsamp_fast.rollout.rooms import Rooms
+from tempsamp_fast.rollout.sampler import draw
 
+RETIRE_SHARE = 1 / 8
+"""Finished rows are dropped once they are this share of all."""
 Replay = Callable[[], object]
 
 
@@ -28,53 +33,84 @@ class _NewTokens:
 
 
 class Decoder:
-    """Passes of a policy over the newest tokens, whose keys and values `cache` keeps."""
+    """Passes over the newest token of the rows that still run, launched kernel by kernel."""
 
-    def __init__(self, policy: Any, cache: SharedPrefixCache) -> None:
-        self._policy = policy
-        self._cache = cache
+    def begin(self) -> Rooms:
+        """Where a rollout keeps its tensors."""
+        return Rooms()
 
-    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """tokens, positions [R] int64 -> logits [R, vocab_size]; read them before the next call."""
-        self._cache.advance()
-        return self._run(_new_tokens(tokens, positions))
+    def remaining(self, slots: Sequence[int], is_finished: Sequence[bool]) -> list[int] | None:
+        """Which of the decoded `slots` to go on with; None: all of them. is_finished: by slot."""
+        running = [slot for slot in slots if not is_finished[slot]]
+        num_finished = len(slots) - len(running)
+        return running if running and num_finished >= max(1, RETIRE_SHARE * len(slots)) else None
 
-    def _run(self, new: _NewTokens) -> Tensor:
-        return self._policy(new, next_token_logits, attention=self._cache)
+    def __call__(self, policy: Any, cache: DecodeCache, answers: Answers) -> None:
+        """Pass the newest tokens through the policy and draw the next ones."""
+        decode_token(policy, cache, answers)
 
 
 class GraphDecoder(Decoder):
-    """The same passes as a CUDA graph, recorded anew whenever rows retire or their room grows.
+    """The same passes as CUDA graphs, kept from rollout to rollout: recorded once per number of rows.
 
-    A recording costs about three passes. Nothing in a pass may wait for the GPU or allocate outside the graph's pool:
+    That number is halved when half of the rows have finished, finished ones filling up. Recorded anew where the room
+    for prompts or answers had to grow. Nothing in a pass may wait for the GPU or allocate outside the graph's pool:
     partitioned parameters (ZeRO-3), which are gathered on the way, cannot be recorded.
     """
 
-    def __init__(self, policy: Any, cache: SharedPrefixCache) -> None:
-        super().__init__(policy, cache)
-        self._version: int | None = None
-        self._replay: Replay | None = None
+    def __init__(self) -> None:
+        self._rooms = Rooms()
+        self._version = 0
+        self._graphs: dict[Hashable, Replay] = {}
+        self._pool: Any = None
 
-    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        self._cache.advance()
-        new = _new_tokens(tokens, positions)
-        if self._replay is None or self._version != self._cache.version:
-            self._replay = None  # gives the memory of the last graph back
-            self._inputs, self._version = new, self._cache.version
-            # Recording runs the pass, and linear layers would take its tokens in twice.
-            saved = self._cache.recurrence.saved()
-            self._replay, self._logits = record_cuda_graph(lambda: self._run(self._inputs))
-            self._cache.recurrence.restore(saved)
-        self._inputs.input_ids.copy_(new.input_ids)
-        self._inputs.position_ids.copy_(new.position_ids)
-        self._replay()
-        return self._logits
+    def begin(self) -> Rooms:
+        """The same as before."""
+        return self._rooms
+
+    def remaining(self, slots: Sequence[int], is_finished: Sequence[bool]) -> list[int] | None:
+        """See `Decoder.remaining`."""
+        size = (len(slots) + 1) // 2
+        running = [slot for slot in slots if not is_finished[slot]]
+        if size == len(slots) or not 0 < len(running) <= size:
+            return None
+        others = [slot for slot in slots if is_finished[slot]]
+        return sorted(running + others[: size - len(running)])
+
+    def __call__(self, policy: Any, cache: DecodeCache, answers: Answers) -> None:
+        """See `Decoder.__call__`."""
+        if self._version != self._rooms.version:
+            self._graphs.clear()
+            self._version, self._pool = self._rooms.version, None
+        params = answers.params
+        key = policy, len(cache.rows.slots), params.temperature, params.top_p, params.top_k
+        if key not in self._graphs:
+            changing = [cache.step, *answers.changing(), *cache.recurrence.tensors()]
+            saved = [tensor.clone() for tensor in changing]
+            self._graphs[key], self._pool = record_cuda_graph(lambda: decode_token(policy, cache, answers), self._pool)
+            for tensor, was in zip(changing, saved, strict=True):
+                tensor.copy_(was)
+        self._graphs[key]()
 
 
-def record_cuda_graph(run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+def decode_token(policy: Any, cache: DecodeCache, answers: Answers) -> None:
+    """Pass the newest token of every selected row through the policy and draw the next ones."""
+    slots = cache.rows.slots
+    new = _NewTokens(
+        input_ids=answers.tokens.index_select(0, slots)[:, None],
+        position_ids=(answers.starts.index_select(0, slots) + cache.step).expand(3, -1)[..., None],
+        logit_indices=cache.order,
+    )
+    logits = policy(new, next_token_logits, attention=cache)
+    cache.step.add_(1)
+    draw(logits, answers, slots)
+
+
+def record_cuda_graph(run: Callable[[], object], pool: Any) -> tuple[Replay, Any]:
     """Record the kernels of `run`, which may not depend on anything but the contents of the tensors that it reads.
 
-    Returns what launches them again, and the tensor that this fills.
+    pool: of another graph's memory, to be shared with it; None: a new one. Returns what launches the kernels again, and
+    the pool.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -83,9 +119,9 @@ def record_cuda_graph(run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # Threads that prepare videos meanwhile do as they like.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = run()
-    return graph.replay, output
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        run()
+    return graph.replay, graph.pool()
 
 
 def next_token_logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -93,11 +129,3 @@ def next_token_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     if multiplies_into_fp32(hidden.device.type, hidden.dtype):
         return mm(hidden, weight.T)
     return hidden.float() @ weight.float().T
-
-
-def _new_tokens(tokens: Tensor, positions: Tensor) -> _NewTokens:
-    return _NewTokens(
-        input_ids=tokens[:, None].clone(),
-        position_ids=positions.repeat(3, 1)[..., None],
-        logit_indices=torch.arange(len(tokens), device=tokens.device),
-    )

@@ -7,23 +7,26 @@ from tempsamp_kernels.optional_triton import tl, triton
 from torch import Tensor
 
 from tempsamp_fast.model.linear_layers import normalised
+from tempsamp_fast.rollout.rooms import pick
 
 BLOCK_V = 32
 """Columns of a state that a program holds."""
 
 
 def delta_step(
-    state: Tensor, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor, impl: str | None = None
-) -> Tensor:
+    states: Tensor, slots: Tensor, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor,
+    impl: str | None = None,
+) -> Tensor:  # fmt: skip
     """state = decay * state + beta * key (value - key . decay * state), in place; returns query . state.
 
-    state: [R, heads, key_dim, value_dim], contiguous, at least float32.
+    states: [S, heads, key_dim, value_dim], contiguous, at least float32. slots: [R] int64, increasing: whose they are.
     query, key: [R, key_heads, key_dim], normalised here. value: [R, heads, value_dim]. log_decay, beta: [R, heads].
-    impl: "triton" or "torch"; None: by the device of the state.
+    impl: "triton" or "torch"; None: by the device of the states.
     Returns [R, heads, value_dim] in the value's dtype. Raises ValueError as `choose_impl` does.
     """
     repeats = value.shape[1] // key.shape[1]
-    if choose_impl(impl, state) == "torch":
+    if choose_impl(impl, states) == "torch":
+        state = pick(states, slots)
         query, key = (
             each.repeat_interleave(repeats, dim=1)[:, :, None]
             for each in normalised(query.to(state.dtype), key.to(state.dtype))
@@ -32,14 +35,17 @@ def delta_step(
         state.mul_(log_decay.exp()[..., None, None])
         correction = beta[..., None, None] * (wide[:, :, None] - key @ state)
         state.add_(key.mT * correction)
+        if state is not states:
+            states.index_copy_(0, slots, state)
         return (query @ state)[:, :, 0].to(value.dtype)
-    num_rows, heads, key_dim, value_dim = state.shape
+    num_rows, (_, heads, key_dim, value_dim) = len(slots), states.shape
     query, key, value, log_decay, beta = (each.contiguous() for each in (query, key, value, log_decay, beta))
     output = value.new_empty(value.shape)
     launch(
         delta_step_kernel,
         (num_rows * heads, triton.cdiv(value_dim, BLOCK_V)),
-        state=state,
+        states=states,
+        slots=slots,
         query=query,
         key=key,
         value=value,
@@ -59,7 +65,8 @@ def delta_step(
 
 @triton.jit
 def delta_step_kernel(
-    state,
+    states,
+    slots,
     query,
     key,
     value,
@@ -84,7 +91,8 @@ def delta_step_kernel(
     v = tl.load(value + row_head * value_dim + columns, mask=has_column, other=0.0).to(tl.float32)
     q *= tl.rsqrt(tl.sum(q * q) + 1e-6) * tl.cast(scale, tl.float32)
     k *= tl.rsqrt(tl.sum(k * k) + 1e-6)
-    places = state + row_head * key_dim * value_dim + rows[:, None] * value_dim + columns[None, :]
+    own = tl.load(slots + row_head // heads) * heads + row_head % heads
+    places = states + own * key_dim * value_dim + rows[:, None] * value_dim + columns[None, :]
     stored = has_row[:, None] & has_column[None, :]
     s = tl.load(places, mask=stored, other=0.0) * tl.exp(tl.load(log_decay + row_head).to(tl.float32))
     s += k[:, None] * (tl.load(beta + row_head).to(tl.float32) * (v - tl.sum(s * k[:, None], 0)))[None, :]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -14,25 +12,13 @@ from torch import Tensor
 from tempsamp_fast.batch import Prompt
 from tempsamp_fast.model.attention import PrefillAttention, packed_attention
 from tempsamp_fast.model.packing import PackedRow, pack_prompts
-from tempsamp_fast.rollout.decoding import Decoder, GraphDecoder, next_token_logits
-from tempsamp_fast.rollout.kv_cache import SharedPrefixCache
-from tempsamp_fast.rollout.token_sampling import SampleNoise, SamplingParams, choose_tokens
+from tempsamp_fast.rollout.answers import Answers, SampledAnswer
+from tempsamp_fast.rollout.decoding import Decoder, next_token_logits
+from tempsamp_fast.rollout.kv_cache import DecodeCache
+from tempsamp_fast.rollout.rooms import Rooms
+from tempsamp_fast.rollout.sampler import draw
+from tempsamp_fast.rollout.token_sampling import SampleNoise, SamplingParams
 from tempsamp_fast.system.ranks import max_over_ranks
-
-RETIRE_SHARE = 1 / 8
-"""Finished rows are dropped once they are this share of all: dropping copies the caches of the others."""
-GRAPH_RETIRE_SHARE = 1 / 2
-"""The same where dropping also takes a new recording."""
-
-
-@dataclass(frozen=True)
-class SampledAnswer:
-    """One answer; `ids` end with an end-of-sequence id unless the length limit cut it off."""
-
-    ids: Tensor
-    """[completion_len] int64."""
-    logps: Tensor
-    """[completion_len] float32; of which distribution, `choose_tokens` says."""
 
 
 @torch.no_grad()
@@ -47,7 +33,7 @@ def generate(
     banned_token_ids: Sequence[int] = (),
     max_tokens_per_row: int = 32_768,
     synced: bool = False,
-    cuda_graphs: bool = False,
+    decoder: Decoder | None = None,
 ) -> list[list[SampledAnswer]]:
     """Draw `num_completions` answers to every prompt, or a number of its own to each.
 
@@ -57,7 +43,7 @@ def generate(
     banned_token_ids: never drawn; the vision placeholders never are.
     max_tokens_per_row: prompt tokens per prefill pass.
     synced: all ranks make the same number of forward passes, as ZeRO-3 needs it.
-    cuda_graphs: replay the decoding passes as CUDA graphs; see `GraphDecoder`.
+    decoder: a `GraphDecoder` replays the passes that decode as CUDA graphs, and is worth keeping; None: `Decoder()`.
     Returns the answers by prompt, on the CPU.
     Raises ValueError naming the sample of a prompt that is longer than `max_tokens_per_row`, and FloatingPointError
     naming one at which the logits are not finite.
@@ -67,34 +53,33 @@ def generate(
     counts = [num_completions] * len(prompts) if isinstance(num_completions, int) else list(num_completions)
     with eval_mode(policy):
         config = getattr(policy, "module", policy).config
-        logits, positions, attentions = _prefill(policy, prompts, config, max_tokens_per_row, synced)
+        decoder = decoder or Decoder()
+        rooms = decoder.begin()
+        logits, positions, cache = _prefill(policy, prompts, config, max_tokens_per_row, synced, rooms)
         _require_finite(prompts, logits.isfinite().all(-1).tolist())
-        row_prompts = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(logits.device)
-        cache = SharedPrefixCache(attentions, row_prompts)
-        logits, positions = logits[row_prompts], positions[row_prompts]
-        attentions.clear()
-
+        prompt_of_row = [index for index, count in enumerate(counts) for _ in range(count)]
+        cache.begin(prompt_of_row, config.text_config.num_attention_heads)
+        row_prompts = torch.tensor(prompt_of_row).to(logits.device, non_blocking=True)
         names = [
             f"{prompt.sample.sample_id} {prompt.mode} {index}"
             for prompt, count in zip(prompts, counts, strict=True)
             for index in range(count)
         ]
-        noise = SampleNoise(seed, names).uniforms(params.max_completion_length).to(logits.device)
-        banned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        banned[[*banned_token_ids, config.image_token_id, config.video_token_id]] = True
-        answers = _Answers(len(names), params.max_completion_length, eos_token_ids, logits.device)
-        decode = (GraphDecoder if cuda_graphs else Decoder)(policy, cache)
-        retire_share = GRAPH_RETIRE_SHARE if cuda_graphs else RETIRE_SHARE
-        for index in range(params.max_completion_length):
-            tokens, logps = choose_tokens(logits, params, noise[answers.rows, index], banned)
-            answers.append(index, tokens, logps)
-            if index + 1 == params.max_completion_length or not _most(answers.unfinished, synced, logits.device):
+        answers = Answers(
+            rooms, SampleNoise(seed, names), params, positions.index_select(0, row_prompts), cache.step,
+            logits.shape[-1], eos_token_ids, [*banned_token_ids, config.image_token_id, config.video_token_id],
+        )  # fmt: skip
+        slots = list(range(len(names)))
+        draw(logits, answers, cache.rows.slots, row_prompts)
+        for num_own in range(params.max_completion_length - 1):
+            is_finished = answers.finished()
+            if not _most(is_finished.count(False), synced, logits.device):
                 break
-            keep = answers.retire(retire_share)
-            if keep is not None:
-                cache.retire(keep)
-                tokens, positions = tokens[keep], positions[keep]
-            logits = decode(tokens, positions + index)
+            if (remaining := decoder.remaining(slots, is_finished)) is not None:
+                slots = remaining
+                cache.select(slots)
+            cache.make_room(num_own)
+            decoder(policy, cache, answers)
         by_prompt = answers.by_prompt(counts)
     _require_finite(prompts, [all(bool(answer.logps.isfinite().all()) for answer in group) for group in by_prompt])
     return by_prompt
@@ -120,62 +105,25 @@ def eval_mode(policy: Any) -> Iterator[None]:
         policy.train(was_training)
 
 
-class _Answers:
-    """The tokens drawn so far, and which rows still run."""
-
-    def __init__(self, num_rows: int, max_length: int, eos_token_ids: Sequence[int], device: torch.device) -> None:
-        self.rows = torch.arange(num_rows, device=device)
-        """[R] int64: the rows being decoded."""
-        self._ids = torch.zeros(num_rows, max_length, dtype=torch.int64, device=device)
-        self._logps = torch.zeros(num_rows, max_length, device=device)
-        self._lengths = torch.full((num_rows,), max_length, device=device)
-        self._is_finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
-        self._eos = torch.tensor(list(eos_token_ids), device=device)
-        self.unfinished = num_rows
-
-    def append(self, index: int, tokens: Tensor, logps: Tensor) -> None:
-        """Token `index` of every row being decoded; a finished row's is beyond its length and never read."""
-        self._ids[self.rows, index] = tokens
-        self._logps[self.rows, index] = logps
-        was_finished = self._is_finished[self.rows]
-        ends = torch.isin(tokens, self._eos) & ~was_finished
-        self._lengths[self.rows] = self._lengths[self.rows].masked_fill(ends, index + 1)
-        self._is_finished[self.rows] = was_finished | ends
-        self.unfinished = len(was_finished) - int((was_finished | ends).sum())  # the only wait of a token
-
-    def retire(self, share: float) -> Tensor | None:
-        """Stop decoding finished rows once they are this share of all; returns the indices into `rows` that stay."""
-        num_finished = len(self.rows) - self.unfinished
-        if self.unfinished == 0 or num_finished < max(1, share * len(self.rows)):
-            return None
-        keep = (~self._is_finished[self.rows]).nonzero()[:, 0]
-        self.rows = self.rows[keep]
-        return keep
-
-    def by_prompt(self, counts: Sequence[int]) -> list[list[SampledAnswer]]:
-        ids, logps, lengths = self._ids.cpu(), self._logps.cpu(), self._lengths.tolist()
-        answers = iter([SampledAnswer(ids[row, :n].clone(), logps[row, :n].clone()) for row, n in enumerate(lengths)])
-        return [list(islice(answers, count)) for count in counts]
-
-
 def _prefill(
-    policy: Any, prompts: Sequence[Prompt], config: Any, max_tokens_per_row: int, synced: bool
-) -> tuple[Tensor, Tensor, list[PrefillAttention]]:
-    """Logits [P, vocab_size] of each prompt's last token, the positions [P] where its answers start, its keys."""
+    policy: Any, prompts: Sequence[Prompt], config: Any, max_tokens_per_row: int, synced: bool, rooms: Rooms
+) -> tuple[Tensor, Tensor, DecodeCache]:
+    """Logits [P, vocab_size] of each prompt's last token, the positions [P] where its answers start, all keys."""
     parameter = next(policy.parameters())
     rows = pack_prompts(prompts, config=config, max_tokens_per_row=max_tokens_per_row)
     # Agreed upon before the first pass: a pass is a collective of its own under ZeRO-3.
     num_passes = _most(len(rows), synced, parameter.device)
-    attentions, logits = [], []
+    cache, logits = DecodeCache(rooms, sum(tree.num_tokens for row in rows for tree in row.layout)), []
     core = getattr(policy, "module", policy).attention_core
     for row in rows:
         attention = packed_attention(row.layout, dtype=parameter.dtype, device=parameter.device, core=core)
-        attentions.append(PrefillAttention(row.layout, attention))
-        logits.append(policy(row.to(parameter.device), next_token_logits, attention=attentions[-1]))
+        prefill = PrefillAttention(row.layout, attention)
+        logits.append(policy(row.to(parameter.device), next_token_logits, attention=prefill))
+        cache.take(prefill)
     for _ in range(num_passes - len(rows)):
         policy(rows[-1].to(parameter.device), next_token_logits)
     next_positions = torch.cat([_next_positions(row) for row in rows]).to(parameter.device)
-    return torch.cat(logits), next_positions, attentions
+    return torch.cat(logits), next_positions, cache
 
 
 def _next_positions(row: PackedRow) -> Tensor:

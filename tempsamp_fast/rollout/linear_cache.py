@@ -11,6 +11,7 @@ from torch.nn.functional import silu
 from tempsamp_fast.model.attention import PrefillAttention
 from tempsamp_fast.model.linear_layers import at_least_float32
 from tempsamp_fast.rollout.delta_step import delta_step
+from tempsamp_fast.rollout.rooms import Rooms, pick
 
 
 class LinearCache:
@@ -20,19 +21,30 @@ class LinearCache:
     that a second one over the same tokens is not the same as one: whoever repeats a pass restores them.
     """
 
-    def __init__(self, prefills: Sequence[PrefillAttention], row_prompts: Tensor) -> None:
-        """row_prompts: [R] int64: the prompt that each row continues."""
+    def __init__(self, rooms: Rooms, prefills: Sequence[PrefillAttention], row_prompts: Sequence[int]) -> None:
+        """row_prompts: the prompt that each row continues."""
         after = [prefill.recurrence.after for prefill in prefills]
-        self._states = {layer: torch.cat([each[layer][0] for each in after])[row_prompts] for layer in after[0]}
-        """By layer: [R, heads, key_dim, value_dim], at least float32."""
-        self._tails = {layer: torch.cat([each[layer][1] for each in after])[row_prompts] for layer in after[0]}
-        """By layer: [R, kernel - 1, channels]."""
+        self._states: dict[int, Tensor] = {}
+        """By layer: [S, heads, key_dim, value_dim], at least float32."""
+        self._tails: dict[int, Tensor] = {}
+        """By layer: [S, kernel - 1, channels]."""
+        for layer in after[0]:
+            for index, (what, kept) in enumerate((("state", self._states), ("tail", self._tails))):
+                ends = torch.cat([each[layer][index] for each in after])
+                shape = len(row_prompts), *ends.shape[1:]
+                kept[layer] = rooms.take(f"{what} {layer}", shape, ends.dtype, ends.device)
+                rows = torch.tensor(row_prompts).to(ends.device, non_blocking=True)
+                kept[layer].copy_(ends.index_select(0, rows))
+
+    def select(self, slots: Tensor) -> None:
+        """[R] int64, increasing: the rows of which a token comes from now on."""
+        self._slots = slots
 
     def convolve(self, layer_index: int, inputs: Tensor, weight: Tensor) -> Tensor:
         """inputs [R, 1, channels], weight [channels, kernel] -> [R, 1, channels]."""
-        tail = self._tails[layer_index]
-        window = torch.cat([tail, inputs], dim=1)
-        tail.copy_(window[:, 1:])
+        tails = self._tails[layer_index]
+        window = torch.cat([pick(tails, self._slots), inputs], dim=1)
+        tails.index_copy_(0, self._slots, window[:, 1:])
         wide = at_least_float32(inputs.dtype)
         return silu((window.to(wide) * weight.T.to(wide)).sum(1, keepdim=True)).to(inputs.dtype)
 
@@ -41,21 +53,8 @@ class LinearCache:
     ) -> Tensor:
         """As of `Recurrence`, N = 1."""
         query, key, value, log_decay, beta = (each[:, 0] for each in (query, key, value, log_decay, beta))
-        return delta_step(self._states[layer_index], query, key, value, log_decay, beta)[:, None]
+        return delta_step(self._states[layer_index], self._slots, query, key, value, log_decay, beta)[:, None]
 
-    def retire(self, keep: Tensor) -> None:
-        """Keep only these rows: [R] int64."""
-        self._states = {layer: state[keep] for layer, state in self._states.items()}
-        self._tails = {layer: tail[keep] for layer, tail in self._tails.items()}
-
-    def saved(self) -> list[Tensor]:
-        """A copy of all that a pass changes."""
-        return [tensor.clone() for tensor in self._tensors()]
-
-    def restore(self, saved: Sequence[Tensor]) -> None:
-        """Write what `saved` gave back into the same tensors."""
-        for tensor, was in zip(self._tensors(), saved, strict=True):
-            tensor.copy_(was)
-
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
+        """All that a pass changes."""
         return [*self._states.values(), *self._tails.values()]

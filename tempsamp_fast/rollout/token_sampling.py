@@ -79,11 +79,16 @@ class SampleNoise:
         digests = [hashlib.blake2b(f"{tuple(seed)} {name}".encode(), digest_size=8).digest() for name in row_names]
         self._keys = np.frombuffer(b"".join(digests), dtype=np.uint64)
 
-    def uniforms(self, num_tokens: int) -> Tensor:
-        """[rows, num_tokens] float64 in [0, 1), multiples of 2**-32, on the CPU."""
+    def bits(self, num_tokens: int) -> Tensor:
+        """[rows, num_tokens] int64 in [0, 2**32), on the CPU: `uniforms` of them are the numbers."""
         offsets = np.arange(1, num_tokens + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         bits = self._keys[:, None] + offsets
         bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         bits = (bits ^ (bits >> np.uint64(31))) >> np.uint64(32)
-        return torch.from_numpy(bits.astype(np.float64) * 2.0**-32)
+        return torch.from_numpy(bits.astype(np.int64))
+
+
+def uniforms(bits: Tensor) -> Tensor:
+    """int64 in [0, 2**32) -> float64 in [0, 1), of the same shape."""
+    return bits.double() * 2.0**-32

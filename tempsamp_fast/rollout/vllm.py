@@ -24,7 +24,8 @@ from tempsamp_fast.model.families import family_of, geometry_of
 from tempsamp_fast.model.lora import merged_parameters
 from tempsamp_fast.model.mrope import temporal_positions
 from tempsamp_fast.model.policy import Policy
-from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams, eval_mode
+from tempsamp_fast.rollout.answers import SampledAnswer
+from tempsamp_fast.rollout.generate import SamplingParams, eval_mode
 from tempsamp_fast.sample import Task
 from tempsamp_fast.system.files import write_file
 

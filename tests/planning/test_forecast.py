@@ -44,7 +44,7 @@ def results(tmp_path: Path) -> Path:
 
 def test_an_update_runs_at_the_measured_rate_and_sampling_at_the_measured_pace(results: Path) -> None:
     """Ten times as many answers as were measured at most take ten times as long, half as long ones half as long."""
-    config = parse_args([*RECIPE, "--model", "Qwen/Qwen2.5-VL-3B-Instruct"])
+    config = parse_args([*RECIPE, "--model", "Qwen/Qwen2.5-VL-3B-Instruct", "--cuda_graphs", "false"])
     shape = model_config(config.model)
     work = work_of((16, 28, 32), shape, "grpo", 8, 64)
     measured = read_measured(results)
@@ -60,7 +60,7 @@ def test_an_update_runs_at_the_measured_rate_and_sampling_at_the_measured_pace(r
 
 
 def test_rows_are_chosen_that_ran_as_the_settings_ask(results: Path) -> None:
-    config = parse_args([*RECIPE, "--gradient_checkpointing", "true", "--cuda_graphs", "true"])
+    config = parse_args([*RECIPE, "--gradient_checkpointing", "true"])
     shape = model_config(config.model)
     seven = forecast(read_measured(results), work_of((16, 28, 32), shape, "tempsamp", 4, 128), shape, config, "grpo", 1)
     assert seven.labels == ("7B C=32 G=8 recomputed packed", "8 prompts ours, graphs")

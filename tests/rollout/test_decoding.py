@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tempsamp_fast.model.attention import text_mask
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.rollout import decoding
-from tempsamp_fast.rollout.decoding import Replay
-from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams, generate
+from tempsamp_fast.rollout.answers import SampledAnswer
+from tempsamp_fast.rollout.decoding import Decoder, GraphDecoder, Replay
+from tempsamp_fast.rollout.generate import SamplingParams, generate
+from tempsamp_fast.rollout.rooms import Rooms
 
 PARAMS = SamplingParams(max_completion_length=9)
 ENDS = list(range(20, 32))
@@ -25,16 +26,15 @@ class Recorder:
     def __init__(self) -> None:
         self.num_recordings = self.num_replays = 0
 
-    def __call__(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+    def __call__(self, run: Callable[[], object], pool: object) -> tuple[Replay, object]:
         self.num_recordings += 1
-        output = torch.full_like(run(), float("nan"))
-        traced = make_fx(run)()
+        traced = make_fx(run)()  # runs it once, as warming up does
 
         def replay() -> None:
             self.num_replays += 1
-            output.copy_(traced())
+            traced()
 
-        return replay, output
+        return replay, pool
 
 
 @pytest.fixture
@@ -58,9 +58,50 @@ def assert_same(left: list[SampledAnswer], right: list[SampledAnswer]) -> None:
 
 
 def test_replayed_passes_draw_the_same_tokens(tiny, recorder: Recorder) -> None:
-    assert_same(sample(tiny, cuda_graphs=True, eos_token_ids=[]), sample(tiny, eos_token_ids=[]))
+    assert_same(sample(tiny, decoder=GraphDecoder(), eos_token_ids=[]), sample(tiny, eos_token_ids=[]))
     assert recorder.num_recordings == 1
     assert recorder.num_replays == PARAMS.max_completion_length - 1
+
+
+@pytest.mark.parametrize("tiny", ["qwen2_5_vl", "qwen3_5"], indirect=True)
+def test_a_rollout_like_the_one_before_records_nothing(tiny, recorder: Recorder, monkeypatch) -> None:
+    """Rows that end and retire, room that grows, other noise: what was recorded reads what is there now."""
+    monkeypatch.setattr("tempsamp_fast.rollout.kv_cache.OWN_TOKENS", 2)
+    policy, decoder = Policy(tiny.model()), GraphDecoder()
+    prompts = [group.prompt for group in tiny.groups()][:2]
+    params = SamplingParams(max_completion_length=5)
+
+    def draw(seed: int, decoder: Decoder | None) -> list[SampledAnswer]:
+        answers = generate(policy, prompts, 4, params, seed=(seed,), eos_token_ids=ENDS, decoder=decoder)
+        return [answer for group in answers for answer in group]
+
+    for _ in range(2):  # in the first one the room for answers grows
+        draw(4, decoder)
+    before = recorder.num_recordings
+    assert_same(draw(5, decoder), draw(5, None))
+    draw(4, decoder)
+    assert 1 < before == recorder.num_recordings < recorder.num_replays
+
+
+def test_programs_beyond_the_spans_of_a_rollout_find_nothing_to_do(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph launches as many as the largest rollout before needed."""
+    monkeypatch.setattr("tempsamp_fast.rollout.decode_attention.SMALLEST_PIECE", 4)
+    policy, decoder, seen = Policy(tiny.model()), Decoder(), []
+    rooms, (long, *_, short) = (
+        Rooms(),
+        sorted((group.prompt for group in tiny.groups()), key=lambda prompt: -len(prompt.input_ids)),
+    )
+    monkeypatch.setattr(decoder, "begin", lambda: rooms)
+    monkeypatch.setattr(
+        "tempsamp_fast.rollout.decoding.decode_token", lambda _, cache, answers: seen.append(cache.rows.items.clone())
+    )
+    params = SamplingParams(max_completion_length=2)
+    params = SamplingParams(max_completion_length=2)
+    for prompt in (long, short):
+        generate(policy, [prompt], 2, params, seed=(0,), eos_token_ids=[], decoder=decoder)
+    first, second = ((items[:, 1] > 0).tolist() for items in seen)
+    assert len(first) == len(second) and sum(second) < sum(first)
+    assert second == sorted(second, reverse=True) and int(seen[1][:, 3].sum()) == len(short.input_ids)
 
 
 @pytest.mark.parametrize("tiny", ["qwen2_5_vl"], indirect=True)
@@ -68,7 +109,7 @@ def test_rows_that_retire_and_room_that_grows_are_recorded_anew(tiny, recorder: 
     expected = sample(tiny)
     assert min(len(answer.ids) for answer in expected) < 5 < max(len(answer.ids) for answer in expected)
     monkeypatch.setattr("tempsamp_fast.rollout.kv_cache.OWN_TOKENS", 2)
-    assert_same(sample(tiny, cuda_graphs=True), expected)
+    assert_same(sample(tiny, decoder=GraphDecoder()), expected)
     # Room for 2, 4 and 8 tokens, and one retirement of half of the rows at least.
     assert 4 <= recorder.num_recordings < recorder.num_replays
 
@@ -92,6 +133,6 @@ def test_a_pass_that_is_recorded_builds_no_mask(monkeypatch: pytest.MonkeyPatch)
 def test_cuda_graphs_draw_the_same_tokens(tiny) -> None:
     policy = Policy(tiny.model().cuda())
     prompts = [group.prompt for group in tiny.groups()]
-    draw = lambda graphs: generate(policy, prompts, 6, PARAMS, seed=(4,), eos_token_ids=ENDS, cuda_graphs=graphs)
+    draw = lambda decoder: generate(policy, prompts, 6, PARAMS, seed=(4,), eos_token_ids=ENDS, decoder=decoder)
     flat = lambda answers: [answer for group in answers for answer in group]
-    assert_same(flat(draw(True)), flat(draw(False)))
+    assert_same(flat(draw(GraphDecoder())), flat(draw(Decoder())))

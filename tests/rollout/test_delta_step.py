@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tempsamp_fast.rollout.delta_step import delta_step
+from tempsamp_fast.rollout.delta_step import BLOCK_V, delta_step
 from tests.model.test_linear_layers import inputs, token_by_token
+from tests.rollout.compiling import compiles
 
 NUM_ROWS = 3
 
@@ -24,34 +21,17 @@ def test_a_step_is_the_rule(impl: str, dims: tuple[int, int], dtype: torch.dtype
     tokens = [each.to(dtype) for each in tokens]
     expected, expected_state = token_by_token(*(each.float() for each in tokens), state)
     own = state.clone()
-    output = delta_step(own, *(each[:, 0] for each in tokens), impl=impl)
+    output = delta_step(own, torch.arange(NUM_ROWS), *(each[:, 0] for each in tokens), impl=impl)
     assert output.dtype == dtype
     rough = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(output.float(), expected[:, 0], **rough)
     torch.testing.assert_close(own, expected_state, rtol=1e-5, atol=1e-5)
 
 
-COMPILE = """
-import sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from tempsamp_fast.rollout.delta_step import BLOCK_V, delta_step_kernel
-
-types = {"state": "*fp32", "query": "*bf16", "key": "*bf16", "value": "*bf16", "log_decay": "*fp32", "beta": "*bf16",
-         "output": "*bf16", "heads": "i32", "repeats": "i32", "scale": "fp32"}
-sizes = {"key_dim": 128, "value_dim": 128, "BLOCK_K": 128, "BLOCK_V": BLOCK_V}
-aligned = {(index,): [["tt.divisibility", 16]] for index in range(7)}
-source = ASTSource(delta_step_kernel, types | dict.fromkeys(sizes, "constexpr"), sizes, aligned)
-for arch in (80, 90):
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32))
-    assert "ld.global.v4" in made.asm["ptx"] and ".local" not in made.asm["ptx"]
-print("compiled")
-"""
-
-
 def test_the_kernel_compiles_for_gpus_with_wide_loads_and_without_spills() -> None:
     """Heads of 128 as Qwen3.5 has them, for chips that are not here."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "compiled" in done.stdout, done.stderr
+    types = {"states": "*fp32", "slots": "*i64", "query": "*bf16", "key": "*bf16", "value": "*bf16",
+             "log_decay": "*fp32", "beta": "*bf16", "output": "*bf16", "heads": "i32", "repeats": "i32",
+             "scale": "fp32"}  # fmt: skip
+    sizes = {"key_dim": 128, "value_dim": 128, "BLOCK_K": 128, "BLOCK_V": BLOCK_V}
+    compiles("tempsamp_fast.rollout.delta_step:delta_step_kernel", types, sizes)

@@ -16,7 +16,8 @@ from tempsamp_fast.model.mrope import mrope_positions
 from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.rollout import generate as rollout
-from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams, generate
+from tempsamp_fast.rollout.answers import SampledAnswer
+from tempsamp_fast.rollout.generate import SamplingParams, generate
 from tempsamp_fast.rollout.token_sampling import choose_tokens
 
 EOS = 7
@@ -123,7 +124,7 @@ def test_answers_end_with_eos_or_at_the_limit(tiny) -> None:
 def test_when_finished_rows_retire_changes_nothing(tiny, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, prompts, ends = Policy(tiny.model()), prompts_of(tiny), list(range(20, 30))
     expected = sample(policy, prompts, 8, eos_token_ids=ends)
-    monkeypatch.setattr("tempsamp_fast.rollout.generate.RETIRE_SHARE", share)
+    monkeypatch.setattr("tempsamp_fast.rollout.decoding.RETIRE_SHARE", share)
     assert all(map(same_ids, sample(policy, prompts, 8, eos_token_ids=ends), expected))
 
 
@@ -174,7 +175,7 @@ def test_a_policy_that_prefers_placeholders_is_kept_from_them(tiny, monkeypatch:
     drawn = lambda: {t for group in sample(Policy(model), prompts_of(tiny), 1, greedy) for t in group[0].ids.tolist()}
     assert not drawn() & {60, 61}
     without_ban = lambda logits, params, uniforms, banned: choose_tokens(logits, params, uniforms)
-    monkeypatch.setattr("tempsamp_fast.rollout.generate.choose_tokens", without_ban)
+    monkeypatch.setattr("tempsamp_fast.rollout.sampler.choose_tokens", without_ban)
     assert drawn() <= {60, 61}
 
 

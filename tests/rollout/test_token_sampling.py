@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from tempsamp_fast.rollout.token_sampling import SampleNoise, SamplingParams, choose_tokens
+from tempsamp_fast.rollout.token_sampling import SampleNoise, SamplingParams, choose_tokens, uniforms
 
 PROBS = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
 EVENLY = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
@@ -85,7 +85,7 @@ def test_values_out_of_range_are_refused_by_name(field: str, value: float) -> No
 def test_noise_is_uniform_over_rows_and_over_tokens() -> None:
     """Mean 1/2 and variance 1/12 within four standard errors, no correlation between neighbours."""
     noise = SampleNoise((0, 1), [f"row {index}" for index in range(2000)])
-    values = noise.uniforms(20).T
+    values = uniforms(noise.bits(20)).T
     assert values.min() >= 0 and values.max() < 1
     assert abs(values.mean() - 0.5) < 4 * math.sqrt(1 / 12 / values.numel())
     assert abs(values.var() - 1 / 12) < 4 * math.sqrt(1 / 180 / values.numel())
@@ -95,9 +95,9 @@ def test_noise_is_uniform_over_rows_and_over_tokens() -> None:
 
 
 def test_noise_depends_on_the_seed_and_the_name_alone() -> None:
-    noise = SampleNoise((3, 4), ["a", "b", "c"]).uniforms(8)
-    assert torch.equal(SampleNoise((3, 4), ["x", "b"]).uniforms(7)[1], noise[1, :7])
-    assert SampleNoise((3, 5), ["b"]).uniforms(8)[0, 7] != noise[1, 7]
+    noise = SampleNoise((3, 4), ["a", "b", "c"]).bits(8)
+    assert torch.equal(SampleNoise((3, 4), ["x", "b"]).bits(7)[1], noise[1, :7])
+    assert SampleNoise((3, 5), ["b"]).bits(8)[0, 7] != noise[1, 7]
     assert noise[0, 7] != noise[1, 7]
 
 
@@ -116,5 +116,6 @@ def test_noise_is_splitmix64_over_the_key_of_a_row() -> None:
         state = (state + 0x9E3779B97F4A7C15) % 2**64
         bits = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB % 2**64
-        expected.append(((bits ^ (bits >> 31)) >> 32) / 2**32)
-    assert SampleNoise((3, 4), ["a 0"]).uniforms(3)[0].tolist() == expected
+        expected.append((bits ^ (bits >> 31)) >> 32)
+    bits = SampleNoise((3, 4), ["a 0"]).bits(3)[0]
+    assert bits.tolist() == expected and uniforms(bits).tolist() == [each / 2**32 for each in expected]

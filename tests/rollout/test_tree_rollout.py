@@ -12,7 +12,8 @@ import torch
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
 from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
-from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams, generate
+from tempsamp_fast.rollout.answers import SampledAnswer
+from tempsamp_fast.rollout.generate import SamplingParams, generate
 
 EOS = 7
 

@@ -16,8 +16,9 @@ from tempsamp_fast.learning.loss import log_probs
 from tempsamp_fast.model.mrope import temporal_positions
 from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.rollout.answers import SampledAnswer
 from tempsamp_fast.rollout.backends import PolicyBackend
-from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams
+from tempsamp_fast.rollout.generate import SamplingParams
 from tempsamp_fast.rollout.vllm import VllmBackend, _second_per_grid, colocated_llm
 from tests.conftest import Tiny
 from tests.rollout import vllm_double

@@ -10,6 +10,7 @@ from bench.rehearsal.scenarios import rollouts
 from bench.rehearsal.scenarios.models import Shape, model_of, rows_of
 from tempsamp_fast.model.liger_layers import apply_liger_layers
 from tempsamp_fast.model.policy import Policy
+from tempsamp_fast.rollout.decoding import GraphDecoder
 
 
 def play() -> dict[str, Any]:
@@ -21,5 +22,11 @@ def play() -> dict[str, Any]:
         (row,) = [each.to("cuda") for each in rows_of(policy.config, Shape())]
         with LEDGER.phase("small update"):
             losses(policy, [row])[0]().backward()
-    cases = rollouts.Case(2, False, True), rollouts.Case(1, True)
-    return {str(case): rollouts.sample("small", policy, case) for case in cases}
+    ending, going_on, decoder = rollouts.Case(2, False, True), rollouts.Case(1, True), GraphDecoder()
+    found = {
+        str(ending): rollouts.sample("small", policy, ending),
+        str(going_on): rollouts.sample("small", policy, going_on, decoder),
+    }
+    if rollouts.sample("small, again", policy, going_on, decoder)["record_ms"]:
+        LEDGER.violations.append("a CUDA graph was recorded again, in a rollout like the one before")
+    return found

@@ -13,8 +13,10 @@ import torch
 
 from tempsamp_fast.rollout import backends
 from tempsamp_fast.rollout import vllm as vllm_backend
+from tempsamp_fast.rollout.answers import SampledAnswer
 from tempsamp_fast.rollout.backends import PolicyBackend
-from tempsamp_fast.rollout.generate import SampledAnswer, SamplingParams
+from tempsamp_fast.rollout.decoding import Decoder, GraphDecoder
+from tempsamp_fast.rollout.generate import SamplingParams
 from tempsamp_fast.rollout.vllm import VllmBackend
 from tempsamp_fast.run.schedule import plan
 
@@ -97,10 +99,12 @@ def test_cuda_graphs_reach_the_decoding_passes(stepper: Callable, monkeypatch: p
     engine = SimpleNamespace(module="policy", zero_optimization_partition_weights=lambda: False)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
-        for graphs in (True, False):
+        for graphs in (True, False, None):
             PolicyBackend(engine, [1], [2, 3], 77, graphs).generate([], 1, SamplingParams(), (0,))
+    decoders = [type(each.pop("decoder")) for each in options]
+    assert decoders == [GraphDecoder, Decoder, GraphDecoder]
     common = {"eos_token_ids": [1], "banned_token_ids": [2, 3], "max_tokens_per_row": 77, "seed": (0,), "synced": False}
-    assert options == [common | {"cuda_graphs": True}, common | {"cuda_graphs": False}]
+    assert options == [common] * 3
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="cuda_graphs=True needs a CUDA GPU"):
             stepper("--phases", "grpo:1", "--cuda_graphs", "True")
