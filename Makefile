@@ -6,7 +6,7 @@ APT_PACKAGES := ffmpeg libavcodec-dev libavformat-dev libavutil-dev libswscale-d
 	pkg-config g++ python3-dev python3-venv
 
 .DEFAULT_GOAL := $(VENV)
-.PHONY: demo test test-all test-browser test-ffmpeg7 test-vllm test-newest test-oldest dist lint bench gpu rehearse clean \
+.PHONY: demo test test-all test-browser test-ffmpeg7 test-vllm test-newest test-oldest dist lint bench gpu gpu-kit rehearse clean \
 	system-packages $(VENV)
 
 # Installs the packages $(1) where this user may, else prints the command and fails.
@@ -104,6 +104,10 @@ bench: $(VENV)
 
 gpu: $(VENV)
 	$(BIN)/python bench/gpu.py
+
+# What is carried along to a card that has no network: packages and videos, under 52 MiB.
+gpu-kit: $(VENV)
+	$(BIN)/python -m bench.gpu_runs.kit .gpu-kit
 
 # The GPU path on a pretended card, with the CUDA build of torch that the first real one has; QUICK=1 plays a selection.
 REHEARSAL := .rehearsal

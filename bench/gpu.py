@@ -1,10 +1,15 @@
 """Every GPU figure of this project, by one command on any machine with a CUDA GPU.
 
     python bench/gpu.py [--section NAME ...] [--out FILE] [--commit HASH]
+    python bench/gpu.py first|second --out FOLDER [--kit FOLDER] [--commit HASH]
+    python bench/gpu.py collect FOLDER
 
 A section checks first and times second, in a process of its own that is stopped after eight minutes; what it measured
 until then is kept. After every section its table is printed and its result replaces the one before in
 bench/results/<gpu name>.json; a section that fails is recorded with its error, and the next one runs.
+
+`first` and `second` are two runs on a card that is there for minutes: what matters most of every section, each item
+within a box of seconds, a line on disk after it (`bench/gpu_runs`). `collect` puts the lines of both into the results.
 """
 
 from __future__ import annotations
@@ -31,6 +36,8 @@ sys.path[:0] = SOURCES  # a checkout runs without being installed
 
 import torch  # noqa: E402
 
+from bench.gpu_runs.orchestrator import collected  # noqa: E402
+from bench.gpu_runs.perform import perform  # noqa: E402
 from bench.gpu_sections.watch import GpuWatch, settings  # noqa: E402
 from tempsamp_fast.run.log import describe_machine, write_json  # noqa: E402
 
@@ -48,6 +55,8 @@ class Section:
 
 SECTIONS = {
     "environment": Section("the GPU, and two ceilings: copy bandwidth and bf16 GEMM"),
+    "micro": Section("single operations on which choices hang, against what they replace"),
+    "smoke": Section("the GPU computes what the CPU was tested to compute"),
     "kernels": Section("tests on the GPU", ("pytest",)),
     "loss": Section(
         "fused loss from hidden states, 3B and 7B heads, against its peers", ("pytest", "liger_kernel", "trl")
@@ -167,6 +176,16 @@ def verdict(value: float | None, goal: Sequence[Any]) -> str:
     return f"goal: {kind} {shown(bound)}, {'reached' if reached else 'MISSED'}"
 
 
+def collect(folder: Path) -> int:
+    """Put the lines of the runs in a folder into the results of their GPU, and print them."""
+    files = sorted(folder.glob("*.jsonl"))
+    for name, result in collected(files).items():
+        gpu_name = result.pop("gpu")
+        merge(results_file(gpu_name), gpu_name, name, result)
+        print(table(name, result), flush=True)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 1 when a section has an error."""
     parser = argparse.ArgumentParser(
@@ -174,14 +193,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n".join(f"{name:<12} {section.about}" for name, section in SECTIONS.items()),
     )
+    parser.add_argument("run", nargs="?", choices=["first", "second", "collect"], help="default: whole sections")
+    parser.add_argument("folder", nargs="?", type=Path, help="of `collect`: what --out was")
     parser.add_argument("--section", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME")
-    parser.add_argument("--out", type=Path, help="default: bench/results/<gpu name>.json")
+    parser.add_argument("--out", type=Path, help="default: bench/results/<gpu name>.json; a folder for a run")
+    parser.add_argument("--kit", type=Path, help="what `make gpu-kit` made: packages and data that are not there")
     parser.add_argument("--commit", help="of the code, where there is no git repository to tell")
     options = parser.parse_args(arguments)
+    if options.run == "collect":
+        return collect(options.folder or parser.error("collect needs the folder"))
     if not torch.cuda.is_available():
         sys.stderr.write(f"error: bench/gpu.py needs a CUDA GPU, and torch {torch.__version__} finds none\n")
         return 2
     gpu_name = torch.cuda.get_device_name()
+    if options.run:
+        out = options.out or parser.error(f"{options.run} needs --out")
+        return perform(options.run, out, {"gpu": gpu_name, **conditions(options.commit)}, options.kit)
     file = options.out or results_file(gpu_name)
     num_failed = 0
     for name in options.section:

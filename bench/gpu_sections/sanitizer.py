@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.gpu_sections.child import Record
@@ -14,11 +15,11 @@ ROOT = Path(__file__).parents[2]
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
-def measure(record: Record) -> None:
+def measure(record: Record, tools: Sequence[str] = TOOLS) -> None:
     if shutil.which("compute-sanitizer") is None:
         record.add("compute-sanitizer", skipped="not on the PATH: memory errors not looked for")
         return
-    for tool in TOOLS:
+    for tool in tools:
         with record.attempt(tool):
             code = sanitize(tool)
             record.add(f"compute-sanitizer {tool}", exit_code=code, goals={"exit_code": ("at most", 0)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -10,7 +11,7 @@ from tempsamp_kernels.head import chunk_rows
 from torch import Tensor
 
 from bench.gpu_sections.child import Record
-from bench.gpu_sections.models import HEAD_SHAPES
+from bench.gpu_sections.models import HEAD_SHAPES, Size
 from bench.gpu_sections.timing import distance, in_turn, memory, require
 
 NUM_ROWS, LENGTH = 8, 1024
@@ -25,8 +26,9 @@ def gradients(hidden: Tensor, weight: Tensor, token_ids: Tensor, advantages: Ten
     return torch.autograd.grad(loss, (hidden, weight))
 
 
-def measure(record: Record) -> None:
-    for head, (hidden_size, vocab_size) in HEAD_SHAPES.items():
+def measure(record: Record, heads: Sequence[Size] = ("3B", "7B")) -> None:
+    for head in heads:
+        hidden_size, vocab_size = HEAD_SHAPES[head]
         with record.attempt(head):
             torch.manual_seed(0)
             num_tokens = NUM_ROWS * LENGTH

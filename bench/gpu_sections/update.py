@@ -206,3 +206,20 @@ def measure_liger_layers(record: Record, scale: Scale, label: str, model: PreTra
             **memory(runs[name]),
             gradient_distance=error,
         )
+
+
+def profile(record: Record, scale: Scale = PUBLISHED, most: int = 25) -> None:
+    """The kernels that an update with the trainer's own layers spends most time in."""
+    from torch.profiler import ProfilerActivity, profile
+
+    model = scale.model("3B")
+    apply_liger_layers(model, "auto")
+    policy = Policy(model)
+    run = partial(update, policy, losses(policy, scale.rows(policy.config, 32, 8)))
+    run()
+    with profile(activities=[ProfilerActivity.CUDA if scale.device == "cuda" else ProfilerActivity.CPU]) as profiler:
+        event_ms(run)
+    averages = profiler.key_averages()
+    took = lambda each: each.self_device_time_total if scale.device == "cuda" else each.self_cpu_time_total
+    for each in sorted(averages, key=took, reverse=True)[:most]:
+        record.add(f"profile: {each.key[:100]}", ms=took(each) / 1e3, calls=each.count)
