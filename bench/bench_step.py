@@ -88,11 +88,14 @@ def assert_same_gradients(actual: PreTrainedModel, expected: PreTrainedModel) ->
 
 # (a) The update: a packed row against one row per completion.
 
+TOKEN_SHARES = {(830, 48, 5): 0.9, (2110, 64, 5): 0.9, (2110, 64, 9): 0.87}
+"""Goals by (prompt, answer, answers): of the ratio of tokens."""
 
-@pytest.mark.parametrize("shape", [(830, 48, 5), (2110, 64, 5), (2110, 64, 9)], ids=lambda s: "P{}-C{}-G{}".format(*s))
+
+@pytest.mark.parametrize("shape", TOKEN_SHARES, ids=lambda s: "P{}-C{}-G{}".format(*s))
 def test_update_packed_against_one_row_per_completion(benchmark, shape):
     """Text only, which is the hardest case: the tower's share alone would be `num_generations` times."""
-    update_packed(benchmark, shape, "qwen2_5_vl", share=0.85)
+    update_packed(benchmark, shape, "qwen2_5_vl", TOKEN_SHARES[shape])
 
 
 @pytest.mark.parametrize("shape", [(830, 48, 5), (2110, 64, 9)], ids=lambda s: "P{}-C{}-G{}".format(*s))
@@ -135,7 +138,7 @@ def test_rollout_against_generate(benchmark):
     ((answer,),) = generate(policy, [prompt], 1, greedy, seed=(0,), **step.NO_EOS)
     assert answer.ids.tolist() == step.huggingface_generate(model, prompt, 1, 24, sample=False)[0].tolist()
     ours = partial(generate, policy, [prompt], 5, SamplingParams(max_completion_length=24), seed=(0,), **step.NO_EOS)
-    compare(benchmark, ours, partial(step.huggingface_generate, model, prompt, 5, 24), goal=2.0, rounds=5)
+    compare(benchmark, ours, partial(step.huggingface_generate, model, prompt, 5, 24), goal=2.2, rounds=5)
 
 
 def test_hybrid_rollout_against_generate(benchmark):
@@ -169,7 +172,7 @@ def test_step_against_a_plain_huggingface_step(benchmark):
         benchmark,
         partial(step.packed_step, policy, packed_reference, optimizer, prompt, num_answers, length),
         partial(step.plain_step, model, reference, plain_optimizer, prompt, num_answers, length),
-        goal=4.0,
+        goal=7.5,
         rounds=2,
     )
 
@@ -198,7 +201,7 @@ def test_step_against_trl(benchmark, tmp_path):
     benchmark.pedantic(trainer.train, rounds=1)
     seconds = alternating.seconds
     ratios = [trl / ours for trl, ours in zip(seconds["trl_s"], seconds["ours_s"], strict=True)]
-    report(benchmark, ratios, goal=3.0, **seconds)
+    report(benchmark, ratios, goal=5.5, **seconds)
 
 
 # (e) Four questions about one video as a tree, against the video again for every question or answer.
