@@ -11,6 +11,7 @@ from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.evaluation.asking import evaluate
 from tempsamp_fast.rollout import backends
 from tempsamp_fast.rollout.backends import PolicyBackend, build_backend
+from tempsamp_fast.rollout.decoding import GraphDecoder
 from tempsamp_fast.rollout.generate import SamplingParams
 
 
@@ -36,6 +37,22 @@ def test_partitioned_parameters_are_gathered_once_or_in_every_pass(
     backend.generate([], 1, SamplingParams(), (0,))
     ((policy, synced),) = calls
     assert ("engine" if policy is engine else policy, synced) == expected
+
+
+@pytest.mark.parametrize("is_partitioned", [False, True])
+def test_graphs_are_kept_unless_the_weights_lie_elsewhere_every_time(
+    is_partitioned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoders = []
+    monkeypatch.setattr(backends, "generate", lambda *_, decoder, **__: decoders.append(decoder))
+    monkeypatch.setattr(backends, "gathered", lambda engine: nullcontext("whole"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    engine = SimpleNamespace(module="policy", zero_optimization_partition_weights=lambda: is_partitioned)
+    backend = PolicyBackend(engine, [0], [], 100)
+    for _ in range(2):
+        backend.generate([], 1, SamplingParams(), (0,))
+    assert [type(each) for each in decoders] == [GraphDecoder] * 2
+    assert (decoders[0] is decoders[1]) is not is_partitioned
 
 
 @pytest.mark.parametrize(("is_partitioned", "needed"), [(False, "a CUDA GPU"), (True, "gathered once")])
