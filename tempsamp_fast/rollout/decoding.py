@@ -51,10 +51,10 @@ class Decoder:
 
 
 class GraphDecoder(Decoder):
-    """The same passes as CUDA graphs, kept from rollout to rollout: recorded once per number of rows.
+    """The same passes as CUDA graphs, kept from rollout to rollout: recorded once for a number of rows and its halves.
 
-    That number is halved when half of the rows have finished, finished ones filling up. Recorded anew where the room
-    for prompts or answers had to grow. Nothing in a pass may wait for the GPU or allocate outside the graph's pool:
+    Rows are halved when half of them have finished, finished ones filling up. Recorded anew where the room for prompts
+    or answers had to grow. Nothing in a pass may wait for the GPU or allocate outside the graph's pool:
     partitioned parameters (ZeRO-3), which are gathered on the way, cannot be recorded.
     """
 
@@ -83,7 +83,8 @@ class GraphDecoder(Decoder):
             self._graphs.clear()
             self._version, self._pool = self._rooms.version, None
         params = answers.params
-        key = policy, len(cache.rows.slots), params.temperature, params.top_p, params.top_k
+        rows = len(answers.starts), len(cache.rows.slots)
+        key = policy, *rows, params.temperature, params.top_p, params.top_k
         if key not in self._graphs:
             changing = [cache.step, *answers.changing(), *cache.recurrence.tensors()]
             saved = [tensor.clone() for tensor in changing]
