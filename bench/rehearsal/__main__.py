@@ -17,10 +17,12 @@ import argparse
 import gc
 import json
 import logging
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ from bench.rehearsal.scenarios.models import Shape
 from bench.rehearsal.stage import set_up
 from bench.rehearsal.triton_double import COMPILED
 
+PROCESSES = 2
+"""Of a whole rehearsal; each takes a core and up to 4 GiB."""
 RESULTS = Path(__file__).parents[1] / "results" / "rehearsal.json"
 Case, Variant = rollouts.Case, updates.Variant
 WHOLE = [
@@ -79,29 +83,53 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a selection, which writes no results")
     parser.add_argument("--small", action="store_true", help="an update and a rollout of two layers, for `traps`")
     parser.add_argument("--only", help="scenarios whose name has this part; the others' results stay as they are")
+    parser.add_argument("--exactly", nargs="+", help="these scenarios and no others' results")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    played = {"small": small.play} if options.small else scenarios(options.quick)
+    if not (options.quick or options.small or options.only or options.exactly):
+        return play_all(list(played), options.out)
     logging.disable(logging.WARNING)
     set_up()
     is_kept = not (options.quick or options.small)
     before = json.loads(options.out.read_text()) if options.only and is_kept and options.out.exists() else {}
-    models, found = before.get("models", {}), {row["kernel"]: row for row in before.get("kernels", ())}
-    played = {"small": small.play} if options.small else scenarios(options.quick)
-    now: dict[str, Any] = {}
+    models, now = before.get("models", {}), {}
     for name, play in played.items():
-        if options.only and options.only not in name:
+        if (options.only and options.only not in name) or (options.exactly and name not in options.exactly):
             continue
         figures = perform(name, play)
         size, _, what = name.partition("/")
         if figures:
             now[name] = models.setdefault(size, {})[what] = figures
         if is_kept:
-            options.out.write_text(json.dumps(document(models, found), indent=1) + "\n")
+            options.out.write_text(json.dumps(document(models, before.get("kernels", ())), indent=1) + "\n")
     wrong = failures(now)
     for line in wrong:
         print(f"FAILED {line}")
     print(f"{len(wrong)} failures, {len(COMPILED)} kernels compiled")
     return 1 if wrong else 0
+
+
+def play_all(names: Sequence[str], out: Path) -> int:
+    """All scenarios, in as many processes at once as `PROCESSES` says; their results in one file."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{index}.json" for index in range(PROCESSES)]
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-m", "bench.rehearsal", "--out", str(file), "--exactly", *names[index::PROCESSES]]
+            )
+            for index, file in enumerate(files)
+        ]
+        codes = [child.wait() for child in children]
+        parts = [json.loads(file.read_text()) for file in files if file.exists()]
+    models: dict[str, Any] = {}
+    for size, _, what in (name.partition("/") for name in names):
+        for part in parts:
+            if what in part["models"].get(size, {}):
+                models.setdefault(size, {})[what] = part["models"][size][what]
+    kernels_of_all = [row for part in parts for row in part["kernels"]]
+    out.write_text(json.dumps(document(models, kernels_of_all), indent=1) + "\n")
+    return int(any(codes))
 
 
 def perform(name: str, play: Callable[[], Any]) -> Any:
@@ -121,12 +149,12 @@ def perform(name: str, play: Callable[[], Any]) -> Any:
     return figures
 
 
-def document(models: dict[str, Any], kernels_before: dict[str, Any]) -> dict[str, Any]:
-    """The results file."""
-    used: dict[str, dict[str, Any]] = dict(kernels_before)
-    for entry in COMPILED.values():
-        own = {"kernel": entry.name, **entry.resources()}
-        used[entry.name] = max(own, used.get(entry.name, own), key=lambda row: (row["spilled"], row["registers"]))
+def document(models: dict[str, Any], others: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The results file. others: rows of kernels that were compiled elsewhere; of a kernel the worst one stays."""
+    used: dict[str, dict[str, Any]] = {}
+    for own in (*others, *({"kernel": entry.name, **entry.resources()} for entry in COMPILED.values())):
+        name = own["kernel"]
+        used[name] = max(own, used.get(name, own), key=lambda row: (row["spilled"], row["registers"]))
     return {
         "what": "simulated on a pretended H100, not measured",
         "gpu": "simulated H100",

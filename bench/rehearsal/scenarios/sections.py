@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bench import step_contenders
-from bench.gpu_sections import attention, environment, loss, micro, models, rollout, smoke, step, tuning, update
+from bench.gpu_sections import attention, environment, micro, models, rollout, smoke, step, tuning, update
 from bench.gpu_sections.child import Record
 from bench.rehearsal.ledger import LEDGER
 from bench.rehearsal.scenarios.models import undrawn
@@ -41,7 +41,7 @@ class Cut(models.Scale):
 
 
 def sections() -> dict[str, Callable[[Record], None]]:
-    """TRL's trainer and continuous batching have threads of their own, which a rehearsal does not see."""
+    """Without TRL, which is not installed here, and without continuous batching, which has threads of its own."""
     scale = Cut()
     shapes = {"3B": (update.Shape(32, 8), update.Shape(32, 8, 2, True)), "7B": (update.Shape(32, 8),)}
     policy = lambda: rollout.Policy(scale.model("3B")).eval()
@@ -49,7 +49,6 @@ def sections() -> dict[str, Callable[[Record], None]]:
         "environment": environment.measure,
         "micro": micro.measure,
         "smoke": partial(smoke.measure, scale=scale),
-        "loss": partial(loss.measure_shape, head="7B", num_tokens=8192),
         "tuning": partial(tuning.measure, heads=("7B",)),
         "attention": lambda record: attention.measure_cores(record, "7B", "7B", 32, 8),
         "update": partial(update.measure, scale=scale, shapes_of=shapes),
