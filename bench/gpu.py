@@ -69,6 +69,7 @@ SECTIONS = {
     "rollout": Section("sampling, 3B shape, against generate and continuous batching"),
     "video": Section("hardware decoders, and patches normalised on the GPU", ("pytest",)),
     "job": Section("deepspeed tempsamp_fast/train.py: tiny recipe and 3B shape", ("deepspeed",)),
+    "trainer": Section("the trainer's own steps in one process, random patches under ZeRO-1", ("deepspeed",)),
     "sanitizer": Section("memory errors and races on small shapes"),
 }
 

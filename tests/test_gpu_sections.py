@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu_sections import attention, rollout, step, update
+from bench.gpu_sections import attention, rollout, smoke, step, trainer, update
 from bench.gpu_sections.child import Record
 from bench.gpu_sections.models import PLAIN_LAYERS, PUBLISHED, RECOMPUTED, Scale
 from bench.gpu_sections.update import Shape
@@ -78,6 +78,21 @@ def test_step(record: Record) -> None:
     assert not errors
     assert rows["video, G=8, ours"]["over_plain_step"] > 1
     assert rows["text, ours"]["over_trl"] > 1
+
+
+def test_trainer(record: Record) -> None:
+    small = ["--prompts_per_device=2", "--num_generations=3", "--max_completion_length=5"]
+    trainer.measure(record, MINIATURE, more=small)
+    rows, errors = kept(record)
+    assert not errors
+    (row,) = rows.values()
+    assert row["rollouts_per_s"] > 0 and row["sampling_s"] > 0
+
+
+def test_smoke(record: Record) -> None:
+    smoke.measure(record, MINIATURE)
+    rows, errors = kept(record)
+    assert not errors and set(rows) == {"packed rows", "rollout", "loss"}
 
 
 def test_rollout_keeps_its_rows_where_cuda_graphs_fail(record: Record) -> None:

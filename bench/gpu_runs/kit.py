@@ -17,9 +17,8 @@ MOST_MIB = 52.0
 PYTHON, PLATFORMS = "3.12", ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 WHEELS = (
     "liger-kernel", "trl", "datasets", "dill", "multiprocess", "hjson", "pydantic", "pydantic-core", "annotated-types",
-    "typing-inspection", "fla-core", "av==16.0.1",
+    "typing-inspection", "fla-core",
 )  # fmt: skip
-"""av brings FFmpeg's libraries, for the extension that decodes on the card."""
 VIDEOS = ("--num-train", "48", "--num-val", "2", "--num-test", "8")
 
 
@@ -32,20 +31,8 @@ def main() -> int:
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
     fixed = ["-c", str(ROOT / "constraints.txt"), "--no-deps"]
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
-    call(
-        [
-            *pip,
-            "download",
-            *fixed,
-            "--only-binary=:all:",
-            "--python-version",
-            PYTHON,
-            *platforms,
-            "-d",
-            str(wheels),
-            *WHEELS,
-        ]
-    )
+    there = ["--only-binary=:all:", "--python-version", PYTHON, *platforms]
+    call([*pip, "download", *fixed, *there, "-d", str(wheels), *WHEELS])
     call([*pip, "wheel", *fixed, "--no-build-isolation", "-w", str(wheels), "deepspeed"], DS_BUILD_OPS="0")
     call([sys.executable, "-m", "tempsamp_fast.embedded.videos", "--out", str(kit / "data/gpu"), *VIDEOS])
     sizes = {path: path.stat().st_size / 2**20 for path in kit.rglob("*") if path.is_file()}

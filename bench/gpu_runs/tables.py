@@ -25,7 +25,7 @@ FIRST = (
     Item("memcheck", "sanitizer", 20),
 )
 SECOND = (
-    Item("job", "job", 80),
+    Item("trainer", "trainer", 80),
     Item("update C=256", "update", 50),
     Item("attention", "attention", 60),
     Item("loss, other shapes", "loss", 40),
@@ -109,7 +109,7 @@ FUNCTIONS: Mapping[str, Callable[[Record], None]] = {
     "logits": _section("logits"),
     "tests": partial(tests, wants_all=False),
     "memcheck": lambda record: sanitize(record, "memcheck"),
-    "job": _section("job"),
+    "trainer": _section("trainer"),
     "update C=256": partial(update, is_long=True),
     "attention": _section("attention"),
     "loss, other shapes": other_losses,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tempsamp_fast.batch import Prompt
 from tempsamp_fast.model.attention import text_mask
 from tempsamp_fast.model.policy import Policy
-from tempsamp_fast.rollout import decoding
-from tempsamp_fast.rollout.answers import SampledAnswer
+from tempsamp_fast.rollout import decode_attention, decoding, delta_step, sampler
+from tempsamp_fast.rollout.answers import Answers, SampledAnswer
 from tempsamp_fast.rollout.decoding import Decoder, GraphDecoder, Replay
 from tempsamp_fast.rollout.generate import SamplingParams, generate
+from tempsamp_fast.rollout.kv_cache import DecodeCache
 from tempsamp_fast.rollout.rooms import Rooms
 
 PARAMS = SamplingParams(max_completion_length=9)
@@ -63,24 +66,59 @@ def test_replayed_passes_draw_the_same_tokens(tiny, recorder: Recorder) -> None:
     assert recorder.num_replays == PARAMS.max_completion_length - 1
 
 
-@pytest.mark.parametrize("tiny", ["qwen2_5_vl", "qwen3_5"], indirect=True)
-def test_a_rollout_like_the_one_before_records_nothing(tiny, recorder: Recorder, monkeypatch) -> None:
-    """Rows that end and retire, room that grows, other noise: what was recorded reads what is there now."""
-    monkeypatch.setattr("tempsamp_fast.rollout.kv_cache.OWN_TOKENS", 2)
-    policy, decoder = Policy(tiny.model()), GraphDecoder()
-    prompts = [group.prompt for group in tiny.groups()][:2]
-    params = SamplingParams(max_completion_length=5)
+class Frozen:
+    """Stands in for `record_cuda_graph`: replays run the pass with the Python objects of the rollout that recorded it.
 
-    def draw(seed: int, decoder: Decoder | None) -> list[SampledAnswer]:
-        answers = generate(policy, prompts, 4, params, seed=(seed,), eos_token_ids=ENDS, decoder=decoder)
+    Its kernels run in Triton's interpreter, so that all they know of this rollout is what the tensors hold.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_recordings = self.num_replays = 0
+        self._decode_token, self._seen = decoding.decode_token, []
+        monkeypatch.setattr(decoding, "decode_token", self._note)
+        monkeypatch.setattr(decoding, "record_cuda_graph", self._record)
+        for module in (decode_attention, delta_step, sampler):
+            monkeypatch.setattr(module, "choose_impl", lambda *_: "triton")
+
+    def _note(self, policy: Policy, cache: DecodeCache, answers: Answers) -> None:
+        frozen = copy.copy(cache)
+        frozen.recurrence = copy.copy(cache.recurrence)
+        self._seen.append((policy, frozen, answers))
+
+    def _record(self, run: Callable[[], object], pool: object) -> tuple[Replay, object]:
+        run()
+        self.num_recordings += 1
+        seen = self._seen.pop()
+
+        def replay() -> None:
+            self.num_replays += 1
+            self._decode_token(*seen)
+
+        return replay, pool
+
+
+@pytest.mark.parametrize("tiny", ["qwen2_5_vl", "qwen3_5"], indirect=True)
+def test_a_rollout_like_the_one_before_records_nothing(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other prompts, other noise, rows that end elsewhere: what was recorded reads what is there now."""
+    policy, decoder = Policy(tiny.model()), GraphDecoder()
+    first, second, *_ = (group.prompt for group in tiny.groups())
+    params = SamplingParams(max_completion_length=4)
+
+    def draw(prompts: list[Prompt], seed: int, decoder: Decoder | None) -> list[SampledAnswer]:
+        answers = generate(policy, prompts, 3, params, seed=(seed,), eos_token_ids=ENDS, decoder=decoder)
         return [answer for group in answers for answer in group]
 
-    for _ in range(2):  # in the first one the room for answers grows
-        draw(4, decoder)
-    before = recorder.num_recordings
-    assert_same(draw(5, decoder), draw(5, None))
-    draw(4, decoder)
-    assert 1 < before == recorder.num_recordings < recorder.num_replays
+    expected = [draw([second, first], seed, None) for seed in (5, 6)]
+    lengths = [[len(answer.ids) for answer in answers] for answers in expected]
+    assert lengths[0] != lengths[1] and all(1 in each and 4 in each for each in lengths)
+    monkeypatch.setattr("tempsamp_fast.rollout.kv_cache.OWN_TOKENS", 2)
+    graphs = Frozen(monkeypatch)
+    for seed in (3, 4, 5, 6):  # the room for answers grows, and rows retire
+        draw([first, second], seed, decoder)
+    before = graphs.num_recordings
+    for seed, answers in zip((5, 6), expected, strict=True):
+        assert_same(draw([second, first], seed, decoder), answers)
+    assert 1 < before == graphs.num_recordings < graphs.num_replays
 
 
 def test_programs_beyond_the_spans_of_a_rollout_find_nothing_to_do(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
