@@ -9,15 +9,10 @@ import torch
 from torch import Tensor
 
 from tempsamp_fast.model.attention import PrefillAttention
-from tempsamp_fast.rollout.decode_attention import (
-    DecodedRows,
-    LayerKeys,
-    cut,
-    decode_attention,
-    rows_per_item,
-)
+from tempsamp_fast.rollout.decode_attention import DecodedRows, LayerKeys, decode_attention
 from tempsamp_fast.rollout.linear_cache import LinearCache
 from tempsamp_fast.rollout.rooms import Rooms, rounded_up
+from tempsamp_fast.rollout.spans import cut, rows_per_item
 
 OWN_TOKENS = 64
 """Room for so many tokens of a row's own at first; it doubles when it is full."""

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tempsamp_fast.rollout import decode_attention as module
-from tempsamp_fast.rollout.decode_attention import DecodedRows, LayerKeys, cut, decode_attention
+from tempsamp_fast.rollout import spans as module
+from tempsamp_fast.rollout.decode_attention import BLOCK_KEYS, DecodedRows, LayerKeys, decode_attention
+from tempsamp_fast.rollout.spans import cut
 from tests.rollout.compiling import compiles
 
 NUM_KEYS, ROOM, SLOTS = 90, 24, (0, 1, 2, 4, 5)
@@ -140,7 +141,7 @@ OWN = {"key": "*bf16", "value": "*bf16", "own_keys": "*bf16", "own_values": "*bf
 def test_the_kernels_compile_for_gpus_with_wide_loads_and_without_spills(heads_per_kv: int) -> None:
     """Heads of 128, for chips that are not here: eight answers a prompt."""
     numbers = {"num_kv_heads": "i32", "part_room": "i32", "scaling": "fp32"}
-    sizes = {"heads_per_kv": heads_per_kv, "head_dim": 128, "BLOCK_N": module.BLOCK_KEYS, "BLOCK_D": 128}
+    sizes = {"heads_per_kv": heads_per_kv, "head_dim": 128, "BLOCK_N": BLOCK_KEYS, "BLOCK_D": 128}
     name = "tempsamp_fast.rollout.decode_attention"
     compiles(f"{name}:shared_keys_kernel", POINTERS | numbers, sizes | {"BLOCK_M": 64})
     own = {key: kind for key, kind in (POINTERS | OWN).items() if key not in ("keys", "values", "items")}

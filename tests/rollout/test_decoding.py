@@ -123,7 +123,7 @@ def test_a_rollout_like_the_one_before_records_nothing(tiny, monkeypatch: pytest
 
 def test_programs_beyond_the_spans_of_a_rollout_find_nothing_to_do(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph launches as many as the largest rollout before needed."""
-    monkeypatch.setattr("tempsamp_fast.rollout.decode_attention.SMALLEST_PIECE", 4)
+    monkeypatch.setattr("tempsamp_fast.rollout.spans.SMALLEST_PIECE", 4)
     policy, decoder, seen = Policy(tiny.model()), Decoder(), []
     rooms, (long, *_, short) = (
         Rooms(),
