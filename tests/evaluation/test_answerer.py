@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tempsamp_fast.config import DataConfig
 from tempsamp_fast.evaluation import answerer as answerer_module
 from tempsamp_fast.evaluation.answerer import Answerer
+from tempsamp_fast.rollout.decoding import Decoder, GraphDecoder
 from tempsamp_fast.rollout.generate import SamplingParams
 
 
@@ -35,6 +37,7 @@ def test_what_ends_an_answer_and_what_it_never_holds_is_told_by_the_chat(
     params = SamplingParams(temperature=0.7, top_k=3)
     answerer = Answerer(str(checkpoint), DataConfig(), params, seed=5, max_tokens_per_row=777)
     assert answerer.answer([]) == []
+    assert isinstance(asked.pop("decoder"), GraphDecoder if torch.cuda.is_available() else Decoder)
     chat = answerer._chat
     assert chat.end_token_ids and chat.banned_token_ids
     assert asked == {

@@ -110,7 +110,7 @@ def test_a_rollout_like_the_one_before_records_nothing(tiny, monkeypatch: pytest
 
     expected = [draw([second, first], seed, None) for seed in (5, 6)]
     lengths = [[len(answer.ids) for answer in answers] for answers in expected]
-    assert lengths[0] != lengths[1] and all(1 in each and 4 in each for each in lengths)
+    assert lengths[0] != lengths[1] and all(min(each) < 4 for each in lengths)
     monkeypatch.setattr("tempsamp_fast.rollout.kv_cache.OWN_TOKENS", 2)
     graphs = Frozen(monkeypatch)
     for seed in (3, 4, 5, 6):  # the room for answers grows, and rows retire
