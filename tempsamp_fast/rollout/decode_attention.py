@@ -22,7 +22,7 @@ from tempsamp_fast.rollout.rooms import pick
 from tempsamp_fast.rollout.spans import Span, rows_per_item
 
 BLOCK_KEYS = 64
-"""Keys that a program reads at a time."""
+"""Keys that a program reads at a time, of heads of 128 at most."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,16 @@ def decode_attention(
     output = torch.empty_like(query)
     num_rows, num_heads, head_dim = query.shape
     heads_per_kv = num_heads // key.shape[1]
+    block_d = max(16, triton.next_power_of_2(head_dim))
     shape = {
         "num_kv_heads": key.shape[1],
         "part_room": rows.lses.stride(0) // num_heads,
         "scaling": scaling,
         "heads_per_kv": heads_per_kv,
         "head_dim": head_dim,
-        "BLOCK_N": BLOCK_KEYS,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_N": min(BLOCK_KEYS, BLOCK_KEYS * 128 // block_d),
+        "BLOCK_D": block_d,
+        "num_warps": 4 if block_d <= 128 else 8,
     }
     most = min(num_rows, rows_per_item(num_heads, key.shape[1])) * heads_per_kv
     launch(
