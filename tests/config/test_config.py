@@ -116,7 +116,7 @@ def test_what_is_wrong_on_the_command_line_is_named(words: list[str], named: str
 def test_a_yaml_file_counts_as_flags_typed_first(tmp_path: Path) -> None:
     """Numbers are converted as on the command line (YAML itself takes 1e-5 for a text), and typed flags win."""
     file = tmp_path / "mine.yaml"
-    file.write_text("learning_rate: 1e-5\nseed: 3\nfreeze_vision: true\ndelta: null\nphases: 'sft:1,grpo:2'\n")
+    file.write_text("learning_rate: 1e-5\nseed: 3\nfreeze-vision: true\ndelta: null\nphases: 'sft:1,grpo:2'\n")
     config = parse_args(["--seed", "4", "--config", str(file)])
     assert config.train.learning_rate == 1e-5
     assert config.train.seed == 4

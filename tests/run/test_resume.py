@@ -85,6 +85,11 @@ def test_weight_decay_and_beta_of_a_resumed_run_are_what_is_asked_for(trainer, t
     assert settings and set(settings) == {(0.25, 0.5)}
 
 
+def test_an_engine_state_has_the_frozen_weights_too(trainer, tmp_path: Path) -> None:
+    trainer.main(tmp_path / "run", "--phases", "sft:1", "--freeze_vision")
+    assert any("visual" in name for name in engine_weights(latest_checkpoint(tmp_path / "run")[0]))
+
+
 def test_the_newest_checkpoints_are_kept(finished_run) -> None:
     assert [path.name for path in checkpoints(finished_run.folder)] == ["step_000004", "step_000005"]
     assert sorted(path.name for path in (finished_run.folder / "checkpoints").iterdir()) == [
