@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -87,11 +88,16 @@ def test_the_table_counts_verdicts_and_shows_survivors(tmp_path: Path) -> None:
         "learning/loss/a": {"verdict": "killed", "test": "tests/test_laws.py::test_law"},
         "learning/loss/b": {"verdict": "survived", "test": ""},
     }
-    write_table(mutants, verdicts, tmp_path)
+    write_table(mutants, verdicts, tmp_path, "abcdefgh")
     text = (tmp_path / "mutants.md").read_text()
-    assert "| learning/loss | 3 | 1 | 0 | 1 | 1 | laws 1 |" in text
+    assert "| learning/loss | 3 | 1 | 0 | 1 | 1 | laws 1 |" in text and "earlier" not in text
     assert "| learning/loss/b | `x \\| y` → nothing | why b |  |" in text
     assert "why c" not in text
+    write_table(mutants, {"learning/loss/c": verdicts["learning/loss/a"]}, tmp_path, "ijklmnop")
+    text = (tmp_path / "mutants.md").read_text()
+    assert "2 of 3 noticed, 0 not judged yet; 2 of the verdicts are of earlier commits" in text
+    rows = json.loads((tmp_path / "mutants.json").read_text())
+    assert [row["commit"] for row in rows] == ["abcdefg", "abcdefg", "ijklmno"]
 
 
 LOADED = """\

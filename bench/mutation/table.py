@@ -14,23 +14,27 @@ from bench.mutation.mutant import Mutant
 def write_table(
     mutants: Sequence[Mutant], verdicts: Mapping[str, dict[str, Any]], folder: Path, commit: str | None = None
 ) -> None:
-    """Every mutant of `commit` with its verdict as JSON, and a table by area with the survivors below it."""
-    rows = [
-        {
-            "name": mutant.name,
-            "file": mutant.file,
-            "why": mutant.why,
-            "verdict": verdicts.get(mutant.name, {"verdict": "open"})["verdict"],
-            "test": verdicts.get(mutant.name, {"test": ""})["test"],
-            **({"judgement": mutant.judgement} if mutant.judgement else {}),
-        }
-        for mutant in mutants
-    ]
+    """Every mutant with its verdict as JSON, and a table by area with the survivors below it.
+
+    A verdict is of `commit`; where there is none, that of the record in `folder` stays, of the commit it was made at.
+    """
+    path = folder / "mutants.json"
+    kept = {row["name"]: row for row in (json.loads(path.read_text()) if path.exists() else [])}
+    rows = []
+    for mutant in mutants:
+        found = {"verdict": "open", "test": "", "commit": (commit or "")[:7], **verdicts.get(mutant.name, {})}
+        if found["verdict"] == "open":
+            found |= kept.get(mutant.name, {})
+        judgement = {"judgement": mutant.judgement} if mutant.judgement else {}
+        verdict = {name: found[name] for name in ("verdict", "test", "commit")}
+        rows.append({"name": mutant.name, "file": mutant.file, "why": mutant.why, **verdict, **judgement})
     (folder / "mutants.json").write_text(json.dumps(rows, indent=1) + "\n")
     lines = ["# Mutants: small faults put into the code, and the tests that notice", ""]
     noticed = sum(row["verdict"] in ("killed", "timed out") for row in rows)
     judged = sum(row["verdict"] != "open" for row in rows)
     counts = f"{noticed} of {judged} noticed, {len(rows) - judged} not judged yet"
+    if earlier := sum(row["verdict"] != "open" and row["commit"] != (commit or "")[:7] for row in rows):
+        counts += f"; {earlier} of the verdicts are of earlier commits"
     lines += [f"`python bench/mutants.py`{f' at {commit}' if commit else ''}: {counts}.", ""]
     lines += [
         "| module | mutants | killed | timed out | survived | open | by which tests |",
