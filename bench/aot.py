@@ -3,7 +3,8 @@
     python bench/aot.py [--arch 80 90 100] [--cases NAME...] [--output bench/results/aot.json]
 
 The functions that launch them run on meta tensors of real sizes (7B head), with Triton's launcher replaced by one that
-compiles for the wanted chip and stops there: the kernels are exactly those that a real call would launch.
+compiles for the wanted chip and stops there: the kernels are exactly those that a real call would launch. Where cases
+are named, the others stay as the output has them.
 """
 
 import argparse
@@ -35,6 +36,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from tempsamp_fast.rollout.delta_step import delta_step
 
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block, CUDA programming guide
 VOCAB = 152064  # Qwen2.5-VL-7B
@@ -142,6 +145,13 @@ def logits_loss(workload: Workload) -> None:
     loss.backward()
 
 
+def linear_step(workload: Workload) -> None:
+    """A token of Qwen3.5-4B's linear layers."""
+    keys, values, scalars = meta(workload.batch, 16, 128), meta(workload.batch, 32, 128), meta(workload.batch, 32)
+    state = meta(workload.batch, 32, 128, 128, dtype=torch.float32)
+    delta_step(state, keys, keys, values, scalars.float(), scalars, impl="triton")
+
+
 CASES: dict[str, Callable[[Workload], None]] = {
     **{
         f"row_loss/{loss_type}": partial(row_loss, loss_type=loss_type)
@@ -164,6 +174,7 @@ CASES: dict[str, Callable[[Workload], None]] = {
     "row_sum": row_sum,
     **{f"advantages/{shaping}": partial(advantages, shaping=shaping) for shaping in SHAPINGS},
     "logits": logits_loss,
+    "linear_step": linear_step,
 }
 
 
@@ -233,8 +244,9 @@ def with_fp64_scalars(compiled, arch: int):
 
 
 def entry_kernels() -> set[str]:
-    """Names of the kernels that the package launches: by its convention, every jitted function named *_kernel."""
+    """Names of the kernels that the packages launch: by their convention, every jitted function named *_kernel."""
     modules = [import_module(module.name) for module in walk_packages(tempsamp_kernels.__path__, "tempsamp_kernels.")]
+    modules += [import_module(delta_step.__module__)]
     functions = [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
     return {function.__name__ for function in functions if function.__name__.endswith("_kernel")}
 
@@ -276,6 +288,9 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler: unset it")
     table: dict[str, dict] = {}
+    if arguments.output.exists() and arguments.cases != list(CASES):
+        known = json.loads(arguments.output.read_text())["kernels"]
+        table = {label: found for label, found in known.items() if label.split(": ")[0] not in arguments.cases}
     for arch, name in product(arguments.arch, arguments.cases):
         with compile_only(arch, with_fp64=name in WITH_FP64) as compiled:
             for workload in WORKLOADS:
@@ -290,6 +305,7 @@ def main() -> None:
     missing = entry_kernels() - {re.findall(r": (\w+)\(", label)[0] for label in table}
     if missing:
         raise RuntimeError(f"no case launches {sorted(missing)}: add one to CASES, or name one among --cases")
+    table = dict(sorted(table.items(), key=lambda entry: list(CASES).index(entry[0].split(": ")[0])))
     result = {"triton": triton.__version__, "torch": torch.__version__, "kernels": table}
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -13,6 +13,7 @@ from bench import aot
 BENCH = Path(__file__).parents[2] / "bench"
 READ_LOGITS = ("row_statistics_kernel",)
 WRITE_GRADIENTS = ("row_loss_kernel", "row_gradient_kernel")
+CHANGE_STATES = ("delta_step_kernel",)
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
@@ -23,6 +24,7 @@ EVERY_KERNEL_ONCE = (
     "row_sum",
     "advantages/orarl",
     "logits",
+    "linear_step",
 )
 
 
@@ -80,13 +82,13 @@ def test_python_floats_of_torch_compile_cause_no_fp64_arithmetic(measurements):
     assert not any(wide.values()), wide
 
 
-def test_logits_move_in_16_byte_accesses(measurements):
+def test_logits_and_states_move_in_16_byte_accesses(measurements):
     """For vocabularies that are no multiple of 16 too."""
     for label, row in measurements.items():
         kernel = label.split(": ")[1].split("(")[0]
-        if kernel in READ_LOGITS + WRITE_GRADIENTS:
+        if kernel in READ_LOGITS + WRITE_GRADIENTS + CHANGE_STATES:
             assert row["instructions"]["global_load_16_byte"] >= 2, label
-        if kernel in WRITE_GRADIENTS:
+        if kernel in WRITE_GRADIENTS + CHANGE_STATES:
             assert row["instructions"]["global_store_16_byte"] >= 2, label
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tempsamp_fast.rollout.delta_step import BLOCK_V, delta_step
+from tempsamp_fast.rollout.delta_step import delta_step
 from tests.model.test_linear_layers import inputs, token_by_token
-from tests.rollout.compiling import compiles
 
 NUM_ROWS = 3
 
@@ -26,12 +25,3 @@ def test_a_step_is_the_rule(impl: str, dims: tuple[int, int], dtype: torch.dtype
     rough = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(output.float(), expected[:, 0], **rough)
     torch.testing.assert_close(own, expected_state, rtol=1e-5, atol=1e-5)
-
-
-def test_the_kernel_compiles_for_gpus_with_wide_loads_and_without_spills() -> None:
-    """Heads of 128 as Qwen3.5 has them, for chips that are not here."""
-    types = {"states": "*fp32", "slots": "*i64", "query": "*bf16", "key": "*bf16", "value": "*bf16",
-             "log_decay": "*fp32", "beta": "*bf16", "output": "*bf16", "heads": "i32", "repeats": "i32",
-             "scale": "fp32"}  # fmt: skip
-    sizes = {"key_dim": 128, "value_dim": 128, "BLOCK_K": 128, "BLOCK_V": BLOCK_V}
-    compiles("tempsamp_fast.rollout.delta_step:delta_step_kernel", types, sizes)
