@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tempsamp_fast.config import Phase, TrainConfig
+from tempsamp_fast.learning.decays import decays_of, follow_optimizer, keep_decays
 from tempsamp_fast.learning.deepspeed_settings import deepspeed_config, merged
 from tempsamp_fast.learning.partitioned import gather_with_their_readers
 from tempsamp_fast.model.packing import PackedRow, idle_row
@@ -44,6 +45,7 @@ def build_engine(policy: nn.Module, train: TrainConfig, dtype: torch.dtype, *, l
             f"run is in {str(dtype).removeprefix('torch.')}: leave it out, or set --dtype"
         )
     gather_with_their_readers(policy)
+    decays = decays_of(policy) if dtype == torch.bfloat16 else []
     buffers = {name: buffer.dtype for name, buffer in policy.named_buffers()}
     try:
         engine, _, _, _ = deepspeed.initialize(model=policy, model_parameters=trainable, config=settings)
@@ -55,6 +57,7 @@ def build_engine(policy: nn.Module, train: TrainConfig, dtype: torch.dtype, *, l
     for name, buffer in policy.named_buffers():
         if buffer.dtype != buffers.get(name, buffer.dtype):
             raise ValueError(f"deepspeed {deepspeed.__version__} rounds {name}, and positions with it; install 0.19")
+    keep_decays(engine, decays)
     return engine
 
 
@@ -80,6 +83,7 @@ def load_engine(engine: Any, folder: Path, allow_pickle: bool, has_all_weights: 
     engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=has_all_weights)
     for group, settings in zip(engine.optimizer.param_groups, configured, strict=True):
         group.update(settings)
+    follow_optimizer(engine)
 
 
 def load_without_code(path: str, map_location: Any = None) -> Any:
@@ -163,6 +167,7 @@ def optimizer_step(
         else:
             engine.step()
         metrics.append(row_metrics)
+    follow_optimizer(engine)
     watch.lap("optimizer")
     grad_norm = float(engine.get_global_grad_norm() if plain_norm is None else plain_norm)
     if not math.isfinite(grad_norm):

@@ -40,7 +40,7 @@ class Kept:
     per_linear_token: tuple[int, int, int, int] = (0, 0, 0, 0)
     """Per token and linear layer: of the hidden size, channels of the convolution, value size, intermediate size.
 
-    By torch's operations, in heads of 128; the kernels for GPUs keep less.
+    In heads of 128; of `kept` by torch's operations, of `kept_fused` by the kernels for GPUs.
     """
     per_gathered_key: int = 0
     """Of the key size, per key that one flash call is given: a prompt's keys come again with each of its answers."""
@@ -78,7 +78,10 @@ class Family:
     norm_casting: str = "llama"
     """Liger's name for where RMSNorm leaves float32: before its weights scale ("llama"), or after ("gemma")."""
     kept_fused: Kept | None = None
-    """Of bfloat16 with Liger's layers and one flash call per layer, as on a GPU; None: not counted, as in `kept`."""
+    """Of bfloat16 with the kernels of a GPU: Liger's layers, one flash call per layer, flash-linear-attention's linear
+    layers. None: not counted, as in `kept`."""
+    wide_parameters: tuple[str, ...] = ()
+    """What stays in float32 where all others are bfloat16."""
     has_output_gate: bool = False
     """What attention gives is scaled by a sigmoid, whose inputs are as wide as the queries."""
 
@@ -187,6 +190,7 @@ QWEN3_5 = dataclasses.replace(
         4: Kept((6, 8, 6, 4), (10, 2), per_linear_token=(6, 3, 23, 4)),
         2: Kept((10, 9, 8, 4), (10, 2), per_linear_token=(10, 4, 42, 4)),
     },
+    kept_fused=Kept((4, 5, 1, 3), (10, 2), per_linear_token=(4, 2, 3, 3), per_gathered_key=2),
     published={
         "Qwen3.5-0.8B": _qwen3_5(1024, 3584, 24, 8, 2, tied=True, tower=(768, 3072, 12, 12), value_heads=16),
         "Qwen3.5-2B": _qwen3_5(2048, 6144, 24, 8, 2, tied=True, tower=SMALL_TOWER, value_heads=16),
@@ -209,6 +213,7 @@ QWEN3_5 = dataclasses.replace(
     layer_types=frozenset({"full_attention", "linear_attention"}),
     norm_offset=1.0,
     norm_casting="gemma",
+    wide_parameters=("A_log", "dt_bias"),
     has_output_gate=True,
 )
 QWEN3_5_MOE = dataclasses.replace(

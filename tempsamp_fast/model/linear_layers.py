@@ -29,6 +29,10 @@ HAS_FLA = find_spec("fla") is not None
 """Whether flash-linear-attention is installed."""
 CHUNK = 64
 """Tokens whose corrections to the state are solved for together."""
+DECAYS = ("A_log", "dt_bias")
+"""Parameters [heads] that say how fast a layer forgets."""
+UNROUNDED = "_unrounded"
+"""After the name of a parameter, that of a buffer with its values in float32."""
 State = tuple[Tensor, Tensor]
 """Of one layer, for S sequences: what they have read [S, heads, key_dim, value_dim], at least float32, and the last
 inputs of the convolution [S, kernel - 1, channels]."""
@@ -77,12 +81,18 @@ def packed_forward(
     query, key, value = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
     query, key = (tensor.unflatten(-1, (-1, layer.head_k_dim)) for tensor in (query, key))
     wide = at_least_float32(hidden_states.dtype)
-    step = softplus(layer.in_proj_a(hidden_states).to(wide) + layer.dt_bias.to(wide))
-    log_decay = -layer.A_log.to(wide).exp() * step
+    a_log, dt_bias = (unrounded(layer, name).to(wide) for name in DECAYS)
+    log_decay = -a_log.exp() * softplus(layer.in_proj_a(hidden_states).to(wide) + dt_bias)
     value, beta = value.unflatten(-1, (-1, layer.head_v_dim)), layer.in_proj_b(hidden_states).sigmoid()
     output = recurrence.delta_rule(index, query, key, value, log_decay, beta)
     gate = layer.in_proj_z(hidden_states).unflatten(-1, (-1, layer.head_v_dim))
     return layer.out_proj(layer.norm(output, gate).flatten(-2))
+
+
+def unrounded(layer: Any, name: str) -> Tensor:
+    """A parameter of a layer, by its values before rounding where they are kept; the gradient goes to the rounded."""
+    parameter, kept = getattr(layer, name), getattr(layer, name + UNROUNDED, None)
+    return parameter if kept is None else kept + (parameter - parameter.detach())
 
 
 class TreeRecurrence:

@@ -12,19 +12,20 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from huggingface_hub import constants as hub
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PretrainedConfig
 from transformers.integrations import deepspeed as integration
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.data.chat import Chat
-from tempsamp_fast.model.families import family_of
+from tempsamp_fast.model.families import FAMILIES, family_of
 from tempsamp_fast.model.liger_layers import apply_liger_layers
 from tempsamp_fast.model.lora import ADAPTER_CONFIG, base_checkpoint, load_adapters
 from tempsamp_fast.system.files import WEIGHTS, check_files, read_json
@@ -69,6 +70,9 @@ def load_model(checkpoint: str, config: ModelConfig, dtype: torch.dtype) -> tupl
         settings = check_architecture(weights, config.trust_remote_code)
         settings._attn_implementation = "sdpa"  # of all parts: they may name a kernel on the hub
         _check_size(settings, weights)
+        family = family_of(settings)
+        if family.wide_parameters:
+            family.model_class._keep_in_fp32_modules_strict = set(family.wide_parameters)
         try:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 weights,
@@ -227,12 +231,17 @@ def _why_unreachable(name: str) -> str:
 
 
 def check_architecture(checkpoint: str, trust_remote_code: bool = False) -> Any:
-    """A checkpoint's configuration. Raises ValueError, naming it and the families, unless it can be trained here."""
+    """A checkpoint's configuration. Raises ValueError, naming it and the families, unless it can be trained here.
+
+    Of other types that is told by their name alone, whether this release of transformers knows them or not.
+    """
     folder = Path(checkpoint)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"model={checkpoint!r}: no config.json in this folder")
     try:
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        config: Any = SimpleNamespace(model_type=PretrainedConfig.get_config_dict(checkpoint)[0].get("model_type"))
+        if config.model_type in FAMILIES or not isinstance(config.model_type, str):
+            config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except Exception as error:  # a configuration of anything makes transformers raise nearly every kind
         raise ValueError(f"model={checkpoint!r}: cannot be read as a checkpoint: {_reason(error)}") from error
     try:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from tempsamp_fast.config import Config, DataConfig
 from tempsamp_fast.data.chat import Chat
 from tempsamp_fast.data.prompt_file import SAVED, as_json
+from tempsamp_fast.learning.decays import with_decays
 from tempsamp_fast.learning.engine import save_engine
 from tempsamp_fast.learning.partitioned import is_partitioned, whole_parameters
 from tempsamp_fast.model.policy import Policy
@@ -62,7 +63,7 @@ def save_model(folder: Path, policy: Policy, chat: Chat, data: DataConfig) -> No
     if not is_first_rank():
         return
     try:
-        policy.model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+        policy.model.save_pretrained(folder, state_dict=with_decays(policy.model, state))  # type: ignore[operator]
     except SafetensorError as error:
         raise OSError(f"{folder}: weights not written: {error}") from error
     chat.tokenizer.save_pretrained(folder)

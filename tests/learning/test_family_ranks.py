@@ -17,7 +17,13 @@ def slow(family: str, stage: str):
 
 @pytest.mark.parametrize(
     ("family", "stage"),
-    [slow("qwen3_5_moe", "3"), slow("qwen3_5", "2"), slow("qwen3_5", "3"), slow("qwen3_vl_moe", "3")],
+    [
+        slow("qwen3_5_moe", "3"),
+        slow("qwen3_5", "2"),
+        slow("qwen3_5", "3"),
+        slow("qwen3_vl", "3"),
+        slow("qwen3_vl_moe", "3"),
+    ],
 )
 def test_two_ranks_train_as_one(trainer, tmp_path: Path, family: str, stage: str) -> None:
     """A frozen reference, sampling and updates, through weights that each rank holds a part of."""

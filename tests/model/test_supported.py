@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import json
+from pathlib import Path
 
 import pytest
 from torch import nn
 
-from tempsamp_fast.model.families import FAMILIES, UNSUPPORTED, family_of
+from tempsamp_fast.model.families import FAMILIES, UNSUPPORTED
+from tempsamp_fast.model.loading import check_architecture
 from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
 
@@ -56,10 +58,12 @@ def test_adapters_on_the_head_are_refused(tiny) -> None:
         Policy(peft.get_peft_model(tiny.model(), adapter))
 
 
-@pytest.mark.parametrize("name", [*UNSUPPORTED, "llava"])
-def test_other_types_are_refused_by_name_with_what_is_in_their_way(name: str) -> None:
+@pytest.mark.parametrize("name", [*UNSUPPORTED, "llava", "of_tomorrow"])
+def test_other_types_are_refused_by_name_with_what_is_in_their_way(tmp_path: Path, name: str) -> None:
+    """Whether transformers knows them or not, and whatever else their configuration says."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": name, "text_config": 1}))
     with pytest.raises(ValueError, match=f"model_type='{name}' is not supported.*{', '.join(FAMILIES)}") as refused:
-        family_of(SimpleNamespace(model_type=name))
+        check_architecture(str(tmp_path))
     assert UNSUPPORTED.get(name, "") in str(refused.value)
 
 

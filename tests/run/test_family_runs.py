@@ -77,9 +77,11 @@ def test_checkpoints_come_in_shards_with_layers_that_are_not_used(tmp_path: Path
         assert torch.equal(weight, other), name
 
 
-@pytest.mark.parametrize("family", ["qwen3_5"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_5", *(pytest.param(each, marks=pytest.mark.slow) for each in ("qwen3_5_moe", "qwen3_vl_moe"))]
+)
 def test_linear_and_attention_projections_take_adapters(stepper, family: str) -> None:
-    targets = "q_proj,o_proj,in_proj_qkv,in_proj_z,out_proj"
+    targets = "q_proj,o_proj" + ",in_proj_qkv,in_proj_z,out_proj" * family.startswith("qwen3_5")
     one = stepper("--phases", "sft:2", "--tiny_family", family, *TINY, "--lora_rank", "2", "--lora_targets", targets)
     before = {name: tensor.detach().clone() for name, tensor in one.run.policy.named_parameters()}
     one.steps()
