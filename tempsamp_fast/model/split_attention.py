@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tempsamp_fast.model.fla_layers import packed_recurrence
 from tempsamp_fast.model.layout import GroupLayout, Node
 from tempsamp_fast.model.linear_layers import State
+from tempsamp_fast.system.device import sent
 
 BRANCH_BLOCK = 256
 """Branches of a group are attended together up to this many tokens: fewer calls, against masked-out work."""
@@ -174,7 +175,7 @@ def _branch_blocks(
         blocks[-1].append(length)
     result = []
     for lengths in blocks:
-        mask = _branch_mask(prompt_len, torch.tensor(lengths, device=device), dtype)
+        mask = sent(_branch_mask(prompt_len, torch.tensor(lengths), dtype), device)
         result.append(_BranchBlock(slice(start, start + sum(lengths)), mask))
         start += sum(lengths)
     return result
@@ -182,7 +183,7 @@ def _branch_blocks(
 
 def _branch_mask(prompt_len: int, branch_lens: Tensor, dtype: torch.dtype) -> Tensor:
     branch = torch.repeat_interleave(branch_lens)
-    index = torch.arange(len(branch), device=branch.device)
+    index = torch.arange(len(branch))
     own = (branch[:, None] == branch[None, :]) & (index[:, None] >= index[None, :])
     visible = torch.cat([own.new_ones(len(branch), prompt_len), own], dim=1)
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
