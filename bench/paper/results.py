@@ -29,8 +29,8 @@ def check_same_settings(path: Path, kept: Results, settings: Results) -> None:
 
 
 def check_same_start(name: str, kept: Results | None, scores: Results) -> None:
-    """Raise ValueError if a start was scored otherwise when the runs so far began from it."""
-    if kept is not None and any(kept[metric] != score for metric, score in scores.items()):
+    """Raise ValueError if a start was scored otherwise, by metrics of both, when the runs so far began from it."""
+    if kept is not None and any(kept.get(metric, score) != score for metric, score in scores.items()):
         raise ValueError(
             f"start {name!r} came out with {scores}, and earlier runs began from one with {kept}: this code or machine "
             "computes otherwise; write to another file with --results"
