@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import (
@@ -244,6 +245,17 @@ def family_named(name: str, setting: str = "family") -> Family:
     if name not in FAMILIES:
         raise ValueError(f"{setting}={name!r}: {choose_from(name, FAMILIES)}")
     return FAMILIES[name]
+
+
+def why_refused(settings: Mapping[str, Any]) -> str:
+    """What `family_of` says of a config.json by its type alone; empty where that is supported or absent."""
+    name = settings.get("model_type")
+    try:
+        if isinstance(name, str):
+            family_of(SimpleNamespace(model_type=name))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def family_of(model_config: Any) -> Family:

@@ -12,7 +12,6 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.data.chat import Chat
-from tempsamp_fast.model.families import FAMILIES, family_of
+from tempsamp_fast.model.families import family_of, why_refused
 from tempsamp_fast.model.liger_layers import apply_liger_layers
 from tempsamp_fast.model.lora import ADAPTER_CONFIG, base_checkpoint, load_adapters
 from tempsamp_fast.system.files import WEIGHTS, check_files, read_json
@@ -239,15 +238,12 @@ def check_architecture(checkpoint: str, trust_remote_code: bool = False) -> Any:
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"model={checkpoint!r}: no config.json in this folder")
     try:
-        config: Any = SimpleNamespace(model_type=PretrainedConfig.get_config_dict(checkpoint)[0].get("model_type"))
-        if config.model_type in FAMILIES or not isinstance(config.model_type, str):
-            config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        refused = why_refused(PretrainedConfig.get_config_dict(checkpoint)[0])
+        config: Any = refused or AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except Exception as error:  # a configuration of anything makes transformers raise nearly every kind
         raise ValueError(f"model={checkpoint!r}: cannot be read as a checkpoint: {_reason(error)}") from error
-    try:
-        family_of(config)
-    except ValueError as error:
-        raise ValueError(f"model={checkpoint!r}: {error}") from None
+    if refused:
+        raise ValueError(f"model={checkpoint!r}: {refused}")
     if getattr(config, "quantization_config", None):
         raise ValueError(f"model={checkpoint!r}: its weights are quantised (quantization_config); take the unquantised")
     return config
