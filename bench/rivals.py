@@ -1,9 +1,10 @@
 """Other code bases' own tests and functions against the kernels that would take their place.
 
-    python -m bench.rivals --sources DIR [--only NAME...] [--minutes 60] [--output bench/results/rivals.json]
+    python -m bench.rivals --sources DIR [--only NAME...] [--minutes 60] [--record liger.jsonl] [--output FILE.json]
 
 DIR holds checkouts by name (Liger-Kernel, verl, prime-rl, EasyR1, OpenRLHF, ms-swift); TRL is the installed one. A
-missing one is named and counts as not run. Liger's test files run with our class in its place, for so many minutes;
+missing one is named and counts as not run. Liger's test files run with our class in its place, for so many minutes,
+and go on where `--record` ends;
 TRL's trainers run patched and unpatched (`bench/rival_trainers.py`); the others' log-probs and entropies are compared
 with ours and with fp64, where ours must be equal or nearer. Nothing of theirs is kept.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -20,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -27,7 +30,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
-from xml.etree import ElementTree
 
 import torch
 import torch.distributed as dist
@@ -133,30 +135,43 @@ def leaves(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.clone().requires_grad_(), weight.clone().requires_grad_()
 
 
-def liger(checkout: Path, minutes: float) -> Count:
-    """Its tests of the GRPO losses, with our class and functions under its names."""
-    with tempfile.NamedTemporaryFile(suffix=".xml") as report:
-        names = ("chunked_loss/test_grpo_loss.py", "transformers/test_grpo_loss.py")
-        files = [checkout / "test" / name for name in names]
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{checkout}", "TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.rivals_plugin", f"--junitxml={report.name}"]
-        run = subprocess.Popen([*command, *files], cwd=checkout, env=environment, stdout=subprocess.DEVNULL)
-        note = ""
-        try:
-            run.wait(60 * minutes)
-        except subprocess.TimeoutExpired:
-            run.send_signal(signal.SIGINT)
-            run.wait()
-            note = f"stopped after {minutes:g} minutes: the cases after these did not run"
-        suite = ElementTree.parse(report.name).getroot()
-    count = Count(note=note)
-    for case in suite.iter("testcase"):
-        if case.find("skipped") is not None:
-            count.skipped += 1
-        elif (bad := case.find("failure") if case.find("failure") is not None else case.find("error")) is not None:
-            count.differing.append(f"{case.get('name')}: {(bad.get('message') or '').splitlines()[0][:120]}")
-        else:
-            count.passed += 1
+def liger(checkout: Path, minutes: float, record: Path) -> Count:
+    """Its tests of the GRPO losses, with our class and functions under its names.
+
+    What every case gave is a line of `record`, under the digest of our kernels; cases that stand there are not run again.
+    """
+    sources = sorted((ROOT / "kernels/tempsamp_kernels").rglob("*.py"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    record.parent.mkdir(parents=True, exist_ok=True)
+    if not record.exists():
+        record.write_text(json.dumps({"kernels": digest}) + "\n")
+    if json.loads(record.read_text().splitlines()[0])["kernels"] != digest:
+        raise ValueError(f"{record} is of other kernels: name another file")
+    files = [checkout / "test" / folder / "test_grpo_loss.py" for folder in ("chunked_loss", "transformers")]
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{checkout}", "TEMPSAMP_RIVALS_RECORD": str(record.absolute())}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.rivals_plugin", "-p", "no:cacheprovider"]
+    environment = os.environ | paths | {"TRITON_INTERPRET": "1"}
+    run = subprocess.Popen([*command, *files], cwd=checkout, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        run.wait(60 * minutes)
+    except subprocess.TimeoutExpired:
+        run.send_signal(signal.SIGINT)
+        run.wait()
+    return recorded(record)
+
+
+def recorded(record: Path) -> Count:
+    """Counts of a record of `liger`, file by file in the note."""
+    lines = [json.loads(line) for line in record.read_text().splitlines()[1:]]
+    collected: dict[str, int] = next((line["collected"] for line in lines if "collected" in line), {})
+    cases, count = {line["case"]: line for line in lines if "case" in line}, Count()
+    for file, number in collected.items():
+        outcomes = Counter(line["outcome"] for case, line in cases.items() if case.startswith(f"{file}::"))
+        count.passed, count.skipped = count.passed + outcomes["passed"], count.skipped + outcomes["skipped"]
+        told = ", ".join(f"{outcomes[outcome]} {outcome}" for outcome in ("passed", "skipped", "failed"))
+        count.note += f"{'; ' if count.note else ''}{file}: {told} of {number}"
+    failed = {case: line["message"] for case, line in cases.items() if line["outcome"] == "failed"}
+    count.differing = [f"{case.split('::')[-1]}: {message[:120]}" for case, message in failed.items()]
     return count
 
 
@@ -350,16 +365,9 @@ def ms_swift(checkout: Path) -> Count:
 
 
 RIVALS: dict[str, Callable[[Path], Count]] = {
-    "TRL": trl,
-    "TRL trainers": trl_trainers,
-    "verl": verl,
-    "ms-swift": ms_swift,
-    "prime-rl": prime_rl,
-    "EasyR1": easyr1,
-    "OpenRLHF": openrlhf,
+    **{"TRL": trl, "TRL trainers": trl_trainers, "verl": verl, "ms-swift": ms_swift},
+    **{"prime-rl": prime_rl, "EasyR1": easyr1, "OpenRLHF": openrlhf},
 }
-
-
 NAMES = ("Liger-Kernel", *RIVALS)
 
 
@@ -368,6 +376,7 @@ def main() -> None:
     parser.add_argument("--sources", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--record", type=Path, default=ROOT / "build/liger.jsonl")
     parser.add_argument("--output", type=Path, default=ROOT / "bench/results/rivals.json")
     arguments = parser.parse_args()
     kept = json.loads(arguments.output.read_text())["rivals"] if arguments.output.exists() else {}
@@ -376,7 +385,7 @@ def main() -> None:
         if not name.startswith("TRL") and not checkout.is_dir():
             kept[name] = {"not_run": f"no checkout {name} among the sources"}
         else:
-            count = RIVALS[name](checkout) if name in RIVALS else liger(checkout, arguments.minutes)
+            count = RIVALS[name](checkout) if name in RIVALS else liger(checkout, arguments.minutes, arguments.record)
             kept[name] = asdict(count)
         row = kept[name]
         print(name, row.get("not_run") or f"{row['passed']} passed, {row['skipped']} skipped", flush=True)
