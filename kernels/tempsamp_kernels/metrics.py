@@ -52,7 +52,8 @@ def summarise(terms: Tensor, mask: Tensor, is_off_policy: Tensor) -> LossMetrics
         weight = tokens.float()
         count = weight.sum()
         mean = weight / count.clamp(min=1)
-        means = (torch.stack([*(row[name] for name in MEANS), row["ratio"], row["ratio"].square()]) * mean).sum(1)
+        read = torch.stack([*(row[name] for name in MEANS), row["ratio"], row["ratio"].square()])
+        means = (read.masked_fill(~tokens, 0) * mean).sum(1)
         ratio_mean, ratio_square = means[-2], means[-1]
         is_empty = count == 0
         low = functional.pad(row["ratio"].masked_fill(~tokens, torch.inf), (0, 1), value=torch.inf).amin()

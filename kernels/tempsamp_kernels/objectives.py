@@ -82,7 +82,7 @@ def weighted_likelihood(logp, log_ratio, advantage, ratio_low, ratio_high, optio
 @twin
 def soft_gate(logp, log_ratio, advantage, ratio_low, ratio_high, temperature_pos, temperature_neg):
     """SAPO (arXiv 2511.20347): a sigmoid around ratio 1 in place of the clip, its temperature chosen by the sign."""
-    ratio = tl.exp(log_ratio)
+    ratio = least(tl.exp(log_ratio), 1e30)  # infinity times a closed gate is no number
     temperature = tl.where(advantage > 0, temperature_pos, temperature_neg)
     gate = tl.sigmoid(temperature * (ratio - 1))
     return -4 * gate / temperature * advantage, 0.0 * logp, -4 * gate * (1 - gate) * ratio * advantage
@@ -248,6 +248,8 @@ def token_loss(
     for name, value in (("epsilon_low", epsilon_low), ("epsilon_high", epsilon_high), ("cispo_low", cispo_low)):
         if value is not None and not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value}")
+    if cispo_low is not None and cispo_low > epsilon_high:
+        raise ValueError(f"cispo_low must be at most epsilon_high, {epsilon_high}; got {cispo_low}")
     objective = OBJECTIVE_OF_LOSS_TYPE[loss_type]
     numbers = {
         "clipped": (1 - epsilon_low, 1 + epsilon_high, delta or UNBOUNDED, dual_clip or UNBOUNDED),
