@@ -13,11 +13,11 @@ from torch.nn import functional
 
 from tempsamp_kernels.tokens import aligned
 
-ROW_MULTIPLE = 32
+ROW_MULTIPLE, TILE_ROWS = 32, 128
 LOGITS_BYTES = {"cuda": 5 << 27, "cpu": 1 << 28}
 """Size of a chunk's fp32 logits, of which a GPU holds two: .625 GiB are 1,088 rows of a 152k vocabulary."""
-GRADIENT_BYTES = 4 << 30
-"""Size of the half-precision gradients of logits that wait for their GEMMs: 4 GiB are 14,000 rows of 152k."""
+GRADIENT_BYTES = 5 << 30
+"""Size of the half-precision gradients of logits that wait for their GEMMs: 5 GiB are 17,600 rows of 152k."""
 
 
 def num_panels(num_tokens: int, vocab_size: int) -> int:
@@ -26,13 +26,17 @@ def num_panels(num_tokens: int, vocab_size: int) -> int:
 
 
 def chunk_rows(num_tokens: int, vocab_size: int, device_type: str) -> int:
-    """Rows of equal chunks: as few as fit the budget, on a GPU the number up to twice as many that pads least."""
+    """Rows of equal chunks: as few as fit the budget, on a GPU the number up to twice as many that pads least.
+
+    Of several chunks on a GPU each is a whole number of tiles, for the GEMM that makes its logits.
+    """
     budget, is_gpu = LOGITS_BYTES.get(device_type, LOGITS_BYTES["cpu"]), device_type not in ("cpu", "meta")
-    most = max(ROW_MULTIPLE, budget // (4 * vocab_size) // ROW_MULTIPLE * ROW_MULTIPLE)
     tokens = max(1, -(-num_tokens // (num_panels(num_tokens, vocab_size) if is_gpu else 1)))
-    fewest = -(-tokens // most)
+    fitting = budget // (4 * vocab_size)
+    multiple = TILE_ROWS if is_gpu and tokens > fitting >= TILE_ROWS else ROW_MULTIPLE
+    fewest = -(-tokens // max(multiple, fitting // multiple * multiple))
     numbers = range(fewest, (2 * fewest if is_gpu else fewest) + 1)
-    sizes = [-(-tokens // (number * ROW_MULTIPLE)) * ROW_MULTIPLE for number in numbers]
+    sizes = [-(-tokens // (number * multiple)) * multiple for number in numbers]
     return min(sizes, key=lambda rows: -(-tokens // rows) * rows)
 
 

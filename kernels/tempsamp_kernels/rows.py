@@ -17,6 +17,8 @@ from tempsamp_kernels.optional_triton import tl, triton
 from tempsamp_kernels.tokens import NUM_TERMS, SKIP, HeadOptions, RowStatistics, Tokens, aligned
 
 _SKIP = tl.constexpr(SKIP)
+LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -42,19 +44,28 @@ def row_of(ptr, row, length, batch_stride, row_stride):
 
 @triton.jit
 def scores(row_ptr, bias_ptr, columns, stored, logit_scale, softcap, inv_temperature):
-    """Logits of one row after bias, scale, softcap and temperature, and the slope of the last three."""
+    """Logits of one row after bias, scale, softcap and temperature, in bits, and the slope of all of that in nats.
+
+    In bits because a GPU's exponential is of base 2.
+    """
     z = tl.load(row_ptr + columns, mask=stored, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + columns, mask=stored, other=0.0)
-    logit_scale = tl.cast(logit_scale, tl.float32)  # torch.compile passes Python's floats as fp64
-    z *= logit_scale
-    slope = logit_scale * inv_temperature
-    if softcap is not None:
+    slope = tl.cast(logit_scale, tl.float32) * inv_temperature  # torch.compile passes Python's floats as fp64
+    if softcap is None:
+        z *= slope * LOG2_E
+    else:
         softcap = tl.cast(softcap, tl.float32)
-        squashed = 2 * tl.sigmoid(2 * z / softcap) - 1
-        z = softcap * squashed
+        squashed = 2 * tl.sigmoid(z * (2 * tl.cast(logit_scale, tl.float32) / softcap)) - 1
+        z = squashed * (softcap * inv_temperature * LOG2_E)
         slope *= 1 - squashed * squashed
-    return z * inv_temperature, slope
+    return z, slope
+
+
+@triton.jit
+def column_of(token_id, vocab_size):
+    """The target's column as int32, -1 for a token outside the vocabulary and for one to skip."""
+    return tl.where((token_id >= 0) & (token_id < vocab_size), token_id, -1).to(tl.int32)
 
 
 @triton.jit
@@ -71,27 +82,27 @@ def statistics(
     peak = tl.full([LANES], -1e30, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     weighted = tl.zeros([LANES], tl.float32)
-    is_read = token_id != _SKIP
+    is_read, target_column = token_id != _SKIP, column_of(token_id, vocab_size)
     for start in range(0, tl.where(is_read, vocab_size, 0), LANES * WIDTH):
         columns = start + tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         z, _ = scores(row_ptr, bias_ptr, columns, columns < stored_size, logit_scale, softcap, inv_temperature)
-        z = tl.where((columns < vocab_size) & (columns != token_id), z, float("-inf"))
+        z = tl.where((columns < vocab_size) & (columns != target_column), z, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(z, axis=1))
         fall = peak - new_peak
         shifted = most(z - new_peak[:, None], -1e4)
-        weights = tl.exp(shifted)
-        weighted = tl.exp(fall) * (weighted + total * fall) + tl.sum(weights * shifted, axis=1)
-        total = tl.exp(fall) * total + tl.sum(weights, axis=1)
+        weights = tl.exp2(shifted)
+        weighted = tl.exp2(fall) * (weighted + total * fall) + tl.sum(weights * shifted, axis=1)
+        total = tl.exp2(fall) * total + tl.sum(weights, axis=1)
         peak = new_peak
 
-    known = (token_id >= 0) & (token_id < vocab_size)
-    target, _ = scores(row_ptr, bias_ptr, token_id, known, logit_scale, softcap, inv_temperature)
-    target = tl.where(known, target, float("nan"))
+    known = target_column >= 0
+    target, _ = scores(row_ptr, bias_ptr, target_column, known, logit_scale, softcap, inv_temperature)
+    target = tl.where(known, target, float("nan")) * LN_2
     row_peak = tl.max(peak, axis=0)
     fall = most(peak - row_peak, -1e4)
-    row_weighted = tl.sum(tl.exp(fall) * (weighted + total * fall), axis=0)
-    row_total = most(tl.sum(tl.exp(fall) * total, axis=0), 1.2e-38)
-    lead = target - row_peak
+    row_weighted = tl.sum(tl.exp2(fall) * (weighted + total * fall), axis=0) * LN_2
+    row_total = most(tl.sum(tl.exp2(fall) * total, axis=0), 1.2e-38)
+    lead = target - row_peak * LN_2
     odds = row_total * tl.exp(-most(lead, 0.0))
     ahead = -tl.where(odds < 1, log1p(least(odds, 1.0)), tl.log(1 + odds))
     logp = tl.where(lead > 0, ahead, lead - tl.log(row_total + tl.exp(least(lead, 0.0))))
@@ -116,18 +127,16 @@ def write_gradient(
     if d_entropy is not None:
         at_target -= d_entropy * tl.exp(logp) * (logp + entropy)
         is_live = is_live | (d_entropy != 0)
-    readable, lse = tl.where(is_live, stored_size, 0), tl.where(is_live, lse, 0.0)
+    readable, lse = tl.where(is_live, stored_size, 0), tl.where(is_live, lse, 0.0) * LOG2_E
     at_target = tl.where(is_live, at_target, 0.0)
-    last = (vocab_size - 1) // BLOCK * BLOCK
+    last, target_column = (vocab_size - 1) // BLOCK * BLOCK, column_of(token_id, vocab_size)
     for start in range(0, vocab_size, BLOCK):
         columns = last - start + tl.arange(0, BLOCK)
         z, slope = scores(row_ptr, bias_ptr, columns, columns < readable, logit_scale, softcap, inv_temperature)
-        log_prob = z - lse
+        d_score = d_logp * slope
         if d_entropy is not None:
-            gradient = -tl.exp(log_prob) * (d_logp + d_entropy * (most(log_prob, -1e4) + entropy))
-        else:
-            gradient = -tl.exp(log_prob) * d_logp
-        gradient = tl.where(columns == token_id, at_target, gradient) * slope
+            d_score += d_entropy * (most((z - lse) * LN_2, -1e4) + entropy) * slope
+        gradient = tl.where(columns == target_column, at_target * slope, tl.exp2(z - lse) * -d_score)
         tl.store(gradient_ptr + columns, gradient.to(gradient_ptr.dtype.element_ty), mask=columns < stored_size)
 
 
@@ -167,52 +176,66 @@ def row_gradient_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def row_loss_kernel(
-    logits_ptr, row_stride, gradient_ptr, gradient_row_stride, bias_ptr, token_ids_ptr, temperature_ptr, advantage_ptr,
-    policy_weight_ptr, kl_weight_ptr, old_logps_ptr, ref_logps_ptr, entropy_weight_ptr, entropy_threshold_ptr,
-    gradient_scale_ptr, terms_ptr, terms_stride, vocab_size, stored_size, logit_scale, softcap, ratio_low, ratio_high,
-    option_1, option_2, log_ratio_bound, kl_bound, OBJECTIVE: tl.constexpr, KL: tl.constexpr, LANES: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, num_rows, row_stride, gradient_ptr, gradient_row_stride, bias_ptr, token_ids_ptr, temperature_ptr,
+    advantage_ptr, policy_weight_ptr, kl_weight_ptr, old_logps_ptr, ref_logps_ptr, entropy_weight_ptr,
+    entropy_threshold_ptr, gradient_scale_ptr, terms_ptr, terms_stride, vocab_size, stored_size, logit_scale, softcap,
+    ratio_low, ratio_high, option_1, option_2, log_ratio_bound, kl_bound, OBJECTIVE: tl.constexpr, KL: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Everything about a row of [C, V] while its logits are at hand: loss terms [NUM_TERMS, C] and gradient."""
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr, token_id = logits_ptr + row * row_stride, tl.load(token_ids_ptr + row)
-    inv_temperature = 1 / tl.load(temperature_ptr + row)
-    logp, entropy, lse = statistics(
-        row_ptr, bias_ptr, token_id, vocab_size, stored_size, logit_scale, softcap, inv_temperature, LANES, WIDTH
-    )  # fmt: skip
-    entropy_weight, entropy_threshold = 0.0, float("-inf")
-    if entropy_weight_ptr is not None:
-        entropy_weight = tl.load(entropy_weight_ptr + row)
-    if entropy_threshold_ptr is not None:
-        entropy_threshold = tl.load(entropy_threshold_ptr + row)
-    loss, kl, ratio, clip_low, clip_high, d_logp, d_log_ratio, d_entropy = token_terms(
-        logp, entropy, difference(logp, tl.load(old_logps_ptr + row)), tl.load(ref_logps_ptr + row),
-        tl.load(advantage_ptr + row), tl.load(policy_weight_ptr + row), tl.load(kl_weight_ptr + row),
-        entropy_weight, entropy_threshold, tl.cast(ratio_low, tl.float32), tl.cast(ratio_high, tl.float32),
-        tl.cast(option_1, tl.float32), tl.cast(option_2, tl.float32), tl.cast(log_ratio_bound, tl.float32),
-        tl.cast(kl_bound, tl.float32), OBJECTIVE, KL,
-    )  # fmt: skip
-    terms_ptr += row
-    tl.store(terms_ptr, logp)
-    tl.store(terms_ptr + terms_stride, entropy)
-    tl.store(terms_ptr + 2 * terms_stride, loss)
-    tl.store(terms_ptr + 3 * terms_stride, kl)
-    tl.store(terms_ptr + 4 * terms_stride, ratio)
-    tl.store(terms_ptr + 5 * terms_stride, clip_low)
-    tl.store(terms_ptr + 6 * terms_stride, clip_high)
-    d_logp += d_log_ratio
-    if gradient_scale_ptr is not None:
-        d_logp *= tl.load(gradient_scale_ptr)
-        d_entropy *= tl.load(gradient_scale_ptr)
-    if entropy_weight_ptr is None:
-        d_entropy = None
-    tl.debug_barrier()  # for gradients over the logits: every warp has read the target's
-    write_gradient(
-        row_ptr, gradient_ptr + row * gradient_row_stride, bias_ptr, token_id, vocab_size, stored_size, logit_scale,
-        softcap, inv_temperature, logp, entropy, lse, d_logp, d_entropy, BLOCK,
-    )  # fmt: skip
+    """Everything about rows of [C, V] while their logits are at hand: loss terms [NUM_TERMS, C] and gradient."""
+    for row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
+        row_ptr, token_id = logits_ptr + row * row_stride, tl.load(token_ids_ptr + row)
+        inv_temperature = 1 / tl.load(temperature_ptr + row)
+        logp, entropy, lse = statistics(
+            row_ptr, bias_ptr, token_id, vocab_size, stored_size, logit_scale, softcap, inv_temperature, LANES, WIDTH
+        )  # fmt: skip
+        entropy_weight, entropy_threshold = 0.0, float("-inf")
+        if entropy_weight_ptr is not None:
+            entropy_weight = tl.load(entropy_weight_ptr + row)
+        if entropy_threshold_ptr is not None:
+            entropy_threshold = tl.load(entropy_threshold_ptr + row)
+        loss, kl, ratio, clip_low, clip_high, d_logp, d_log_ratio, d_entropy = token_terms(
+            logp, entropy, difference(logp, tl.load(old_logps_ptr + row)), tl.load(ref_logps_ptr + row),
+            tl.load(advantage_ptr + row), tl.load(policy_weight_ptr + row), tl.load(kl_weight_ptr + row),
+            entropy_weight, entropy_threshold, tl.cast(ratio_low, tl.float32), tl.cast(ratio_high, tl.float32),
+            tl.cast(option_1, tl.float32), tl.cast(option_2, tl.float32), tl.cast(log_ratio_bound, tl.float32),
+            tl.cast(kl_bound, tl.float32), OBJECTIVE, KL,
+        )  # fmt: skip
+        tl.store(terms_ptr + row, logp)
+        tl.store(terms_ptr + terms_stride + row, entropy)
+        tl.store(terms_ptr + 2 * terms_stride + row, loss)
+        tl.store(terms_ptr + 3 * terms_stride + row, kl)
+        tl.store(terms_ptr + 4 * terms_stride + row, ratio)
+        tl.store(terms_ptr + 5 * terms_stride + row, clip_low)
+        tl.store(terms_ptr + 6 * terms_stride + row, clip_high)
+        d_logp += d_log_ratio
+        if gradient_scale_ptr is not None:
+            d_logp *= tl.load(gradient_scale_ptr)
+            d_entropy *= tl.load(gradient_scale_ptr)
+        if entropy_weight_ptr is None:
+            d_entropy = None
+        tl.debug_barrier()  # for gradients over the logits: every warp has read the target's
+        write_gradient(
+            row_ptr, gradient_ptr + row * gradient_row_stride, bias_ptr, token_id, vocab_size, stored_size, logit_scale,
+            softcap, inv_temperature, logp, entropy, lse, d_logp, d_entropy, BLOCK,
+        )  # fmt: skip
+
+
+def rows_at_work(num_rows: int, vocab_size: int, device: torch.device) -> int:
+    """How many rows the loss kernel works at: where all multiprocessors' would not stay in the L2 cache, fewer do.
+
+    So the second reading of the logits finds them there, and GEMMs beside keep multiprocessors. Four in ten of Hopper's
+    are assumed to be enough for the memory, by bytes and instructions of a logit; three in four of others.
+    """
+    if device.type != "cuda":
+        return min(num_rows, 5)  # in the interpreter, so that programs of several rows are tested
+    chip = torch.cuda.get_device_properties(device)
+    fitting = chip.L2_cache_size // (6 * vocab_size)  # 4 bytes read and 2 written
+    if fitting >= chip.multi_processor_count:
+        return num_rows
+    return min(num_rows, max(fitting, int((0.4 if chip.major == 9 else 0.75) * chip.multi_processor_count)))
 
 
 def row_blocks(vocab_size: int, element_size: int = 4) -> dict[str, int]:
@@ -284,12 +307,14 @@ def row_loss(
     The gradient, not the loss, is multiplied by `gradient_scale` [1].
     """
     terms = torch.empty(NUM_TERMS, len(logits), device=logits.device)
+    num_rows, vocab_size = logits.shape
     launch(
-        row_loss_kernel, (len(logits),), **_arguments(logits, tokens, head, "LANES", "WIDTH", "BLOCK"),
-        gradient_ptr=out, gradient_row_stride=out.stride(0), advantage_ptr=tokens.advantage,
-        policy_weight_ptr=tokens.policy_weight, kl_weight_ptr=tokens.kl_weight, old_logps_ptr=tokens.old_logps,
-        ref_logps_ptr=tokens.ref_logps, entropy_weight_ptr=tokens.entropy_weight,
-        entropy_threshold_ptr=tokens.entropy_threshold, gradient_scale_ptr=gradient_scale, terms_ptr=terms,
-        terms_stride=terms.stride(0), **loss.numbers(), OBJECTIVE=loss.objective, KL=loss.kl,
+        row_loss_kernel, (rows_at_work(num_rows, vocab_size, logits.device),),
+        **_arguments(logits, tokens, head, "LANES", "WIDTH", "BLOCK"), num_rows=num_rows, gradient_ptr=out,
+        gradient_row_stride=out.stride(0), advantage_ptr=tokens.advantage, policy_weight_ptr=tokens.policy_weight,
+        kl_weight_ptr=tokens.kl_weight, old_logps_ptr=tokens.old_logps, ref_logps_ptr=tokens.ref_logps,
+        entropy_weight_ptr=tokens.entropy_weight, entropy_threshold_ptr=tokens.entropy_threshold,
+        gradient_scale_ptr=gradient_scale, terms_ptr=terms, terms_stride=terms.stride(0), **loss.numbers(),
+        OBJECTIVE=loss.objective, KL=loss.kl,
     )  # fmt: skip
     return terms

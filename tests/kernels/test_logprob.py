@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 from tempsamp_kernels import fused_linear_grpo_loss, linear_logprob
-from tempsamp_kernels.head import ROW_MULTIPLE, chunk_rows
+from tempsamp_kernels.head import ROW_MULTIPLE, TILE_ROWS, chunk_rows
 from tempsamp_kernels.rows import row_blocks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -231,12 +231,14 @@ def test_chunks_are_equal_fit_the_budget_and_waste_less_than_one_multiple_each()
     assert chunk_rows(8192, 152064, "cuda") == 1024
     assert chunk_rows(2300, 152064, "cuda") == 768
     assert chunk_rows(8192, 248320, "cuda") == 512, "13 chunks of 640 would fit, and pad 128 rows"
-    assert chunk_rows(16384, 152064, "cuda") == 1024, "two panels"
+    assert chunk_rows(16384, 152064, "cuda") == 1024, "one panel"
+    assert chunk_rows(10000, 152064, "cuda") == 640, "five tiles: 16 chunks pad 240 rows"
     assert chunk_rows(20, 152064, "cuda") == chunk_rows(0, 64, "cpu") == ROW_MULTIPLE
     for num_tokens, device in product((1, 31, 33, 1000, 4097, 30011), ("cuda", "cpu")):
         rows = chunk_rows(num_tokens, 152064, device)
         num_chunks = -(-num_tokens // rows)
-        assert rows * num_chunks - num_tokens < ROW_MULTIPLE * num_chunks and rows <= 1103
+        multiple = TILE_ROWS if device == "cuda" and num_chunks > 1 else ROW_MULTIPLE
+        assert rows % multiple == 0 and rows * num_chunks - num_tokens < multiple * num_chunks and rows <= 1103
 
 
 def test_blocks_are_powers_of_two_that_cover_small_vocabularies_at_once():
