@@ -138,7 +138,7 @@ def leaves(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def liger(checkout: Path, minutes: float, record: Path) -> Count:
     """Its tests of the GRPO losses, with our class and functions under its names.
 
-    What every case gave is a line of `record`, under the digest of our kernels; cases that stand there are not run again.
+    Each outcome is a line of `record`, under the digest of our kernels; cases that stand there are not run again.
     """
     sources = sorted((ROOT / "kernels/tempsamp_kernels").rglob("*.py"))
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()

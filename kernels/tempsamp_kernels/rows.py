@@ -82,7 +82,8 @@ def statistics(
     peak = tl.full([LANES], -1e30, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     weighted = tl.zeros([LANES], tl.float32)
-    is_read, target_column = token_id != _SKIP, column_of(token_id, vocab_size)
+    is_read = token_id != _SKIP
+    target_column = column_of(token_id, vocab_size)
     for start in range(0, tl.where(is_read, vocab_size, 0), LANES * WIDTH):
         columns = start + tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         z, _ = scores(row_ptr, bias_ptr, columns, columns < stored_size, logit_scale, softcap, inv_temperature)
