@@ -30,7 +30,6 @@ from tempsamp_kernels import grouped_advantages, rows, triton_grpo_loss
 from tempsamp_kernels.advantages import SHAPINGS
 from tempsamp_kernels.head import chunk_rows
 from tempsamp_kernels.objectives import token_loss
-from tempsamp_kernels.sequences import Sequences
 from tempsamp_kernels.tokens import HeadOptions, RowStatistics, Tokens, aligned
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -116,12 +115,6 @@ def row_gradient(workload: Workload, with_entropy: bool, **head) -> None:
     rows.row_gradient(logits, tokens, HeadOptions(**head), statistics, tokens.advantage, d_entropy, out)
 
 
-def row_sum(workload: Workload) -> None:
-    _, tokens = chunk(workload)
-    every = tokens.token_ids
-    Sequences(every, workload.batch, every.bool(), tokens.advantage, impl="triton").row_sum(tokens.advantage)
-
-
 def advantages(workload: Workload, shaping: str) -> None:
     rewards = meta(workload.batch, dtype=torch.float32)
     ids = torch.empty_like(rewards, dtype=torch.int64)
@@ -171,7 +164,6 @@ CASES: dict[str, Callable[[Workload], None]] = {
     "row_statistics/softcap": partial(row_statistics, softcap=30.0),
     "row_gradient": partial(row_gradient, with_entropy=False),
     "row_gradient/entropy, softcap": partial(row_gradient, with_entropy=True, softcap=30.0),
-    "row_sum": row_sum,
     **{f"advantages/{shaping}": partial(advantages, shaping=shaping) for shaping in SHAPINGS},
     "logits": logits_loss,
     "linear_step": linear_step,

@@ -10,7 +10,7 @@ from tempsamp_kernels.launch import choose_impl, launch
 from tempsamp_kernels.objectives import least, most
 from tempsamp_kernels.optional_triton import tl, triton
 
-NO_SPREAD = tl.constexpr(1e-6)
+NO_SPREAD = 1e-6
 """Equal float32 rewards may have a standard deviation up to this: seven times 0.1 has 8e-9."""
 ORARL_EPS = tl.constexpr(1e-6)
 """In the denominators of OraRL (arXiv 2608.20492)."""
@@ -77,13 +77,13 @@ def grouped_advantages(
     fields = (format_rewards, group_mean, group_std)
     form, mean, std = (None if field is None else field.detach().to(rewards) for field in fields)
     off_policy, group_ids = is_off_policy.to(rewards.device, torch.bool), group_ids.to(rewards.device)
-    if impl == "torch":
+    if impl == "torch" or mean is not None:  # nothing is left to sum up
         rewards = shape_rewards(rewards, tau, alpha_1, alpha_2) if shaping == "nonlinear" else rewards
         return _torch(rewards, group_ids, off_policy, shaping, form, lambda_off, downscale, eps, mean, std)
     advantages = torch.empty(rewards.shape, device=rewards.device)
     launch(
         group_advantage_kernel, (len(rewards),), rewards_ptr=rewards, format_ptr=form, group_ids_ptr=group_ids,
-        off_policy_ptr=off_policy.view(torch.int8), mean_ptr=mean, std_ptr=std, advantages_ptr=advantages,
+        off_policy_ptr=off_policy.view(torch.int8), advantages_ptr=advantages,
         num_rows=len(rewards), tau=float(tau), alpha_1=float(alpha_1), alpha_2=float(alpha_2),
         lambda_off=float(lambda_off), downscale=float(downscale), eps=float(eps), SHAPING=shaping, BLOCK=128,
     )  # fmt: skip
@@ -96,28 +96,24 @@ def _torch(
 ) -> Tensor:  # fmt: skip
     group = group_ids[:, None] == group_ids[None, :]
     if shaping == "downscale":
-        rewards = torch.where(off_policy, downscale * _extreme(rewards, group, largest=True), rewards)
+        rewards = torch.where(off_policy, downscale * _largest(rewards, group), rewards)
     if format_rewards is not None:
         rewards = rewards + format_rewards
     if group_mean is not None and group_std is not None:
-        return torch.where(group_std < NO_SPREAD.value, 0.0, (rewards - group_mean) / (group_std + eps))
+        return torch.where(group_std < NO_SPREAD, 0.0, (rewards - group_mean) / (group_std + eps))
     if shaping == "anchor":
         peers = group & ~off_policy[None, :]
         on_policy = _normalised(rewards, peers, eps)
-        best = _extreme(on_policy, peers, largest=True)
+        best = _largest(on_policy, peers)
         return torch.where(off_policy, lambda_off * torch.where(peers.any(1), best, 0.0), on_policy)
     if shaping == "orarl":
         return _orarl(rewards, group, off_policy)
     return _normalised(rewards, group, eps)
 
 
-def _extreme(values: Tensor, members: Tensor, largest: bool) -> Tensor:
-    """[B]: over the `members` [B, B] of each row, the largest or smallest of `values` [B]."""
-    if not len(values):
-        return values
-    if largest:
-        return torch.where(members, values, -torch.inf).amax(1)
-    return torch.where(members, values, torch.inf).amin(1)
+def _largest(values: Tensor, members: Tensor) -> Tensor:
+    """[B]: the largest of `values` [B] over the `members` [B, B] of each row."""
+    return torch.where(members, values, -torch.inf).amax(1) if len(values) else values
 
 
 def _moments(values: Tensor, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,7 +135,7 @@ def _normalised(values: Tensor, members: Tensor, eps: float) -> Tensor:
 
 def _is_flat(values: Tensor, members: Tensor) -> Tensor:
     """[B] bool: all members of the row are equal, or there are none."""
-    return _extreme(values, members, largest=True) <= _extreme(values, members, largest=False)
+    return _largest(values, members) <= -_largest(-values, members)
 
 
 def _orarl(values: Tensor, group: Tensor, off_policy: Tensor) -> Tensor:
@@ -153,7 +149,7 @@ def _orarl(values: Tensor, group: Tensor, off_policy: Tensor) -> Tensor:
     centred = torch.where(varies, values - mean, 0.0)
     centred = torch.where(centred > 0, centred * gain, centred)
     centred = centred - _moments(centred, on_policy)[1]
-    largest = torch.where(count > 0, _extreme(centred, on_policy, largest=True), 0.0)
+    largest = torch.where(count > 0, _largest(centred, on_policy), 0.0)
     surplus = ((values - mean) / (values + ORARL_EPS.value)).clamp(0, 1)
     bonus = torch.minimum(2 * surplus.square(), (1.2 * largest).clamp(0.05, 1))
     has_contrast = (count > 0) & ~_is_flat(values, group)
@@ -183,8 +179,8 @@ def _members(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def group_advantage_kernel(
-    rewards_ptr, format_ptr, group_ids_ptr, off_policy_ptr, mean_ptr, std_ptr, advantages_ptr, num_rows, tau, alpha_1,
-    alpha_2, lambda_off, downscale, eps, SHAPING: tl.constexpr, BLOCK: tl.constexpr,
+    rewards_ptr, format_ptr, group_ids_ptr, off_policy_ptr, advantages_ptr, num_rows, tau, alpha_1, alpha_2,
+    lambda_off, downscale, eps, SHAPING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per row, which reads its whole group: a few rows, and no order of them is assumed.
 
@@ -224,7 +220,7 @@ def group_advantage_kernel(
     mean, on_mean = total / count, on_total / most(on_count, 1.0)
     is_flat, on_is_flat = (high <= low) & (total == total), (on_high <= on_low) & (on_total == on_total)
 
-    squares, on_squares = 0.0, 0.0
+    squares, on_squares, on_above = 0.0, 0.0, 0.0
     for start in range(0, num_rows, BLOCK):
         value, member, on_policy = _members(
             rewards_ptr, format_ptr, group_ids_ptr, off_policy_ptr, group_id, top,
@@ -232,12 +228,10 @@ def group_advantage_kernel(
         )  # fmt: skip
         squares += tl.sum(tl.where(member, (value - mean) * (value - mean), 0.0), axis=0)
         on_squares += tl.sum(tl.where(on_policy, (value - on_mean) * (value - on_mean), 0.0), axis=0)
+        on_above += tl.sum(tl.where(on_policy, most(value - on_mean, 0.0), 0.0), axis=0)
 
     is_off_policy = tl.load(off_policy_ptr + row) != 0
-    if mean_ptr is not None:
-        std = tl.load(std_ptr + row)
-        advantage = tl.where(std < NO_SPREAD, 0.0, (own - tl.load(mean_ptr + row)) / (std + eps))
-    elif SHAPING == "anchor":
+    if SHAPING == "anchor":
         scale = tl.where(on_is_flat, 0.0, 1 / (tl.sqrt(on_squares / most(on_count - 1, 1.0)) + eps))
         best = tl.where(on_is_flat, 0.0, on_high - on_mean)
         advantage = tl.where(is_off_policy, lambda_off * best, own - on_mean) * scale
@@ -245,16 +239,7 @@ def group_advantage_kernel(
         all_std = tl.sqrt(squares / most(count - 1, 1.0))
         std_ratio = all_std / (tl.sqrt(on_squares / most(on_count - 1, 1.0)) + ORARL_EPS)
         gain = tl.where(on_is_flat, 1.0, least(tl.exp(0.25 * tl.log(most(std_ratio, 1.0))), 4.0))
-        surplus_total = 0.0
-        for start in range(0, num_rows, BLOCK):
-            value, _, on_policy = _members(
-                rewards_ptr, format_ptr, group_ids_ptr, off_policy_ptr, group_id, top,
-                start + tl.arange(0, BLOCK), num_rows, tau, alpha_1, alpha_2, downscale, SHAPING,
-            )  # fmt: skip
-            centred = value - on_mean
-            centred = tl.where(centred > 0, centred * gain, centred)
-            surplus_total += tl.sum(tl.where(on_policy, centred, 0.0), axis=0)
-        offset = surplus_total / most(on_count, 1.0)
+        offset = (gain - 1) * on_above / most(on_count, 1.0)  # of rewards around their mean, as much is above as below
         centred = own - on_mean
         centred = tl.where(on_is_flat, 0.0, tl.where(centred > 0, centred * gain, centred) - offset)
         largest = tl.where(on_is_flat, 0.0, (on_high - on_mean) * gain - offset)

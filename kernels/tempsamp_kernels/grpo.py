@@ -25,11 +25,11 @@ from tempsamp_kernels.inputs import (
 from tempsamp_kernels.launch import choose_impl
 from tempsamp_kernels.logprob import KERNELS, forward_sweep, gradient_sweep
 from tempsamp_kernels.metrics import LossMetrics, summarise
-from tempsamp_kernels.objectives import OBJECTIVE_OF_LOSS_TYPE, TokenLoss, Vespo, bounded_log, token_loss
+from tempsamp_kernels.objectives import TokenLoss, Vespo, bounded_log, token_loss
 from tempsamp_kernels.reference import evaluate, token_log_ratio
-from tempsamp_kernels.sequences import LEVELS, Sequences
+from tempsamp_kernels.sequences import Sequences
 from tempsamp_kernels.tokens import NUM_TERMS, SKIP, TERMS, HeadOptions, Tokens
-from tempsamp_kernels.weights import capped, live_tokens, row_lengths, slopes, token_mask, token_weights
+from tempsamp_kernels.weights import live_tokens, row_lengths, slopes, token_mask, token_weights
 
 
 def fused_linear_grpo_loss(
@@ -141,32 +141,30 @@ def fused_linear_grpo_loss(
     Raises ValueError for shapes, dtypes, names and combinations that do not fit.
     """
     check_head(hidden, weight, token_ids, bias, chunk_size)
-    for name, value in {"temperature": temperature, "softcap": softcap, "num_rows": num_rows}.items():
-        check_positive(name, value)
-    _check_choices(loss_type, importance_sampling_level, delta, dual_clip, cispo_low)
+    check_positive(temperature=temperature, softcap=softcap, num_rows=num_rows)
     check_choice("off_policy_ratio", off_policy_ratio, ("detach", "old"))
     check_choice("importance_mode", importance_mode, ("truncate", "mask"))
     if advantages_level is not None:
         check_choice("advantages_level", advantages_level, ("row", "token"))
     objective = token_loss(
         loss_type, kl_type, epsilon_low, epsilon_high, delta, dual_clip, sapo_temperature_pos, sapo_temperature_neg,
-        cispo_low, log_ratio_clamp, kl_clamp,
+        cispo_low, log_ratio_clamp, kl_clamp, importance_sampling_level,
     )  # fmt: skip
     impl = choose_impl(impl, hidden)
     num_tokens, device = len(hidden), hidden.device
 
     # An advantage for every token, where it was given.
     check_vector("row_ids", row_ids, num_tokens, torch.int64)
+    given = {"group_ids": group_ids, "format_rewards": format_rewards, **shaping_options}
     if rewards is not None:
         if advantages is not None or advantages_level == "token" or group_ids is None or is_off_policy is None:
             raise ValueError("rewards need group_ids and is_off_policy, and take the place of advantages, one per row")
-        grouping = {"shaping": shaping, "format_rewards": format_rewards, **shaping_options}
         impl_of_rewards = impl if rewards.is_cuda else None
-        advantages = grouped_advantages(rewards, group_ids, is_off_policy, impl=impl_of_rewards, **grouping)
+        advantages = grouped_advantages(
+            rewards, is_off_policy=is_off_policy, shaping=shaping, impl=impl_of_rewards, **given
+        )
         advantages_level = "row"
-    elif group_ids is not None or format_rewards is not None or shaping_options:
-        given = {"group_ids": group_ids, "format_rewards": format_rewards, **shaping_options}
-        unused = ", ".join(sorted(name for name, value in given.items() if value is not None))
+    elif unused := ", ".join(sorted(name for name, value in given.items() if value is not None)):
         raise ValueError(f"without rewards there is no use for {unused}")
     by_row: dict[str, Any] = {"is_off_policy": is_off_policy, "row_mask": row_mask}
     by_row_or_token: dict[str, Any] = {"temperature": temperature, "importance_weights": importance_weights}
@@ -209,7 +207,10 @@ def fused_linear_grpo_loss(
     policy_weight, importance = counts_for, None
     if importance_weights is not None:
         importance = by_token("importance_weights", importance_weights)
-        importance = capped(importance, importance_cap, importance_mode).masked_fill(~mask, 1)
+        if importance_cap is not None:
+            replaced_by = importance_cap if importance_mode == "truncate" else 0
+            importance = importance.masked_fill(importance > importance_cap, replaced_by)
+        importance = importance.masked_fill(~mask, 1)
         policy_weight = counts_for if loss_type == "vespo" else counts_for * importance
     tokens = Tokens(
         token_ids=token_ids.masked_fill(~mask, SKIP),
@@ -223,7 +224,7 @@ def fused_linear_grpo_loss(
         entropy_threshold=None if entropy_threshold is None else by_token("entropy_threshold", entropy_threshold),
     )
 
-    sequences = Sequences(row_ids, num_row_ids, mask, lengths, impl, None, importance_sampling_level == "sequence")
+    sequences = Sequences(row_ids, num_row_ids, mask, lengths, None, importance_sampling_level == "sequence")
     if loss_type == "vespo":
         vespo = Vespo(vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg)
         if importance is not None and importance_weights is not None:  # a row's own weight counts once
@@ -235,20 +236,6 @@ def fused_linear_grpo_loss(
     plan = LossPlan(tokens, mask, options, objective, chunk_size, num_tokens, sequences if is_needed else None)
     loss, terms = run(plan, hidden, weight, bias, live_rows)
     return loss, summarise(terms, mask, off_policy)
-
-
-def _check_choices(
-    loss_type: str, level: str, delta: float | None, dual_clip: float | None, cispo_low: float | None
-) -> None:
-    """Raise ValueError for unknown names and for options that a loss type does not have."""
-    check_choice("loss_type", loss_type, tuple(sorted(OBJECTIVE_OF_LOSS_TYPE)))
-    check_choice("importance_sampling_level", level, LEVELS)
-    takes = {"clipped": ("delta", "dual_clip"), "cispo": ("cispo_low",)}.get(OBJECTIVE_OF_LOSS_TYPE[loss_type], ())
-    for name, bound in {"delta": delta, "dual_clip": dual_clip, "cispo_low": cispo_low}.items():
-        if bound is not None and name not in takes:
-            raise ValueError(f"loss_type {loss_type!r} takes no {name}; got {bound}")
-    if level != "token" and loss_type in ("vespo", "sft"):
-        raise ValueError(f"loss_type {loss_type!r} has no importance_sampling_level {level!r}")
 
 
 @dataclass(frozen=True)
@@ -277,7 +264,7 @@ def run(
     order = torch.argsort(~live, stable=True).to(hidden.device, non_blocking=True)
     place = torch.argsort(order)
     moved = replace(
-        plan, tokens=plan.tokens.map(lambda field: field[order]), mask=plan.mask[order], num_live=int(live.sum()),
+        plan, tokens=plan.tokens[order], mask=plan.mask[order], num_live=int(live.sum()),
         sequences=plan.sequences and plan.sequences.reordered(order),
     )  # fmt: skip
     loss, terms = FusedLinearLoss.apply(hidden.index_select(0, order), weight, bias, moved, wants_grad)
@@ -294,12 +281,11 @@ class FusedLinearLoss(torch.autograd.Function):
         head = ChunkedHead(hidden, weight, plan.mask, plan.chunk_size)
         gradients = HeadGradients(head, *(wants_grad and needed for needed in ctx.needs_input_grad[:3]))
         num_live = plan.num_live if gradients.any() else 0
-        terms = torch.empty(NUM_TERMS, len(hidden), device=hidden.device)
         live, dead = slice(0, num_live), slice(num_live, None)
         if plan.sequences is None:
             scale = gradient_scale(slopes(plan.tokens), head.gemm_dtype)
-            _learn(head.part(live), plan, terms[:, live], gradients, scale)
-            _watch(head.part(dead), plan, terms[:, dead], plan.tokens.map(lambda field: field[dead]))
+            learned = _learn(head.part(live), plan, gradients, scale)
+            terms = torch.cat([learned, _watch(head.part(dead), plan, plan.tokens[dead])], dim=1)
         else:
             terms, scale = _learn_together(head, plan, live, gradients)
         ctx.save_for_backward(*gradients.state(head), scale)
@@ -314,26 +300,23 @@ class FusedLinearLoss(torch.autograd.Function):
         return (*finish(state, ctx.dtypes, d_loss if scale is None else d_loss / scale[0]), None, None)
 
 
-def _learn(
-    head: ChunkedHead, plan: LossPlan, terms: Tensor, gradients: HeadGradients, gradient_scale: Tensor | None
-) -> None:
-    """One pass, 6NHV FLOPs: logits, loss and its gradient while they are at hand, dX and dW."""
+def _learn(head: ChunkedHead, plan: LossPlan, gradients: HeadGradients, gradient_scale: Tensor | None) -> Tensor:
+    """Terms by one pass, 6NHV FLOPs: logits, loss and its gradient while they are at hand, dX and dW."""
     kernels = KERNELS[plan.options.impl]
-    tokens = plan.tokens.map(lambda field: field[: head.num_tokens]).padded(head.num_padded)
+    tokens = plan.tokens[: head.num_tokens].padded(head.num_padded)
+    terms = torch.empty(NUM_TERMS, head.num_padded, device=head.weight.device)
 
     def consume(logits: Tensor, chunk: slice, out: Tensor) -> None:
-        inputs = tokens.map(lambda field: field[chunk])
-        found = kernels.row_loss(logits, inputs, plan.options, plan.loss, out, gradient_scale)
-        target = terms[:, chunk]
-        target.copy_(found[:, : target.shape[1]])
+        terms[:, chunk] = kernels.row_loss(logits, tokens[chunk], plan.options, plan.loss, out, gradient_scale)
 
     head.sweep(consume, gradients)
+    return terms[:, : head.num_tokens]
 
 
-def _watch(head: ChunkedHead, plan: LossPlan, terms: Tensor, tokens: Tokens) -> None:
+def _watch(head: ChunkedHead, plan: LossPlan, tokens: Tokens) -> Tensor:
     """Terms of tokens without a gradient: 2NHV FLOPs."""
     rows, _ = forward_sweep(head, tokens, plan.options)
-    terms.copy_(evaluate(rows, token_log_ratio(rows.logp, tokens), tokens, plan.loss)[0])
+    return evaluate(rows, token_log_ratio(rows.logp, tokens), tokens, plan.loss)[0]
 
 
 def _learn_together(
@@ -343,9 +326,8 @@ def _learn_together(
     assert plan.sequences is not None
     rows, kept = forward_sweep(head, plan.tokens, plan.options)
     terms, d_logp, d_entropy = plan.sequences.terms(rows, plan.tokens, plan.loss)
-    cut = lambda values: values[live]
     part = head.part(live)
     kept = kept if part.num_tokens == head.num_tokens else None
-    d_entropy = None if d_entropy is None else cut(d_entropy)
-    of_part = plan.tokens.map(cut), plan.options, rows.map(cut), cut(d_logp), d_entropy
+    d_entropy = None if d_entropy is None else d_entropy[live]
+    of_part = plan.tokens[live], plan.options, rows[live], d_logp[live], d_entropy
     return terms, gradient_sweep(part, *of_part, gradients, kept)

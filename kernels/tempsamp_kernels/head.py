@@ -15,7 +15,7 @@ from tempsamp_kernels.tokens import aligned
 
 ROW_MULTIPLE, TILE_ROWS = 32, 128
 LOGITS_BYTES = {"cuda": 5 << 27, "cpu": 1 << 28}
-"""Size of a chunk's fp32 logits, of which a GPU holds two: .625 GiB are 1,088 rows of a 152k vocabulary."""
+"""Size of a chunk's fp32 logits, of which a GPU holds two: .625 GiB are 1,024 rows of a 152k vocabulary."""
 GRADIENT_BYTES = 5 << 30
 """Size of the half-precision gradients of logits that wait for their GEMMs: 5 GiB are 17,600 rows of 152k."""
 

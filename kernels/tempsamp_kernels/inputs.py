@@ -25,13 +25,13 @@ def check_vector(name: str, value: Tensor, size: int, dtype: torch.dtype | None 
         raise ValueError(f"{name} must be {dtype}; got {value.dtype}")
 
 
-def check_positive(name: str, value: float | Tensor | None) -> None:
+def check_positive(**values: float | Tensor | None) -> None:
     """Raise ValueError for one that is not positive, where it can be seen without waiting for a device."""
-    if isinstance(value, Tensor):
-        is_visible = on_host(value) and value.numel()
-        value = float(value.min()) if is_visible else None
-    if value is not None and not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            value = float(value.min()) if on_host(value) and value.numel() else None
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
 
 
 def check_head(

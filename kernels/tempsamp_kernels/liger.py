@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from tempsamp_kernels.logprob import linear_logprob
 from tempsamp_kernels.metrics import summarise
 from tempsamp_kernels.objectives import SELF, TokenLoss, Vespo, bounded_log, token_loss
 from tempsamp_kernels.reference import evaluate
-from tempsamp_kernels.sequences import LEVELS, Sequences
+from tempsamp_kernels.sequences import Sequences
 from tempsamp_kernels.tokens import SKIP, TERMS, HeadOptions, RowStatistics, Tokens
 from tempsamp_kernels.weights import live_tokens, token_weights
 
@@ -26,8 +27,9 @@ from tempsamp_kernels.weights import live_tokens, token_weights
 class FusedLinearGRPOLoss(torch.nn.Module):
     """In place of `liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss` (0.8.5): same arguments, loss and gradients.
 
-    `compiled` and `chunk_size` (in sequences) steer Liger's own chunking and have no bearing here. For "cispo"
-    `epsilon_high` is the bound of the ratio itself. Raises ValueError for what Liger refuses, too.
+    `compiled` and `chunk_size` (in sequences) steer Liger's own chunking and have no bearing here, nor has `delta` in
+    "cispo", "sapo" and "vespo". For "cispo" `epsilon_high` is the bound of the ratio itself. Raises ValueError for what
+    Liger refuses, too, when it is made.
     """
 
     def __init__(
@@ -58,12 +60,12 @@ class FusedLinearGRPOLoss(torch.nn.Module):
             "k3_corrected" if use_bias_correction_kl else "k3",
             epsilon_low,
             epsilon_high,
-            delta,
+            None if loss_type in ("cispo", "sapo", "vespo") else delta,
             sapo_temperature_pos=sapo_temperature_pos,
             sapo_temperature_neg=sapo_temperature_neg,
         )
         check_choice("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
-        check_positive("temperature", temperature)
+        check_positive(temperature=temperature)
         if importance_sampling_level == "sequence" and loss_type in ("cispo", "sapo", "vespo"):
             raise ValueError(f"loss_type {loss_type!r} has no importance_sampling_level 'sequence'")
         if loss_type == "dr_grpo" and max_completion_length is None:
@@ -107,6 +109,8 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         check_head(_input, lin_weight, selected_token_ids, bias)
         batch, length = selected_token_ids.shape
         flat_ids, device = selected_token_ids.reshape(-1), _input.device
+        if self.use_ref_model and ref_per_token_logps is not None and ref_input is not None:
+            warnings.warn("Using ref_per_token_logps, and not ref_input: both were given", stacklevel=2)
         if self.use_ref_model and ref_per_token_logps is None:
             if ref_input is None or ref_weight is None:
                 raise ValueError("use_ref_model needs ref_per_token_logps, or ref_input and ref_weight")
@@ -152,9 +156,9 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         impl = choose_impl(self.impl, _input)
         sequences = None
         if self.shares_ratio:
-            sequences = Sequences(row_ids, batch, counted, lengths, impl)
+            sequences = Sequences(row_ids, batch, counted, lengths)
         elif self.loss_type == "vespo" and not (old_per_token_logps is None and vllm_is_ratio is None):
-            sequences = Sequences(row_ids, batch, counted, lengths, impl, self._weighted_vespo(vllm_is_ratio))
+            sequences = Sequences(row_ids, batch, counted, lengths, self._weighted_vespo(vllm_is_ratio))
         options = HeadOptions(bias, impl=impl)
         plan = LossPlan(tokens, read, options, self.loss, None, batch * length, sequences)
         live = live_tokens(read, advantage, references is not None, shared_by=row_ids if self.shares_ratio else None)
@@ -258,12 +262,8 @@ def triton_grpo_loss(
     loss = token_loss(
         loss_type, kl_type, eps_low, eps_high, delta,
         sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg,
+        level=importance_sampling_level,
     )  # fmt: skip
-    check_choice("importance_sampling_level", importance_sampling_level, LEVELS)
-    if loss_type in ("cispo", "sapo", "vespo") and delta is not None:
-        raise ValueError(f"loss_type {loss_type!r} takes no delta; got {delta}")
-    if loss_type == "vespo" and importance_sampling_level != "token":
-        raise ValueError(f"loss_type 'vespo' has no importance_sampling_level {importance_sampling_level!r}")
     if beta != 0 and ref_logp is None:
         raise ValueError(f"beta={beta} needs ref_logp")
 

@@ -29,26 +29,23 @@ def _chunks(logits: Tensor, tokens: Tokens) -> Iterator[tuple[slice, Tensor, Tok
         for start in range(0, length, ROWS_PER_CHUNK):
             z = of_entry[start : start + ROWS_PER_CHUNK]
             chunk = slice(entry * length + start, entry * length + start + len(z))
-            yield chunk, z, tokens.map(lambda field: field[chunk])  # noqa: B023
+            yield chunk, z, tokens[chunk]
 
 
 def _statistics(logits: Tensor, tokens: Tokens, impl: str) -> RowStatistics:
     if impl == "triton":
         return rows.row_statistics(logits, tokens, PLAIN)
-    found = RowStatistics(*torch.empty(3, len(tokens.token_ids), device=logits.device))
+    table = torch.empty(3, len(tokens.token_ids), device=logits.device)
     for chunk, z, inputs in _chunks(logits, tokens):
         scaled = reference.scale_logits_(z.to(torch.float32, copy=True), inputs, PLAIN)
-        of_chunk = reference.softmax_statistics(scaled, inputs.token_ids, with_entropy=False)
-        for name in ("logp", "entropy", "lse"):
-            getattr(found, name)[chunk] = getattr(of_chunk, name)
-    return found
+        table[:, chunk] = reference.softmax_statistics(scaled, inputs.token_ids, with_entropy=False).table()
+    return RowStatistics(*table)
 
 
 def _write_gradient(logits: Tensor, gradient: Tensor, tokens: Tokens, found: RowStatistics, d_logp: Tensor) -> None:
     for (chunk, z, inputs), (_, target, _) in zip(_chunks(logits, tokens), _chunks(gradient, tokens), strict=True):
-        of_chunk = found.map(lambda values: values[chunk])  # noqa: B023
         z = z.to(torch.float32, copy=True)
-        reference.row_gradient(z, inputs, PLAIN, of_chunk, d_logp[chunk], None, z)
+        reference.row_gradient(z, inputs, PLAIN, found[chunk], d_logp[chunk], None, z)
         target.copy_(z.masked_fill_((d_logp[chunk] == 0)[:, None], 0))
 
 
@@ -105,7 +102,7 @@ def logits_logprob(
     vocabulary (on a GPU it gives NaN), or `impl` is unknown.
     """
     impl = choose_impl(impl, logits)
-    check_positive("temperature", temperature)
+    check_positive(temperature=temperature)
     for name, value in {"token_ids": token_ids, "mask": mask}.items():
         if value is not None and value.shape != logits.shape[:-1]:
             raise ValueError(f"{name} must be {tuple(logits.shape[:-1])} for these logits; got {tuple(value.shape)}")

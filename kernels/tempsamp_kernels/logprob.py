@@ -29,18 +29,13 @@ def forward_sweep(head: ChunkedHead, tokens: Tokens, options: HeadOptions) -> tu
     """
     kernels = KERNELS[options.impl]
     tokens = tokens.padded(head.num_padded)
-    found: list[RowStatistics] = []
+    table = tokens.temperature.new_empty(3, head.num_padded)
 
     def consume(logits: Tensor, chunk: slice, _: Tensor) -> None:
-        found.append(kernels.row_statistics(logits, tokens.map(lambda field: field[chunk]), options))
+        table[:, chunk] = kernels.row_statistics(logits, tokens[chunk], options).table()
 
     logits = head.sweep(consume)
-    empty = tokens.temperature.new_empty(0)
-    joined = (
-        torch.cat([empty, *(getattr(each, name) for each in found)])[: head.num_tokens]
-        for name in ("logp", "entropy", "lse")
-    )
-    return RowStatistics(*joined), logits if options.impl == "triton" else None
+    return RowStatistics(*table[:, : head.num_tokens]), logits if options.impl == "triton" else None
 
 
 def gradient_sweep(
@@ -60,9 +55,8 @@ def gradient_sweep(
     d_entropy = None if d_entropy is None else head.padded(d_entropy)
 
     def consume(logits: Tensor, chunk: slice, out: Tensor) -> None:
-        cut = lambda values: values[chunk]
         d_entropy_chunk = None if d_entropy is None else d_entropy[chunk]
-        kernels.row_gradient(logits, tokens.map(cut), options, rows.map(cut), d_logp[chunk], d_entropy_chunk, out)
+        kernels.row_gradient(logits, tokens[chunk], options, rows[chunk], d_logp[chunk], d_entropy_chunk, out)
 
     head.sweep(consume, gradients, kept)
     return scale
@@ -138,8 +132,7 @@ def linear_logprob(
     """
     check_head(hidden, weight, token_ids, bias, chunk_size)
     check_token_ids(token_ids, None, len(weight))
-    check_positive("temperature", temperature)
-    check_positive("softcap", softcap)
+    check_positive(temperature=temperature, softcap=softcap)
     impl = choose_impl(impl, hidden)
     flat = hidden.reshape(-1, hidden.shape[-1])
     if not isinstance(temperature, Tensor):

@@ -195,6 +195,10 @@ OBJECTIVE_OF_LOSS_TYPE = {
 }
 
 
+LEVELS = ("token", "sequence", "sequence_token")
+"""What shares a ratio: nothing, a row (GSPO), or a row whose tokens keep gradients of their own (GSPO-token)."""
+
+
 @dataclass(frozen=True)
 class TokenLoss:
     """The objective, the KL estimator and their numbers: everything that is the same for all tokens of a call."""
@@ -226,15 +230,21 @@ def token_loss(
     cispo_low: float | None = None,
     log_ratio_clamp: float | None = None,
     kl_clamp: float | None = None,
+    level: str = "token",
 ) -> TokenLoss:
     """Look up a loss type's objective and turn the user's options into its numbers.
 
-    Raises ValueError for an unknown `loss_type` or `kl_type`, and for an option out of range.
+    Raises ValueError for an unknown `loss_type`, `kl_type` or `level`, for what a loss type does not have, and for an
+    option out of range.
     """
     if loss_type not in OBJECTIVE_OF_LOSS_TYPE:
         raise ValueError(f"loss_type {loss_type!r} is not one of {sorted(OBJECTIVE_OF_LOSS_TYPE)}")
     if kl_type not in KL_ESTIMATORS:
         raise ValueError(f"kl_type {kl_type!r} is not one of {sorted(KL_ESTIMATORS)}")
+    if level not in LEVELS:
+        raise ValueError(f"importance_sampling_level {level!r} is not one of {LEVELS}")
+    if level != "token" and loss_type in ("vespo", "sft"):
+        raise ValueError(f"loss_type {loss_type!r} has no importance_sampling_level {level!r}")
     for name, value in (
         ("delta", delta),
         ("dual_clip", dual_clip),
@@ -248,9 +258,13 @@ def token_loss(
     for name, value in (("epsilon_low", epsilon_low), ("epsilon_high", epsilon_high), ("cispo_low", cispo_low)):
         if value is not None and not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value}")
+    objective = OBJECTIVE_OF_LOSS_TYPE[loss_type]
+    takes = {"clipped": ("delta", "dual_clip"), "cispo": ("cispo_low",)}.get(objective, ())
+    for name, value in {"delta": delta, "dual_clip": dual_clip, "cispo_low": cispo_low}.items():
+        if value is not None and name not in takes:
+            raise ValueError(f"loss_type {loss_type!r} takes no {name}; got {value}")
     if cispo_low is not None and cispo_low > epsilon_high:
         raise ValueError(f"cispo_low must be at most epsilon_high, {epsilon_high}; got {cispo_low}")
-    objective = OBJECTIVE_OF_LOSS_TYPE[loss_type]
     numbers = {
         "clipped": (1 - epsilon_low, 1 + epsilon_high, delta or UNBOUNDED, dual_clip or UNBOUNDED),
         "cispo": (-UNBOUNDED if cispo_low is None else cispo_low, epsilon_high, 0.0, 0.0),

@@ -20,18 +20,13 @@ def scale_logits_(logits: Tensor, tokens: Tokens, head: HeadOptions) -> Tensor:
     return logits.div_(tokens.temperature[:, None])
 
 
-def target_index(token_ids: Tensor) -> Tensor:
-    """[C, 1]: a column for every row, also for one to skip."""
-    return token_ids.masked_fill(token_ids == SKIP, 0)[:, None]
-
-
 def softmax_statistics(scaled: Tensor, token_ids: Tensor, with_entropy: bool = True) -> RowStatistics:
     """Log-prob, entropy and log-sum-exp of each row of `scaled` logits [C, V]; 0 for a row to skip.
 
     The target is left out of the sum: where it leads, `logp = -log1p(sum of the others' odds)` keeps its digits
     where `target - lse` would round to exactly 0. Without entropy the logits are overwritten.
     """
-    index = target_index(token_ids)
+    index = token_ids.masked_fill(token_ids == SKIP, 0)[:, None]
     target = scaled.gather(1, index)[:, 0]
     others = scaled.scatter(1, index, -torch.inf) if with_entropy else scaled.scatter_(1, index, -torch.inf)
     peak = others.amax(1).clamp(min=-1e30)
@@ -67,7 +62,8 @@ def softmax_gradient_(
         probs = log_probs.exp()
         log_probs.add_(rows.entropy[:, None]).mul_((d_entropy * factor)[:, None]).add_((d_logp * factor)[:, None])
         log_probs.mul_(probs.neg_())
-    scaled.scatter_(1, target_index(tokens.token_ids), (at_target * factor)[:, None])
+    index = tokens.token_ids.masked_fill(tokens.token_ids == SKIP, 0)[:, None]
+    scaled.scatter_(1, index, (at_target * factor)[:, None])
     return scaled if slope is None else scaled.mul_(slope)
 
 

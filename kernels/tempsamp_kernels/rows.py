@@ -177,17 +177,18 @@ def row_gradient_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["length"])
 def row_loss_kernel(
-    logits_ptr, num_rows, row_stride, gradient_ptr, gradient_row_stride, bias_ptr, token_ids_ptr, temperature_ptr,
-    advantage_ptr, policy_weight_ptr, kl_weight_ptr, old_logps_ptr, ref_logps_ptr, entropy_weight_ptr,
+    logits_ptr, length, batch_stride, row_stride, gradient_ptr, gradient_row_stride, bias_ptr, token_ids_ptr,
+    temperature_ptr, advantage_ptr, policy_weight_ptr, kl_weight_ptr, old_logps_ptr, ref_logps_ptr, entropy_weight_ptr,
     entropy_threshold_ptr, gradient_scale_ptr, terms_ptr, terms_stride, vocab_size, stored_size, logit_scale, softcap,
     ratio_low, ratio_high, option_1, option_2, log_ratio_bound, kl_bound, OBJECTIVE: tl.constexpr, KL: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Everything about rows of [C, V] while their logits are at hand: loss terms [NUM_TERMS, C] and gradient."""
-    for row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
-        row_ptr, token_id = logits_ptr + row * row_stride, tl.load(token_ids_ptr + row)
+    """Everything about rows of [C, V], `length` = C, while they are at hand: loss terms [NUM_TERMS, C] and gradient."""
+    for row in range(tl.program_id(0).to(tl.int64), length, tl.num_programs(0)):
+        row_ptr = row_of(logits_ptr, row, length, batch_stride, row_stride)
+        token_id = tl.load(token_ids_ptr + row)
         inv_temperature = 1 / tl.load(temperature_ptr + row)
         logp, entropy, lse = statistics(
             row_ptr, bias_ptr, token_id, vocab_size, stored_size, logit_scale, softcap, inv_temperature, LANES, WIDTH
@@ -257,6 +258,8 @@ def _arguments(logits: Tensor, tokens: Tokens, head: HeadOptions, *blocks: str) 
     sizes = row_blocks(vocab_size, logits.element_size())
     return {
         "logits_ptr": logits,
+        "length": logits.shape[-2],
+        "batch_stride": logits.stride(0) if logits.ndim == 3 else 0,
         "row_stride": logits.stride(-2),
         "bias_ptr": head.bias,
         "token_ids_ptr": tokens.token_ids,
@@ -270,17 +273,12 @@ def _arguments(logits: Tensor, tokens: Tokens, head: HeadOptions, *blocks: str) 
     }
 
 
-def _layout(logits: Tensor) -> dict[str, int]:
-    """How rows follow each other: [C, V] as one batch."""
-    return {"length": logits.shape[-2], "batch_stride": logits.stride(0) if logits.ndim == 3 else 0}
-
-
 def row_statistics(logits: Tensor, tokens: Tokens, head: HeadOptions) -> RowStatistics:
     """Statistics [rows] of raw logits, [C, V] in rows of `aligned(V)` or [B, T, V], which stay as they are."""
     num_rows = logits.shape[:-1].numel()
     found = torch.empty(3, num_rows, device=logits.device)
     launch(
-        row_statistics_kernel, (num_rows,), **_arguments(logits, tokens, head, "LANES", "WIDTH"), **_layout(logits),
+        row_statistics_kernel, (num_rows,), **_arguments(logits, tokens, head, "LANES", "WIDTH"),
         statistics_ptr=found, statistics_stride=found.stride(0),
     )  # fmt: skip
     return RowStatistics(*found)
@@ -293,8 +291,8 @@ def row_gradient(
     """The gradient of raw logits, in `out`: the logits themselves, or other rows of `aligned(V)`."""
     launch(
         row_gradient_kernel, (logits.shape[:-1].numel(),), **_arguments(logits, tokens, head, "BLOCK"),
-        **_layout(logits), gradient_ptr=out, gradient_row_stride=out.stride(-2),
-        gradient_batch_stride=out.stride(0) if out.ndim == 3 else 0, logp_ptr=rows.logp, entropy_ptr=rows.entropy,
+        gradient_ptr=out, gradient_batch_stride=out.stride(0) if out.ndim == 3 else 0,
+        gradient_row_stride=out.stride(-2), logp_ptr=rows.logp, entropy_ptr=rows.entropy,
         lse_ptr=rows.lse, d_logp_ptr=d_logp, d_entropy_ptr=d_entropy,
     )  # fmt: skip
 
@@ -311,7 +309,7 @@ def row_loss(
     num_rows, vocab_size = logits.shape
     launch(
         row_loss_kernel, (rows_at_work(num_rows, vocab_size, logits.device),),
-        **_arguments(logits, tokens, head, "LANES", "WIDTH", "BLOCK"), num_rows=num_rows, gradient_ptr=out,
+        **_arguments(logits, tokens, head, "LANES", "WIDTH", "BLOCK"), gradient_ptr=out,
         gradient_row_stride=out.stride(0), advantage_ptr=tokens.advantage, policy_weight_ptr=tokens.policy_weight,
         kl_weight_ptr=tokens.kl_weight, old_logps_ptr=tokens.old_logps, ref_logps_ptr=tokens.ref_logps,
         entropy_weight_ptr=tokens.entropy_weight, entropy_threshold_ptr=tokens.entropy_threshold,

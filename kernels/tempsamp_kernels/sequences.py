@@ -6,26 +6,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from tempsamp_kernels.launch import launch
 from tempsamp_kernels.objectives import TokenLoss, Vespo
-from tempsamp_kernels.optional_triton import tl, triton
 from tempsamp_kernels.reference import evaluate, token_log_ratio
 from tempsamp_kernels.tokens import RowStatistics, Tokens
-
-LEVELS = ("token", "sequence", "sequence_token")
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def row_sum_kernel(values_ptr, row_ids_ptr, sums_ptr, num_tokens, BLOCK: tl.constexpr):
-    """One program per row, which looks at every token: no atomics, so no order to vary."""
-    row = tl.program_id(0)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, num_tokens, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
-        inside = tokens < num_tokens
-        mine = tl.load(row_ids_ptr + tokens, mask=inside, other=-1) == row
-        total += tl.load(values_ptr + tokens, mask=inside & mine, other=0.0)
-    tl.store(sums_ptr + row, tl.sum(total, axis=0))
 
 
 @dataclass(frozen=True)
@@ -39,7 +22,6 @@ class Sequences:
     """[N] bool: tokens that count in the row's ratio."""
     lengths: Tensor
     """[N] fp32: counted tokens of the token's row, at least 1."""
-    impl: str
     vespo: Vespo | None = None
     """None: the geometric mean of a row's ratios replaces each of them (GSPO, arXiv 2507.18071)."""
     spreads_gradient: bool = True
@@ -49,15 +31,11 @@ class Sequences:
         return replace(self, row_ids=self.row_ids[order], mask=self.mask[order], lengths=self.lengths[order])
 
     def row_sum(self, values: Tensor) -> Tensor:
-        """[N] values to [B] sums, the same bits every time."""
+        """[N] values to [B] sums, the same bits every time: on a GPU `index_add_` would vary the order."""
         sums = values.new_zeros(self.num_row_ids)
-        if self.impl == "torch":
-            return sums.index_add_(0, self.row_ids, values)
-        launch(
-            row_sum_kernel, (self.num_row_ids,), values_ptr=values, row_ids_ptr=self.row_ids, sums_ptr=sums,
-            num_tokens=len(values), BLOCK=1024,
-        )  # fmt: skip
-        return sums
+        if values.is_cuda:
+            return sums.index_put_((self.row_ids,), values, accumulate=True)
+        return sums.index_add_(0, self.row_ids, values)
 
     def terms(self, rows: RowStatistics, tokens: Tokens, loss: TokenLoss) -> tuple[Tensor, Tensor, Tensor | None]:
         """Terms [NUM_TERMS, N] of the loss, and its derivatives with respect to log-prob and entropy [N]."""

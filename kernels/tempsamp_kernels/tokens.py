@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,8 +25,23 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+Kind = TypeVar("Kind", bound="_Vectors")
+
+
 @dataclass(frozen=True)
-class Tokens:
+class _Vectors:
+    """Fields [N] of the same tokens, some of them None."""
+
+    def map(self: Kind, function: Callable[[Tensor], Tensor]) -> Kind:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return type(self)(**{name: None if value is None else function(value) for name, value in values.items()})
+
+    def __getitem__(self: Kind, tokens: slice | Tensor) -> Kind:
+        return self.map(lambda field: field[tokens])
+
+
+@dataclass(frozen=True)
+class Tokens(_Vectors):
     """The inputs of N tokens; every field is [N], float32 unless said otherwise."""
 
     token_ids: Tensor
@@ -46,17 +61,12 @@ class Tokens:
     entropy_threshold: Tensor | None = None
     """Tokens of less entropy have neither a policy term nor a bonus."""
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Tokens:
-        return self._changed(lambda _, value: function(value))
-
     def padded(self, size: int) -> Tokens:
         """Extend to `size` tokens that weigh nothing."""
+        room = (0, size - len(self.token_ids))
         fill = {"token_ids": SKIP, "temperature": 1.0, "old_logps": SELF, "ref_logps": SELF}
-        return self._changed(lambda name, value: functional.pad(value, (0, size - len(value)), value=fill.get(name, 0)))
-
-    def _changed(self, function: Callable[[str, Tensor], Tensor]) -> Tokens:
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Tokens(**values | {name: function(name, value) for name, value in values.items() if value is not None})
+        filled = {name: functional.pad(getattr(self, name), room, value=value) for name, value in fill.items()}
+        return replace(self.map(lambda field: functional.pad(field, room)), **filled)
 
     @classmethod
     def of_ids(cls, token_ids: Tensor, temperature: Tensor) -> Tokens:
@@ -65,7 +75,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class RowStatistics:
+class RowStatistics(_Vectors):
     """Softmax statistics of each row, [N] fp32."""
 
     logp: Tensor
@@ -73,8 +83,9 @@ class RowStatistics:
     lse: Tensor
     """Log-sum-exp of the scaled logits."""
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> RowStatistics:
-        return RowStatistics(function(self.logp), function(self.entropy), function(self.lse))
+    def table(self) -> Tensor:
+        """[3, N]."""
+        return torch.stack([self.logp, self.entropy, self.lse])
 
 
 @dataclass(frozen=True)

@@ -63,13 +63,6 @@ def token_weights(
     return weight / max(num_items, 1)
 
 
-def capped(weights: Tensor, cap: float | None, mode: str) -> Tensor:
-    """Importance weights within a cap: a larger one becomes the cap ("truncate"), or 0 ("mask")."""
-    if cap is None:
-        return weights
-    return weights.clamp(max=cap) if mode == "truncate" else weights.masked_fill(weights > cap, 0)
-
-
 def slopes(tokens: Tokens) -> Tensor:
     """[N]: about as much as the derivatives with respect to log-probs can be, at a ratio of 1."""
     entropy_weight = 0.0 if tokens.entropy_weight is None else tokens.entropy_weight.abs()

@@ -21,7 +21,6 @@ EVERY_KERNEL_ONCE = (
     "row_loss/k3_corrected, softcap",
     "row_loss/V 50257, bias",
     "row_gradient/entropy, softcap",
-    "row_sum",
     "advantages/orarl",
     "logits",
     "linear_step",

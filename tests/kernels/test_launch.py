@@ -45,8 +45,12 @@ def test_an_empty_grid_starts_nothing():
     launching.launch(None, (0,), values_ptr=torch.empty(0))
 
 
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("inplace", [True, False])
-def test_a_compiled_step_over_held_logits_gives_the_gradients_of_an_eager_one(inplace):
+def test_a_compiled_step_over_held_logits_gives_the_gradients_of_an_eager_one(inplace, backend):
     """`inplace=True` is the default and only a permission: a compiled backward takes memory of its own."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 4, 8), torch.randn(11, 8)
@@ -60,12 +64,13 @@ def test_a_compiled_step_over_held_logits_gives_the_gradients_of_an_eager_one(in
 
     eager, compiled = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     step(eager).backward()
-    torch.compile(step, backend="aot_eager")(compiled).backward()
+    torch.compile(step, backend=backend)(compiled).backward()
     torch.testing.assert_close(compiled.grad, eager.grad)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("vocab_size", [37, pytest.param(48, marks=pytest.mark.slow)])
-def test_a_step_from_hidden_states_compiles_into_one_graph_with_the_gradients_of_an_eager_one(vocab_size):
+def test_a_step_from_hidden_states_compiles_into_one_graph_with_the_gradients_of_an_eager_one(vocab_size, backend):
     """The loss in two chunks, of which one is padded, and the log-prob with its entropy."""
     torch.manual_seed(0)
     leaves = torch.randn(5, 8, requires_grad=True), torch.randn(vocab_size, 8, requires_grad=True)
@@ -78,6 +83,6 @@ def test_a_step_from_hidden_states_compiles_into_one_graph_with_the_gradients_of
         logp, entropy = linear_logprob(x, w, ids, temperature=0.9, chunk_size=3, impl="torch")
         return loss + logp.sum() + entropy.sum()
 
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
     found, expected = (torch.autograd.grad(function(*leaves), leaves) for function in (compiled, step))
     torch.testing.assert_close(found, expected)

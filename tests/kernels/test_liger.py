@@ -156,6 +156,14 @@ def test_reference_head_stands_in_for_reference_log_probs():
     assert_same({**inputs, "ref_input": inputs["_input"] + 0.1, "ref_weight": inputs["lin_weight"] * 0.9}, beta=0.1)
 
 
+def test_a_reference_head_beside_reference_log_probs_is_left_out_with_a_warning():
+    inputs = {name: value for name, value in batch().items() if name != "importance"}
+    expected, _ = FusedLinearGRPOLoss()(**inputs)
+    with pytest.warns(UserWarning, match="Using ref_per_token_logps"):
+        loss, _ = FusedLinearGRPOLoss()(**inputs, ref_input=inputs["_input"], ref_weight=inputs["lin_weight"])
+    assert torch.equal(loss, expected)
+
+
 def test_a_frozen_head_gets_no_gradient():
     inputs = batch(3)
     del inputs["importance"]

@@ -91,7 +91,23 @@ def test_an_id_outside_the_vocabulary_is_nan_where_no_host_can_see_it(impl, monk
         pytest.skip("PyTorch raises")
     for module in (logits, logprob):
         monkeypatch.setattr(module, "check_token_ids", lambda *_: None)
-    ids = torch.tensor([3, 11, -1], device=DEVICE)
-    logp, _ = linear_logprob(torch.randn(3, 4, device=DEVICE), torch.randn(11, 4, device=DEVICE), ids, impl=impl)
-    held = fused_selective_log_softmax(torch.randn(1, 4, 11, device=DEVICE), ids[None], impl=impl)
-    assert logp.isnan().tolist() == held[0].isnan().tolist() == [False, True, True]
+    ids = torch.tensor([3, 11, -1, 2**32 + 3], device=DEVICE)
+    logp, _ = linear_logprob(torch.randn(4, 4, device=DEVICE), torch.randn(11, 4, device=DEVICE), ids, impl=impl)
+    held = fused_selective_log_softmax(torch.randn(1, 5, 11, device=DEVICE), ids[None], impl=impl)
+    assert logp.isnan().tolist() == held[0].isnan().tolist() == [False, True, True, True]
+
+
+def test_an_infinite_kl_of_one_side_stays_out_of_the_other_sides_metrics(packed, impl):
+    batch = packed([3, 2, 2], masked=0.0)
+    batch.ref_logps[0] = 500
+    found = loss_of(batch.learned(), impl)[1].as_dict()
+    assert found["kl"] == found["on_policy/kl"] == torch.inf
+    assert 0 < found["off_policy/kl"] < 10
+
+
+def test_a_gate_that_a_vast_ratio_closes_has_no_gradient(packed, impl):
+    """Its slope is 0, its ratio infinite in fp32."""
+    batch = packed([3, 2], masked=0.0)
+    batch.old_logps[0] = -200
+    loss, _ = loss_of(learned := batch.learned(), impl, loss_type="sapo", beta=0.0)
+    assert loss.isfinite() and learned.hidden.grad[0].eq(0).all() and learned.hidden.grad[1].ne(0).any()

@@ -106,6 +106,8 @@ def test_a_row_mask_is_a_mask_over_all_tokens_of_a_row(packed):
     ("options", "message"),
     [
         ({"cispo_low": 0.5}, "'grpo' takes no cispo_low"),
+        ({"loss_type": "cispo", "cispo_low": 0.5}, "cispo_low must be at most epsilon_high, 0.2; got 0.5"),
+        ({"loss_type": "sapo", "dual_clip": 3.0}, "'sapo' takes no dual_clip"),
         ({"importance_mode": "drop"}, "importance_mode 'drop'"),
         ({"importance_weights": torch.ones(3)}, "importance_weights"),
         ({"row_mask": torch.ones(3, dtype=torch.bool)}, "row_mask"),
