@@ -1,11 +1,14 @@
 #include "decoder.h"
 
+#include "unwritten.h"
+
 namespace video {
 namespace {
 
 class SoftwareDecoder final : public Decoder {
 public:
-    SoftwareDecoder(CodecPtr context, FramePtr frame) : context_(std::move(context)), frame_(std::move(frame)) {}
+    SoftwareDecoder(CodecPtr context, FramePtr frame, bool is_marked)
+        : context_(std::move(context)), frame_(std::move(frame)), is_marked_(is_marked) {}
 
     bool decode(const AVPacket* packet, const Take& take, Status* status) override {
         int error = avcodec_send_packet(context_.get(), packet);
@@ -14,6 +17,7 @@ public:
             error = avcodec_receive_frame(context_.get(), frame_.get());
             if (error == AVERROR(EAGAIN) || error == AVERROR_EOF) return is_whole;
             if (error < 0) return false;
+            if (is_marked_ && has_unwritten_part(*frame_)) frame_->flags |= AV_FRAME_FLAG_CORRUPT;
             *status = take(*frame_);
         }
         return is_whole;
@@ -24,6 +28,7 @@ public:
 private:
     CodecPtr context_;
     FramePtr frame_;
+    bool is_marked_;
 };
 
 // The tag of the container where FFmpeg does not know what it stands for.
@@ -47,9 +52,10 @@ Status open_software_decoder(const AVStream* stream, const Limits& limits, std::
     context->pkt_timebase = stream->time_base;
     context->thread_count = 1;
     context->max_pixels = limits.padded_pixels();  // for a frame that grows in mid-stream
+    const bool is_marked = mark_buffers(context.get());
     if (error >= 0) error = avcodec_open2(context.get(), codec, nullptr);
     if (error < 0) return {Code::kDecodeFailed, codec_name + " decoder: " + error_text(error)};
-    *decoder = std::make_unique<SoftwareDecoder>(std::move(context), std::move(frame));
+    *decoder = std::make_unique<SoftwareDecoder>(std::move(context), std::move(frame), is_marked);
     return {};
 }
 
