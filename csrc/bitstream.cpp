@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "bit_reader.h"
+#include "nal_units.h"
 
 namespace video {
 namespace {
@@ -84,20 +84,18 @@ void merge(PacketTraits* traits, bool is_reference, int temporal_id) {
 
 }  // namespace
 
-BitstreamReader::BitstreamReader(const AVCodecParameters* codec) : codec_id_(codec->codec_id), types_(codec) {
+BitstreamReader::BitstreamReader(const AVCodecParameters* codec)
+    : codec_id_(codec->codec_id), types_(codec), length_bytes_(nal_length_bytes(*codec)) {
     can_drop_ = has_nal_units() || codec_id_ == AV_CODEC_ID_AV1;
     const uint8_t* extra = codec->extradata;
     const int size = codec->extradata_size;
     constexpr int kAv1ConfigurationBytes = 4;  // before the sequence header (AV1CodecConfigurationRecord)
-    if (codec_id_ == AV_CODEC_ID_H264 && size >= 7 && extra[0] == 1) {
-        length_size_ = (extra[4] & 3) + 1;
+    if (codec_id_ == AV_CODEC_ID_H264 && length_bytes_ > 0) {
         read_avcc(extra, size);
-    } else if (codec_id_ == AV_CODEC_ID_HEVC && size >= 23 && (extra[0] || extra[1] || extra[2] > 1)) {
-        length_size_ = (extra[21] & 3) + 1;
     } else if (codec_id_ == AV_CODEC_ID_AV1 && size > kAv1ConfigurationBytes) {
         bool ignored = false;
         av1_.read(extra + kAv1ConfigurationBytes, size - kAv1ConfigurationBytes, &ignored);
-    } else if (has_nal_units()) {
+    } else if (has_nal_units() && length_bytes_ == 0) {
         read(extra, size);
     }
 }
@@ -132,22 +130,10 @@ PacketTraits BitstreamReader::read(const uint8_t* data, int size) {
         if (!type.is_bidirectional && type.is_shown) ++num_references_;
         return traits;
     }
-    if (length_size_ > 0) {
-        for (int at = 0; at + length_size_ < size;) {
-            uint32_t length = 0;
-            for (int i = 0; i < length_size_; ++i) length = length << 8 | data[at + i];
-            at += length_size_;
-            length = std::min<uint32_t>(length, static_cast<uint32_t>(size - at));
-            read_nal(data + at, static_cast<int>(length), &traits);
-            at += static_cast<int>(length);
-        }
-    } else {
-        for (int at = find_start_code(data, size, 0); at < size;) {
-            const int next = find_start_code(data, size, at + 3);
-            read_nal(data + at + 3, next - at - 3, &traits);
-            at = next;
-        }
-    }
+    visit_nal_units(data, size, length_bytes_, [&](const uint8_t* unit, int unit_size) {
+        read_nal(unit, unit_size, &traits);
+        return true;
+    });
     return traits;
 }
 

@@ -69,7 +69,7 @@ private:
     Av1Reader av1_;
     PictureTypeReader types_;
     int64_t num_references_ = 0;  // pictures so far that are not bidirectional
-    int length_size_ = 0;  // 0: start codes
+    int length_bytes_;  // before each unit; 0: start codes
     bool can_drop_ = false;
 };
 

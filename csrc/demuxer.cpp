@@ -89,7 +89,9 @@ Status Demuxer::open(const std::string& path, bool keep_others) {
     for (unsigned i = 0; !keeps && i < format_->nb_streams; ++i) {
         if (format_->streams[i] != stream_) format_->streams[i]->discard = AVDISCARD_ALL;
     }
-    if (stream_->codecpar->codec_id == AV_CODEC_ID_MPEG4) unpacker_.emplace(stream_->codecpar);
+    const AVCodecID codec = stream_->codecpar->codec_id;
+    if (codec == AV_CODEC_ID_MPEG4) unpacker_.emplace(stream_->codecpar);
+    if (codec == AV_CODEC_ID_H264 || codec == AV_CODEC_ID_HEVC) joiner_.emplace(*stream_->codecpar);
     return {};
 }
 
@@ -149,6 +151,20 @@ int Demuxer::read(AVPacket* packet) {
 }
 
 int Demuxer::read_any(AVPacket* packet) {
+    int error = read_packet(packet);
+    if (error < 0 || !is_ours(packet)) return error;
+    if (unpacker_) return unpacker_->unpack(packet);
+    if (!joiner_) return error;
+    while (joiner_->hold(*packet)) {
+        do {
+            error = read_packet(packet);
+        } while (error >= 0 && !is_ours(packet));
+        if (error < 0) return error;
+    }
+    return joiner_->join(packet);
+}
+
+int Demuxer::read_packet(AVPacket* packet) {
     int error = AVERROR(EAGAIN);
     while (error == AVERROR(EAGAIN)) {
         av_packet_unref(packet);
@@ -156,7 +172,7 @@ int Demuxer::read_any(AVPacket* packet) {
         error = should_stop() ? AVERROR_EXIT : av_read_frame(format_.get(), packet);
     }
     if (was_stopped_) return AVERROR_EXIT;  // what a parser had gathered is no picture
-    return error >= 0 && unpacker_ && is_ours(packet) ? unpacker_->unpack(packet) : error;
+    return error;
 }
 
 void Demuxer::bound_read(const AVFormatContext* format) {
@@ -186,7 +202,7 @@ int Demuxer::num_promised_packets() const {
     int count = 0;
     const int listed = is_format("mov") ? avformat_index_get_entries_count(stream_) : 0;
     for (int i = 0; i < listed; ++i) count += avformat_index_get_entry(stream_, i)->size > 0;
-    return count;
+    return joiner_ ? count - joiner_->num_held() : count;
 }
 
 int Demuxer::transport_packet_bytes() const {
@@ -197,6 +213,7 @@ int Demuxer::transport_packet_bytes() const {
 
 bool Demuxer::seek(int64_t timestamp, bool by_byte) {
     if (unpacker_) unpacker_->reset();
+    if (joiner_) joiner_->reset();
     const int flags = AVSEEK_FLAG_BACKWARD | (by_byte ? AVSEEK_FLAG_BYTE : 0);
     return av_seek_frame(format_.get(), stream_->index, timestamp, flags) >= 0;
 }

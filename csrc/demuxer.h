@@ -6,6 +6,7 @@
 #include <string>
 
 #include "ffmpeg.h"
+#include "header_joiner.h"
 #include "mpeg4_unpacker.h"
 #include "watch.h"
 
@@ -36,7 +37,7 @@ public:
     const AVStream* stream_of(const AVPacket* packet) const { return format_->streams[packet->stream_index]; }
     // Seconds from 0 to the end of the last packet, as the header of the file says; 0 where it does not.
     double promised_end_s() const;
-    // Packets that the container lists before it holds them, without empty ones; 0 where it does not.
+    // Packets that the container lists before it holds them, without empty ones and joined ones; 0 where it does not.
     int num_promised_packets() const;
     // A chunk of the stream by the container's own list of them, below avformat_index_get_entries_count(stream()).
     const AVIndexEntry* listed_chunk(int number) const { return avformat_index_get_entry(stream_, number); }
@@ -46,6 +47,7 @@ public:
     bool is_format(const char* name) const;
 
 private:
+    int read_packet(AVPacket* packet);
     Status open_format(const std::string& path, FormatPtr* format);
     Status check_size(const std::string& path);
     Status probe();
@@ -59,6 +61,7 @@ private:
     FormatPtr format_;
     AVStream* stream_ = nullptr;
     std::optional<Mpeg4Unpacker> unpacker_;
+    std::optional<HeaderJoiner> joiner_;
     const AVFormatContext* reading_ = nullptr;
     int64_t stop_at_ = std::numeric_limits<int64_t>::max();  // byte of the file
     bool was_stopped_ = false;
