@@ -48,6 +48,11 @@ bool is_encrypted(const Demuxer& demuxer, const AVPacket* packet) {
 Status encrypted() { return {Code::kUnsupported, "is encrypted"}; }
 
 bool changes_header(const AVPacket* packet, const AVCodecParameters& codec) {
+    constexpr uint8_t kTheoraHeader = 0x80;
+    if (codec.codec_id == AV_CODEC_ID_THEORA && packet->data[0] & kTheoraHeader) {
+        const uint8_t *begin = codec.extradata, *end = begin + codec.extradata_size;
+        return std::search(begin, end, packet->data, packet->data + packet->size) == end;
+    }
     size_t size = 0;
     const uint8_t* data = av_packet_get_side_data(packet, AV_PKT_DATA_NEW_EXTRADATA, &size);
     return data && (size != static_cast<size_t>(codec.extradata_size) || std::memcmp(data, codec.extradata, size) != 0);

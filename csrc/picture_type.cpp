@@ -44,6 +44,23 @@ PictureType vp9_type(const uint8_t* data, int size) {
     return type;
 }
 
+// The parse units of Dirac and VC-2 (SMPTE ST 2042-1, 10): the end of a sequence may be a packet of its own.
+PictureType dirac_type(const uint8_t* data, int size) {
+    constexpr int kUnitHeader = 13;
+    constexpr unsigned kSequenceHeader = 0, kPicture = 8, kReferences = 3;
+    bool has_header = false;
+    for (int at = 0; size - at >= kUnitHeader;) {
+        BitReader reader = reader_of(data + at + 4, size - at - 4);
+        const unsigned code = reader.bits(8);
+        if (code & kPicture) return {has_header && !(code & kReferences)};
+        has_header = has_header || code == kSequenceHeader;
+        const unsigned length = reader.bits(32);
+        if (length < kUnitHeader || length > static_cast<unsigned>(size - at)) break;
+        at += static_cast<int>(length);
+    }
+    return {false, false, false, false};
+}
+
 }  // namespace
 
 PictureTypeReader::PictureTypeReader(const AVCodecParameters* codec) : codec_id_(codec->codec_id) {
@@ -77,6 +94,7 @@ PictureType PictureTypeReader::read(const uint8_t* data, int size) {
             const bool is_header = starts_with(0, 1);  // of a file that is joined to the first
             return {starts_with(0, 2) == kIntra, false, false, !is_header};
         }
+        case AV_CODEC_ID_DIRAC: return dirac_type(data, size);
         case AV_CODEC_ID_VP8: return {starts_with(7, 1) == kIntra, false, false, starts_with(3, 1) == 1};
         case AV_CODEC_ID_VP9: return vp9_type(data, size);
         default: return intra(is_intra_only_);
@@ -101,10 +119,10 @@ PictureType PictureTypeReader::read_mpeg2(const uint8_t* data, int size) {
     return {};
 }
 
-// ISO/IEC 14496-2, 6.2.3: how many bits the time of a picture takes.
+// ISO/IEC 14496-2, 6.2.3: how many bits the time of a picture takes, and whether it may have fields.
 void PictureTypeReader::read_mpeg4_layer(const uint8_t* data, int size) {
     constexpr int kFirstLayer = 0x20, kLastLayer = 0x2f;
-    constexpr unsigned kExtendedAspect = 15, kGrey = 3;
+    constexpr unsigned kExtendedAspect = 15, kRectangular = 0, kGrey = 3;
     for (int at = find_start_code(data, size, 0); at + 4 < size; at = find_start_code(data, size, at + 3)) {
         if (data[at + 3] < kFirstLayer || data[at + 3] > kLastLayer) continue;
         BitReader reader = reader_of(data + at + 4, size - at - 4);
@@ -121,11 +139,16 @@ void PictureTypeReader::read_mpeg4_layer(const uint8_t* data, int size) {
                 for (int bits : {32, 32, 15}) reader.bits(bits);
             }
         }
-        if (reader.bits(2) == kGrey && version != 1) reader.bits(4);
+        const unsigned shape = reader.bits(2);
+        if (shape == kGrey && version != 1) reader.bits(4);
         reader.bits(1);
         const unsigned resolution = reader.bits(16);
         time_increment_bits_ = 1;
         while (resolution > 1u << time_increment_bits_) ++time_increment_bits_;
+        reader.bits(1);
+        if (reader.bits(1)) reader.bits(time_increment_bits_);  // fixed_vop_rate
+        if (shape == kRectangular) reader.bits(1 + 13 + 1 + 13 + 1);
+        is_interlaced_ = reader.bits(1);
     }
 }
 
@@ -144,7 +167,8 @@ PictureType PictureTypeReader::read_mpeg4(const uint8_t* data, int size) {
         }
         reader.bits(1 + time_increment_bits_ + 1);
         type.is_shown = reader.bits(1);
-        type.is_intra = type.is_intra && type.is_shown;
+        // Decoders reckon the times of fields from the first pictures that they see, and leave out others by them.
+        type.is_intra = type.is_intra && type.is_shown && !is_interlaced_;
         return type;
     }
     return {};

@@ -30,6 +30,7 @@ private:
     AVCodecID codec_id_;
     bool is_intra_only_ = false;
     bool is_closed_group_ = false;  // of MPEG-2
+    bool is_interlaced_ = false;    // of MPEG-4
     int time_increment_bits_ = 0;  // of MPEG-4; 0: not known
 };
 
