@@ -20,7 +20,8 @@ from tempsamp_fast.data.loader import LENGTH_TOLERANCE
 from tempsamp_fast.data.sources import SOURCES, how_to_fetch
 from tempsamp_fast.system.files import escaped, log_printably, one_line
 from tempsamp_fast.video import VideoError, frames
-from tempsamp_fast.video.torchcodec_backend import open_decoder, shown_span
+from tempsamp_fast.video.torchcodec_backend import open_decoder
+from tempsamp_fast.video.verified_frames import shown_span
 
 LENGTH_TOLERANCE_S = 1.0
 """A video may differ from its annotated duration by this or by `LENGTH_TOLERANCE`, the larger of the two."""

@@ -11,7 +11,8 @@ import torch
 
 from tempsamp_fast.video import Geometry, Limits, Sampling, VideoError, load_videos
 from tempsamp_fast.video.backend import why_no_extension
-from tempsamp_fast.video.torchcodec_backend import open_decoder, shown_span
+from tempsamp_fast.video.torchcodec_backend import open_decoder
+from tempsamp_fast.video.verified_frames import shown_span
 
 
 @dataclass(frozen=True)

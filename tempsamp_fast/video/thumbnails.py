@@ -14,7 +14,7 @@ from tempsamp_fast.video.backend import why_no_extension
 from tempsamp_fast.video.geometry import Geometry
 from tempsamp_fast.video.patches import resize_frames, unpatchify
 from tempsamp_fast.video.result import Code, Limits, VideoError
-from tempsamp_fast.video.sampling import frames_on_screen
+from tempsamp_fast.video.sampling import TOLERANCE_S, frames_on_screen
 
 PIXELS = Geometry(patch_size=1, temporal_patch_size=1, merge_size=1)
 """Every pixel is a patch: pictures of any size."""
@@ -55,17 +55,23 @@ def from_native(path: Path, times_s: Sequence[float], height: int) -> Tensor:
 
 def from_torchcodec(path: Path, times_s: Sequence[float], height: int) -> Tensor:
     """`frames` by torchcodec, which refuses files whose frames it cannot tell apart."""
-    from tempsamp_fast.video.torchcodec_backend import check_first_frame, open_decoder, shown_span
+    from tempsamp_fast.video.loaded_ffmpeg import listening
+    from tempsamp_fast.video.torchcodec_backend import check_first_frame, open_decoder
+    from tempsamp_fast.video.verified_frames import shown_span
 
     decoder = open_decoder(path)
     check_first_frame(path, decoder)
     begin, end = shown_span(decoder.metadata)
     times = np.clip(begin + np.asarray(times_s, dtype=np.float64), begin, np.nextafter(end, begin))
     try:
-        pictures = [decoder.get_frame_played_at(float(time)).data for time in times]
+        with listening() as complaints:
+            shown = [decoder.get_frame_played_at(float(time)) for time in times]
     except (RuntimeError, IndexError) as error:
         raise VideoError(path, "DECODE_FAILED", f"no frame at {list(times_s)} s ({error})") from error
-    return torch.stack([_scaled(picture, height) for picture in pictures])
+    if complaints or any(frame.pts_seconds > time for frame, time in zip(shown, times + TOLERANCE_S, strict=True)):
+        reason = complaints[0] if complaints else "torchcodec finds later ones"
+        raise VideoError(path, "DECODE_FAILED", f"no frame at {list(times_s)} s is sure ({reason})")
+    return torch.stack([_scaled(frame.data, height) for frame in shown])
 
 
 def _scaled(picture: Tensor, height: int) -> Tensor:

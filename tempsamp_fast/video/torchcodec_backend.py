@@ -1,22 +1,24 @@
 """Decoding with torchcodec: the fallback where the extension is not built, and the oracle in tests.
 
-Known limits: torchcodec cannot be interrupted (past the deadline its thread is left to finish the frames at hand), does
-not verify which frame a seek landed on (files where it misses the very first one are refused) and does not tell
-concealed frames from good ones. What that means file by file is in bench/results/video_corpus.json.
+torchcodec does not verify which frame a seek landed on, and does not tell pictures that a decoder makes up from good
+ones. So times are compared with those that were asked for, and FFmpeg's log is listened to; where either gives a
+doubt, the file is decoded again from its beginning without seeking, up to the first complaint. Files where torchcodec
+misses the very first frame, or whose clock starts again, are refused.
+
+Known limits: torchcodec cannot be interrupted (past the deadline its thread is left to finish the frames at hand);
+nothing is good after the first damage; damage that FFmpeg does not notice (as in VP8 and VP9, which have no checksums)
+passes. What that means file by file is in bench/results/video_corpus.json.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 import queue
-import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +27,20 @@ from torch import Tensor
 
 from tempsamp_fast.video.backend import Request, usable_cores
 from tempsamp_fast.video.geometry import Geometry
-from tempsamp_fast.video.patches import normalise_rows, patchify, resize_frames
+from tempsamp_fast.video.loaded_ffmpeg import MOST_PROBED, listening, probed_format
+from tempsamp_fast.video.patches import normalise_rows, patchify
 from tempsamp_fast.video.result import SINGLE_FRAME, Code, Limits, VideoError, VideoResult, failure
 from tempsamp_fast.video.sampling import FRAME_FACTOR, TOLERANCE_S, Sampling, sample_indices, sample_times
+from tempsamp_fast.video.verified_frames import (
+    AT_THE_END,
+    DEADLINE,
+    Found,
+    Wanted,
+    by_seeking,
+    first_line,
+    in_order,
+    shown_span,
+)
 
 try:
     from torchcodec.decoders import VideoDecoder, VideoStreamMetadata
@@ -38,9 +51,6 @@ except (ImportError, OSError, RuntimeError) as error:  # its libraries are built
     ) from error
 
 NAME = "torchcodec"
-CHUNK = 16
-"""Frames decoded at a time: bounds the memory for frames at native size."""
-DEADLINE = "the deadline passed"
 HAND_OVER_S = 0.5
 """Time after the deadline in which the frames so far may still be handed over."""
 FORMATS = {
@@ -49,8 +59,6 @@ FORMATS = {
     "webp_anim",
 }
 """As the extension's: others (playlists, manifests, session descriptions) make FFmpeg open files or the network."""
-MOST_PROBED, WEAK_SCORE = 1 << 20, 25
-"""Bytes after which FFmpeg takes any guess at the format, and the score that it doubts before."""
 
 
 def load(
@@ -107,26 +115,6 @@ def _until(deadline: float, path: Path, work: Callable[[], tuple[Tensor, VideoRe
     return answer
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """The frames to fetch from one open file: by time or by index."""
-
-    decoder: VideoDecoder
-    positions: np.ndarray
-    """[n] float64 seconds in the container's clock, or int64 frame indices."""
-    second_per_frame: float
-    by_time: bool
-
-    def fetch(self, chunk: range) -> tuple[Tensor, Tensor]:
-        """Frames [T, 3, H, W] uint8 and their times [T] float64; RuntimeError when one does not decode."""
-        positions = torch.from_numpy(self.positions[chunk.start : chunk.stop])
-        if not self.by_time:
-            batch = self.decoder.get_frames_at(positions)
-            return batch.data, batch.pts_seconds
-        batch = self.decoder.get_frames_played_at(positions)
-        return batch.data, batch.pts_seconds
-
-
 def open_decoder(path: Path) -> VideoDecoder:
     """The best video stream of a regular file, indexed exactly. Raises VideoError."""
     if not path.exists():
@@ -146,48 +134,9 @@ def open_decoder(path: Path) -> VideoDecoder:
     try:
         return VideoDecoder(str(path.absolute()), device="cpu")
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         code: Code = "NO_VIDEO_STREAM" if "video stream" in reason else "OPEN_FAILED"
         raise VideoError(path, code, f"cannot be opened as a video ({reason})") from error
-
-
-class _ProbeData(ctypes.Structure):
-    """FFmpeg's AVProbeData."""
-
-    _fields_ = (
-        ("filename", ctypes.c_char_p),
-        ("buf", ctypes.c_char_p),
-        ("buf_size", ctypes.c_int),
-        ("mime_type", ctypes.c_char_p),
-    )
-
-
-@cache
-def _libavformat() -> ctypes.CDLL:
-    """The one that torchcodec has loaded."""
-    library = ctypes.CDLL(re.findall(r"/\S*libavformat\S*", Path("/proc/self/maps").read_text())[0])
-    library.av_probe_input_format3.restype = ctypes.POINTER(ctypes.c_char_p)  # AVInputFormat begins with its name
-    return library
-
-
-def probed_format(path: Path, head: bytes) -> str:
-    """The format that FFmpeg will take a file for that begins with `head`, by its own probe; empty for none.
-
-    As avformat_open_input: first by the name alone (image sequences), then by more and more of the file.
-    """
-    sizes = [0, *(1 << bits for bits in range(11, MOST_PROBED.bit_length()))]
-    for size in sizes:
-        part, score = head[:size], ctypes.c_int()
-        data = _ProbeData(bytes(path.absolute()), part + bytes(64), len(part), None)
-        found = _libavformat().av_probe_input_format3(ctypes.byref(data), int(size > 0), ctypes.byref(score))
-        if found and score.value > (WEAK_SCORE if 0 < size < len(head) else 0):
-            return found[0].decode()
-    return ""
-
-
-def shown_span(metadata: VideoStreamMetadata) -> tuple[float, float]:
-    """(begin, end) of what the file shows, seconds in the container's clock."""
-    return metadata.begin_stream_seconds or 0.0, metadata.end_stream_seconds or 0.0
 
 
 def _load_one(
@@ -199,32 +148,29 @@ def _load_one(
     deadline: float,
     limits: Limits,
 ) -> tuple[Tensor, VideoResult]:
-    decoder = open_decoder(path)
+    with listening() as complaints:
+        decoder = open_decoder(path)
     wanted = _wanted(path, decoder, sampling)
     num_wanted = len(wanted.positions)
     frame_size = _frame_size(path, decoder.metadata, num_wanted, geometry, dtype, limits)
     check_first_frame(path, decoder)
-
-    chunks, times = [], []
-    errors: dict[int, str] = {}
-    for start in range(0, num_wanted, CHUNK):
-        for frames, pts in _fetch(wanted, range(start, min(start + CHUNK, num_wanted)), deadline, errors):
-            chunks.append(resize_frames(frames, frame_size))
-            times.append(pts)
-    num_good = num_wanted - len(errors)
-    code, reason = _verdict(decoder.metadata, errors, num_wanted)
+    found = None if complaints or wanted.is_crowded() else by_seeking(wanted, frame_size, deadline)
+    if found is None:
+        found = in_order(path, replace(wanted, decoder=open_decoder(path)), frame_size, deadline)
+    num_good = len(found.frames)
+    code, reason = _verdict(decoder.metadata, found, num_wanted)
     failed = VideoError(path, code, f"{num_good} of {num_wanted} wanted frames decoded ({reason})")
     if code != "OK" and (not keep_partial or num_good < FRAME_FACTOR):
         raise failed
     begin, _ = shown_span(decoder.metadata)
-    frames = torch.cat(chunks)
+    frames = torch.stack(found.frames)
     return normalise_rows(patchify(frames, geometry), geometry, dtype), VideoResult(
         path=path,
         status="ok" if code == "OK" else "partial",
         code=code,
         message="" if code == "OK" else str(failed),
         num_frames=num_good,
-        frame_times_s=torch.cat(times) - begin,
+        frame_times_s=torch.tensor(found.times_s, dtype=torch.float64) - begin,
         grid_thw=geometry.grid_thw(num_good, frame_size),
         second_per_grid=geometry.temporal_patch_size * wanted.second_per_frame,
         begin_s=begin,
@@ -278,38 +224,16 @@ def check_first_frame(path: Path, decoder: VideoDecoder) -> None:
         raise VideoError(path, "UNSUPPORTED", reason)
 
 
-def _fetch(wanted: Wanted, chunk: range, deadline: float, errors: dict[int, str]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The frames of `chunk`, together or, where one does not decode, one by one; what failed goes into `errors`."""
-    if time.monotonic() > deadline:
-        errors.update(dict.fromkeys(chunk, DEADLINE))
-        return
-    try:
-        yield wanted.fetch(chunk)
-    except RuntimeError as error:
-        if len(chunk) == 1:
-            errors[chunk[0]] = _first_line(error)
-            return
-        for position in chunk:
-            yield from _fetch(wanted, range(position, position + 1), deadline, errors)
-
-
-def _verdict(metadata: VideoStreamMetadata, errors: dict[int, str], num_wanted: int) -> tuple[Code, str]:
-    """The code of a video of which `errors` did not decode, and the reason for it."""
-    if not errors:
+def _verdict(metadata: VideoStreamMetadata, found: Found, num_wanted: int) -> tuple[Code, str]:
+    """The code of a video of which this was found, and the reason for it."""
+    if len(found.frames) == num_wanted:
         begin, end = shown_span(metadata)
         promised_s, promised = metadata.duration_seconds_from_header or 0.0, metadata.num_frames_from_header or 0
         if promised > (metadata.num_frames or 0) and promised_s > 1.05 * (end - begin) + 0.1:
             return "TRUNCATED", f"the file ends after {end - begin:.2f} of {promised_s:.2f} s"
         return "OK", ""
-    reason = next(iter(errors.values()))
-    if DEADLINE in errors.values():
+    if found.missing == DEADLINE:
         return "DEADLINE", DEADLINE
-    if len(errors) == num_wanted:
-        return "DECODE_FAILED", reason
-    return ("TRUNCATED" if min(errors) == num_wanted - len(errors) else "DAMAGED"), reason
-
-
-def _first_line(error: Exception) -> str:
-    """The message without the source location that torchcodec puts before it."""
-    line = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return line.split(".cpp:")[-1].split(", ", 1)[-1]
+    if not found.frames:
+        return "DECODE_FAILED", found.missing
+    return ("TRUNCATED" if AT_THE_END in found.missing else "DAMAGED"), found.missing

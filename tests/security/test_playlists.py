@@ -12,8 +12,9 @@ import pytest
 
 from tempsamp_fast.video import Geometry, Sampling, load_videos
 from tempsamp_fast.video.backend import why_no_extension
+from tempsamp_fast.video.loaded_ffmpeg import probed_format
 from tempsamp_fast.video.result import VideoError
-from tempsamp_fast.video.torchcodec_backend import FORMATS, open_decoder, probed_format
+from tempsamp_fast.video.torchcodec_backend import FORMATS, open_decoder
 
 SEEDS = Path(__file__).parents[1] / "video/fuzz/seeds"
 MPD = (
