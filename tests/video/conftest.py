@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 
 from tests.video import corpus as corpus_module
-from tests.video import user_files
+from tests.video import fields, lacing, samples, user_files
 from tests.video.corpus import build_corpus
 from tests.video.user_files import PARTS, USER_CASES
+
+MODULES = (corpus_module, user_files, fields, lacing, samples)
+"""What the corpus is made by."""
 
 
 @pytest.fixture(scope="session")
 def corpus(pytestconfig: pytest.Config) -> Path:
-    recipes = b"".join(Path(module.__file__ or "").read_bytes() for module in (corpus_module, user_files))
+    recipes = b"".join(Path(module.__file__ or "").read_bytes() for module in MODULES)
     recipe = hashlib.sha256(recipes).hexdigest()[:12]
     folder = pytestconfig.cache.mkdir("video_corpus") / recipe
     draft = folder.with_suffix(".draft")

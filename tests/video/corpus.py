@@ -94,8 +94,8 @@ def ffmpeg(*arguments: str | Path, data: bytes | None = None) -> bytes:
                           capture_output=True, check=True).stdout  # fmt: skip
 
 
-def command_line_frames(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT)) -> tuple[np.ndarray, list[int]]:
-    """What ffmpeg's command line decodes: times [n] in seconds (NaN where it has none), and the numbers shown."""
+def command_line_frames(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """What ffmpeg's command line decodes: times [n] in seconds (NaN where it has none), and luma [n, height, width]."""
     width, height = size
     scale = f"scale={width}:{height}:out_range=full,format=gray,showinfo"
     command = ["ffmpeg", "-nostdin", "-copyts", "-threads", "1", "-i", str(path), "-vf", scale]
@@ -104,7 +104,7 @@ def command_line_frames(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT)) -> 
     frames = np.frombuffer(done.stdout, np.uint8).reshape(-1, height, width)
     stamps = re.findall(rb"showinfo.* n: *\d+ .*?pts_time:(\S+)", done.stderr)
     times = np.array([np.nan if stamp == b"NOPTS" else float(stamp) for stamp in stamps])
-    return times[: len(frames)], read(frames) if len(frames) else []
+    return times[: len(frames)], frames
 
 
 def key_flags(path: Path) -> list[bool]:

@@ -16,7 +16,7 @@ import torch
 from tempsamp_fast.video import BackendName, Geometry, Sampling, VideoError, VideoResult, load_videos
 from tempsamp_fast.video.backend import why_no_extension
 from tests.video.corpus import HEIGHT, MADE_FROM_H264, WIDTH, cut
-from tests.video.user_files import FEW, replaced, turned
+from tests.video.user_files import FEW, NEXT, replaced, turned
 from tests.video.verdict import EVERY_FRAME, GEOMETRY, numbers_shown, truth
 
 native_only = pytest.mark.skipif(bool(why_no_extension()), reason=why_no_extension())
@@ -170,6 +170,15 @@ def test_a_missing_mark_of_keys_is_no_reason_to_start_anywhere(corpus: Path) -> 
 
     for name, most in {"all_keys.avi": 7, "all_keys.asf": 7, "all_keys_mpeg4.mkv": 7, "all_keys_vp9.mp4": 5}.items():
         assert 1 <= read_index(corpus / name, 10.0, Limits()).num_keys <= most, name
+
+
+@native_only
+def test_a_joined_file_whose_headers_the_decoder_does_not_take_is_told(corpus: Path) -> None:
+    request = [(corpus / "joined_sizes.ogv", EVERY_FRAME)]
+    batch = load_videos(request, GEOMETRY, backend="native", dtype=torch.uint8, on_error="partial")
+    (result,) = batch.results
+    shown = numbers_shown(batch.pixel_values, result)
+    assert shown[:NEXT] == list(range(NEXT)) and (result.status == "partial" or shown[NEXT:] == shown[:NEXT])
 
 
 def test_surgery_needs_what_it_replaces(tmp_path: Path) -> None:

@@ -27,12 +27,15 @@ from tests.video.corpus import (
     words,
 )
 from tests.video.lacing import Lacing, laced
+from tests.video.samples import headers_apart, with_two_first_slices, without_slice
 
 MPEG4 = words("-c:v mpeg4 -q:v 3 -g 25 -pix_fmt yuv420p")
 MPEG2 = words("-c:v mpeg2video -bf 2 -q:v 3 -pix_fmt yuv420p")
 MSMPEG4 = words("-c:v msmpeg4v2 -q:v 3 -g 25 -pix_fmt yuv420p")
 THEORA = words("-c:v libtheora -q:v 7 -g 32 -pix_fmt yuv420p")
 XVID = words("-c:v libxvid -bf 2 -g 25 -q:v 3 -pix_fmt yuv420p")
+INTERLACED = [*MPEG4, *words("-bf 2 -g 12 -flags +ildct+ilme")]
+VC2 = words("-c:v vc2 -strict experimental -pix_fmt yuv420p")
 ONE_GOP = [*H264, "-g", "250", "-x264-params", "b-pyramid=normal:b-adapt=0"]
 PICTURES = words("-q:v 3 -pix_fmt yuvj420p")
 NOISE = ("-f", "lavfi", "-i", "anoisesrc=r=48000:d=6")
@@ -41,6 +44,9 @@ FALSE_TIMES = ("-bsf:v", "setts=pts=DTS")
 NEXT = 150
 """First number of a clip to be joined to another."""
 FEW = 40
+SLICED = (280, 112)
+GRAIN = "noise=c0s=30:c0f=t:all_seed=1"
+"""Nothing that is made up looks like it."""
 
 Surgery = Callable[[bytearray], bytes | bytearray]
 
@@ -205,9 +211,18 @@ PARTS = {
     "false_times_mpeg2.mkv": remuxed("mpeg2_next.mkv", *FALSE_TIMES),
     "theora.ogv": encoded(*THEORA),
     "theora_next.ogv": encoded(*THEORA, first=NEXT),
+    "theora_half.ogv": encoded(*THEORA, size=(140, 28)),
+    "joined_sizes.ogv": joined("theora.ogv", "theora_half.ogv"),
     "with_mp3.mkv": remuxed("hevc.mp4", *words("-c:a libmp3lame"), more_inputs=TONE),
     "with_sound.mp4": remuxed(MADE_FROM_H264, *AAC, more_inputs=TONE),
     "pictures.webp": encoded("-c:v", "libwebp_anim", num_frames=FEW),
+    "slices.mp4": encoded(*H264, "-x264-params", "slices=4", vf=GRAIN),
+    "slices_hevc.mp4": encoded(*HEVC[:-1], HEVC[-1] + ":slices=3:ctu=16:min-cu-size=8", size=SLICED, vf=GRAIN),
+    "slices.mkv": remuxed("slices.mp4"),
+    "slices_hevc.ts": remuxed("slices_hevc.mp4"),
+    "delimited.mp4": remuxed("h264.ts"),
+    "delimited_hevc.mp4": remuxed("hevc.ts"),
+    "delimited_fields.mp4": remuxed("h264_fields.ts"),
     "one_gop.mp4": encoded(*ONE_GOP, num_frames=FEW),
 }
 """What the cases are made of, besides the corpus."""
@@ -263,6 +278,37 @@ USER_CASES = [
     Case("edits_pause.mp4", cut("hevc.mp4", edited((1000, -1), (2000, 15360)))),
     Case("no_first_key.mkv", remuxed(MADE_FROM_H264, *words("-copyinkf -ss 1.75"))),
     Case("no_first_key.mp4", remuxed(MADE_FROM_H264, *words("-copyinkf -ss 1.75"))),
+    # Pictures of which slices are missing, or come twice; and whole ones of several slices.
+    Case("slices_whole.ts", remuxed("slices.mp4")),
+    Case("slices_whole_hevc.mkv", remuxed("slices_hevc.mp4"), size=SLICED),
+    Case("lost_slice.mp4", cut("slices.mp4", without_slice(0.3)), "damaged", ("DAMAGED",), pristine="slices.mp4"),
+    Case("lost_slice_of_key.mp4", cut("slices.mp4", without_slice(0.0)), "damaged", ("DAMAGED",),
+         pristine="slices.mp4"),
+    Case("lost_slice.mkv", remuxed("lost_slice.mp4"), "damaged", ("DAMAGED",), pristine="slices.mkv"),
+    Case("lost_slice_hevc.mp4", cut("slices_hevc.mp4", without_slice(0.1)), "damaged", ("DAMAGED",),
+         pristine="slices_hevc.mp4", size=SLICED),
+    Case("lost_slice_hevc.ts", remuxed("lost_slice_hevc.mp4"), "damaged", ("DAMAGED",), pristine="slices_hevc.ts",
+         size=SLICED),
+    Case("lost_last_slice_hevc.mp4", cut("slices_hevc.mp4", without_slice(0.999)), "damaged", ("DAMAGED", "TRUNCATED"),
+         pristine="slices_hevc.mp4", size=SLICED),
+    Case("two_first_slices.mp4", cut("slices.mp4", with_two_first_slices(0.5)), "damaged", ("DAMAGED",),
+         pristine="slices.mp4"),
+    Case("two_first_slices_hevc.mp4", cut("slices_hevc.mp4", with_two_first_slices(0.5)), "damaged", ("DAMAGED",),
+         pristine="slices_hevc.mp4", size=SLICED),
+    # Parameter sets and messages that are samples of their own.
+    Case("headers_apart.mp4", cut("delimited.mp4", headers_apart)),
+    Case("headers_apart_of_keys.mp4", cut(MADE_FROM_H264, headers_apart)),
+    Case("headers_apart.mkv", remuxed("headers_apart.mp4")),
+    Case("headers_apart_fragments.mp4", remuxed("headers_apart.mp4", "-movflags", "frag_keyframe+empty_moov")),
+    Case("headers_apart_hevc.mp4", cut("delimited_hevc.mp4", headers_apart)),
+    Case("headers_apart_hevc.mov", remuxed("headers_apart_hevc.mp4")),
+    Case("headers_apart_fields.mp4", cut("delimited_fields.mp4", headers_apart), size=(288, 64)),
+    # Headers and first pictures that what follows needs, or that are packets without a picture.
+    Case("mpeg4_interlaced.mkv", encoded(*INTERLACED, size=(280, 64)), size=(280, 64)),
+    Case("mpeg4_interlaced.mp4", remuxed("mpeg4_interlaced.mkv"), size=(280, 64)),
+    Case("mpeg4_interlaced.ts", remuxed("mpeg4_interlaced.mkv"), size=(280, 64)),
+    Case("vc2.ts", encoded(*VC2, num_frames=FEW)),
+    Case("vc2.mkv", encoded(*VC2, num_frames=FEW)),
     # Files that seem to end early and do not.
     Case("empty_sample.mp4", cut("h264_faststart.mp4", without_last_sample)),
     Case("empty_sample_hevc.mp4", cut("hevc.mp4", without_last_sample)),

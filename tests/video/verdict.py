@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -42,10 +43,17 @@ class Verdict:
 
 
 @cache
+def decoded(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, list[int], list[bytes]]:
+    """Times, numbers and contents of all frames, as the command line decodes them."""
+    times, frames = command_line_frames(path, size)
+    return times, read(frames) if len(frames) else [], [hashlib.sha256(frame).digest() for frame in frames]
+
+
+@cache
 def truth(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
     """Times and numbers of all frames, as the command line decodes them, on one clock: each part of a file whose clock
     starts again begins a frame after the one before."""
-    times, numbers = command_line_frames(path, size)
+    times, numbers, _ = decoded(path, size)
     steps = np.diff(times)
     is_restart = (steps < 0) | (steps > LONGEST_STEP_S)
     usual = np.median(steps[~is_restart]) if (~is_restart).any() else 0.0
@@ -138,12 +146,13 @@ def by_time(case: Case, folder: Path, result: VideoResult, frames: torch.Tensor)
 def recoverable(case: Case, folder: Path) -> int:
     """Frames of a damaged file that the command line still decodes right, and that no lost frame precedes in its GOP:
     what was predicted from a lost frame is right by luck."""
-    seen = dict(zip(*truth(folder / case.name, case.size), strict=True))
-    shown = set(seen.values())
+    times, _, contents = decoded(folder / case.name, case.size)
+    seen = dict(zip(times, contents, strict=True))
     keys = key_flags(folder / case.pristine)
     count, intact = 0, True
-    for is_key, time, number in zip(keys, *truth(folder / case.pristine, case.size), strict=True):
-        is_seen = number in shown if case.is_counted else seen.get(time) == number
+    times, _, contents = decoded(folder / case.pristine, case.size)
+    for is_key, time, content in zip(keys, times, contents, strict=True):
+        is_seen = content in seen.values() if case.is_counted else seen.get(time) == content
         intact = (intact or (is_key and not case.loses_count)) and is_seen
         count += intact
     return count - HELD_BACK if case.is_counted else count
