@@ -154,7 +154,7 @@ def _load_one(
     num_wanted = len(wanted.positions)
     frame_size = _frame_size(path, decoder.metadata, num_wanted, geometry, dtype, limits)
     check_first_frame(path, decoder)
-    found = None if complaints or wanted.is_crowded() else by_seeking(wanted, frame_size, deadline)
+    found = None if complaints or not wanted.may_seek() else by_seeking(wanted, frame_size, deadline)
     if found is None:
         found = in_order(path, replace(wanted, decoder=open_decoder(path)), frame_size, deadline)
     num_good = len(found.frames)

@@ -16,7 +16,6 @@ from torchcodec.decoders import VideoDecoder, VideoStreamMetadata
 from tempsamp_fast.video.loaded_ffmpeg import listening
 from tempsamp_fast.video.patches import resize_frames
 from tempsamp_fast.video.result import VideoError
-from tempsamp_fast.video.sampling import FRAME_FACTOR
 
 CHUNK = 16
 """Frames decoded at a time: bounds the memory for frames at native size."""
@@ -25,8 +24,8 @@ AT_THE_END = "no more frames"
 """What torchcodec says where it has no frame for a place of its index."""
 DOUBTFUL = 3
 """Frames before a complaint of FFmpeg that may be what it complains of: a demuxer sees a hole when it reads on."""
-CROWDED = 1.02
-"""How many times as many frames as the header's rate gives a healthy file may have."""
+SURE_OF_KEYS = {"h264", "hevc", "vvc", "vp8", "vp9", "av1"}
+"""Codecs whose decoders complain where a container takes another picture for a key."""
 
 
 def shown_span(metadata: VideoStreamMetadata) -> tuple[float, float]:
@@ -53,12 +52,12 @@ class Wanted:
         batch = self.decoder.get_frames_played_at(positions)
         return batch.data, batch.pts_seconds
 
-    def is_crowded(self) -> bool:
-        """Whether the file has more frames than its time has room for, as where clips lie over one another."""
+    def may_seek(self) -> bool:
+        """Whether a seek can be told to have gone right: not where clips lie over one another in time."""
         metadata = self.decoder.metadata
         begin, end = shown_span(metadata)
-        room = (metadata.average_fps_from_header or 0.0) * (end - begin)
-        return 0 < CROWDED * room + FRAME_FACTOR < (metadata.num_frames or 0)
+        room = (metadata.average_fps_from_header or math.inf) * (end - begin)
+        return metadata.codec in SURE_OF_KEYS and (metadata.num_frames or 0) < room + 0.5
 
     def has_times(self, chunk: range, pts_s: Tensor) -> bool:
         """Whether these are the times of the frames asked for: never a later one, by index as an even rate has them."""
@@ -113,19 +112,22 @@ def in_order(path: Path, wanted: Wanted, frame_size: tuple[int, int], deadline: 
         if time.monotonic() > deadline:
             found.missing = DEADLINE
             return found
-        try:
-            with listening() as complaints:
+        failure = ""
+        with listening() as complaints:
+            try:
                 frame = wanted.decoder.get_frame_at(number)
-        except (RuntimeError, IndexError) as error:
-            known_until_s = seen[-1].pts_seconds + seen[-1].duration_seconds if seen else -math.inf
-            show_until(known_until_s if wanted.by_time else number)
-            found.missing = first_line(error)
-            return found
+            except (RuntimeError, IndexError) as error:
+                failure = first_line(error)
         if complaints:
             found.missing = complaints[0]
             sure_s = seen[-1 - DOUBTFUL].pts_seconds if len(seen) > DOUBTFUL else -math.inf
             num_sure = sum(time_s <= sure_s for time_s in found.times_s)
             del found.frames[num_sure:], found.times_s[num_sure:]
+            return found
+        if failure:
+            found.missing = failure
+            known_until_s = seen[-1].pts_seconds + seen[-1].duration_seconds if seen else -math.inf
+            show_until(known_until_s if wanted.by_time else number)
             return found
         if seen and frame.pts_seconds < seen[-1].pts_seconds:
             reason = f"its clock goes back at frame {number}, which torchcodec does not follow; build the extension"
