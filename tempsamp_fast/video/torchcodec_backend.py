@@ -156,7 +156,7 @@ def _load_one(
     check_first_frame(path, decoder)
     found = None if complaints or not wanted.may_seek() else by_seeking(wanted, frame_size, deadline)
     if found is None:
-        found = in_order(path, replace(wanted, decoder=open_decoder(path)), frame_size, deadline)
+        found = in_order(path, replace(wanted, decoder=open_decoder(path)), frame_size, deadline, complaints)
     num_good = len(found.frames)
     code, reason = _verdict(decoder.metadata, found, num_wanted)
     failed = VideoError(path, code, f"{num_good} of {num_wanted} wanted frames decoded ({reason})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,14 +100,24 @@ def by_seeking(wanted: Wanted, frame_size: tuple[int, int], deadline: float) -> 
     return found
 
 
-def in_order(path: Path, wanted: Wanted, frame_size: tuple[int, int], deadline: float) -> Found:
-    """All frames of a new decoder from the first on, up to where it stops or FFmpeg complains."""
+def in_order(path: Path, wanted: Wanted, frame_size: tuple[int, int], deadline: float, heard: Sequence[str]) -> Found:
+    """All frames of a new decoder from the first on, up to where it stops or FFmpeg complains.
+
+    `heard`: complaints when the file was read through before; where none comes again, it is of what is behind the end.
+    """
     found, seen = Found(), list[Frame]()
 
     def show_until(limit: float) -> None:
         while seen and len(found.frames) < len(wanted.positions) and wanted.positions[len(found.frames)] < limit:
             found.frames.append(resize_frames(seen[-1].data[None], frame_size)[0])
             found.times_s.append(seen[-1].pts_seconds)
+
+    def only_sure(complaints: Sequence[str]) -> Found:
+        sure_s = seen[-1 - DOUBTFUL].pts_seconds if len(seen) > DOUBTFUL else -math.inf
+        num_sure = sum(time_s <= sure_s for time_s in found.times_s)
+        del found.frames[num_sure:], found.times_s[num_sure:]
+        found.missing = complaints[0]
+        return found
 
     for number in range(wanted.decoder.metadata.num_frames or 0):
         if time.monotonic() > deadline:
@@ -119,11 +130,7 @@ def in_order(path: Path, wanted: Wanted, frame_size: tuple[int, int], deadline: 
             except (RuntimeError, IndexError) as error:
                 failure = first_line(error)
         if complaints:
-            found.missing = complaints[0]
-            sure_s = seen[-1 - DOUBTFUL].pts_seconds if len(seen) > DOUBTFUL else -math.inf
-            num_sure = sum(time_s <= sure_s for time_s in found.times_s)
-            del found.frames[num_sure:], found.times_s[num_sure:]
-            return found
+            return only_sure(complaints)
         if failure:
             found.missing = failure
             known_until_s = seen[-1].pts_seconds + seen[-1].duration_seconds if seen else -math.inf
@@ -137,7 +144,7 @@ def in_order(path: Path, wanted: Wanted, frame_size: tuple[int, int], deadline: 
         if len(found.frames) == len(wanted.positions):
             return found
     show_until(math.inf)
-    return found
+    return only_sure(heard) if heard else found
 
 
 def first_line(error: Exception) -> str:

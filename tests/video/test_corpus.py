@@ -41,6 +41,7 @@ TORCHCODEC_REFUSES = {
 """Good files that the torchcodec backend turns away, and why."""
 
 TORCHCODEC_PARTS = {
+    "mpeg2.mpg": "loses the last frame of MPEG-PS",
     "h264_fields.mp4": "counts fields for frames",
     "h264_fields.ts": "as above",
 }
