@@ -31,6 +31,15 @@ from tempsamp_fast.video.loaded_ffmpeg import MOST_PROBED, listening, probed_for
 from tempsamp_fast.video.patches import normalise_rows, patchify
 from tempsamp_fast.video.result import SINGLE_FRAME, Code, Limits, VideoError, VideoResult, failure
 from tempsamp_fast.video.sampling import FRAME_FACTOR, TOLERANCE_S, Sampling, sample_indices, sample_times
+
+try:
+    from torchcodec.decoders import VideoDecoder, VideoStreamMetadata
+except (ImportError, OSError, RuntimeError) as error:  # its libraries are built for some releases of torch each
+    raise ImportError(
+        f"torchcodec does not load beside torch {torch.__version__}: install the release that fits, such as 0.13 for "
+        f"torch 2.11 to 2.13 and 0.17 for 2.14 ({str(error)[:200]})"
+    ) from error
+
 from tempsamp_fast.video.verified_frames import (
     AT_THE_END,
     DEADLINE,
@@ -41,14 +50,6 @@ from tempsamp_fast.video.verified_frames import (
     in_order,
     shown_span,
 )
-
-try:
-    from torchcodec.decoders import VideoDecoder, VideoStreamMetadata
-except (ImportError, OSError, RuntimeError) as error:  # its libraries are built for some releases of torch each
-    raise ImportError(
-        f"torchcodec does not load beside torch {torch.__version__}: install the release that fits, such as 0.13 for "
-        f"torch 2.11 to 2.13 and 0.17 for 2.14 ({str(error)[:200]})"
-    ) from error
 
 NAME = "torchcodec"
 HAND_OVER_S = 0.5
