@@ -15,8 +15,10 @@ from pathlib import Path
 
 MOST_PROBED, WEAK_SCORE = 1 << 20, 25
 """Bytes after which FFmpeg takes any guess at the format, and the score that it doubts before."""
-ERROR_LEVEL = 16
-"""AV_LOG_ERROR; what is above is no error."""
+ERROR_LEVEL, INFO_LEVEL = 16, 32
+"""AV_LOG_ERROR and AV_LOG_INFO."""
+CONCEALED = b"concealing"
+"""How an H.264 or MPEG decoder begins to say, as a mere information, that it makes up part of a picture."""
 LINE_BYTES = 256
 
 
@@ -66,7 +68,9 @@ _num_listening = 0
 @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 def _hear(source: int | None, level: int, form: int | None, arguments: int | None) -> None:
     """FFmpeg's log callback, on the thread that decodes."""
-    if level > ERROR_LEVEL or _here.complaints is None or _here.complaints:
+    if level > INFO_LEVEL or _here.complaints is None or _here.complaints:
+        return
+    if level > ERROR_LEVEL and not (form and ctypes.string_at(form).startswith(CONCEALED)):
         return
     line, prefix = ctypes.create_string_buffer(LINE_BYTES), ctypes.c_int(0)
     words = [ctypes.c_void_p(part) for part in (form, arguments)]
