@@ -6,7 +6,8 @@ APT_PACKAGES := ffmpeg libavcodec-dev libavformat-dev libavutil-dev libswscale-d
 	pkg-config g++ python3-dev python3-venv
 
 .DEFAULT_GOAL := $(VENV)
-.PHONY: demo test test-all test-browser test-ffmpeg7 test-vllm test-newest test-oldest dist lint bench gpu gpu-kit rehearse clean \
+.PHONY: demo demo-from-scratch test test-all test-browser test-ffmpeg7 test-vllm test-newest test-oldest dist lint bench gpu gpu-kit \
+	rehearse clean \
 	system-packages $(VENV)
 
 # Installs the packages $(1) where this user may, else prints the command and fails.
@@ -34,11 +35,16 @@ $(VENV)/.installed: pyproject.toml setup.py kernels/pyproject.toml constraints.t
 	$(BIN)/pip install -q -c constraints.txt -e ./kernels -e '.[dev]'
 	touch $@
 
-# Of which family the embedded model is: a record of tempsamp_fast/model/families.py, by its name.
-TINY ?= qwen2_5_vl
+# One small pretrained model by three methods, side by side.
+SEED ?= 0
 demo: $(VENV)
+	$(BIN)/python -m tempsamp_fast.demo --seed $(SEED)
+
+# The whole job from random weights. TINY is the model's family: a record of tempsamp_fast/model/families.py, by its name.
+TINY ?= qwen2_5_vl
+demo-from-scratch: $(VENV)
 	$(BIN)/deepspeed --num_accelerators 1 tempsamp_fast/train.py --tiny_family $(TINY) \
-		--output_dir runs/demo_$$(date +%Y%m%d_%H%M%S)
+		--output_dir runs/scratch_$$(date +%Y%m%d_%H%M%S)
 
 # Two workers, one thread each: a test file stays on one worker, so what its fixtures make is made once. Files are taken
 # in alphabetical order: by number of tests, the dearest would come last and alone.

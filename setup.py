@@ -62,6 +62,7 @@ setup(
     package_data={
         "tempsamp_fast": [
             "configs/*",
+            "embedded/base/*",
             "evaluation/published.yaml",
             "report/page.css",
             "report/page.js",

@@ -10,6 +10,7 @@ from tempsamp_fast import __version__
 from tempsamp_fast.config.setting import choose_from
 
 COMMANDS = {
+    "demo": "train a small model by three methods, side by side: ten minutes on two CPU cores",
     "train": "train a model; on several GPUs: deepspeed --module tempsamp_fast.train",
     "eval": "evaluate a checkpoint on a data set, beside the published scores",
     "infer": "ask a model when something happens in a video",

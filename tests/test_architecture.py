@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[1]
 SOURCE_ROOTS = {"tempsamp_fast": REPOSITORY, "tempsamp_kernels": REPOSITORY / "kernels"}
 FLOORS = (
     {"__main__"},
-    {"train"},
+    {"train", "demo"},
     {"eval", "infer", "score", "export", "plan"},
     {"run"},
     {"report"},

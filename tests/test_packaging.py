@@ -51,6 +51,7 @@ def test_no_file_belongs_to_two_distributions(built: Path, suffix: str) -> None:
     fast, kernels = (names_in(next(built.glob(f"{name}-*.{suffix}"))) for name in PACKAGES)
     common = {name for name in fast & kernels if name.endswith(".py") and name != "setup.py"}
     assert common == set() and not any("tempsamp_kernels/" in name for name in fast)
+    assert {"tempsamp_fast/embedded/base/model.safetensors", "tempsamp_fast/embedded/base/README.md"} <= fast
     assert "tempsamp_fast/py.typed" in fast and "tempsamp_kernels/py.typed" in kernels
 
 

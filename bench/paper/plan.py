@@ -6,35 +6,12 @@ do best on average.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from tempsamp_fast.embedded.videos import SyntheticConfig
-
-EASY = SyntheticConfig(
-    num_train=1200,
-    num_val=0,
-    num_test=60,
-    min_duration_s=10.0,
-    max_duration_s=10.0,
-    sizes=("64x64",),
-    colours=("red", "green", "blue", "yellow", "purple", "cyan"),
-    shapes=("circle",),
-    max_events=1,
-    num_distractors=0,
-    min_event_share=0.1,
-    max_event_share=0.3,
-    time_step_s=1.0,
-    background=20.0,
-)
-"""One event and nothing else: where a model learns to look at all."""
-
-HARD = dataclasses.replace(EASY, num_train=2400, num_test=540, max_events=3, num_distractors=1, max_event_share=0.2)
-"""Up to three events of 1 or 2 s in 10 s beside a shape that never goes: a guess rarely hits, and no constant span does
-well. All runs are trained and tested on these."""
+from tempsamp_fast.demo.pretrain import EASY, HARD
 
 DATA = {"easy": EASY, "hard": HARD}
 FAR = dataclasses.replace(

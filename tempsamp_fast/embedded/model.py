@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenize
 
 from tempsamp_fast.model.families import family_named
 
+BASE = Path(__file__).parent / "base"
+"""A checkpoint of it that looks at videos, made by `tempsamp_fast/demo/pretrain.py`."""
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>"]
 SPECIAL_TOKENS += ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
