@@ -73,7 +73,7 @@ def demo(
     minutes = round((time.monotonic() - started_s) / 60, 1)
     found = {"seed": seed, "num_queries": len(ious[CONSTANT, "answer"]), "minutes": minutes} | compare(ious)
     write_json(folder / "demo.json", found)
-    write_file(folder / "report.html", build_page(read_runs([folder / name for name in arms]), num_gallery=8))
+    write_file(folder / "report.html", build_page(read_runs([folder / name for name in sorted(arms)]), num_gallery=8))
     return found
 
 
