@@ -50,6 +50,8 @@ STAGES = {
     "hard": (HARD, "sft/answer+think:30@3e-4"),
 }
 """Videos and phases; the second begins with what the first ended with, and is short: few sampled answers hit."""
+NUM_ASKED = 200
+"""Held-out queries that the card's scores are of."""
 CARD = """
 ## How it was made
 
@@ -72,6 +74,7 @@ def pretrain(work: Path, out: Path) -> str:
     for name, (videos, phases) in STAGES.items():
         files = draw(work / "data" / name, videos)
         words = ["--config=demo", f"--model={model}", f"--phases={phases}", f"--seed={SEED}", *files]
+        words += ["--eval_start=false", f"--max_eval_samples={NUM_ASKED}"]
         train_all(work, {name: words})
         model = model_folder(str(work / name))
     export(work / name, out, torch.bfloat16)
