@@ -6,8 +6,7 @@ APT_PACKAGES := ffmpeg libavcodec-dev libavformat-dev libavutil-dev libswscale-d
 	pkg-config g++ python3-dev python3-venv
 
 .DEFAULT_GOAL := $(VENV)
-.PHONY: demo demo-from-scratch test test-all test-browser test-ffmpeg7 test-vllm test-newest test-oldest dist lint bench gpu gpu-kit \
-	rehearse clean \
+.PHONY: demo demo-from-scratch test test-all test-browser test-ffmpeg7 test-vllm test-newest test-oldest dist lint bench gpu gpu-kit rehearse \
 	system-packages $(VENV)
 
 # Installs the packages $(1) where this user may, else prints the command and fails.

@@ -38,6 +38,8 @@ PLANNED = {
 
 def demo_table() -> str:
     """What `make demo` prints with seed 0, and what its seeds come to together."""
+    if not (RESULTS / "demo.json").exists():
+        return "No run of it is committed yet."
     demo = json.loads((RESULTS / "demo.json").read_text())
     first, goals = demo["runs"][0], demo_goals(demo["runs"])
     lines = [f"| after | mode | {' | '.join(METRICS.values())} |", "|---|---|---|---|---|---|---|"]
