@@ -30,6 +30,7 @@ from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.batch import Prompt, RolloutGroup
 from tempsamp_fast.embedded.videos import SyntheticConfig, generate
 from tempsamp_fast.model.architectures import count_parameters, model_config
+from tempsamp_fast.plan import decided
 from tempsamp_fast.planning.estimate import Work
 from tempsamp_fast.planning.network import step_messages
 from tempsamp_fast.run.log import read_metrics
@@ -147,7 +148,7 @@ def traffic(world: World, work: Path, known: Container[str]) -> Cases:
             ranks(number, run, words, counting)
             counted = [row for row in json.loads(Path(f"{run}_0.json").read_text()) if row["step"] == 3]
             sent = sum(row["sent"] for row in counted)
-            config = parse_args(words)
+            config = decided(parse_args(words), number)
             prompt = Work((0, 0, 0), 0, config.rollout.max_completion_length, 3, 3)
             parameters = count_parameters(model_config(config.model), config.model)
             planned = sum(each.sent(number) for each in step_messages(prompt, parameters, config, 4, 3))
