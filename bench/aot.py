@@ -142,7 +142,8 @@ def linear_step(workload: Workload) -> None:
     """A token of Qwen3.5-4B's linear layers."""
     keys, values, scalars = meta(workload.batch, 16, 128), meta(workload.batch, 32, 128), meta(workload.batch, 32)
     state = meta(workload.batch, 32, 128, 128, dtype=torch.float32)
-    delta_step(state, keys, keys, values, scalars.float(), scalars, impl="triton")
+    slots = torch.arange(workload.batch, device="meta")
+    delta_step(state, slots, keys, keys, values, scalars.float(), scalars, impl="triton")
 
 
 CASES: dict[str, Callable[[Workload], None]] = {

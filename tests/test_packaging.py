@@ -160,7 +160,8 @@ def test_an_unknown_command_is_answered_with_what_was_meant(capsys: pytest.Captu
     with pytest.raises(SystemExit) as exit_:
         tempsamp(["trian"])
     assert exit_.value.code == 2
-    assert "no command 'trian'; choose from train, eval" in (line := capsys.readouterr().err) and "mean 'train'" in line
+    line = capsys.readouterr().err
+    assert "no command 'trian'; choose from demo, train, eval" in line and "mean 'train'" in line
     tempsamp([])
     said = capsys.readouterr().out
     assert all(f"\n  {name}" in said for name in COMMANDS)

@@ -232,7 +232,7 @@ def test_chunks_are_equal_fit_the_budget_and_waste_less_than_one_multiple_each()
     assert chunk_rows(2300, 152064, "cuda") == 768
     assert chunk_rows(8192, 248320, "cuda") == 512, "13 chunks of 640 would fit, and pad 128 rows"
     assert chunk_rows(16384, 152064, "cuda") == 1024, "one panel"
-    assert chunk_rows(10000, 152064, "cuda") == 640, "five tiles: 16 chunks pad 240 rows"
+    assert chunk_rows(10000, 152064, "cuda") == 1024, "16 chunks of 640 pad no less than 10 of these"
     assert chunk_rows(20, 152064, "cuda") == chunk_rows(0, 64, "cpu") == ROW_MULTIPLE
     for num_tokens, device in product((1, 31, 33, 1000, 4097, 30011), ("cuda", "cpu")):
         rows = chunk_rows(num_tokens, 152064, device)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tempsamp_kernels import fused_linear_grpo_loss, linear_logprob, rows, sequences
+from tempsamp_kernels import fused_linear_grpo_loss, linear_logprob, rows
 from tempsamp_kernels import head as heads
 from tempsamp_kernels.head import ChunkedHead, Turns
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -99,7 +99,6 @@ def book(monkeypatch) -> Book:
 
     original = rows.launch
     monkeypatch.setattr(rows, "launch", launch)
-    monkeypatch.setattr(sequences, "launch", launch)
     monkeypatch.setattr(heads, "multiplies_into_fp32", lambda _, dtype: dtype == torch.bfloat16)
     monkeypatch.setattr(heads, "mm", mm)
     monkeypatch.setattr(heads, "addmm_", lambda total, a, b: total.add_(a.float() @ b.float()))

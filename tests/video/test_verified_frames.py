@@ -48,16 +48,12 @@ def test_threads_and_blocks_hear_only_their_own(corpus: Path) -> None:
 
 @pytest.mark.parametrize("name", ["all_keys.avi", "mpeg2.mpg"])
 def test_where_a_seek_gives_a_doubt_the_file_is_decoded_in_order(name: str, corpus: Path) -> None:
-    for sampling in (EVERY_FRAME, Sampling("pts", fps=2.0)):
+    for sampling, least in ((EVERY_FRAME, 149), (Sampling("pts", fps=2.0), 10)):
         request = [(corpus / name, sampling)]
         batch = load_videos(request, GEOMETRY, backend="torchcodec", dtype=torch.uint8, on_error="partial")
         step = 1 if sampling is EVERY_FRAME else 12.5
         shown = numbers_shown(batch.pixel_values, batch.results[0])
-        assert all(abs(number - place * step) < 1 for place, number in enumerate(shown)) and len(shown) in (
-            150,
-            149,
-            12,
-        )
+        assert all(abs(number - place * step) < 1 for place, number in enumerate(shown)) and len(shown) >= least
 
 
 def test_nothing_behind_the_first_damage_is_good(corpus: Path, tmp_path: Path) -> None:

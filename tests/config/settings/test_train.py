@@ -121,7 +121,7 @@ def test_rows_and_prefill_passes_keep_the_budget_asked_for(stepper: Callable, mo
 def test_every_step_has_the_rate_of_its_schedule(stepper: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Warm-up over half of a phase, then down to a tenth; a phase's own peak wins."""
     rates: list[float] = []
-    update = lambda engine, reference, groups, method, config, per_row, rate, watch: (
+    update = lambda engine, reference, groups, method, config, per_row, rate, watch, sequence_group: (
         rates.append(rate) or {"optim/grad_norm": 0.0}
     )
     monkeypatch.setattr(run_module, "update", update)
