@@ -2,7 +2,7 @@
 
 `--check` only compares.
 
-`--demo DEMO...` first takes the results of runs of `make demo`.
+`--demo DEMO...` first takes the results of runs of `make demo`, and draws docs/demo.png from the first.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from bench.paper.plan import METHODS  # noqa: E402
 from bench.paper.results import read_results  # noqa: E402
 from bench.paper.summary import final, paired, percent, points, records  # noqa: E402
 from tempsamp_fast.arguments import parse_args  # noqa: E402
+from tempsamp_fast.data.frame_folder import thumbnails  # noqa: E402
 from tempsamp_fast.demo.__main__ import METRICS  # noqa: E402
 from tempsamp_fast.planning.subject import peak_memory, with_stage  # noqa: E402
+from tempsamp_fast.report.plots import eval_files, plot_timeline, read_rows  # noqa: E402
 from tempsamp_fast.report.runs import interval  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -266,6 +268,18 @@ def take_demo(demos: Sequence[Path]) -> None:
     (RESULTS / "demo.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
+def draw_demo(demo: Path) -> None:
+    """Frames of the held-out video at the 90th percentile of TempSamp-R1's gain over GRPO, and what both answered."""
+    by_arm = {arm: read_rows(eval_files(demo / arm, "answer")[1]) for arm in ("grpo", "tempsamp")}
+    pairs = sorted(zip(*by_arm.values(), strict=True), key=lambda pair: pair[1]["iou"] - pair[0]["iou"])
+    grpo, tempsamp = pairs[9 * len(pairs) // 10]
+    duration_s = grpo["duration_s"]
+    times_s = [duration_s * (index + 0.5) / 10 for index in range(10)]
+    spans = {"true": grpo["windows"][0], "GRPO": grpo["span"], "TempSamp-R1": tempsamp["span"]}
+    pictures = thumbnails(grpo["video"], times_s, height=96)
+    plot_timeline(pictures, times_s, duration_s, spans, grpo["query"], ROOT / "docs/demo.png")
+
+
 def filled(text: str) -> str:
     """A page with every `<!-- NAME table -->` ... `<!-- end -->` block of it made anew."""
     block = re.compile(r"(<!-- (\w+) table -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -279,6 +293,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.demo:
         take_demo(options.demo)
+        draw_demo(options.demo[0])
     stale = [page for page in PAGES if filled(page.read_text()) != page.read_text()]
     if options.check:
         print(*stale, sep="\n")

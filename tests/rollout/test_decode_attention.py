@@ -138,16 +138,24 @@ OWN = {"key": "*bf16", "value": "*bf16", "own_keys": "*bf16", "own_values": "*bf
 
 
 @pytest.mark.parametrize(
-    ("heads_per_kv", "head_dim"),
-    [(8, 128), pytest.param(7, 128, marks=pytest.mark.slow), pytest.param(4, 256, marks=pytest.mark.slow)],
-    ids=["3B", "7B", "Qwen3.5-4B"],
+    ("heads_per_kv", "head_dim", "archs"),
+    [
+        pytest.param(8, 128, [90], id="3B"),
+        pytest.param(8, 128, [80, 100], marks=pytest.mark.slow, id="3B, other chips"),
+        pytest.param(7, 128, [80, 90, 100], marks=pytest.mark.slow, id="7B"),
+        pytest.param(4, 256, [80, 90, 100], marks=pytest.mark.slow, id="Qwen3.5-4B"),
+    ],
 )
-def test_the_kernels_compile_for_gpus_with_wide_loads_and_without_spills(heads_per_kv: int, head_dim: int) -> None:
+def test_the_kernels_compile_for_gpus_with_wide_loads_and_without_spills(
+    heads_per_kv: int, head_dim: int, archs: list[int]
+) -> None:
     """For chips that are not here, eight answers a prompt."""
     numbers = {"num_kv_heads": "i32", "part_room": "i32", "scaling": "fp32"}
     sizes = {"heads_per_kv": heads_per_kv, "head_dim": head_dim, "BLOCK_D": head_dim}
     sizes["BLOCK_N"] = BLOCK_KEYS * 128 // head_dim
     name, num_warps = "tempsamp_fast.rollout.decode_attention", 4 if head_dim == 128 else 8
-    compiles(f"{name}:shared_keys_kernel", POINTERS | numbers, sizes | {"BLOCK_M": 64}, num_warps=num_warps)
+    compiles(f"{name}:shared_keys_kernel", POINTERS | numbers, sizes | {"BLOCK_M": 64}, archs, num_warps=num_warps)
     own = {key: kind for key, kind in (POINTERS | OWN).items() if key not in ("keys", "values", "items")}
-    compiles(f"{name}:own_keys_kernel", own | numbers | {"room": "i32"}, sizes | {"BLOCK_H": 16}, num_warps=num_warps)
+    compiles(
+        f"{name}:own_keys_kernel", own | numbers | {"room": "i32"}, sizes | {"BLOCK_H": 16}, archs, num_warps=num_warps
+    )

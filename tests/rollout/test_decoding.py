@@ -97,7 +97,7 @@ class Frozen:
         return replay, pool
 
 
-@pytest.mark.parametrize("tiny", ["qwen2_5_vl", "qwen3_5"], indirect=True)
+@pytest.mark.parametrize("tiny", [pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "qwen3_5"], indirect=True)
 def test_a_rollout_like_the_one_before_records_nothing(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other prompts, other noise, rows that end elsewhere: what was recorded reads what is there now."""
     policy, decoder = Policy(tiny.model()), GraphDecoder()
