@@ -269,10 +269,10 @@ def take_demo(demos: Sequence[Path]) -> None:
 
 
 def draw_demo(demo: Path) -> None:
-    """Frames of the held-out video at the 90th percentile of TempSamp-R1's gain over GRPO, and what both answered."""
+    """Frames of the held-out video at the 95th percentile of TempSamp-R1's gain over GRPO, and what both answered."""
     by_arm = {arm: read_rows(eval_files(demo / arm, "answer")[1]) for arm in ("grpo", "tempsamp")}
     pairs = sorted(zip(*by_arm.values(), strict=True), key=lambda pair: pair[1]["iou"] - pair[0]["iou"])
-    grpo, tempsamp = pairs[9 * len(pairs) // 10]
+    grpo, tempsamp = pairs[95 * len(pairs) // 100]
     duration_s = grpo["duration_s"]
     times_s = [duration_s * (index + 0.5) / 10 for index in range(10)]
     spans = {"true": grpo["windows"][0], "GRPO": grpo["span"], "TempSamp-R1": tempsamp["span"]}
