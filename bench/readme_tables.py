@@ -294,12 +294,13 @@ def main() -> int:
     if options.demo:
         take_demo(options.demo)
         draw_demo(options.demo[0])
-    stale = [page for page in PAGES if filled(page.read_text()) != page.read_text()]
+    texts = {page: page.read_text() for page in PAGES}
+    stale = {page: wanted for page, text in texts.items() if (wanted := filled(text)) != text}
     if options.check:
         print(*stale, sep="\n")
         return int(bool(stale))
-    for page in stale:
-        page.write_text(filled(page.read_text()))
+    for page, wanted in stale.items():
+        page.write_text(wanted)
     return 0
 
 

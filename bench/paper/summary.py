@@ -94,7 +94,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def percent(value: Interval | None) -> str:
     """In per cent, e.g. `39.6 ± 1.1`."""
-    return "-" if value is None else f"{100 * value.mean:.1f} ± {100 * value.half_width:.1f}"
+    return "-" if value is None else value.percent()
 
 
 def points(value: Interval | None) -> str:
@@ -104,9 +104,7 @@ def points(value: Interval | None) -> str:
 
 def _means(found: dict[int, Record], metric: str, mode: str = "answer") -> str:
     values = [final(record, metric, mode) for record in found.values()]
-    if len(values) < 2:
-        return f"{100 * values[0]:.1f}" if values else "-"
-    return percent(interval(values))
+    return percent(interval(values) if values else None)
 
 
 def _header(results: Results) -> str:

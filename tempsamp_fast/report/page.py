@@ -99,9 +99,9 @@ def _score_table(rows: Sequence[ScoreRow], runs: Sequence[RunRecord], answers: M
     cells = []
     for row in rows:
         target = f"#answers-{row.mode}-{methods.index(row.method)}" if row.mode in answers else ""
-        figures_ = [_linked(target, row.scores[name].percent()) for name in names]
+        linked = [_linked(target, row.scores[name].percent()) for name in names]
         gain = escape(row.gain.percent() if row.gain else "-")
-        cells.append([escape(row.method), escape(row.mode), gain, *figures_, str(len(row.seeds))])
+        cells.append([escape(row.method), escape(row.mode), gain, *linked, str(len(row.seeds))])
     hint = "In per cent, after the last phase: mean ± 95 % interval over the seeds (Student’s t), "
     if runs[0].task == "grounding":
         hint += (
