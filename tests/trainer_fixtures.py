@@ -123,6 +123,14 @@ class Trainer:
         main(self.flags(output_dir, *words))
         return read_metrics(output_dir)
 
+    def cut_and_resumed(self, output_dir: Path, step: int, *words: str) -> list[dict[str, Any]]:
+        """As `main`, but resumed from the checkpoint after `step`, as if no later one had been completed."""
+        self.main(output_dir, *words)
+        for folder in (output_dir / "checkpoints").glob("step_*"):
+            if folder.name != f"step_{step:06d}":
+                (folder / "state.json").unlink()
+        return self.main(output_dir, *words, "--resume", str(output_dir))
+
     def ranks(self, output_dir: Path, num_ranks: int, *words: str) -> list[dict[str, Any]]:
         """A whole run on several ranks, without the launcher; returns the rows of its metrics.jsonl."""
         self.rank_server.run(output_dir.with_suffix(".logs"), num_ranks, self.flags(output_dir, *words))
