@@ -32,7 +32,6 @@ from bench.mutation.reach import Reach, Recording, digest, inputs_of, stale, tes
 from bench.mutation.table import write_table  # noqa: E402
 from bench.mutation.verdict import FirstFailure  # noqa: E402
 from bench.mutation.warm import Warm  # noqa: E402
-from tempsamp_fast.run.log import commit_of_code  # noqa: E402
 
 WORK = ROOT / "build/mutants"
 CACHE = ("-o", f"cache_dir={WORK / 'pytest_cache'}")
@@ -232,6 +231,8 @@ def main() -> None:
             judge_warm(source, ROOT, waiting, min(options.budget, WARM_BUDGET_S))
         else:
             judge(source.path, trees, waiting, reach, options.budget)
+    from tempsamp_fast.run.log import commit_of_code  # not before the tests are run: theirs is the copy's
+
     write_table(every, verdicts(ROOT, every), ROOT / "bench/results", commit_of_code())
 
 
