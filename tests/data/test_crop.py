@@ -40,6 +40,18 @@ def test_a_crop_holds_every_true_span_and_counts_from_its_start(
     assert len(firsts) > 1 or windows[0][0] < SECOND
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_crop_for_several_queries_holds_the_spans_of_each(order: int) -> None:
+    windows = [((7.0, 9.5),), ((1.0, 2.0), (12.0, 17.0)), ((3.0, 4.0),)][::order]
+    samples = [Sample(f"clip/{i}", Path("clip.mp4"), "a square", 19.6, each) for i, each in enumerate(windows)]
+    for seed in range(20):
+        moved, stretch = crop(samples, VIDEO, torch.Generator().manual_seed(seed))
+        shift_s = int(stretch.pixel_values[0, 0]) // 6 * SECOND
+        for sample, each in zip(moved, windows, strict=True):
+            assert sample.windows == tuple((start - shift_s, end - shift_s) for start, end in each)
+            assert all(0 <= start and end <= sample.duration_s for start, end in sample.windows)
+
+
 def test_the_same_position_of_the_training_order_is_cropped_alike(stepper) -> None:
     """Whatever the rank and however often it is made; another seed crops otherwise."""
     words = ("--phases", "sft:1", "--gradient_accumulation_steps", "4", "--random_crop", "1")
