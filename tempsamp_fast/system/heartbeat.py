@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -11,12 +12,13 @@ import stat
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tempsamp_fast.system.files import one_line, own_folder, write_file
-from tempsamp_fast.system.ranks import barrier, max_over_ranks
+from tempsamp_fast.system.ranks import max_over_ranks, of_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,7 @@ RECORD_BYTES = 512
 INTERVAL_S = 2.0
 LOST_RANK_EXIT = 3
 FINISHED = "finished"
+ENDED = "ended as "
 
 
 class RankLostError(RuntimeError):
@@ -46,6 +49,8 @@ class Heartbeat:
     this host is gone, when its record says that it failed, or when its record has not changed for `timeout_s` (killed
     on another host, stopped). When no rank has begun anything new for `timeout_s`, those that are furthest behind are
     taken for the ones that stall. The run then ends: one line on stderr and in RUN/error.log, exit code 3.
+
+    The first rank of each host watches all; the others watch those of their host, and take over its verdict.
     """
 
     def __init__(self, run: Path, rank: int, world_size: int, timeout_s: float):
@@ -54,6 +59,7 @@ class Heartbeat:
         self._action, self._count, self._beat = "starting", 0, 0
         self._stop = threading.Event()
         self._seen: dict[int, _Seen] = {}
+        self._watched = list(range(world_size))
 
     def at(self, action: str) -> None:
         """This rank begins something."""
@@ -64,7 +70,7 @@ class Heartbeat:
         self._path(self.rank).unlink(missing_ok=True)
         self._file = os.open(self._path(self.rank), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         self._write()
-        barrier()
+        self._watched = watched_by(self.rank, of_all_ranks(_place()))
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
         self._thread.start()
         return self
@@ -87,6 +93,9 @@ class Heartbeat:
             except OSError as error:
                 logger.warning("%s: the heartbeat was not written: %s", self._path(self.rank), error)
             if lost := self.lost():
+                self.at(ENDED + lost)
+                with contextlib.suppress(OSError):
+                    self._write()
                 self._end(lost)
 
     def _await_verdict(self) -> str | None:
@@ -109,7 +118,7 @@ class Heartbeat:
     def lost(self) -> str | None:
         """Who is lost and what it did last; None while all goes on."""
         now = time.monotonic()
-        for rank in range(self.world_size):
+        for rank in self._watched:
             record = self._read(rank)
             seen = self._seen.setdefault(rank, _Seen(record, now, now))
             if record["beat"] != seen.record["beat"]:
@@ -120,6 +129,8 @@ class Heartbeat:
         for rank, seen in self._seen.items():
             if rank == self.rank or seen.record["action"] == FINISHED:
                 continue
+            if seen.record["action"].startswith(ENDED):
+                return seen.record["action"].removeprefix(ENDED)
             if seen.record["action"].startswith("failed: "):
                 return f"{_name(rank, seen)} {seen.record['action']}"
             if _is_gone(seen.record):
@@ -127,7 +138,8 @@ class Heartbeat:
             silent_s = now - seen.beat_s
             if silent_s > self.timeout_s:
                 return f"{_name(rank, seen)} is silent for {silent_s:.0f} s; its last action: {seen.record['action']}"
-        if all(now - seen.action_s > self.timeout_s for seen in self._seen.values()):
+        is_first = len(self._watched) == self.world_size
+        if is_first and all(now - seen.action_s > self.timeout_s for seen in self._seen.values()):
             behind = min(seen.record["count"] for seen in self._seen.values())
             stalled = [(rank, seen) for rank, seen in self._seen.items() if seen.record["count"] == behind]
             names = ", ".join(f"{_name(rank, seen)} ({seen.record['action']})" for rank, seen in stalled)
@@ -222,6 +234,12 @@ def _forget_terminal() -> None:
         if stat.S_ISCHR(os.fstat(output).st_mode):
             os.dup2(nothing, output)
     os.close(nothing)
+
+
+def watched_by(rank: int, places: Sequence[str]) -> list[int]:
+    """All ranks by the first one of each place, those of its place by every other one. places: by rank."""
+    here = [each for each, place in enumerate(places) if place == places[rank]]
+    return list(range(len(places))) if rank == here[0] else here
 
 
 def _place() -> str:

@@ -49,7 +49,7 @@ def test_a_crop_for_several_queries_holds_the_spans_of_each(order: int) -> None:
         shift_s = int(stretch.pixel_values[0, 0]) // 6 * SECOND
         for sample, each in zip(moved, windows, strict=True):
             assert sample.windows == tuple((start - shift_s, end - shift_s) for start, end in each)
-            assert all(0 <= start and end <= sample.duration_s for start, end in sample.windows)
+            assert all(start >= 0 and end <= sample.duration_s for start, end in sample.windows)
 
 
 def test_the_same_position_of_the_training_order_is_cropped_alike(stepper) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tempsamp_fast.system import heartbeat
-from tempsamp_fast.system.heartbeat import LOST_RANK_EXIT, Heartbeat, RankLostError
+from tempsamp_fast.system.heartbeat import LOST_RANK_EXIT, Heartbeat, RankLostError, watched_by
 
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_S = 100.0
@@ -48,6 +48,7 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ranks:
     ranks = Ranks(tmp_path)
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: ranks.now)
     monkeypatch.setattr(heartbeat.time, "sleep", ranks.sleep)
+    monkeypatch.setattr(heartbeat, "of_all_ranks", lambda own: [own] * 3)
     for rank in range(3):
         ranks.write(rank)
     assert ranks.after(0) is None
@@ -99,6 +100,27 @@ def test_where_nobody_begins_anything_those_furthest_behind_are_named(ranks: Ran
     verdict = ranks.after(TIMEOUT_S + 1)
     assert verdict is not None and verdict.startswith("nothing new for 100 s; furthest behind: rank 1 ")
     assert verdict.endswith("(rollout of step 4)") and "rank 2" not in verdict
+
+
+def test_the_first_rank_of_a_host_watches_all_and_the_others_their_host() -> None:
+    """64 ranks of 8 hosts read 8 x 64 + 56 x 8 records in a round, and not 64 x 64."""
+    places = [f"node-{rank // 8}" for rank in range(64)]
+    watched = [watched_by(rank, places) for rank in range(64)]
+    assert [rank for rank, of in enumerate(watched) if len(of) == 64] == list(range(0, 64, 8))
+    assert watched[13] == list(range(8, 16)) and sum(map(len, watched)) == 8 * 64 + 56 * 8
+
+
+def test_a_rank_takes_over_the_verdict_of_the_first_of_its_host(ranks: Ranks) -> None:
+    """Its own look at what stalls would not know of other hosts."""
+    ranks.heart._watched = [0, 1]
+    ranks.heart._seen.clear()
+    assert ranks.after(1) is None
+    for _ in range(4):
+        for rank in (0, 1):
+            ranks.write(rank, beat=ranks.now, count=1)
+        assert ranks.after(TIMEOUT_S / 2) is None
+    ranks.write(1, pid=dead_process(), action="ended as rank 2 (pid 7 on elsewhere) died; its last action: evaluation")
+    assert ranks.after(1) == "rank 2 (pid 7 on elsewhere) died; its last action: evaluation"
 
 
 def test_a_collective_that_breaks_gives_way_to_the_rank_that_broke_it(ranks: Ranks) -> None:
@@ -155,8 +177,9 @@ with GracefulStop(grace_s=1):
 WAITS_FOR_A_RANK = """
 import sys, time
 from pathlib import Path
-from tempsamp_fast.system.heartbeat import Heartbeat
-with Heartbeat(Path(sys.argv[1]), 0, 3, timeout_s=100):
+from tempsamp_fast.system import heartbeat
+heartbeat.of_all_ranks = lambda own: [own] * 3
+with heartbeat.Heartbeat(Path(sys.argv[1]), 0, 3, timeout_s=100):
     time.sleep(600)
 """
 
