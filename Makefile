@@ -30,7 +30,7 @@ system-packages:
 $(VENV)/.installed: pyproject.toml setup.py kernels/pyproject.toml constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q -c constraints.txt torch setuptools
+	$(BIN)/pip install -q -c constraints.txt torch 'setuptools>=77'
 	$(BIN)/pip install -q -c constraints.txt -e ./kernels -e '.[dev]'
 	touch $@
 
@@ -87,7 +87,7 @@ test-newest: VERSIONS := $(NEWEST)
 test-oldest: VERSIONS := $(OLDEST)
 test-newest test-oldest: system-packages
 	test -x .venv-$@/bin/python || $(PYTHON) -m venv .venv-$@
-	.venv-$@/bin/pip install -q $(VERSIONS) setuptools
+	.venv-$@/bin/pip install -q $(VERSIONS) 'setuptools>=77'
 	.venv-$@/bin/pip install -q $(VERSIONS) -e ./kernels -e '.[dev]'
 	OMP_NUM_THREADS=1 .venv-$@/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
@@ -139,5 +139,4 @@ $(REHEARSAL)/stub/libcuda.so.1: $(REHEARSAL)/.installed bench/rehearsal/stub.c
 	cp $(@D)/stub.so $@
 
 clean:
-	rm -rf $(VENV) .venv-vllm $(REHEARSAL) build data runs *.egg-info
-	rm -rf $(VENV) .venv-test-* build dist kernels/build data runs *.egg-info kernels/*.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-test-* $(REHEARSAL) build dist kernels/build data runs *.egg-info kernels/*.egg-info

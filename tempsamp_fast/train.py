@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 def train(run: Run) -> None:
     """The whole job: sample, score, advantage, update, and an evaluation and a checkpoint after each phase."""
     algorithm, results = run.config.algorithm, Results(run)
-    with run.log() as log, run.heartbeat, run.graceful_stop, run.steps() as steps:
+    with run.log() as log, run.heartbeat, run.graceful_stop, run.saving(), run.steps() as steps:
         results.make_up(log)
         if run.is_stopping():
             return run.say_stopped(f"before step {run.first_step}")
@@ -73,6 +73,7 @@ def train(run: Run) -> None:
             if at.is_last_of_phase or run.is_save_step(at) or is_stopping or is_best:
                 run.save(at.step + 1)
             if is_stopping:
+                run.finish_saving()
                 return run.say_stopped(f"after step {at.step}")
             run.watch.restart()
     results.finish()

@@ -23,12 +23,12 @@ from tempsamp_fast.run.log import RECORDS, write_json
 from tempsamp_fast.system.durable import (
     PARTIAL,
     Digests,
+    Sealing,
     damage,
     partial_folder,
     publish,
     remove,
     require_space,
-    seal,
     size_of,
     sync,
 )
@@ -88,8 +88,8 @@ def read_video_settings(folder: Path) -> DataConfig:
 
 def save_checkpoint(
     run: Path, step: int, engine: Any, policy: Policy, chat: Chat, config: Config, facts: dict[str, Any]
-) -> Path:
-    """Write a checkpoint aside, sync and rename it when complete, then delete all but those that are to be kept.
+) -> Sealing:
+    """Write a checkpoint aside; what is returned syncs and renames it, then deletes all but those that are to be kept.
 
     `step` optimizer steps are done. `facts` of the run (see `resume.facts_of`) and the hash of every file are kept in
     `state.json`. Called by every rank. Where the disk is almost full nothing is written; a write that fails raises
@@ -107,34 +107,29 @@ def save_checkpoint(
         require_space(partial, _expected_size(run, policy), f"checkpoint {final.name}")
         save_engine(engine, partial / ENGINE, has_all_weights=not config.model.lora_rank)
         save_model(partial / MODEL, policy, chat, config.data)
-        stage = int(engine.zero_optimization_stage())
-        _complete(final, {"step": step, "zero_stage": stage, **facts}, [run / name for name in RECORDS])
-        if is_first_rank():
-            best = best_checkpoint(run) if config.train.keep_best else None
-            for old in checkpoints(run)[: -config.train.keep_checkpoints]:
-                if old != best:
-                    remove(old)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{final}: checkpoint not written: {str(error).splitlines()[0]}") from error
-    barrier()
-    return final
+    facts = {"step": step, "zero_stage": int(engine.zero_optimization_stage()), **facts}
+
+    def complete(files: Digests) -> None:
+        _publish(final, facts | {"files": files}, [run / name for name in RECORDS])
+        best = best_checkpoint(run) if config.train.keep_best else None
+        for old in checkpoints(run)[: -config.train.keep_checkpoints]:
+            if old != best:
+                remove(old)
+
+    return Sealing(final, complete)
 
 
-def _complete(final: Path, facts: dict[str, Any], records: Sequence[Path] = ()) -> None:
-    """Hash what was written aside, keep the hashes with `facts` in its STATE, and rename it; `records` are synced too.
-
-    Called by every rank.
-    """
-    barrier()
-    partial = partial_folder(final)
-    files = seal(partial)
-    if is_first_rank():
-        write_json(partial / STATE, facts | {"files": files})
-        for record in (partial / STATE, *records):
-            if record.exists():
-                sync(record)
-        publish(final)
+def _publish(final: Path, state: dict[str, Any], records: Sequence[Path] = ()) -> None:
+    """Give the folder written aside its STATE and its name; `records` are synced before. Called by one rank."""
+    path = partial_folder(final) / STATE
+    write_json(path, state)
+    for record in (path, *records):
+        if record.exists():
+            sync(record)
+    publish(final)
 
 
 def _expected_size(run: Path, policy: Policy) -> int:
@@ -283,8 +278,7 @@ def save_reference(folder: Path, policy: Policy, chat: Chat, data: DataConfig) -
     if is_first_rank():
         fresh_folder(partial)
     save_model(partial, policy, chat, data)
-    _complete(folder, {})
-    barrier()
+    Sealing(folder, lambda files: _publish(folder, {"files": files})).wait()
 
 
 def check_reference(folder: Path) -> None:

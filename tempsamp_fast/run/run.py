@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from tempsamp_fast.run.resume import check_same_run, facts_of, open_folder
 from tempsamp_fast.run.schedule import PhaseStep, first_reinforcement_step, in_steps, plan
 from tempsamp_fast.run.skipped_steps import SkippedSteps
 from tempsamp_fast.system.device import decoding_threads, training_device
+from tempsamp_fast.system.durable import Sealing
 from tempsamp_fast.system.heartbeat import GracefulStop, Heartbeat
 from tempsamp_fast.system.ranks import max_over_ranks, num_ranks, own_rank
 from tempsamp_fast.system.stopwatch import Stopwatch
@@ -116,6 +118,7 @@ class Run:
         num_steps = sum(phase.num_steps for phase in self.phases)
         self.skipped_steps = SkippedSteps(self.folder, self.rank, train.max_skipped_steps, num_steps)
         self._saved_s = time.monotonic()
+        self._sealing: Sealing | None = None
 
     def _initial_checkpoint(self) -> str:
         model, data = self.config.model, self.config.data
@@ -275,12 +278,33 @@ class Run:
         return every > 0 and (at.step + 1) % every == 0
 
     def save(self, num_steps: int) -> bool:
-        """Checkpoint after `num_steps` optimizer steps; none, and False, where every one so far was skipped."""
+        """Checkpoint after `num_steps` optimizer steps; none, and False, where every one so far was skipped.
+
+        Its files are written when it returns; hashed, on the disk and under their name when `finish_saving` does.
+        """
+        self.finish_saving()
         self._saved_s = time.monotonic()
         if self.skipped_steps.is_in_vain and self.first_step == 0:
             logger.warning("no checkpoint: the loss or gradient of all %d steps so far was not finite", num_steps)
             return False
         self.heartbeat.at(f"checkpoint after {num_steps} steps")
         facts = facts_of(self.config, self.train_samples, self.world_size)
-        save_checkpoint(self.folder, num_steps, self.engine, self.policy, self.chat, self.config, facts)
+        self._sealing = save_checkpoint(self.folder, num_steps, self.engine, self.policy, self.chat, self.config, facts)
         return True
+
+    def finish_saving(self) -> None:
+        """Have the last checkpoint complete; called by every rank. Raises OSError where that fails on any."""
+        sealing, self._sealing = self._sealing, None
+        if sealing:
+            sealing.wait()
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around the loop: the last checkpoint is complete when it is left, also by an error."""
+        try:
+            yield
+        except BaseException:
+            if self._sealing:
+                self._sealing.give_time(self.config.train.stop_grace_s)
+            raise
+        self.finish_saving()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tempsamp_fast.system.files import remove_any
-from tempsamp_fast.system.ranks import made_by_first_rank, num_ranks, of_all_ranks, own_rank
+from tempsamp_fast.system.files import remove_any, write_file
+from tempsamp_fast.system.ranks import barrier, is_first_rank, made_by_first_rank, num_ranks, of_all_ranks, own_rank
 
 PARTIAL = ".partial"
+SEAL = "seal_{:04d}"
+POLL_S = 0.05
 Digests = dict[str, tuple[int, str]]
 """`{path inside the folder: (bytes, SHA-256)}`."""
 
@@ -21,16 +27,57 @@ def partial_folder(final: Path) -> Path:
     return final.with_name(final.name + PARTIAL)
 
 
-def seal(folder: Path) -> Digests:
-    """Hash every file of a folder and sync it to the disk; called by every rank, each does its share.
+class Sealing:
+    """What was written aside for `final`, hashed and synced to the disk in a thread while training goes on.
 
-    Returns the digests of all files on every rank.
+    Begun by every rank when its files are written. Each rank does its share, without a collective, and leaves the
+    digests in the folder; the first one takes them together and calls `complete` with those of all files. Where
+    anything fails the folder is removed.
     """
-    names = made_by_first_rank(lambda: _files(folder))
-    own = {name: _digest(folder / name) for name in _own_share(names)}
-    for name in own:
-        sync(folder / name)
-    return {name: digest for part in of_all_ranks(own) for name, digest in part.items()}
+
+    def __init__(self, final: Path, complete: Callable[[Digests], None]):
+        barrier()
+        self._final, self._folder, self._complete, self._error = final, partial_folder(final), complete, ""
+        self._names = made_by_first_rank(lambda: _files(self._folder))
+        self._thread = threading.Thread(target=self._seal, name="sealing", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when it is complete; called by every rank. Raises OSError with what went wrong on any, on each."""
+        self._thread.join()
+        for error in of_all_ranks(self._error):
+            if error:
+                raise OSError(error)
+
+    def give_time(self, limit_s: float) -> None:
+        """Return when this rank has done its part or the time is over, whatever became of the others."""
+        self._thread.join(limit_s)
+
+    def _seal(self) -> None:
+        own = self._folder / SEAL.format(own_rank())
+        try:
+            digests = {name: _digest(self._folder / name) for name in _own_share(self._names)}
+            for name in digests:
+                sync(self._folder / name)
+            write_file(own, json.dumps(digests))
+            if is_first_rank():
+                self._complete({name: digest for rank in range(num_ranks()) for name, digest in self._of(rank).items()})
+        except Exception as error:  # told by `wait`
+            self._error = f"{self._final}: not written: {(str(error) or repr(error)).splitlines()[0]}"
+            with contextlib.suppress(OSError):  # gone, or the disk is full
+                write_file(own, json.dumps(self._error))
+            if is_first_rank():
+                shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _of(self, rank: int) -> Digests:
+        path = self._folder / SEAL.format(rank)
+        while not path.exists():
+            time.sleep(POLL_S)
+        found = json.loads(path.read_text())
+        if isinstance(found, str):
+            raise OSError(found)
+        path.unlink()
+        return found
 
 
 def damage(folder: Path, digests: Digests) -> list[str]:

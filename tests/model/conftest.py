@@ -149,7 +149,8 @@ EXACT = ExactOracle(1e-10)
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> ExactOracle:
     to_float = torch.Tensor.float
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else to_float(self))
+    in_float = lambda self: self.double() if self.dtype in (torch.int64, torch.float64) else to_float(self)
+    monkeypatch.setattr(torch.Tensor, "float", in_float)
     for family in FAMILIES.values():
         monkeypatch.setattr(sys.modules[family.model_class.__module__], "torch", _Double())
     return EXACT

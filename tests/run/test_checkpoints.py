@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import pickle
 import shutil
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,12 @@ import pytest
 import torch
 
 from tempsamp_fast.arguments import parse_args
+from tempsamp_fast.run import checkpoint
 from tempsamp_fast.run.checkpoint import checkpoints, sound_checkpoint
 from tempsamp_fast.run.log import drop_rows_from, read_metrics
 from tempsamp_fast.run.resume import check_same_run, samples_digest
+from tempsamp_fast.run.run import Run
+from tempsamp_fast.run.schedule import PhaseStep
 from tempsamp_fast.system import durable
 from tempsamp_fast.train import main
 
@@ -206,7 +211,9 @@ def test_code_in_the_engines_state_is_not_run(run: Path, refused, tmp_path: Path
     torch.save(content, state)
     facts = json.loads((folder / "state.json").read_text())
     (folder / "state.json").unlink()
-    (folder / "state.json").write_text(json.dumps(facts | {"files": durable.seal(folder)}))
+    files = {str(each.relative_to(folder)): each.read_bytes() for each in folder.rglob("*") if each.is_file()}
+    digests = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()}
+    (folder / "state.json").write_text(json.dumps(facts | {"files": digests}))
     line = refused(["--resume", str(run), "--phases", "sft:2,tempsamp:4"])
     assert state.name in line and "--allow_pickle" in line
     assert not (tmp_path / "exploded").exists()
@@ -261,3 +268,45 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
     assert before.keys() == {"reference.partial", "step_000001.partial"}
     assert {tmp_path / "run/metrics.jsonl", tmp_path / "run/config.json"} <= set(before["step_000001.partial"])
     assert synced[0] == tmp_path / "run/checkpoints"
+
+
+def test_training_goes_on_while_a_checkpoint_is_brought_to_the_disk(
+    trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a name until it is there, and awaited before the next one and at the end."""
+    seen: list[tuple[int, list[str]]] = []
+    may_go_on, publish, update = threading.Event(), durable.publish, Run.update
+
+    def late(final: Path) -> None:
+        assert may_go_on.wait(60)
+        publish(final)
+
+    def noting(run: Run, at: PhaseStep, groups: Any) -> Any:
+        seen.append((at.step, [path.name for path in checkpoints(tmp_path / "run")]))
+        if at.step == 1:
+            may_go_on.set()
+        return update(run, at, groups)
+
+    monkeypatch.setattr(checkpoint, "publish", late)
+    monkeypatch.setattr(Run, "update", noting)
+    trainer.main(tmp_path / "run", "--phases", "sft:3", "--save_steps", "1", "--keep_checkpoints", "9")
+    assert seen[:2] == [(0, []), (1, [])] and "step_000001" in seen[2][1]
+    assert [path.name for path in checkpoints(tmp_path / "run")] == [f"step_{step:06d}" for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("failing", ["hashed", "named"])
+def test_a_checkpoint_that_fails_in_the_background_ends_the_run_and_leaves_the_one_before(
+    trainer, refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    module, name = {"hashed": (durable, "_digest"), "named": (checkpoint, "publish")}[failing]
+    done = getattr(module, name)
+
+    def breaking(path: Path) -> Any:
+        if "step_000002" in str(path):
+            raise OSError(28, "No space left on device")
+        return done(path)
+
+    monkeypatch.setattr(module, name, breaking)
+    line = refused(trainer.flags(tmp_path / "run", "--phases", "sft:4", "--save_steps", "1"))
+    assert "step_000002: not written" in line and "No space left" in line
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_000001"]

@@ -76,6 +76,7 @@ def test_the_checkpoint_of_the_best_evaluation_stays_if_asked_for(stepper, keep_
             rows.append({"stage": "x", "mode": mode, "num_steps": num_steps, "miou": miou, "r1@0.3": 1 / num_steps})
         (run.folder / "results.json").write_text(json.dumps(rows))
         run.save(num_steps)
+        run.finish_saving()
     assert [step_of(each) for each in checkpoints(run.folder)] == ([4, 5] if keep_best == "yes" else [5])
     found = Path(model_folder(f"{run.folder}/best"))
     assert (step_of(found.parent), found.name) == (4 if keep_best == "yes" else 5, "model")
