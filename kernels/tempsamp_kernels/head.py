@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from copy import copy
 from functools import cache
 
 import torch
@@ -192,17 +191,15 @@ class ChunkedHead:
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, mask: Tensor | None, chunk_size: int | None,
-        compute_dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None, is_cast: bool = False,
     ) -> None:  # fmt: skip
+        """is_cast: the weight has the GEMM's dtype already."""
         device_type = hidden.device.type
         given = torch.get_autocast_dtype(device_type) if _autocasts(device_type) else hidden.dtype
         self.chunk_size, self.compute_dtype = chunk_size, compute_dtype or given
         on_tensor_cores = multiplies_into_fp32(device_type, self.compute_dtype)
         self.gemm_dtype = self.compute_dtype if on_tensor_cores else torch.float32
-        self.weight = weight.detach().to(self.compute_dtype).to(self.gemm_dtype)
-        self._take(hidden, mask)
-
-    def _take(self, hidden: Tensor, mask: Tensor | None) -> None:
+        self.weight = weight if is_cast else weight.detach().to(self.compute_dtype).to(self.gemm_dtype)
         self.hidden, self.mask, self.num_tokens = hidden, mask, len(hidden)
         self.rows = self.panel_rows = self.chunk_size or chunk_rows(len(hidden), len(self.weight), hidden.device.type)
         if self.gemm_dtype != torch.float32:
@@ -212,9 +209,8 @@ class ChunkedHead:
 
     def part(self, tokens: slice) -> ChunkedHead:
         """The same head over some of the tokens."""
-        part = copy(self)
-        part._take(self.hidden[tokens], None if self.mask is None else self.mask[tokens])
-        return part
+        mask = None if self.mask is None else self.mask[tokens]
+        return ChunkedHead(self.hidden[tokens], self.weight, mask, self.chunk_size, self.compute_dtype, is_cast=True)
 
     def padded(self, values: Tensor) -> Tensor:
         """[N] values extended with zeros to whole chunks."""
