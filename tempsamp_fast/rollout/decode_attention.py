@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -19,10 +20,40 @@ from torch import Tensor
 
 from tempsamp_fast.model.linear_layers import at_least_float32
 from tempsamp_fast.rollout.rooms import pick
-from tempsamp_fast.rollout.spans import Span, rows_per_item
+from tempsamp_fast.rollout.spans import Span, alike, rows_per_item
 
 BLOCK_KEYS = 64
 """Keys that a program reads at a time, of heads of 128 at most."""
+
+
+class Batch:
+    """Spans of as many rows each, read at once: `rows` and `tokens` of one span are views, of several are gathered."""
+
+    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+        self.num_spans, self.is_none = len(spans), None
+        if len(spans) == 1:
+            (span,) = spans
+            self.rows: slice | Tensor = slice(span.first_row, span.first_row + span.num_rows)
+            self.tokens: slice | Tensor = slice(span.first_key, span.first_key + span.num_keys)
+            return
+        rows, first, lengths = torch.tensor([[s.first_row, s.first_key, s.num_keys] for s in spans], device=device).T
+        counted = torch.arange(spans[-1].num_keys, device=device)
+        self.rows = (rows[:, None] + torch.arange(spans[0].num_rows, device=device)).flatten()
+        self.tokens = first[:, None] + counted.minimum(lengths[:, None] - 1)
+        self.is_none = (counted >= lengths[:, None])[:, None, None]
+
+    def queries(self, query: Tensor) -> Tensor:
+        """[R, kv_heads, group, dim] -> [spans, kv_heads, rows * group, dim]."""
+        return query[self.rows].unflatten(0, (self.num_spans, -1)).transpose(1, 2).flatten(2, 3)
+
+    def keys(self, shared: Tensor) -> Tensor:
+        """[T, kv_heads, dim] -> [spans, kv_heads, K, dim]."""
+        found = shared[self.tokens]
+        return found.view(self.num_spans, -1, *shared.shape[1:]).transpose(1, 2)
+
+    def by_row(self, values: Tensor, group: int) -> Tensor:
+        """[spans, kv_heads, rows * group, ...] -> [rows of all spans, kv_heads, group, ...]."""
+        return values.unflatten(2, (-1, group)).transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -42,6 +73,11 @@ class DecodedRows:
     """[R, P, heads, dim] float32: what the pieces give."""
     lses: Tensor
     """[R, P, heads] float32: their log-sum-exps."""
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """Of all spans, for `_in_torch`."""
+        return [Batch(spans, self.slots.device) for spans in alike(self.spans)]
 
 
 @dataclass(frozen=True)
@@ -234,24 +270,20 @@ def own_keys_kernel(
 
 
 def _in_torch(query: Tensor, key: Tensor, value: Tensor, layer: LayerKeys, rows: DecodedRows, scaling: float) -> Tensor:
-    """Own keys with room for more, which are masked; then one product per span."""
+    """Own keys with room for more, which are masked; then one product per batch of spans."""
     newest = rows.slots, rows.step.expand(len(query))
     layer.own_keys[newest], layer.own_values[newest] = key, value
     query = query.unflatten(1, (key.shape[1], -1))
     own_keys, own_values = (pick(own, rows.slots).transpose(1, 2) for own in (layer.own_keys, layer.own_values))
     is_later = torch.arange(own_keys.shape[2], device=query.device) > rows.step
     output, lse = attend(query, own_keys, own_values, scaling, is_later)
-    for span in rows.spans:
-        of_span = slice(span.first_row, span.first_row + span.num_rows)
-        tokens = slice(span.first_key, span.first_key + span.num_keys)
-        stacked = query[of_span].transpose(0, 1).flatten(1, 2)[None]
-        keys, values = (each[tokens].transpose(0, 1)[None] for each in (layer.keys, layer.values))
-        theirs, their_lse = (
-            each[0].unflatten(1, (span.num_rows, -1)).transpose(0, 1) for each in attend(stacked, keys, values, scaling)
-        )
-        share = torch.sigmoid(their_lse - lse[of_span])[..., None]
-        output[of_span] = torch.lerp(output[of_span], theirs, share)
-        lse[of_span] = torch.logaddexp(lse[of_span], their_lse)
+    for batch in rows.batches:
+        keys, values = batch.keys(layer.keys), batch.keys(layer.values)
+        found = attend(batch.queries(query), keys, values, scaling, batch.is_none)
+        theirs, their_lse = (batch.by_row(each, query.shape[2]) for each in found)
+        share = torch.sigmoid(their_lse - lse[batch.rows])[..., None]
+        output[batch.rows] = torch.lerp(output[batch.rows], theirs, share)
+        lse[batch.rows] = torch.logaddexp(lse[batch.rows], their_lse)
     return output.flatten(1, 2).to(value.dtype)
 
 
@@ -260,7 +292,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Queries [B, heads, Q, dim] on [B, heads, K, dim] -> outputs, and log-sum-exps [B, heads, Q], at least float32.
 
-    is_masked: [K] bool, keys that are not there.
+    is_masked: [K] or [B, 1, 1, K] bool, keys that are not there.
     """
     scores = _product(query, keys.transpose(-1, -2)) * scaling
     if is_masked is not None:

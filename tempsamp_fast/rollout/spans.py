@@ -36,6 +36,21 @@ class Span:
         ]  # fmt: skip
 
 
+def alike(spans: Sequence[Span]) -> list[list[Span]]:
+    """The spans in lists of as many rows each and of lengths not further apart than 1 to 2; no row comes twice."""
+    found: list[list[Span]] = []
+    taken: set[int] = set()
+    for span in sorted(spans, key=lambda span: (span.num_rows, span.num_keys)):
+        rows = range(span.first_row, span.first_row + span.num_rows)
+        fits = found and span.num_rows == found[-1][0].num_rows and span.num_keys <= 2 * found[-1][0].num_keys
+        if not fits or not taken.isdisjoint(rows):
+            found.append([])
+            taken.clear()
+        found[-1].append(span)
+        taken.update(rows)
+    return found
+
+
 def cut(paths: Sequence[Sequence[tuple[int, int]]], num_kv_heads: int) -> tuple[list[Span], list[int]]:
     """The spans that rows continue, and the number of pieces on the path of each row.
 

@@ -14,10 +14,10 @@ from tempsamp_fast.rollout.decode_attention import BLOCK_KEYS, DecodedRows, Laye
 from tempsamp_fast.rollout.spans import cut
 from tests.rollout.compiling import compiles
 
-NUM_KEYS, ROOM, SLOTS = 90, 24, (0, 1, 2, 4, 5)
-VIDEO, ALONE, QUESTIONS = (3, 40), (60, 21), ((43, 5), (48, 1))
-PATHS = ((VIDEO, QUESTIONS[0]), (VIDEO, QUESTIONS[0]), (VIDEO, QUESTIONS[0]), (VIDEO, QUESTIONS[1]), (ALONE,))
-"""Of five rows: three answers to a question, one to another about the same video, one of a prompt of its own."""
+NUM_KEYS, ROOM, SLOTS = 90, 24, (0, 1, 2, 4, 5, 6)
+VIDEO, ALONE, QUESTIONS = (3, 40), ((60, 17), (79, 9)), ((43, 5), (48, 1))
+PATHS = ((VIDEO, QUESTIONS[0]),) * 3 + ((VIDEO, QUESTIONS[1]), (ALONE[0],), (ALONE[1],))
+"""Of six rows: three answers to a question, one to another about the same video, two of prompts of their own."""
 
 
 def inputs(
@@ -28,10 +28,10 @@ def inputs(
     draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
     (num_heads, num_kv), num_rows = heads, len(PATHS)
     layer = LayerKeys(
-        *(draw(NUM_KEYS, num_kv, head_dim) for _ in range(2)), *(draw(6, ROOM, num_kv, head_dim) for _ in range(2))
+        *(draw(NUM_KEYS, num_kv, head_dim) for _ in range(2)), *(draw(7, ROOM, num_kv, head_dim) for _ in range(2))
     )
     is_read = torch.zeros(NUM_KEYS, dtype=torch.bool)
-    for first, length in (VIDEO, ALONE, *QUESTIONS):
+    for first, length in (VIDEO, *ALONE, *QUESTIONS):
         is_read[first : first + length] = True
     for shared in (layer.keys, layer.values):
         shared[~is_read] = float("nan")
@@ -159,3 +159,13 @@ def test_the_kernels_compile_for_gpus_with_wide_loads_and_without_spills(
     compiles(
         f"{name}:own_keys_kernel", own | numbers | {"room": "i32"}, sizes | {"BLOCK_H": 16}, archs, num_warps=num_warps
     )
+
+
+def test_spans_that_are_read_at_once_are_of_like_size_and_share_no_row() -> None:
+    paths = [((0, 50), (50, 3)), ((0, 50), (53, 2)), ((60, 7),), ((70, 3),), ((80, 1),)]
+    spans, _ = cut(paths, 1)
+    batches = module.alike(spans)
+    assert sorted(span.first_key for batch in batches for span in batch) == [0, 50, 53, 60, 70, 80]
+    assert [sorted(span.num_keys for span in batch) for batch in batches] == [[1, 2], [3, 3], [7], [50]]
+    level = module.alike(cut([((0, 4), (4, 4)), ((8, 4),)], 1)[0])
+    assert [[span.first_key for span in batch] for batch in level] == [[0], [4, 8]]
