@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 def train(run: Run) -> None:
     """The whole job: sample, score, advantage, update, and an evaluation and a checkpoint after each phase."""
     algorithm, results = run.config.algorithm, Results(run)
-    with run.log() as log, run.heartbeat, run.graceful_stop, run.saving(), run.steps() as steps:
+    with run.log() as log, run.heartbeat, run.graceful_stop, run.saving, run.steps() as steps:
         results.make_up(log)
         if run.is_stopping():
             return run.say_stopped(f"before step {run.first_step}")
@@ -53,9 +53,7 @@ def train(run: Run) -> None:
             assign_advantages(groups, at.phase.method, algorithm)
             metrics = run.update(at, groups)
 
-            metrics |= (
-                reward_metrics(groups, run.chat.eos_token_id, algorithm.rewards) | run.epochs(at) | run.watch.total()
-            )
+            metrics |= reward_metrics(groups, algorithm.rewards) | run.epochs(at) | run.watch.total()
             if at.phase.method == "tempsamp":
                 metrics |= advantage_metrics(groups, algorithm)
             means = mean_over_ranks(metrics, len(groups))
@@ -70,10 +68,11 @@ def train(run: Run) -> None:
                 is_better = results.evaluate(f"step {at.step + 1}", at.step + 1, log)
             is_stopping = run.is_stopping()
             is_best = is_better and run.config.train.keep_best
-            if at.is_last_of_phase or run.is_save_step(at) or is_stopping or is_best:
+            is_due = run.is_save_step(at) or run.saving.has_lost_one()
+            if at.is_last_of_phase or is_due or is_stopping or is_best:
                 run.save(at.step + 1)
             if is_stopping:
-                run.finish_saving()
+                run.saving.finish()
                 return run.say_stopped(f"after step {at.step}")
             run.watch.restart()
     results.finish()

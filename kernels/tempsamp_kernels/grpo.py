@@ -141,7 +141,7 @@ def fused_linear_grpo_loss(
     Raises ValueError for shapes, dtypes, names and combinations that do not fit.
     """
     check_head(hidden, weight, token_ids, bias, chunk_size)
-    check_positive(temperature=temperature, softcap=softcap, num_rows=num_rows)
+    check_positive(softcap=softcap, num_rows=num_rows)
     check_choice("off_policy_ratio", off_policy_ratio, ("detach", "old"))
     check_choice("importance_mode", importance_mode, ("truncate", "mask"))
     if advantages_level is not None:
@@ -212,9 +212,11 @@ def fused_linear_grpo_loss(
             importance = importance.masked_fill(importance > importance_cap, replaced_by)
         importance = importance.masked_fill(~mask, 1)
         policy_weight = counts_for if loss_type == "vespo" else counts_for * importance
+    of_tokens = by_token("temperature", temperature).masked_fill(~mask, 1)
+    check_positive(temperature=temperature if not isinstance(temperature, Tensor) else of_tokens)
     tokens = Tokens(
         token_ids=token_ids.masked_fill(~mask, SKIP),
-        temperature=by_token("temperature", temperature),
+        temperature=of_tokens,
         advantage=advantage.to(device, non_blocking=True).masked_fill(~mask, 0),
         policy_weight=policy_weight,
         kl_weight=has_kl * beta * (counts_for if off_policy_kl else counts_for * ~off_policy),

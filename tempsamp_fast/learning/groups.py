@@ -140,9 +140,7 @@ class RecordedRollouts:
         return found
 
 
-def reward_metrics(
-    groups: Sequence[RolloutGroup], eos_token_id: int | None = None, rewards: str | None = None
-) -> dict[str, float]:
+def reward_metrics(groups: Sequence[RolloutGroup], rewards: str | None = None) -> dict[str, float]:
     """Means over on-policy answers (`reward/tiou`, ..., their sum `reward/on_policy_mean`), off-policy ones apart.
 
     rewards: the setting, whose weights the sums are of.
@@ -150,7 +148,7 @@ def reward_metrics(
     `reward/format` is the mean over think prompts, which alone earn it. `reward/std` is the mean over groups of the
     standard deviation of on-policy sums, `reward/tied_groups` the share of groups whose answers, the off-policy one
     included, all earned the same. `completion/*` describes sampled answers: their lengths, and `cut_share`, how many
-    do not end with `eos_token_id`. What has no answers is left out.
+    were cut at the limit. What has no answers is left out.
     """
     every = [completion for group in groups for completion in group.completions]
     metrics = {}
@@ -181,6 +179,5 @@ def reward_metrics(
         lengths = [len(each.ids) for each in sampled]
         metrics["completion/mean_length"] = fmean(lengths)
         metrics["completion/min_length"], metrics["completion/max_length"] = float(min(lengths)), float(max(lengths))
-        if eos_token_id is not None:
-            metrics["completion/cut_share"] = fmean(int(each.ids[-1]) != eos_token_id for each in sampled)
+        metrics["completion/cut_share"] = fmean(each.is_cut for each in sampled)
     return metrics

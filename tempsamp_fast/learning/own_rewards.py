@@ -97,9 +97,11 @@ def _module(file: str) -> ModuleType:
         raise ValueError(f"--rewards {file}: no such file")
     module = importlib.util.module_from_spec(spec)
     sys.path.append(str(path.parent))
+    sys.modules[spec.name] = module  # where dataclasses and pickles look for it
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # their code may raise anything
+        del sys.modules[spec.name]
         raise ValueError(_place(file, error)) from error
     return module
 

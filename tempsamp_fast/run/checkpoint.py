@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from tempsamp_fast.config import Config, DataConfig
+from tempsamp_fast.config import Config, DataConfig, TrainConfig
 from tempsamp_fast.data.chat import Chat
 from tempsamp_fast.data.prompt_file import SAVED, as_json
 from tempsamp_fast.learning.decays import with_decays
@@ -104,8 +104,9 @@ def save_checkpoint(
         partial.mkdir()
     barrier()
     try:
-        require_space(partial, _expected_size(run, policy), f"checkpoint {final.name}")
-        save_engine(engine, partial / ENGINE, has_all_weights=not config.model.lora_rank)
+        has_all_weights = not config.model.lora_rank
+        require_space(partial, _expected_size(run, policy, has_all_weights), f"checkpoint {final.name}")
+        save_engine(engine, partial / ENGINE, has_all_weights)
         save_model(partial / MODEL, policy, chat, config.data)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -114,10 +115,13 @@ def save_checkpoint(
 
     def complete(files: Digests) -> None:
         _publish(final, facts | {"files": files}, [run / name for name in RECORDS])
-        best = best_checkpoint(run) if config.train.keep_best else None
-        for old in checkpoints(run)[: -config.train.keep_checkpoints]:
-            if old != best:
-                remove(old)
+        try:
+            best = best_checkpoint(run) if config.train.keep_best else None
+            for old in checkpoints(run)[: -config.train.keep_checkpoints]:
+                if old != best:
+                    remove(old)
+        except (OSError, ValueError) as error:
+            logger.warning("older checkpoints than %s stay: %s", final, error)
 
     return Sealing(final, complete)
 
@@ -132,14 +136,19 @@ def _publish(final: Path, state: dict[str, Any], records: Sequence[Path] = ()) -
     publish(final)
 
 
-def _expected_size(run: Path, policy: Policy) -> int:
-    """Bytes: as the newest checkpoint, or as many as weights and Adam's float32 state take. Adds a tenth."""
+def _expected_size(run: Path, policy: Policy, has_all_weights: bool) -> int:
+    """Bytes: as the newest checkpoint, or as many as weights and Adam's float32 state take. Adds a tenth.
+
+    has_all_weights: as of `save_engine`; of a model with adapters these alone are written.
+    """
     kept = checkpoints(run)
     if kept:
         return int(1.1 * size_of(kept[-1]))
-    parameters = list(policy.parameters())
-    num_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return int(1.1 * (12 * num_trained + 2 * sum(parameter.nbytes for parameter in parameters)))
+    bytes_of = lambda each, per_value: per_value * getattr(each, "ds_numel", each.numel())
+    trained = [each for each in policy.parameters() if each.requires_grad]
+    written = list(policy.parameters()) if has_all_weights else trained
+    state = sum(bytes_of(each, 12) for each in trained)
+    return int(1.1 * (state + 2 * sum(bytes_of(each, each.element_size()) for each in written)))
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -182,25 +191,29 @@ def best_checkpoint(run: Path) -> Path | None:
     path, config = run / EVALUATIONS, run / "config.json"
     rows = read_json(path) if path.is_file() else []
     try:
-        metric = read_json(config)["train"].get("best_metric") if config.is_file() else None
-        scores = evaluation_scores(rows, metric)
+        train = read_json(config)["train"] if config.is_file() else {}
+        scores = evaluation_scores(rows, train.get("best_metric"), train.get("eval_modes", TrainConfig.eval_modes))
     except (TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(f"{path}: cannot be read: {error!r}") from error
     evaluated = [each for each in checkpoints(run) if step_of(each) in scores]
     return max(evaluated, key=lambda each: (scores[step_of(each)], step_of(each)), default=None)
 
 
-def evaluation_scores(rows: Sequence[dict[str, Any]], best_metric: str | None) -> dict[int, float]:
-    """By number of steps the value of `[mode/]metric`, in the mean of the modes where it names none.
+def evaluation_scores(rows: Sequence[dict[str, Any]], best_metric: str | None, eval_modes: str) -> dict[int, float]:
+    """By number of steps the value of `[mode/]metric`, where it names no mode in the mean of `eval_modes`.
 
-    None is the first score (mIoU).
+    None is the first score (mIoU). Evaluations that were stopped before their last mode are left out.
     """
     mode, _, name = (best_metric or "").rpartition("/")
-    found: dict[int, list[float]] = {}
+    needed = [mode] if mode else eval_modes.split("+")
+    found: dict[int, dict[str, float]] = {}
     for row in rows:
-        if mode in ("", row["mode"]):
-            found.setdefault(row["num_steps"], []).append(float(row[name or score_names(row)[0]]))
-    return {num_steps: fmean(values) for num_steps, values in found.items()}
+        found.setdefault(row["num_steps"], {})[row["mode"]] = float(row[name or score_names(row)[0]])
+    return {
+        num_steps: fmean(values[mode] for mode in needed)
+        for num_steps, values in found.items()
+        if values.keys() >= {*needed}
+    }
 
 
 def score_names(row: dict[str, Any]) -> list[str]:

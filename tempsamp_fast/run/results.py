@@ -100,7 +100,7 @@ class Results:
         name = (metric or "").rpartition("/")[2]
         if name and name not in self.rows[-1]:
             raise ValueError(f"best_metric={metric!r}: {choose_from(name, score_names(self.rows[-1]))}")
-        scores = evaluation_scores(self.rows, metric)
+        scores = evaluation_scores(self.rows, metric, self.run.config.train.eval_modes)
         earlier = [score for step, score in scores.items() if 0 < step < num_steps]
         return num_steps > 0 and scores[num_steps] > max(earlier, default=-1.0)
 

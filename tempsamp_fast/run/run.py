@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +40,10 @@ from tempsamp_fast.run.checkpoint import ENGINE, save_checkpoint
 from tempsamp_fast.run.log import RunLog, drop_rows_from
 from tempsamp_fast.run.reference import reference_of
 from tempsamp_fast.run.resume import check_same_run, facts_of, open_folder
+from tempsamp_fast.run.saving import Saving
 from tempsamp_fast.run.schedule import PhaseStep, first_reinforcement_step, in_steps, plan
 from tempsamp_fast.run.skipped_steps import SkippedSteps
 from tempsamp_fast.system.device import decoding_threads, training_device
-from tempsamp_fast.system.durable import Sealing
 from tempsamp_fast.system.heartbeat import GracefulStop, Heartbeat
 from tempsamp_fast.system.ranks import max_over_ranks, num_ranks, own_rank
 from tempsamp_fast.system.stopwatch import Stopwatch
@@ -113,12 +112,15 @@ class Run:
         self.record, self.replay = self._recorded(config.rollout.record_rollouts, config.rollout.replay_rollouts)
 
         self.watch = Stopwatch()
-        self.heartbeat = Heartbeat(self.folder, self.rank, self.world_size, train.stall_timeout_s)
-        self.graceful_stop = GracefulStop(train.stop_grace_s, f"go on with --resume {self.folder}")
+        self.saving = Saving(self.device)
+        self._facts = facts_of(config, self.train_samples, self.world_size)
+        given = self.folder, self.rank, self.world_size, train.stall_timeout_s
+        self.heartbeat = Heartbeat(*given, self.saving.finish_alone)
+        go_on = f"go on with --resume {self.folder}"
+        self.graceful_stop = GracefulStop(train.stop_grace_s, go_on, self.saving.finish_alone)
         num_steps = sum(phase.num_steps for phase in self.phases)
         self.skipped_steps = SkippedSteps(self.folder, self.rank, train.max_skipped_steps, num_steps)
         self._saved_s = time.monotonic()
-        self._sealing: Sealing | None = None
 
     def _initial_checkpoint(self) -> str:
         model, data = self.config.model, self.config.data
@@ -278,33 +280,13 @@ class Run:
         return every > 0 and (at.step + 1) % every == 0
 
     def save(self, num_steps: int) -> bool:
-        """Checkpoint after `num_steps` optimizer steps; none, and False, where every one so far was skipped.
-
-        Its files are written when it returns; hashed, on the disk and under their name when `finish_saving` does.
-        """
-        self.finish_saving()
+        """Checkpoint after `num_steps` optimizer steps, as `Saving` does; none, and False, where all were skipped."""
         self._saved_s = time.monotonic()
         if self.skipped_steps.is_in_vain and self.first_step == 0:
             logger.warning("no checkpoint: the loss or gradient of all %d steps so far was not finite", num_steps)
             return False
         self.heartbeat.at(f"checkpoint after {num_steps} steps")
-        facts = facts_of(self.config, self.train_samples, self.world_size)
-        self._sealing = save_checkpoint(self.folder, num_steps, self.engine, self.policy, self.chat, self.config, facts)
+        given = self.engine, self.policy, self.chat, self.config, self._facts
+        with self.graceful_stop.patience():
+            self.saving.begin(lambda: save_checkpoint(self.folder, num_steps, *given))
         return True
-
-    def finish_saving(self) -> None:
-        """Have the last checkpoint complete; called by every rank. Raises OSError where that fails on any."""
-        sealing, self._sealing = self._sealing, None
-        if sealing:
-            sealing.wait()
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Around the loop: the last checkpoint is complete when it is left, also by an error."""
-        try:
-            yield
-        except BaseException:
-            if self._sealing:
-                self._sealing.give_time(self.config.train.stop_grace_s)
-            raise
-        self.finish_saving()

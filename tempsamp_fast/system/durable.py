@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from tempsamp_fast.system.ranks import barrier, is_first_rank, made_by_first_ran
 
 PARTIAL = ".partial"
 SEAL = "seal_{:04d}"
-POLL_S = 0.05
+POLL_S, WAIT_S, PATIENCE_S = 0.05, 0.5, 60.0
 Digests = dict[str, tuple[int, str]]
 """`{path inside the folder: (bytes, SHA-256)}`."""
 
@@ -38,20 +37,32 @@ class Sealing:
     def __init__(self, final: Path, complete: Callable[[Digests], None]):
         barrier()
         self._final, self._folder, self._complete, self._error = final, partial_folder(final), complete, ""
-        self._names = made_by_first_rank(lambda: _files(self._folder))
+        self._names = made_by_first_rank(lambda: _largest_first(self._folder))
+        self._is_ending, self._is_void, self._started_s = False, False, time.monotonic()
         self._thread = threading.Thread(target=self._seal, name="sealing", daemon=True)
         self._thread.start()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank's part has."""
+        return bool(self._error)
+
     def wait(self) -> None:
         """Return when it is complete; called by every rank. Raises OSError with what went wrong on any, on each."""
-        self._thread.join()
-        for error in of_all_ranks(self._error):
-            if error:
-                raise OSError(error)
+        while True:
+            self._thread.join(WAIT_S)
+            states = of_all_ranks((self._error, self._thread.is_alive()))
+            errors = [error for error, _ in states if error]
+            self._is_void = bool(errors)
+            if not any(is_alive for _, is_alive in states):
+                break
+        if errors:
+            raise OSError(errors[0])
 
-    def give_time(self, limit_s: float) -> None:
-        """Return when this rank has done its part or the time is over, whatever became of the others."""
-        self._thread.join(limit_s)
+    def finish_alone(self) -> None:
+        """Where the run is ending: others get as long for their parts as this rank took for its own, and a minute."""
+        self._is_ending = True
+        self._thread.join()
 
     def _seal(self) -> None:
         own = self._folder / SEAL.format(own_rank())
@@ -60,24 +71,32 @@ class Sealing:
             for name in digests:
                 sync(self._folder / name)
             write_file(own, json.dumps(digests))
+            patience_s = PATIENCE_S + time.monotonic() - self._started_s
             if is_first_rank():
-                self._complete({name: digest for rank in range(num_ranks()) for name, digest in self._of(rank).items()})
+                seals = [self._folder / SEAL.format(rank) for rank in range(num_ranks())]
+                self._await(lambda: all(seal.exists() for seal in seals), patience_s)
+                files = {name: digest for seal in seals for name, digest in json.loads(seal.read_text()).items()}
+                for seal in seals:
+                    seal.unlink()
+                self._complete(files)
+            else:
+                self._await(lambda: not self._folder.exists(), patience_s)
         except Exception as error:  # told by `wait`
-            self._error = f"{self._final}: not written: {(str(error) or repr(error)).splitlines()[0]}"
-            with contextlib.suppress(OSError):  # gone, or the disk is full
-                write_file(own, json.dumps(self._error))
+            if not isinstance(error, _GivenUpError):
+                self._error = f"{self._final}: not written: {(str(error) or repr(error)).splitlines()[0]}"
             if is_first_rank():
                 shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _of(self, rank: int) -> Digests:
-        path = self._folder / SEAL.format(rank)
-        while not path.exists():
+    def _await(self, is_done: Callable[[], bool], patience_s: float) -> None:
+        since_s = time.monotonic()
+        while not is_done():
+            if self._is_void or (self._is_ending and time.monotonic() - since_s > patience_s):
+                raise _GivenUpError
             time.sleep(POLL_S)
-        found = json.loads(path.read_text())
-        if isinstance(found, str):
-            raise OSError(found)
-        path.unlink()
-        return found
+
+
+class _GivenUpError(Exception):
+    """Other ranks' parts are not waited for any more."""
 
 
 def damage(folder: Path, digests: Digests) -> list[str]:
@@ -137,6 +156,11 @@ def size_of(folder: Path) -> int:
 
 def _files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _largest_first(folder: Path) -> list[str]:
+    """So that shares of every n-th are of like size."""
+    return sorted(_files(folder), key=lambda name: -(folder / name).stat().st_size)
 
 
 def _digest(path: Path) -> tuple[int, str]:

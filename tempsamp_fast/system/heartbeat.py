@@ -12,7 +12,8 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,14 @@ class Heartbeat:
     taken for the ones that stall. The run then ends: one line on stderr and in RUN/error.log, exit code 3.
 
     The first rank of each host watches all; the others watch those of their host, and take over its verdict.
+
+    before_exit: called when the run ends so, before this process does.
     """
 
-    def __init__(self, run: Path, rank: int, world_size: int, timeout_s: float):
+    def __init__(
+        self, run: Path, rank: int, world_size: int, timeout_s: float, before_exit: Callable[[], None] = lambda: None
+    ):
+        self._before_exit = before_exit
         self.run, self.rank, self.world_size, self.timeout_s = run, rank, world_size, timeout_s
         self.interval_s = min(INTERVAL_S, timeout_s / 4)
         self._action, self._count, self._beat = "starting", 0, 0
@@ -80,7 +86,8 @@ class Heartbeat:
         lost = self._await_verdict() if isinstance(error, (RuntimeError, OSError)) and self.world_size > 1 else None
         self._stop.set()
         self._thread.join()
-        self.at(FINISHED if error is None else f"failed: {' '.join(str(error).split())}"[:200])
+        failed = f"failed: {' '.join(str(error).split())}"[:200]
+        self.at(ENDED + lost if lost else FINISHED if error is None else failed)
         self._write()
         os.close(self._file)
         if lost:
@@ -112,6 +119,7 @@ class Heartbeat:
         sys.stderr.flush()
         try:
             write_file(self.run / "error.log", lost + "\n")
+            self._before_exit()
         finally:
             os._exit(LOST_RANK_EXIT)
 
@@ -177,11 +185,12 @@ class GracefulStop:
     A context manager around the training loop. A second Ctrl-C ends at once, a second SIGTERM changes nothing, and
     under `nohup` a lost terminal does not.
 
-    how_to_go_on: what is said last.
+    how_to_go_on: what is said last. before_exit: called when the grace is over, before the process ends.
     """
 
-    def __init__(self, grace_s: float, how_to_go_on: str = ""):
+    def __init__(self, grace_s: float, how_to_go_on: str = "", before_exit: Callable[[], None] = lambda: None):
         self.grace_s, self.how_to_go_on = grace_s, how_to_go_on
+        self._before_exit, self._is_patient = before_exit, False
         self.asked = False
         self._asked_s = 0.0
         self._timer: threading.Timer | None = None
@@ -192,6 +201,15 @@ class GracefulStop:
         if is_stopping and self._timer:
             self._timer.cancel()  # the checkpoint takes the time it takes
         return is_stopping
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Around what takes the time that it takes: the grace begins anew after it."""
+        self._is_patient = True
+        try:
+            yield
+        finally:
+            self._is_patient = False
 
     def __enter__(self) -> GracefulStop:
         numbers = [signal.SIGTERM, signal.SIGINT]
@@ -217,10 +235,20 @@ class GracefulStop:
         # A handler may have interrupted a write to stderr: this one goes past its buffer.
         if os.environ.get("RANK", "0") == "0":
             os.write(2, f"\n{name}: stopping after this step; Ctrl-C (again) ends at once\n".encode())
-        reason = f"{name}, and the step did not end within {self.grace_s:.0f} s"
-        self._timer = threading.Timer(self.grace_s, self._end, (reason, number))
+        self._begin_grace(number)
+
+    def _begin_grace(self, number: int) -> None:
+        self._timer = threading.Timer(self.grace_s, self._end_grace, (number,))
         self._timer.daemon = True
         self._timer.start()
+
+    def _end_grace(self, number: int) -> None:
+        if self._is_patient:
+            self._begin_grace(number)
+            return
+        self._before_exit()
+        name = signal.Signals(number).name
+        self._end(f"{name}, and the step did not end within {self.grace_s:.0f} s", number)
 
     def _end(self, reason: str, number: int) -> None:
         os.write(2, f"error: {reason}; nothing saved since the last checkpoint; {self.how_to_go_on}\n".encode())

@@ -9,7 +9,7 @@ from torch import Tensor
 from tempsamp_fast.batch import Completion, RolloutGroup
 from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
-from tempsamp_fast.rollout.decode_attention import attend
+from tempsamp_fast.rollout.decode_in_torch import attend
 from tempsamp_fast.rollout.decoding import next_token_logits
 from tempsamp_fast.rollout.generate import SamplingParams, generate
 

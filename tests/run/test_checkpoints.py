@@ -10,6 +10,7 @@ import pickle
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 
 from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.run import checkpoint
-from tempsamp_fast.run.checkpoint import checkpoints, sound_checkpoint
+from tempsamp_fast.run.checkpoint import checkpoints, sound_checkpoint, step_of
 from tempsamp_fast.run.log import drop_rows_from, read_metrics
 from tempsamp_fast.run.resume import check_same_run, samples_digest
 from tempsamp_fast.run.run import Run
@@ -295,18 +296,71 @@ def test_training_goes_on_while_a_checkpoint_is_brought_to_the_disk(
 
 
 @pytest.mark.parametrize("failing", ["hashed", "named"])
-def test_a_checkpoint_that_fails_in_the_background_ends_the_run_and_leaves_the_one_before(
-    trainer, refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+@pytest.mark.parametrize("last_failing", [2, 4])
+def test_a_checkpoint_that_fails_in_the_background_is_made_up_for_and_two_end_the_run(
+    trainer, refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, failing: str, last_failing: int
 ) -> None:
+    """In time, not when the next one is due; those before stay."""
     module, name = {"hashed": (durable, "_digest"), "named": (checkpoint, "publish")}[failing]
     done = getattr(module, name)
 
     def breaking(path: Path) -> Any:
-        if "step_000002" in str(path):
+        if any(f"step_{step:06d}" in str(path) for step in range(2, last_failing + 1)):
             raise OSError(28, "No space left on device")
         return done(path)
 
     monkeypatch.setattr(module, name, breaking)
-    line = refused(trainer.flags(tmp_path / "run", "--phases", "sft:4", "--save_steps", "1"))
-    assert "step_000002: not written" in line and "No space left" in line
-    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_000001"]
+    is_save_step = Run.is_save_step
+    monkeypatch.setattr(Run, "is_save_step", lambda run, at: at.step < 2 and is_save_step(run, at))
+    words = ("--phases", "sft:9", "--save_steps", "1", "--keep_checkpoints", "9")
+    if last_failing == 2:
+        trainer.main(tmp_path / "run", *words)
+        (told,) = [record.message for record in caplog.records if "another one is made" in record.message]
+        left = [step_of(each) for each in checkpoints(tmp_path / "run")]
+        assert left[0] == 1 and left[-1] == 9 and left[1] in range(3, 7)
+    else:
+        told = refused(trainer.flags(tmp_path / "run", *words))
+        assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_000001"]
+    assert ": not written" in told and "No space left" in told
+
+
+def test_a_run_that_ends_by_an_error_leaves_the_checkpoint_that_it_was_writing(
+    trainer, refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, update = durable.publish, Run.update
+
+    def late(final: Path) -> None:
+        time.sleep(1)
+        publish(final)
+
+    def failing(run: Run, at: PhaseStep, groups: Any) -> Any:
+        if at.step == 1:
+            raise ValueError("the second step fails")
+        return update(run, at, groups)
+
+    monkeypatch.setattr(checkpoint, "publish", late)
+    monkeypatch.setattr(Run, "update", failing)
+    assert "the second step fails" in refused(trainer.flags(tmp_path / "run", "--phases", "sft:3", "--save_steps", "1"))
+    assert [step_of(each) for each in checkpoints(tmp_path / "run")] == [1]
+
+
+@pytest.mark.parametrize("tired", [False, True])
+def test_a_rank_does_not_wait_for_ever_for_the_parts_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tired: bool
+) -> None:
+    """Of two: one that is gone, when the run ends; one that says that it failed, at once."""
+    monkeypatch.setattr(durable, "num_ranks", lambda: 2)
+    monkeypatch.setattr(durable, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(durable, "barrier", lambda: None)
+    monkeypatch.setattr(durable, "of_all_ranks", lambda own: [own, ("rank 1: No space left", False)])
+    final = tmp_path / "step_000001"
+    folder = durable.partial_folder(final)
+    folder.mkdir()
+    (folder / "weights").write_bytes(b"w")
+    sealing = durable.Sealing(final, lambda _: pytest.fail("not whole"))
+    if tired:
+        sealing.finish_alone()
+    else:
+        with pytest.raises(OSError, match="rank 1: No space left"):
+            sealing.wait()
+    assert not folder.exists() and not sealing.has_failed

@@ -25,13 +25,11 @@ from tempsamp_fast.run.results import table
 from tempsamp_fast.system import progress
 from tempsamp_fast.system.progress import BAR, Progress
 
-EOS = 7
 SHORT = ("--max_completion_length", "4")
 
 
 def answer(reward: float, length: int = 3, *, is_cut: bool = False, is_off_policy: bool = False) -> Completion:
-    ids = torch.tensor([1] * (length - 1) + [1 if is_cut else EOS])
-    return Completion(ids, "", is_off_policy, rewards={"tiou": reward})
+    return Completion(torch.ones(length, dtype=torch.int64), "", is_off_policy, rewards={"tiou": reward}, is_cut=is_cut)
 
 
 def group(*answers: Completion) -> RolloutGroup:
@@ -40,18 +38,18 @@ def group(*answers: Completion) -> RolloutGroup:
 
 def test_lengths_are_those_of_sampled_answers() -> None:
     true = answer(1.0, 100, is_off_policy=True)
-    metrics = reward_metrics([group(answer(0.0, 2), answer(0.5, 6, is_cut=True), true), group(answer(0, 4), true)], EOS)
+    metrics = reward_metrics([group(answer(0.0, 2), answer(0.5, 6, is_cut=True), true), group(answer(0, 4), true)])
     assert metrics["completion/mean_length"] == 4 and metrics["completion/cut_share"] == pytest.approx(1 / 3)
     assert (metrics["completion/min_length"], metrics["completion/max_length"]) == (2, 6)
-    supervised = RolloutGroup(None, [Completion(torch.tensor([1, EOS]), "", is_off_policy=True)])  # type: ignore[arg-type]
-    assert reward_metrics([supervised], EOS) == {}
+    supervised = RolloutGroup(None, [Completion(torch.ones(2, dtype=torch.int64), "", is_off_policy=True)])  # type: ignore[arg-type]
+    assert reward_metrics([supervised]) == {}
 
 
 def test_ties_and_the_spread_of_rewards_are_told() -> None:
     tied, untied = group(answer(0.5), answer(0.5)), group(answer(0.0), answer(1.0))
     lifted = group(answer(0.0), answer(0.0), answer(1.0, is_off_policy=True))
     for groups, share, std in (([tied], 1, 0), ([untied], 0, 0.5), ([tied, untied, lifted, tied], 0.5, 0.125)):
-        metrics = reward_metrics(groups, EOS)
+        metrics = reward_metrics(groups)
         assert metrics["reward/tied_groups"] == share and metrics["reward/std"] == pytest.approx(std)
 
 

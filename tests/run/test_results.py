@@ -66,17 +66,22 @@ def test_the_constant_baseline_has_seen_the_training_samples_alone(run) -> None:
 @pytest.mark.parametrize("keep_best", ["yes", "no"])
 def test_the_checkpoint_of_the_best_evaluation_stays_if_asked_for(stepper, keep_best: str) -> None:
     """In the mean of its modes, by the first score; of equal ones the newest. `RUN/best` is its model."""
-    run = stepper("--phases", "sft:9", "--keep_checkpoints", "1", "--keep_best", keep_best).run
+    words = "--eval_modes", "answer+think", "--keep_checkpoints", "1", "--keep_best", keep_best
+    run = stepper("--phases", "sft:9", *words).run
     with pytest.raises(ValueError, match="no checkpoint of this run was evaluated"):
         (run.folder / "checkpoints").mkdir()
         model_folder(f"{run.folder}/best")
+    with run.log():
+        pass
     rows: list[dict[str, Any]] = [{"stage": "start", "mode": "answer", "num_steps": 0, "miou": 0.9, "r1@0.3": 0.0}]
-    for num_steps, mious in enumerate([(0.1, 0.1), (0.6, 0.4), (0.7, 0.1), (0.3, 0.7), (0.0, 0.9)], start=1):
-        for mode, miou in zip(("answer", "think"), mious, strict=True):
+    stopped_before_think: tuple[float, ...] = (0.99,)
+    scored = [(0.1, 0.1), (0.6, 0.4), (0.7, 0.1), (0.3, 0.7), stopped_before_think]
+    for num_steps, mious in enumerate(scored, start=1):
+        for mode, miou in zip(("answer", "think"), mious, strict=False):
             rows.append({"stage": "x", "mode": mode, "num_steps": num_steps, "miou": miou, "r1@0.3": 1 / num_steps})
         (run.folder / "results.json").write_text(json.dumps(rows))
         run.save(num_steps)
-        run.finish_saving()
+        run.saving.finish()
     assert [step_of(each) for each in checkpoints(run.folder)] == ([4, 5] if keep_best == "yes" else [5])
     found = Path(model_folder(f"{run.folder}/best"))
     assert (step_of(found.parent), found.name) == (4 if keep_best == "yes" else 5, "model")

@@ -190,7 +190,7 @@ def test_as_many_checkpoints_stay_as_asked_for_saved_as_often_as_asked_for(stepp
     assert saves == [3, 6]
     for num_steps in saves:
         run.save(num_steps)
-        run.finish_saving()
+        run.saving.finish()
         assert [path.name for path in checkpoints(run.folder)] == [f"step_{num_steps:06d}"]
     assert not any(stepper(*SHORT).run.is_save_step(at) for at in plan(run.phases))
 
@@ -204,7 +204,7 @@ def test_a_resumed_run_is_the_one_asked_for(stepper: Callable) -> None:
     run = stepper(*SHORT).run
     with run.log():
         run.save(1)
-        run.finish_saving()
+        run.saving.finish()
     resumed = Run(parse_args(["--resume", str(run.folder), "--output_dir", "elsewhere"]))
     assert resumed.folder == run.folder and resumed.first_step == 1
     assert resumed.resumed_from == checkpoints(run.folder)[-1]
