@@ -83,8 +83,12 @@ def test_the_checkpoint_of_the_best_evaluation_stays_if_asked_for(stepper, keep_
         run.save(num_steps)
         run.saving.finish()
     assert [step_of(each) for each in checkpoints(run.folder)] == ([4, 5] if keep_best == "yes" else [5])
-    found = Path(model_folder(f"{run.folder}/best"))
-    assert (step_of(found.parent), found.name) == (4 if keep_best == "yes" else 5, "model")
+    if keep_best == "yes":
+        found = Path(model_folder(f"{run.folder}/best"))
+        assert (step_of(found.parent), found.name) == (4, "model")
+    else:
+        with pytest.raises(ValueError, match="no checkpoint of this run was evaluated"):
+            model_folder(f"{run.folder}/best")
 
 
 @pytest.mark.parametrize(
