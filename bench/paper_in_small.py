@@ -1,7 +1,7 @@
 """The paper's claims on the embedded data, on a CPU, with paired seeds: all runs by one command, resumable run by run.
 
     python bench/paper_in_small.py [--work DIR] [--results FILE] [--workers 2]    # make what is missing
-    python bench/paper_in_small.py --only tree pruning                            # of some families alone
+    python bench/paper_in_small.py --only tree core/grpo                          # some families or methods alone
     python bench/paper_in_small.py --summary                                      # state what the results say
     python bench/paper_in_small.py --list                                         # the planned runs
 
@@ -35,7 +35,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs/paper_in_small", help="where runs are made")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--only", nargs="+", choices=FAMILIES, default=FAMILIES, help="families of runs to make")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[family.replace(" ", "_") for family in FAMILIES],
+        help="runs to make: how their names begin",
+    )
+    parser.add_argument("--rate", type=float, help="learning rate of all runs, in place of pilots that choose it")
     parser.add_argument("--summary", action="store_true", help="print and draw what the results say; make no run")
     parser.add_argument("--list", action="store_true", help="print the planned runs; make none")
     options = parser.parse_args()
@@ -44,7 +50,7 @@ def main() -> None:
         return
     try:
         if not options.summary:
-            Campaign(options.work, options.results).make(options.workers, options.only)
+            Campaign(options.work, options.results).make(options.workers, options.only, options.rate)
         results = read_results(options.results)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.paper import plan
-from bench.paper.plan import Family, PlannedRun
+from bench.paper.plan import PlannedRun
 from bench.paper.record import record_of
 from bench.paper.results import check_same_settings, check_same_start, read_results
 from tempsamp_fast.data.annotations import load_annotations
@@ -57,24 +57,30 @@ class Campaign:
         else:
             self.results = {"settings": settings, "machine": machine, "cold_starts": {}, "runs": {}}
 
-    def make(self, num_workers: int, families: Sequence[Family] = plan.FAMILIES) -> None:
-        """Make the runs of `families` that have no record yet, `num_workers` at a time: pilots, and what their best
-        rate asks for.
+    def make(self, num_workers: int, only: Sequence[str], rate: float | None = None) -> None:
+        """Make the runs that have no record yet and whose names begin with one of `only`, `num_workers` at a time:
+        pilots, and what their best rate asks for.
 
-        Raises ValueError for others than the pilots before these are in; RuntimeError when all others are made and one
-        has failed.
+        rate: of all runs, where an earlier campaign's pilots have chosen it.
+        Raises ValueError for others than the pilots before these are in, for a rate that is not the one so far and for
+        names of no run; RuntimeError when all others are made and one has failed.
         """
         self.work.mkdir(parents=True, exist_ok=True)
         pilots = plan.pilot_runs()
         self.results |= {"planned": len(pilots) + len(plan.planned_runs(plan.PILOT_RATES[0]))}
-        if "pilot" not in families and any(run.name not in self.results["runs"] for run in pilots):
-            raise ValueError(f"{self.path}: --only {' '.join(families)}: the pilots choose the rate, make them first")
+        wanted = lambda runs: [run for run in runs if f"{run.name}/".startswith(tuple(f"{each}/" for each in only))]
+        if not wanted([*pilots, *plan.planned_runs(plan.PILOT_RATES[0])]):
+            raise ValueError(f"--only {' '.join(only)}: no such runs; --list prints all, first the families")
+        if (kept := self.results.setdefault("given_rate", rate)) != rate:
+            raise ValueError(f"{self.path}: its runs have {'the rate of pilots' if kept is None else kept}, not {rate}")
+        made = {*self.results["runs"], *(run.name for run in wanted(pilots))}
+        if rate is None and any(run.name not in made for run in pilots):
+            raise ValueError(f"{self.path}: --only {' '.join(only)}: the pilots choose the rate, make them first")
         self._prepare_data(num_workers)
-        if "pilot" in families:
-            self.make_runs(pilots, num_workers)
-        rate = best_rate(self.results["runs"])
+        self.make_runs(wanted(pilots) if rate is None else [], num_workers)
+        rate = rate or best_rate(self.results["runs"])
         self.results |= {"rate": rate}
-        self.make_runs([run for run in plan.planned_runs(rate) if run.family in families], num_workers)
+        self.make_runs(wanted(plan.planned_runs(rate)), num_workers)
 
     def make_runs(self, runs: Sequence[PlannedRun], num_workers: int) -> None:
         """Make those that have no record yet. Raises RuntimeError when all others are made and one has failed."""

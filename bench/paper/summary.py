@@ -127,9 +127,8 @@ def _header(results: Results) -> str:
             f"and an R1@0.7 of {100 * statistics.mean(c['r1@0.7'] for c in cold):.1f}."
         )
     if "rate" in results:
-        lines.append(
-            f"Learning rate of all methods: {results['rate']:g}, the best of {plan.PILOT_RATES} in the pilots."
-        )
+        why = "given" if results.get("given_rate") else f"the best of {plan.PILOT_RATES} in the pilots"
+        lines.append(f"Learning rate of all methods: {results['rate']:g}, {why}.")
     if grpo:
         hits = statistics.mean(record["rewards"]["hits"]["first_quarter"] for record in grpo)
         without = statistics.mean(record["rewards"]["groups_without_any_reward"] for record in grpo)

@@ -113,6 +113,14 @@ def test_some_families_alone_are_made_once_the_pilots_are_in(tmp_path, monkeypat
         campaign.results["runs"][run.name] = run_record("pilot", run.method, run.seed, 0.2, rate=run.rate)
     campaign.make(1, ["tree", "pruning"])
     assert set(made) == {"tree", "pruning"} and len(made) == 4 * len(plan.SEEDS)
+    with pytest.raises(ValueError, match=r"rate of pilots, not 0\.0003"):
+        campaign.make(1, ["tree"], 3e-4)
+    made.clear()
+    given = Campaign(tmp_path / "work", tmp_path / "given.json")
+    with pytest.raises(ValueError, match="--only tre: no such runs"):
+        given.make(1, ["tre"], 3e-4)
+    given.make(1, ["core/grpo", "rare_hits"], 3e-4)
+    assert given.results["rate"] == 3e-4 and set(made) == {"core", "rare hits"} and len(made) == 5 * len(plan.SEEDS)
 
 
 def test_evidence_runs_ask_for_other_starts_truths_and_tests():
