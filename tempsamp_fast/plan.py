@@ -66,8 +66,9 @@ NETWORK = {
 def decided(config: Config, world_size: int) -> Config:
     """The settings with a run folder as `model` taken for its newest checkpoint, and `zero_stage="auto"` chosen.
 
-    That is the least stage whose `peak_memory` leaves a tenth of the card free; 0 without a card. Stage 0 of a bfloat16
-    run on a GPU becomes 1, which is told, as is what `gather_weights="auto"` becomes under stage 3.
+    That is the least stage that can offload what is asked for and whose `peak_memory` leaves a tenth of the card free;
+    without a card the first. Stage 0 of a bfloat16 run on a GPU becomes 1, which is told, as is what
+    `gather_weights="auto"` becomes under stage 3.
     """
     config = copy.deepcopy(config)
     config.model.model = model_folder(config.model.model)
@@ -77,10 +78,13 @@ def decided(config: Config, world_size: int) -> Config:
         config.train = dataclasses.replace(config.train, zero_stage=least)
     card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf
     if config.train.zero_stage == "auto":
-        config.train.zero_stage = least
         found = training_data(config.data) if card < math.inf else None
         asked = config.train.offload
-        for stage, offload in ((least, asked), ("2", asked), ("3", asked), ("3", "all")):
+        first: Any = str(max(int(least), {"none": 0, "optimizer": 1, "all": 3}[asked]))
+        config.train.zero_stage = first
+        for stage, offload in ((first, asked), ("2", asked), ("3", asked), ("3", "all")):
+            if stage < first:
+                continue
             tried: dict[str, Any] = {"zero_stage": stage, "offload": offload}
             config.train = dataclasses.replace(config.train, **tried)
             if found is None or peak_memory(config, world_size, found).total < 0.9 * card:

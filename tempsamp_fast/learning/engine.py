@@ -208,13 +208,15 @@ def _forward_backward(engine: Any, row: PackedRow, head: Head, is_last: bool) ->
 
     One that did not is replaced by an idle row whose gradient is NaN: the collectives of the other ranks meet it, and
     no rank updates. Where other ranks wait inside the pass that failed (the backward pass of ZeRO-1 and ZeRO-2) nothing
-    can meet them, and in ZeRO-3 gathering cannot begin anew: the error is raised.
+    can meet them, or in the layers of a row that ranks share, and in ZeRO-3 gathering cannot begin anew: the error is
+    raised.
     """
     stage = engine.zero_optimization_stage()
+    cannot_be_met = stage == 3 or row.shares is not None
     try:
         loss, metrics = engine(row.to(engine.device), head)
     except torch.OutOfMemoryError:
-        if stage == 3:
+        if cannot_be_met:
             raise
         loss, metrics = None, None
     engine.set_gradient_accumulation_boundary(is_last)
@@ -224,7 +226,7 @@ def _forward_backward(engine: Any, row: PackedRow, head: Head, is_last: bool) ->
             engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
             return metrics, True
         except torch.OutOfMemoryError:
-            if stage == 3 or (stage > 0 and num_ranks() > 1):
+            if cannot_be_met or (stage > 0 and num_ranks() > 1):
                 raise
         if stage > 0:
             _end_backward(engine.optimizer)

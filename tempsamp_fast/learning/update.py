@@ -218,14 +218,17 @@ def _noting(found: list[Tensor], logps: Callable[[Tensor, Tensor], Tensor], head
 def _log_probs(
     engine: Any, forward: Forward, rows: Sequence[PackedRow], algorithm: AlgorithmConfig, temperature: float
 ) -> list[Tensor]:
-    """Raises RowsTooLargeError on every rank, as `optimizer_step` does; ZeRO-3 raises what the failing rank met."""
+    """Raises RowsTooLargeError on every rank, as `optimizer_step` does.
+
+    Under ZeRO-3 and in rows that ranks share it raises what the failing rank met.
+    """
     found: list[Tensor] = []
     try:
         for row in rows:
             head = log_probs(row, algorithm, temperature)
             found.append(forward(row, head))
     except torch.OutOfMemoryError:
-        if engine.zero_optimization_stage() == 3:
+        if engine.zero_optimization_stage() == 3 or any(row.shares for row in rows):
             raise
     check_fitted(rows, len(found) == len(rows), engine.device)
     return found

@@ -37,6 +37,24 @@ def test_a_row_of_nan_in_the_head_reaches_every_log_prob_and_the_loss(packed, im
     assert loss.isnan()
 
 
+@pytest.mark.parametrize("held", [0.0, torch.nan, -1.0])
+def test_a_masked_token_may_hold_any_temperature(packed, impl, held):
+    """With gradients of which it has none; a counted one may not."""
+    batch = packed([3, 3], masked=0.0)
+    batch.mask[4:] = False
+    temperature = torch.full((6,), 0.7, device=DEVICE)
+    plain, spoiled = batch.learned(), batch.learned()
+    loss, _ = loss_of(plain, impl, temperature=temperature, live_rows=torch.ones(6, dtype=torch.bool))
+    temperature[4:] = held
+    same, _ = loss_of(spoiled, impl, temperature=temperature, live_rows=torch.ones(6, dtype=torch.bool))
+    assert torch.equal(loss, same) and torch.equal(plain.weight.grad, spoiled.weight.grad)
+    assert torch.equal(plain.hidden.grad, spoiled.hidden.grad)
+    if DEVICE == "cpu":
+        temperature[1] = held
+        with pytest.raises(ValueError, match="temperature must be positive"):
+            loss_of(spoiled, impl, temperature=temperature)
+
+
 CLAMPS = {"kl_clamp": 1.0, "log_ratio_clamp": 2.0}
 
 

@@ -157,6 +157,17 @@ def test_numbers_of_any_library_and_files_beside_it_are_taken(mine: SimpleNamesp
     assert [each.rewards for each in scored.completions] == [{"f": 0.5}] * 3
 
 
+def test_a_reward_may_have_dataclasses_whose_annotations_are_texts(mine: SimpleNamespace) -> None:
+    lines = (
+        "from __future__ import annotations\nimport pickle\nfrom dataclasses import dataclass\n",
+        "@dataclass\nclass Weight:\n    value: float = 0.25\n",
+        "def f(c):\n    return [pickle.loads(pickle.dumps(Weight())).value for _ in c]\n",
+    )
+    scored = group()
+    score(scored, "grounding", AlgorithmConfig(rewards=f"{mine.write(''.join(lines))}:f"))
+    assert [each.rewards for each in scored.completions] == [{"f": 0.25}] * 3
+
+
 def test_a_missing_file_and_a_name_of_the_package_are_refused(mine: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match=r"nowhere\.py: no such file"):
         reward_function(RewardTerm("f", 1.0, "nowhere.py"))

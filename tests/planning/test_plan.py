@@ -108,6 +108,15 @@ def test_the_plan_sizes_a_run_on_own_videos_to_the_card(
     train = decided(parse_args(words), num_gpus).train
     assert (train.zero_stage, train.offload) == chosen
     assert decided(parse_args([*words, "--zero_stage", "1"]), num_gpus).train.zero_stage == "1"
+    for asked, least in (("optimizer", "1"), ("all", "3")):
+        train = decided(parse_args([*words, "--offload", asked]), num_gpus).train
+        assert (train.zero_stage >= least) and train.offload in (asked, "all")
+
+
+@pytest.mark.parametrize(("offload", "stage"), [("none", "0"), ("optimizer", "1"), ("all", "3")])
+def test_without_a_card_the_stage_is_the_least_that_offloads_what_is_asked_for(offload: str, stage: str) -> None:
+    words = ["--annotations", "mine.json", "--videos", "v", "--offload", offload]
+    assert decided(parse_args(words), 1).train.zero_stage == stage
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,8 @@ def test_a_collective_that_breaks_gives_way_to_the_rank_that_broke_it(ranks: Ran
     with pytest.raises(RankLostError, match=r"rank 2 .* died; its last action: evaluation"), ranks.heart:
         ranks.write(2, pid=dead_process())
         raise RuntimeError("Connection closed by peer")
+    left = json.loads((ranks.run / "heartbeat/rank_0000.json").read_text())["action"]
+    assert left.startswith("ended as rank 2 ") and "Connection" not in left
     with pytest.raises(RuntimeError, match="own fault"), Heartbeat(ranks.run / "alone", 0, 1, TIMEOUT_S):
         raise RuntimeError("own fault")
 
@@ -170,8 +172,11 @@ def ended(program: str, *words: str) -> tuple[int, str]:
 HANGS_IN_A_STEP = """
 import os, signal, time
 from tempsamp_fast.system.heartbeat import GracefulStop
-with GracefulStop(grace_s=1):
-    os.kill(os.getpid(), signal.SIGTERM)
+with GracefulStop(grace_s=1, before_exit=lambda: os.write(2, b"sealed\\n")) as stop:
+    with stop.patience():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.5)
+        os.write(2, b"patient\\n")
     time.sleep(600)
 """
 WAITS_FOR_A_RANK = """
@@ -185,8 +190,10 @@ with heartbeat.Heartbeat(Path(sys.argv[1]), 0, 3, timeout_s=100):
 
 
 def test_a_step_that_does_not_end_after_sigterm_ends_with_the_grace() -> None:
+    """What takes its time is left it, and what is under way comes to its end first."""
     code, stderr = ended(HANGS_IN_A_STEP)
     assert code == 128 + signal.SIGTERM and "did not end within 1 s" in stderr
+    assert "patient\nsealed\nerror: SIGTERM" in stderr
 
 
 def test_a_process_that_waits_for_a_lost_rank_ends_by_its_name(tmp_path: Path) -> None:
