@@ -54,11 +54,15 @@ class Wanted:
         return batch.data, batch.pts_seconds
 
     def may_seek(self) -> bool:
-        """Whether a seek can be told to have gone right: not where clips lie over one another in time."""
+        """Whether a seek can be told to have gone right."""
+        return self.decoder.metadata.codec in SURE_OF_KEYS and not self.is_crowded()
+
+    def is_crowded(self) -> bool:
+        """Whether there are more frames than the file's time has room for: clips may lie over one another there."""
         metadata = self.decoder.metadata
         begin, end = shown_span(metadata)
         room = (metadata.average_fps_from_header or math.inf) * (end - begin)
-        return metadata.codec in SURE_OF_KEYS and (metadata.num_frames or 0) < room + 0.5
+        return (metadata.num_frames or 0) >= room + 0.5
 
     def has_times(self, chunk: range, pts_s: Tensor) -> bool:
         """Whether these are the times of the frames asked for: never a later one, by index as an even rate has them."""
@@ -104,8 +108,10 @@ def in_order(path: Path, wanted: Wanted, frame_size: tuple[int, int], deadline: 
     """All frames of a new decoder from the first on, up to where it stops or FFmpeg complains.
 
     `heard`: complaints when the file was read through before; where none comes again, it is of what is behind the end.
+    Raises VideoError where clips lie over one another in time.
     """
     found, seen = Found(), list[Frame]()
+    is_crowded = wanted.is_crowded()
 
     def show_until(limit: float) -> None:
         while seen and len(found.frames) < len(wanted.positions) and wanted.positions[len(found.frames)] < limit:
@@ -131,6 +137,9 @@ def in_order(path: Path, wanted: Wanted, frame_size: tuple[int, int], deadline: 
                 failure = first_line(error)
         if complaints:
             return only_sure(complaints)
+        if failure and is_crowded and AT_THE_END in failure:
+            reason = "its clips lie over one another in time, and torchcodec reads the first; build the extension"
+            raise VideoError(path, "UNSUPPORTED", reason)
         if failure:
             found.missing = failure
             known_until_s = seen[-1].pts_seconds + seen[-1].duration_seconds if seen else -math.inf
@@ -141,7 +150,7 @@ def in_order(path: Path, wanted: Wanted, frame_size: tuple[int, int], deadline: 
             raise VideoError(path, "UNSUPPORTED", reason)
         show_until(frame.pts_seconds if wanted.by_time else number)
         seen = [*seen[-DOUBTFUL:], frame]
-        if len(found.frames) == len(wanted.positions):
+        if len(found.frames) == len(wanted.positions) and not is_crowded:
             return found
     show_until(math.inf)
     return only_sure(heard) if heard else found

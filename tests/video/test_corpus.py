@@ -47,6 +47,12 @@ TORCHCODEC_PARTS = {
 }
 """Good files of which the torchcodec backend returns a part, with a reason."""
 
+TORCHCODEC_MISSES = {
+    "lost_slice_hevc.mp4": "FFmpeg makes the slice up without a word",
+    "lost_last_slice_hevc.mp4": "as above",
+}
+"""Damaged files of which the torchcodec backend returns a frame that is not whole."""
+
 
 def ids(case: Case) -> str:
     return case.name
@@ -64,6 +70,8 @@ def test_native_returns_the_frame_asked_for(case: Case, corpus: Path) -> None:
 )
 def test_torchcodec_backend_returns_the_frame_asked_for_or_says_that_it_does_not(case: Case, corpus: Path) -> None:
     verdict = judge(case, corpus, "torchcodec")
+    if case.name in TORCHCODEC_MISSES and verdict.wrong == 1:
+        pytest.xfail(TORCHCODEC_MISSES[case.name])
     assert not verdict.wrong and (verdict.good or not verdict.outcome.startswith("ok")), verdict
     # Other releases of torchcodec may read the excepted ones right.
     is_excepted = case.name in TORCHCODEC_REFUSES | TORCHCODEC_PARTS or case.expect == "damaged" or case in USER_CASES

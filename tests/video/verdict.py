@@ -120,7 +120,7 @@ def wrong_on_the_clock(case: Case, path: Path, result: VideoResult, shown: list[
     if not shown or len(numbers) == 1:
         return sum(number not in numbers for number in shown)
     grid = np.arange(len(shown)) * result.second_per_grid / GEOMETRY.temporal_patch_size
-    if not math.isclose(len(shown) * grid[1], times[-1] - times[0], rel_tol=0.1, abs_tol=1.0):
+    if result.status == "ok" and not math.isclose(len(shown) * grid[1], times[-1] - times[0], rel_tol=0.1, abs_tol=1.0):
         return len(shown)
     on_screen = [times[frames_on_screen(grid + slack, times - times[0])] for slack in (-SAME_TIME_S, 0.0, SAME_TIME_S)]
     wrong = 0
