@@ -16,6 +16,7 @@ ALLOWED_WAITS = {
     "answers.py Answers.__init__": "noise and ids, before the first token",
     "generate.py generate:": "whether the first logits are finite",
     "generate.py _prefill": "positions of the first tokens, once a rollout",
+    "split_attention.py windows_by_size:": "sizes of the tower's windows, once per set of grids; in float32 alone",
     "metrics.py logp_gap:": "the log-probs of a step, after its update",
     "metrics.py LossMetrics.as_dict:": "the metrics of a row, after the update",
     "engine.py optimizer_step:": "whether the gradient's norm is finite",
@@ -25,7 +26,10 @@ ALLOWED_WAITS = {
 """Where the CPU may wait for the device, by part of the place, and why it has to."""
 UNWATCHED = ("build", "TimeZero-style", "kernels")
 """Phases, by part of the name, whose waits are not ours or come once a run."""
-TIMED = ("chunk_gated_delta_rule_fwd_kkt_solve_kernel",)
+TIMED = (
+    "chunk_gated_delta_rule_fwd_kkt_solve_kernel", "chunk_gated_delta_rule_bwd_kernel_dhu_blockdim64",
+    "chunk_bwd_kernel_dqkwg", "prepare_wy_repr_bwd_kernel",
+)  # fmt: skip
 """Kernels of others whose schedule a real card finds by timing: the first one, which is compiled here, may spill."""
 MOST = {"launches_per_token": 900, "waits_per_token": 1.0}
 PEAK_TOLERANCE = 0.10

@@ -22,6 +22,11 @@ class FlaKernels:
 
     causal_conv1d: Callable[..., Any]
     chunk_gated_delta_rule: Callable[..., Any]
+    rms_norm_gated: Callable[..., Any]
+
+    def gated_norm(self, norm: Any, values: Tensor, gate: Tensor) -> Tensor:
+        """As of `Recurrence`."""
+        return self.rms_norm_gated(values, gate, norm.weight, None, activation="silu", eps=norm.variance_epsilon)
 
 
 @cache
@@ -30,9 +35,10 @@ def fla_kernels() -> FlaKernels | None:
     if not HAS_FLA:
         return None
     from fla.modules.causal_conv1d import causal_conv1d
+    from fla.modules.norm.fused_norm_gate import rms_norm_gated
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    return FlaKernels(causal_conv1d, chunk_gated_delta_rule)
+    return FlaKernels(causal_conv1d, chunk_gated_delta_rule, rms_norm_gated)
 
 
 def packed_recurrence(
@@ -95,6 +101,9 @@ class FlaRecurrence(TreeRecurrence):
     ) -> None:
         super().__init__(layout, before, roots)
         self._device, self._kernels = device, kernels
+
+    def gated_norm(self, norm: Any, values: Tensor, gate: Tensor) -> Tensor:
+        return self._kernels.gated_norm(norm, values, gate)
 
     def convolve(self, layer_index: int, inputs: Tensor, weight: Tensor) -> Tensor:
         num_before = weight.shape[1] - 1

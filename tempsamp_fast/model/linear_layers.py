@@ -52,6 +52,9 @@ class Recurrence(Protocol):
         Queries and keys are normalised here. Returns [B, N, heads, value_dim].
         """
 
+    def gated_norm(self, norm: Any, values: Tensor, gate: Tensor) -> Tensor:
+        """transformers' `norm` of what the delta rule gave, times SiLU of the gate; all [B, N, heads, value_dim]."""
+
 
 def use_packed_recurrence(model: PreTrainedModel) -> None:
     """Let the linear layers of `model`, if it has any, follow the keyword `packed_attention`."""
@@ -86,7 +89,7 @@ def packed_forward(
     value, beta = value.unflatten(-1, (-1, layer.head_v_dim)), layer.in_proj_b(hidden_states).sigmoid()
     output = recurrence.delta_rule(index, query, key, value, log_decay, beta)
     gate = layer.in_proj_z(hidden_states).unflatten(-1, (-1, layer.head_v_dim))
-    return layer.out_proj(layer.norm(output, gate).flatten(-2))
+    return layer.out_proj(recurrence.gated_norm(layer.norm, output, gate).flatten(-2))
 
 
 def unrounded(layer: Any, name: str) -> Tensor:
@@ -127,6 +130,9 @@ class TreeRecurrence:
         self._tails: dict[int, Tensor] = {}
         self.after: dict[int, State] = {}
         """By layer: how the leaves end, in order."""
+
+    def gated_norm(self, norm: Any, values: Tensor, gate: Tensor) -> Tensor:
+        return norm(values, gate)
 
     def convolve(self, layer_index: int, inputs: Tensor, weight: Tensor) -> Tensor:
         """All nodes in one convolution, each behind the last inputs on its path."""

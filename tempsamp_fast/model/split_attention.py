@@ -141,17 +141,28 @@ def attend_windows(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor
 
     cu_seqlens: [num_windows + 1] int32, where windows begin and end.
     """
-    lengths = cu_seqlens.diff()
-    sizes = lengths.unique().tolist()
-    if len(sizes) == 1:
-        return _attend_equal_windows(query, key, value, sizes[0], scaling)
+    by_size = windows_by_size(cu_seqlens)
+    if len(by_size) == 1:
+        return _attend_equal_windows(query, key, value, next(iter(by_size)), scaling)
     output = torch.empty_like(query)
-    for size in sizes:
-        starts = cu_seqlens[:-1][lengths == size]
-        tokens = (starts[:, None] + torch.arange(size, device=starts.device)).flatten()
+    for size, tokens in by_size.items():
         windows = _attend_equal_windows(query[tokens], key[tokens], value[tokens], size, scaling)
         output = output.index_copy(0, tokens, windows)
     return output
+
+
+def windows_by_size(cu_seqlens: Tensor) -> dict[int, Tensor]:
+    """The tokens [n] int64 of all windows of a size; kept with the tensor, so that no later layer waits for a device."""
+    kept: dict[int, Tensor] | None = getattr(cu_seqlens, "windows_by_size", None)
+    if kept is None:
+        bounds = cu_seqlens.cpu()
+        starts, lengths = bounds[:-1], bounds.diff()
+        kept = {
+            size: sent((starts[lengths == size, None] + torch.arange(size)).flatten(), cu_seqlens.device)
+            for size in lengths.unique().tolist()
+        }
+        cu_seqlens.windows_by_size = kept  # type: ignore[attr-defined]
+    return kept
 
 
 def _attend_equal_windows(query: Tensor, key: Tensor, value: Tensor, size: int, scaling: float) -> Tensor:

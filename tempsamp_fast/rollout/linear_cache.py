@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
 from tempsamp_fast.model.attention import PrefillAttention
+from tempsamp_fast.model.fla_layers import fla_kernels
 from tempsamp_fast.model.linear_layers import at_least_float32
 from tempsamp_fast.rollout.delta_step import delta_step
 from tempsamp_fast.rollout.rooms import Rooms, pick
@@ -54,6 +56,11 @@ class LinearCache:
         """As of `Recurrence`, N = 1."""
         query, key, value, log_decay, beta = (each[:, 0] for each in (query, key, value, log_decay, beta))
         return delta_step(self._states[layer_index], self._slots, query, key, value, log_decay, beta)[:, None]
+
+    def gated_norm(self, norm: Any, values: Tensor, gate: Tensor) -> Tensor:
+        """As of `Recurrence`."""
+        kernels = fla_kernels() if values.is_cuda else None
+        return kernels.gated_norm(norm, values, gate) if kernels else norm(values, gate)
 
     def tensors(self) -> list[Tensor]:
         """All that a pass changes."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, silu
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
 from triton.runtime.autotuner import Autotuner
 
 from tempsamp_fast.model.fla_layers import FlaKernels, FlaRecurrence, fla_kernels, packed_recurrence
@@ -59,7 +60,12 @@ def chunk_gated_delta_rule(
     return torch.cat([output for output, _ in found], dim=1), states
 
 
-DOUBLES = FlaKernels(causal_conv1d, chunk_gated_delta_rule)
+def rms_norm_gated(x, g, weight, bias, *, activation, eps) -> Tensor:
+    assert bias is None and activation == "silu"
+    return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * silu(g)
+
+
+DOUBLES = FlaKernels(causal_conv1d, chunk_gated_delta_rule, rms_norm_gated)
 
 
 @pytest.mark.parametrize("tiny", ["qwen3_5"], indirect=True)
@@ -120,3 +126,20 @@ def test_the_kernels_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None
     counted = lambda *bounds: map(Index, range(*bounds))
     monkeypatch.setattr(import_module("fla.ops.common.chunk_delta_h"), "range", counted, raising=False)
     both_ways([GroupLayout(70, (3, 1)), GroupLayout(5, (2,))], kernels, torch.float32, {"dims": (16, 16)})
+
+
+@pytest.mark.skipif(not HAS_FLA, reason="flash-linear-attention is not installed")
+def test_the_gated_norm_in_the_interpreter_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Autotuner, "_bench", lambda self, *args, config, **meta: 0.0)
+    generator = torch.Generator().manual_seed(0)
+    norm = Qwen3_5RMSNormGated(16, eps=1e-3)
+    norm.weight.data.normal_(generator=generator)
+    values, gate = (torch.randn(1, 5, 2, 16, generator=generator, requires_grad=True) for _ in range(2))
+    found = fla_kernels().gated_norm(norm, values, gate)  # type: ignore[union-attr]
+    expected = norm(values, gate)
+    torch.testing.assert_close(found, expected)
+    leaves = [values, gate, norm.weight]
+    for ours, theirs in zip(
+        *(torch.autograd.grad(each.square().sum(), leaves) for each in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
