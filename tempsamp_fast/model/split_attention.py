@@ -152,7 +152,7 @@ def attend_windows(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor
 
 
 def windows_by_size(cu_seqlens: Tensor) -> dict[int, Tensor]:
-    """The tokens [n] int64 of all windows of a size; kept with the tensor, so that no later layer waits for a device."""
+    """The tokens [n] int64 of all windows of a size; kept with the tensor, so that no later layer waits for them."""
     kept: dict[int, Tensor] | None = getattr(cu_seqlens, "windows_by_size", None)
     if kept is None:
         bounds = cu_seqlens.cpu()
