@@ -22,6 +22,7 @@ ALLOWED_WAITS = {
     "engine.py optimizer_step:": "whether the gradient's norm is finite",
     "stopwatch.py Stopwatch.lap:": "a lap of the stopwatch",
     "deepspeed/runtime/": "DeepSpeed's step: overflow and norm",
+    "deepspeed/accelerator/": "DeepSpeed's sum of a bucket of gradients beside the backward pass",
 }
 """Where the CPU may wait for the device, by part of the place, and why it has to."""
 UNWATCHED = ("build", "TimeZero-style", "kernels")
