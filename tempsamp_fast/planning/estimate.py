@@ -192,8 +192,8 @@ def step_memory(
     update = _kept_activations(work, model_config, config, b) + _head_bytes(
         work, model_config, parameters, config.model
     )
-    # While it steps, DeepSpeed holds its share of the gradients in fp32 too, in stages 1 and 2 beside two flat copies of
-    # them as they were; by stage 3 of a group of parameters.
+    # While it steps, DeepSpeed holds its share of the gradients in fp32 too, in stages 1 and 2 beside two flat copies;
+    # by stage 3 of a group of parameters.
     copies = 4.0 + (2 * b if stage in (1, 2) else 0)
     stepping = 0.0 if (stage == 0 and b == 4) or "optimizer" in offloaded else copies * trained / world_size
     if stage == 3:
