@@ -37,7 +37,7 @@ FIELDS: dict[str, Any] = {
 }
 """By their names, former ones too."""
 TYPES: dict[str, Any] = {name: type_ for section in SECTIONS for name, type_ in get_type_hints(section).items()}
-USAGE = "deepspeed tempsamp_fast/train.py [--config RECIPE [RECIPE ...]] [--SETTING VALUE ...]"
+USAGE = "deepspeed tempsamp_fast/train.py, or tempsamp train, [--config RECIPE [RECIPE ...]] [--SETTING VALUE ...]"
 DESCRIPTION = """--config takes the settings of recipes first, in place of the defaults below: names of those that come
 with the package, or YAML files; of several, later ones win, and flags win over all. Without it that is tiny_cpu for the
 tiny model on the embedded data, else own_videos. --resume RUN takes those the run was started with. A number's unit
@@ -183,7 +183,7 @@ def describe_settings(arguments: Sequence[str], config: Config) -> str:
     pixels = f"{data.min_pixels or 'default'} to {data.max_pixels or 'default'} pixels"
     return "\n".join([
         f"recipe   {recipe}",
-        f"model    {model.model}",
+        f"model    {model.model}{': small, with random weights' if model.model == 'tiny' else ''}",
         f"data     {data.annotations}",
         f"videos   {data.videos or data.synthetic_dir}",
         f"into     {run or train.output_dir}",

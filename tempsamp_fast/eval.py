@@ -90,6 +90,7 @@ def evaluate(options: argparse.Namespace) -> str:
     _check(options, modes, data.task, samples)
     look_for_videos(samples, options.videos, data.on_bad_sample)
     longest = options.max_completion_length or (protocol.max_completion_length if protocol else 2048)
+    options.max_completion_length = longest
     params = SamplingParams(options.temperature, options.top_p, options.top_k, longest)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world_size > 1:
@@ -200,6 +201,7 @@ def _report(
     test = dataset_name(options.annotations)
     text = comparison(scores, len(samples), test, None if options.all_published else DEFAULT_TABLES)
     text += f"\nprotocol {protocol or f'{OWN}: frames, prompt and parser of the checkpoint'}"
+    text += f"; answers of at most {options.max_completion_length} tokens"
     if test and options.max_samples and DATASETS[test].num_queries not in (None, len(samples)):
         text += f"\nours: the first {len(samples)} of {DATASETS[test].num_queries} queries only"
     if num_skipped:

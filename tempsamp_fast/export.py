@@ -25,7 +25,7 @@ from tempsamp_fast.model.lora import base_checkpoint  # noqa: E402
 from tempsamp_fast.model.processor_files import processor_files  # noqa: E402
 from tempsamp_fast.report.model_card import model_card  # noqa: E402
 from tempsamp_fast.run.checkpoint import VIDEO_SETTINGS, model_folder  # noqa: E402
-from tempsamp_fast.system.files import log_printably, one_line, write_file  # noqa: E402
+from tempsamp_fast.system.files import escaped, log_printably, one_line, write_file  # noqa: E402
 
 
 def export(source: Path, out: Path, dtype: torch.dtype, base: str | None = None) -> None:
@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return 2
+    print(f"written: {escaped(str(options.out))}")
     return 0
 
 

@@ -20,8 +20,7 @@ from tempsamp_fast.data.loader import LENGTH_TOLERANCE
 from tempsamp_fast.data.sources import SOURCES, how_to_fetch
 from tempsamp_fast.system.files import escaped, log_printably, one_line
 from tempsamp_fast.video import VideoError, frames
-from tempsamp_fast.video.torchcodec_backend import open_decoder
-from tempsamp_fast.video.verified_frames import shown_span
+from tempsamp_fast.video.probe import header_facts
 
 LENGTH_TOLERANCE_S = 1.0
 """A video may differ from its annotated duration by this or by `LENGTH_TOLERANCE`, the larger of the two."""
@@ -72,11 +71,11 @@ def _length_s(video: Path) -> float | VideoError:
     try:
         if video.is_dir():
             return duration_of(video)
-        begin, end = shown_span(open_decoder(video).metadata)
-        frames(video, [0.0, end - begin], height=16)
+        length_s = header_facts(video).duration_s
+        frames(video, [0.0, length_s], height=16)
     except VideoError as error:
         return error
-    return end - begin
+    return length_s
 
 
 def _agree(length_s: float, annotated_s: float) -> bool:

@@ -53,7 +53,8 @@ def _own_reward(term: RewardTerm) -> Reward:
         raise ValueError(f"rewards: {term.file}:{term.name} has the name of a reward of the package; call it otherwise")
     functions = {name: value for name, value in vars(_module(term.file)).items() if inspect.isfunction(value)}
     if term.name not in functions:
-        raise ValueError(f"--rewards {term.file}: no function {term.name!r}; {choose_from(term.name, functions)}")
+        theirs = [name for name, value in functions.items() if value.__module__ == _module(term.file).__name__]
+        raise ValueError(f"--rewards {term.file}: no function {term.name!r}; {choose_from(term.name, theirs)}")
     function = functions[term.name]
     parameters = inspect.signature(function).parameters.values()
     takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters)
@@ -124,10 +125,15 @@ def _place(file: str, error: BaseException, line: int | None = None) -> str:
 
 
 def try_rewards(algorithm: AlgorithmConfig, task: Task, samples: Sequence[Sample]) -> None:
-    """Reward the true answer and an empty one of the first sample, so that errors come before anything is loaded."""
+    """Reward what may be answered about the first sample, so that errors come before anything is loaded.
+
+    The true answer and an empty one, of which it tells, and among eight some that are cut, too long or no answer.
+    """
     for term in reward_terms(algorithm, task):
         function = reward_function(term)
         if term.file and samples:
-            texts = [off_policy_text(samples[0], "answer", task=task) or "", ""]
-            both = function(texts, samples=[samples[0]] * 2, require_tags=algorithm.require_tags, mode="answer")
-            logger.info("reward %s: %.3g for the first true answer, %.3g for an empty one", term.name, *both)
+            true = off_policy_text(samples[0], "answer", task=task) or ""
+            texts = [true, "", true[: len(true) // 2], true + true, "so " * 2000, "<answer>", "9.5 to 2.0", "\n\u00e9"]
+            options = {"require_tags": algorithm.require_tags, "mode": "answer"}
+            found = function(texts, samples=[samples[0]] * len(texts), **options)
+            logger.info("reward %s: %.3g for the first true answer, %.3g for an empty one", term.name, *found[:2])

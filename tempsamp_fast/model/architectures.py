@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,12 @@ def model_config(model: ModelConfig) -> Any:
             found = found_checkpoint(model.model)
             return AutoConfig.from_pretrained(found, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
-        known = ", ".join(name for each in FAMILIES.values() for name in each.published)
-        raise ValueError(f"model={model.model!r}: its config.json is not here; known without it are {known}") from error
+        known = [name for each in FAMILIES.values() for name in each.published]
+        near = get_close_matches(name, known, 1)
+        raise ValueError(
+            f"model={model.model!r}: no such folder, nor a copy in the hub's cache: its config.json is not here; known "
+            f"without it are {', '.join(known)}{f'; did you mean {near[0]!r}?' if near else ''}"
+        ) from error
 
 
 def count_parameters(config: Any, model: ModelConfig) -> Parameters:

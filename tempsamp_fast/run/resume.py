@@ -69,6 +69,10 @@ def open_folder(train: TrainConfig, rollout: RolloutConfig) -> RunFolder:
         own_folder(folder, may_be_link=True)
     found = sound_checkpoint(folder) if train.resume else None
     if not train.resume and ((folder / "metrics.jsonl").exists() or checkpoints(folder)):
+        if not checkpoints(folder):
+            raise ValueError(
+                f"output_dir={str(folder)!r} holds a run without a checkpoint: delete it or choose another"
+            )
         raise ValueError(f"output_dir={str(folder)!r} holds a run; continue it with --resume or choose another")
     if record and not train.resume and Path(record).exists():
         raise ValueError(f"record_rollouts={record!r} exists; only a resumed run adds to a record: choose another")

@@ -11,8 +11,6 @@ import torch
 
 from tempsamp_fast.video import Geometry, Limits, Sampling, VideoError, load_videos
 from tempsamp_fast.video.backend import why_no_extension
-from tempsamp_fast.video.torchcodec_backend import open_decoder
-from tempsamp_fast.video.verified_frames import shown_span
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,14 @@ def indexed_facts(path: Path) -> FileFacts:
 
 
 def header_facts(path: Path) -> FileFacts:
-    """From torchcodec. Raises VideoError."""
+    """From torchcodec, which reads less than the index takes; from that where it does not load. Raises VideoError."""
+    try:
+        from tempsamp_fast.video.torchcodec_backend import open_decoder
+        from tempsamp_fast.video.verified_frames import shown_span
+    except ImportError:
+        if why_no_extension():
+            raise
+        return indexed_facts(path)
     metadata = open_decoder(path).metadata
     begin, end = shown_span(metadata)
     return FileFacts(
