@@ -125,7 +125,8 @@ def in_order(path: Path, wanted: Wanted, frame_size: tuple[int, int], deadline: 
         found.missing = complaints[0]
         return found
 
-    for number in range(wanted.decoder.metadata.num_frames or 0):
+    num_frames = wanted.decoder.metadata.num_frames or 0
+    for number in range(num_frames):
         if time.monotonic() > deadline:
             found.missing = DEADLINE
             return found
@@ -137,7 +138,7 @@ def in_order(path: Path, wanted: Wanted, frame_size: tuple[int, int], deadline: 
                 failure = first_line(error)
         if complaints:
             return only_sure(complaints)
-        if failure and is_crowded and AT_THE_END in failure:
+        if failure and is_crowded and AT_THE_END in failure and number + DOUBTFUL < num_frames:
             reason = "its clips lie over one another in time, and torchcodec reads the first; build the extension"
             raise VideoError(path, "UNSUPPORTED", reason)
         if failure:
