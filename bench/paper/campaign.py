@@ -67,9 +67,10 @@ class Campaign:
         """
         self.work.mkdir(parents=True, exist_ok=True)
         pilots = plan.pilot_runs()
-        self.results |= {"planned": len(pilots) + len(plan.planned_runs(plan.PILOT_RATES[0]))}
+        every = [*pilots, *plan.planned_runs(plan.PILOT_RATES[0])]
+        self.results |= {"planned": len(every)}
         wanted = lambda runs: [run for run in runs if f"{run.name}/".startswith(tuple(f"{each}/" for each in only))]
-        if not wanted([*pilots, *plan.planned_runs(plan.PILOT_RATES[0])]):
+        if not wanted(every):
             raise ValueError(f"--only {' '.join(only)}: no such runs; --list prints all, first the families")
         if (kept := self.results.setdefault("given_rate", rate)) != rate:
             raise ValueError(f"{self.path}: its runs have {'the rate of pilots' if kept is None else kept}, not {rate}")

@@ -141,7 +141,9 @@ def fused_linear_grpo_loss(
     Raises ValueError for shapes, dtypes, names and combinations that do not fit.
     """
     check_head(hidden, weight, token_ids, bias, chunk_size)
-    check_positive(softcap=softcap, num_rows=num_rows)
+    is_by_token = isinstance(temperature, Tensor) and temperature.shape == (len(hidden),)
+    may_be_masked = is_by_token and not (mask is None and row_mask is None)
+    check_positive(temperature=None if may_be_masked else temperature, softcap=softcap, num_rows=num_rows)
     check_choice("off_policy_ratio", off_policy_ratio, ("detach", "old"))
     check_choice("importance_mode", importance_mode, ("truncate", "mask"))
     if advantages_level is not None:
@@ -213,7 +215,7 @@ def fused_linear_grpo_loss(
         importance = importance.masked_fill(~mask, 1)
         policy_weight = counts_for if loss_type == "vespo" else counts_for * importance
     of_tokens = by_token("temperature", temperature).masked_fill(~mask, 1)
-    check_positive(temperature=temperature if not isinstance(temperature, Tensor) else of_tokens)
+    check_positive(temperature=of_tokens)
     tokens = Tokens(
         token_ids=token_ids.masked_fill(~mask, SKIP),
         temperature=of_tokens,

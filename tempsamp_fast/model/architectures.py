@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tempsamp_fast.config import ModelConfig
+from tempsamp_fast.config.setting import did_you_mean
 from tempsamp_fast.embedded.model import tiny_config
 from tempsamp_fast.model.families import FAMILIES, family_named
 from tempsamp_fast.model.loading import check_folder, found_checkpoint, hub_for
@@ -57,10 +57,9 @@ def model_config(model: ModelConfig) -> Any:
             return AutoConfig.from_pretrained(found, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         known = [name for each in FAMILIES.values() for name in each.published]
-        near = get_close_matches(name, known, 1)
         raise ValueError(
             f"model={model.model!r}: no such folder, nor a copy in the hub's cache: its config.json is not here; known "
-            f"without it are {', '.join(known)}{f'; did you mean {near[0]!r}?' if near else ''}"
+            f"without it are {', '.join(known)}{did_you_mean(name, known)}"
         ) from error
 
 

@@ -208,11 +208,12 @@ def evaluation_scores(rows: Sequence[dict[str, Any]], best_metric: str | None, e
     needed = [mode] if mode else eval_modes.split("+")
     found: dict[int, dict[str, float]] = {}
     for row in rows:
-        found.setdefault(row["num_steps"], {})[row["mode"]] = float(row[name or score_names(row)[0]])
+        if row["mode"] in needed:
+            found.setdefault(row["num_steps"], {})[row["mode"]] = float(row[name or score_names(row)[0]])
     return {
         num_steps: fmean(values[mode] for mode in needed)
         for num_steps, values in found.items()
-        if values.keys() >= {*needed}
+        if len(values) == len({*needed})
     }
 
 

@@ -26,8 +26,7 @@ class Saving:
 
         Raises OSError where they are not written, or where the two before did not come to their end.
         """
-        if self._sealing is not None:
-            self._finish_or_tell()
+        self._finish_or_tell()
         self._sealing = write()
 
     def finish(self) -> None:

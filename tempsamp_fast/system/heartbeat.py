@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,7 @@ class Heartbeat:
                 logger.warning("%s: the heartbeat was not written: %s", self._path(self.rank), error)
             if lost := self.lost():
                 self.at(ENDED + lost)
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     self._write()
                 self._end(lost)
 
