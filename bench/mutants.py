@@ -141,7 +141,7 @@ def judge(root: Path, trees: Sequence[Tree], mutants: Sequence[Mutant], reach: R
     spread(trees, items, ask, note)
 
 
-def judge_warm(tree: Tree, root: Path, mutants: Sequence[Mutant], budget_s: float) -> None:
+def judge_warm(tree: Tree, root: Path, mutants: Sequence[Mutant], reach: Reach, budget_s: float) -> None:
     """Append a verdict on every mutant that a test notices in a fork of one process that has loaded all of them."""
 
     def note(mutant: Mutant, test: str, seconds: float) -> None:
@@ -151,7 +151,7 @@ def judge_warm(tree: Tree, root: Path, mutants: Sequence[Mutant], budget_s: floa
             print(f"{mutant.name:40} not noticed in place {seconds:6.1f} s", flush=True)
 
     killers = {name: row["test"] for name, row in last_rows().items()}
-    child = start(tree, [*CACHE, "tests"], Warm(tree.path, mutants, killers, budget_s, note), float("inf"))
+    child = start(tree, [*CACHE, "tests"], Warm(tree.path, mutants, killers, reach, budget_s, note), float("inf"))
     while not (how := child.poll()):
         time.sleep(0.5)
     sys.stdout.write(child.log.read_text())
@@ -228,7 +228,7 @@ def main() -> None:
         known = {} if options.again else verdicts(source.path, mutants)
         waiting = [mutant for mutant in mutants if known.get(mutant.name, {"verdict": "open"})["verdict"] == "open"]
         if options.warm:
-            judge_warm(source, ROOT, waiting, min(options.budget, WARM_BUDGET_S))
+            judge_warm(source, ROOT, waiting, reach, min(options.budget, WARM_BUDGET_S))
         else:
             judge(source.path, trees, waiting, reach, options.budget)
     from tempsamp_fast.run.log import commit_of_code  # not before the tests are run: theirs is the copy's

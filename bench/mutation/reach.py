@@ -134,6 +134,14 @@ def tests_reaching(root: Path, reach: Reach, mutant: Mutant) -> list[tuple[str, 
     return sorted(found, key=lambda each: each[2] * (0.2 if _is_near(each[0], mutant.file) else 1.0))
 
 
+def passing_by(root: Path, reach: Reach, mutant: Mutant) -> set[str]:
+    """Recorded tests that do not run the mutant's statement, by what is recorded of its file as it stands."""
+    now = digest(root / mutant.file)
+    known = {test_file: entry for test_file, entry in reach.items() if entry["inputs"].get(mutant.file, now) == now}
+    reaching = {name for _, names, _ in tests_reaching(root, known, mutant) for name in names}
+    return {name for entry in known.values() for name in entry["tests"]} - reaching
+
+
 def _runs(test: dict[str, Any], file: str, lines: range) -> bool:
     return any(number in lines for number in test["lines"].get(file, ()))
 

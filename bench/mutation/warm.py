@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from bench.mutation.mutant import Mutant
+from bench.mutation.reach import Reach, passing_by
 from bench.mutation.swap import swap
 
 TIMEOUT_S = 600.0
@@ -31,7 +32,8 @@ FAR = ("kernels", "video", "faults", "report", "planning", "embedded")
 class Warm:
     """A pytest plugin under which no test runs by itself: each mutant meets the collected ones, near and cheap first.
 
-    killers: tests that noticed mutants before, by their names; they come first. budget_s: of tests that a mutant meets.
+    killers: tests that noticed mutants before, by their names; they come first. reach: what is recorded of tests, not
+    necessarily of all; those that do not run a mutant's statement are left out. budget_s: of tests that a mutant meets.
     note: takes a mutant, the first test that failed ("" for none) and seconds.
     A failure counts where the test passes without the mutant, in another fork.
     """
@@ -41,10 +43,12 @@ class Warm:
         root: Path,
         mutants: Sequence[Mutant],
         killers: Mapping[str, str],
+        reach: Reach,
         budget_s: float,
         note: Callable[[Mutant, str, float], None],
     ) -> None:
         self._root, self._mutants, self._killers, self._budget_s, self._note = root, mutants, killers, budget_s, note
+        self._reach = reach
         self._passes: dict[str, bool] = {}
 
     @pytest.hookimpl(tryfirst=True)
@@ -52,7 +56,9 @@ class Warm:
         for mutant in self._mutants:
             started = time.monotonic()
             killer = [item for item in session.items if item.nodeid == self._killers.get(mutant.name)]
-            test = self._in_a_fork([*killer, *nearest(session.items, mutant.file)], mutant)
+            without = passing_by(self._root, self._reach, mutant)
+            meeting = [item for item in session.items if item.nodeid not in without]
+            test = self._in_a_fork([*killer, *nearest(meeting, mutant.file)], mutant)
             if test and test not in self._passes:
                 alone = [item for item in session.items if item.nodeid == test]
                 self._passes[test] = bool(alone) and not self._in_a_fork(alone, None)
@@ -84,6 +90,8 @@ class Warm:
                 if report.failed:
                     failed(report.nodeid)
 
+        if not items:
+            return
         items[0].config.pluginmanager.register(FirstFailure())
         if mutant is not None:
             try:
