@@ -36,6 +36,7 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from tempsamp_fast.model.tower_rotation import RotatedInPlace
 from tempsamp_fast.rollout.delta_step import delta_step
 
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block, CUDA programming guide
@@ -146,6 +147,13 @@ def linear_step(workload: Workload) -> None:
     delta_step(state, slots, keys, keys, values, scalars.float(), scalars, impl="triton")
 
 
+def tower_rotation(workload: Workload) -> None:
+    """A layer of Qwen2.5-VL's tower."""
+    qkv = meta(workload.batch, 3 * 16 * 80, requires_grad=True).clone()
+    angles = meta(workload.batch, 80, dtype=torch.float32)
+    RotatedInPlace.apply(qkv, angles, angles, 16).sum().backward()
+
+
 CASES: dict[str, Callable[[Workload], None]] = {
     **{
         f"row_loss/{loss_type}": partial(row_loss, loss_type=loss_type)
@@ -168,6 +176,7 @@ CASES: dict[str, Callable[[Workload], None]] = {
     **{f"advantages/{shaping}": partial(advantages, shaping=shaping) for shaping in SHAPINGS},
     "logits": logits_loss,
     "linear_step": linear_step,
+    "tower_rotation": tower_rotation,
 }
 
 
@@ -239,7 +248,7 @@ def with_fp64_scalars(compiled, arch: int):
 def entry_kernels() -> set[str]:
     """Names of the kernels that the packages launch: by their convention, every jitted function named *_kernel."""
     modules = [import_module(module.name) for module in walk_packages(tempsamp_kernels.__path__, "tempsamp_kernels.")]
-    modules += [import_module(delta_step.__module__)]
+    modules += [import_module(each.__module__) for each in (delta_step, RotatedInPlace)]
     functions = [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
     return {function.__name__ for function in functions if function.__name__.endswith("_kernel")}
 

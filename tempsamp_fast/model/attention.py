@@ -149,7 +149,7 @@ def vision_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' flash contract: [1, heads, N, dim] in, full attention inside each window."""
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     kernel = varlen_kernel() if _runs_flash(query.device, query.dtype) else None
     if kernel is None:
         return attend_windows(query, key, value, cu_seq_lens_q, scaling)[None], None

@@ -1,8 +1,9 @@
-"""Liger's fused layers in the modules of one model: same parameters, same names, fewer kernels and activations.
+"""Fused layers in the modules of one model: same parameters, same names, fewer kernels and activations.
 
-RMSNorm and SwiGLU wherever the model has them, rotary positions in the text layers. transformers lays the three mrope
-axes into one pair of cosines and sines before the first layer, so that what is left to fuse per layer is the plain
-rotation. Only the given model changes: transformers' own classes and functions stay as they are.
+Liger's RMSNorm and SwiGLU wherever the model has them, its rotary positions in the text layers. transformers lays the
+three mrope axes into one pair of cosines and sines before the first layer, so that what is left to fuse per layer is
+the plain rotation. The tower's rotation is our own. Only the given model changes: transformers' own classes and
+functions stay as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tempsamp_fast.config import LigerLayers
+from tempsamp_fast.model.attention import vision_attention
 from tempsamp_fast.model.families import family_of
+from tempsamp_fast.model.tower_rotation import RotatedInPlace
 
 HAS_LIGER = has_triton and find_spec("liger_kernel") is not None
 if HAS_LIGER:
@@ -64,6 +67,8 @@ def apply_liger_layers(model: PreTrainedModel, choice: LigerLayers) -> None:
     for layer in model.model.language_model.layers:
         if (attention := getattr(layer, "self_attn", None)) is not None:
             attention.forward = MethodType(_with_fused_rotation(type(attention).forward), attention)
+    for block in model.model.visual.blocks:
+        block.attn.forward = MethodType(_tower_attention, block.attn)
 
 
 def _fused_norm(offset: float, casting: str) -> Callable[[Any, Tensor], Tensor]:
@@ -79,6 +84,26 @@ def _fused_norm(offset: float, casting: str) -> Callable[[Any, Tensor], Tensor]:
 
 def _swiglu(module: Any, hidden: Tensor) -> Tensor:
     return module.down_proj(LigerSiLUMulFunction.apply(module.gate_proj(hidden), module.up_proj(hidden)))
+
+
+def _tower_attention(
+    module: Any,
+    hidden_states: Tensor,
+    cu_seqlens: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    max_seqlen: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' contract: patches [N, hidden_size], in windows that begin at cu_seqlens [W + 1]."""
+    cos, sin = (angles.float().contiguous() for angles in position_embeddings)
+    qkv = RotatedInPlace.apply(module.qkv(hidden_states), cos, sin, module.num_heads)
+    heads = qkv.view(len(qkv), 3, module.num_heads, -1).unbind(1)
+    query, key, value = (each.transpose(0, 1).unsqueeze(0) for each in heads)
+    longest = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
+    output, _ = vision_attention(
+        module, query, key, value, None, module.scaling, cu_seq_lens_q=cu_seqlens, max_length_q=longest
+    )
+    return module.proj(output.reshape(len(qkv), -1))
 
 
 def _with_fused_rotation(forward: Callable[..., Any]) -> FunctionType:

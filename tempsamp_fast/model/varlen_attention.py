@@ -122,7 +122,7 @@ class VarlenAttention:
         self._keys = torch.cat([torch.arange(*bounds, device=device) for ranges in key_ranges for bounds in ranges])
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
         key, value = _Gathered.apply(key, self._keys), _Gathered.apply(value, self._keys)
         bounds = self._cu_q, self._cu_k, self._max_q, self._max_k
         return self._kernel(query.contiguous(), key, value, *bounds, scale=scaling, causal=True)[None]

@@ -24,6 +24,7 @@ EVERY_KERNEL_ONCE = (
     "advantages/orarl",
     "logits",
     "linear_step",
+    "tower_rotation",
 )
 
 
