@@ -36,7 +36,7 @@ from tempsamp_fast.data.text_files import (
     text_lines,
     typed,
 )
-from tempsamp_fast.data.video_folder import VideoFolder
+from tempsamp_fast.data.video_folder import NoDuration, VideoFolder
 from tempsamp_fast.rewards import CLIP_S, parse_spans
 from tempsamp_fast.sample import Sample, Span
 
@@ -87,7 +87,8 @@ def read_annotations(path: str | Path, videos: str | Path | None = None, format:
 
     Raises FileNotFoundError for a missing file, and ValueError naming the file, the video, the field and the value for
     malformed JSON, a missing field, a wrong type, a number that is not finite, half a surrogate pair, an id or a JSON
-    key that comes twice, or a path that leaves `videos`; also where nothing is left. What it quotes is cut to a line.
+    key that comes twice, or a path that leaves `videos`; for all videos at once whose length nothing says; also where
+    nothing is left. What it quotes is cut to a line.
     """
     path = Path(path)
     if format != "auto" and format not in FORMATS:
@@ -96,6 +97,7 @@ def read_annotations(path: str | Path, videos: str | Path | None = None, format:
     folder = VideoFolder(videos)
     ids: set[str] = set()
     samples, dropped = [], []
+    untimed: dict[str, str] = {}
     for record in reader(path):
         if record.sample_id in ids:
             raise ValueError(f"{record.place}: a sample of id {shown(record.sample_id)} came before")
@@ -104,6 +106,12 @@ def read_annotations(path: str | Path, videos: str | Path | None = None, format:
             samples.append(_sample(record, folder))
         except _UnusableQuery as reason:
             dropped.append(str(reason))
+        except NoDuration as error:
+            untimed.setdefault(record.video_id, str(error))
+    if untimed:
+        first, *others = untimed.items()
+        named = ", ".join(shown(video) for video, _ in others[:3]) + ", ..." * (len(others) > 3)
+        raise ValueError(first[1] + (f"; {len(others)} more videos have none: {named}" if others else ""))
     if not samples:
         flaws = f"; dropped {len(dropped)}, the first: {dropped[0]}" if dropped else ""
         raise ValueError(f"{path}: no annotated query in it{flaws}")

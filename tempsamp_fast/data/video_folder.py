@@ -11,6 +11,10 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpe
 """Earlier ones are preferred."""
 
 
+class NoDuration(ValueError):
+    """Neither an annotation nor its video says how long the video is."""
+
+
 class VideoFolder:
     """The videos below a folder by id; every folder that an id names is listed once. None: nothing is looked for."""
 
@@ -39,21 +43,23 @@ class VideoFolder:
         return self.find(video_id) or (named if is_whole else named.with_name(named.name + VIDEO_SUFFIXES[0]))
 
     def duration_s(self, place: str, video_id: str) -> float:
-        """Seconds that the video itself lasts. Raises ValueError, beginning with `place`, where it cannot be read."""
+        """Seconds that the video itself lasts. Raises ValueError, beginning with `place`, where it cannot be read:
+        `NoDuration` for a video that is not there or is broken.
+        """
         try:
             found = self.find(video_id)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
         if found is None:
             where = f"not in {self._folder}" if self._is_listed else "not looked for"
-            raise ValueError(f"{place}: no duration is given, and the video is {where} (--videos)")
+            raise NoDuration(f"{place}: no duration is given, and the video is {where} (--videos)")
         if found not in self._durations:
             from tempsamp_fast.data.frame_folder import duration_of
 
             try:
                 self._durations[found] = duration_of(found)
             except ValueError as error:
-                raise ValueError(f"{place}: no duration is given, and the video cannot be read: {error}") from error
+                raise NoDuration(f"{place}: no duration is given, and the video cannot be read: {error}") from error
         return self._durations[found]
 
 
