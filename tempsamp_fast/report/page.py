@@ -84,10 +84,13 @@ def _answers(runs: Sequence[RunRecord]) -> tuple[list[Any], dict[str, list[dict[
 def _run_list(runs: Sequence[RunRecord]) -> str:
     differing = differing_settings([run.config for run in runs])
     rows = [
-        [run.folder.name, run.method, str(run.seed), run.config["model"]["model"], run.config["train"]["phases"], each]
-        for run, each in zip(runs, differing, strict=True)
+        [run.folder.name, run.method, str(run.seed), run.config["model"]["model"], run.config["train"]["phases"]]
+        for run in runs
     ]
-    return _table(["folder", "method", "seed", "model", "phases", "differs in"], rows)
+    header = ["folder", "method", "seed", "model", "phases"]
+    if len(runs) > 1:
+        header, rows = [*header, "differs in"], [[*row, each] for row, each in zip(rows, differing, strict=True)]
+    return _table(header, rows)
 
 
 def _score_table(rows: Sequence[ScoreRow], runs: Sequence[RunRecord], answers: Mapping[str, Any]) -> str:
@@ -95,13 +98,14 @@ def _score_table(rows: Sequence[ScoreRow], runs: Sequence[RunRecord], answers: M
         return ""
     names = list(rows[0].scores)
     methods = list(by_method(runs))
-    header = ["method", "mode", f"{names[0]} over {rows[0].method}, points", *names, "seeds"]
+    over = [f"{names[0]} over {rows[0].method}, points"] if len(methods) > 1 else []
+    header = ["method", "mode", *over, *names, "seeds"]
     cells = []
     for row in rows:
         target = f"#answers-{row.mode}-{methods.index(row.method)}" if row.mode in answers else ""
         linked = [_linked(target, row.scores[name].percent()) for name in names]
-        gain = escape(row.gain.percent() if row.gain else "-")
-        cells.append([escape(row.method), escape(row.mode), gain, *linked, str(len(row.seeds))])
+        gain = [escape(row.gain.percent() if row.gain else "-") for _ in over]
+        cells.append([escape(row.method), escape(row.mode), *gain, *linked, str(len(row.seeds))])
     hint = "In per cent, after the last phase: mean ± 95 % interval over the seeds (Student’s t), "
     if runs[0].task == "grounding":
         hint += (
@@ -110,7 +114,9 @@ def _score_table(rows: Sequence[ScoreRow], runs: Sequence[RunRecord], answers: M
         )
     else:
         hint += "as the runs logged their last evaluation. "
-    hint += "Gains are paired by seed, or by query where there is one seed; each figure leads to its answers."
+    if over:
+        hint += "Gains are paired by seed, or by query where there is one seed. "
+    hint += "Each figure leads to its answers."
     return _raw_table(header, cells) + _hint(hint)
 
 

@@ -246,7 +246,8 @@ def draw_series(axes: Axes, rows: Sequence[Row], name: str, label: str, colour: 
     for _, first, last in phase_ranges(rows):
         steps, values = series([row for row in rows if first <= row["step"] < last], name)
         axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)
-        axes.plot(steps, smooth(values), color=colour, linewidth=1.6)
+        marker = "o" if len(values) == 1 else None
+        axes.plot(steps, smooth(values), color=colour, linewidth=1.6, marker=marker, markersize=3)
     axes.plot([], [], color=colour, label=label)
 
 
