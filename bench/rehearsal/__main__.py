@@ -30,7 +30,7 @@ from typing import Any
 from bench.rehearsal.card import CARD
 from bench.rehearsal.ledger import LEDGER
 from bench.rehearsal.rules import failures
-from bench.rehearsal.scenarios import engine, kernels, rollouts, sections, small, timezero, updates
+from bench.rehearsal.scenarios import engine, kernels, long, rollouts, sections, small, timezero, updates
 from bench.rehearsal.scenarios.models import Shape
 from bench.rehearsal.stage import set_up
 from bench.rehearsal.triton_double import COMPILED
@@ -57,6 +57,8 @@ ROLLOUTS = {
 }  # fmt: skip
 ENGINES = [(0, 2, False), (1, 2, False), (2, 2, False), (3, 2, False), (1, 2, True), (1, None, False)]
 """(ZeRO stage, layers, frozen tower)."""
+LONG_ROWS = (1, 8)
+"""Ranks that share one."""
 
 
 def scenarios(is_quick: bool) -> dict[str, Callable[[], Any]]:
@@ -70,6 +72,8 @@ def scenarios(is_quick: bool) -> dict[str, Callable[[], Any]]:
         found[f"{size}/rollout"] = partial(rollouts.play, size, cases)
         for length in (32, 128) if size == "3B" and not is_quick else ():
             found[f"{size}/step C={length}"] = partial(timezero.play, size, length)
+    for ranks in () if is_quick else LONG_ROWS:
+        found[f"3B/long row, {ranks} ranks"] = partial(long.play, "3B", ranks)
     for stage, depth, frozen in ENGINES[1:2] if is_quick else ENGINES:
         name = f"ZeRO {stage}, {depth or 'all'} layers{', frozen tower' * frozen}"
         found[f"3B/update() behind {name}"] = partial(engine.play, stage, depth, frozen)

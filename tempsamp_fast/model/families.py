@@ -135,7 +135,7 @@ QWEN2_5_VL = Family(
     has_timestamps=False,
     geometry=Geometry.of_family("qwen2_5_vl"),
     kept={4: Kept((6, 3, 4, 4), (11, 4)), 2: Kept((8, 3, 4, 4), (13, 4))},
-    kept_fused=Kept((4, 2, 0, 3), (10, 3), per_gathered_key=2),
+    kept_fused=Kept((4, 2, 0, 3), (8, 3), per_gathered_key=2),
     published={
         "Qwen2.5-VL-3B-Instruct": _qwen2_5_vl(2048, 11008, 36, 16, 2, 151936, tied=True),
         "Qwen2.5-VL-7B-Instruct": _qwen2_5_vl(3584, 18944, 28, 28, 4, 152064, tied=False),
@@ -154,7 +154,7 @@ QWEN3_VL = Family(
     has_timestamps=True,
     geometry=Geometry.of_family("qwen3_vl"),
     kept={4: Kept((6, 5, 6, 4), (10, 2)), 2: Kept((8, 6, 7, 4), (10, 2))},
-    kept_fused=Kept((4, 3, 1, 3), (10, 2), per_gathered_key=2),
+    kept_fused=Kept((4, 3, 1, 3), (8, 2), per_gathered_key=2),
     published={
         "Qwen3-VL-2B-Instruct": _qwen3_vl(2048, 6144, 28, 16, 8, 151936, tied=True, **EARLY),
         "Qwen3-VL-4B-Instruct": _qwen3_vl(2560, 9728, 36, 32, 8, 151936, tied=True, **EARLY),

@@ -189,9 +189,8 @@ def step_memory(
             off_gpu, gradients = off_gpu + gradients, 0.0
     if "param" in offloaded:
         off_gpu, weights, reference = off_gpu + weights + reference, 0.0, 0.0
-    update = _kept_activations(work, model_config, config, b) + _head_bytes(
-        work, model_config, parameters, config.model
-    )
+    kept = _kept_activations(work, model_config, config, b) / config.train.sequence_parallel_size
+    update = kept + _head_bytes(work, model_config, parameters, config.model)
     # While it steps, DeepSpeed holds its share of the gradients in fp32 too, in stages 1 and 2 beside two flat copies;
     # by stage 3 of a group of parameters.
     copies = 4.0 + (2 * b if stage in (1, 2) else 0)
@@ -235,18 +234,17 @@ def _kept_activations(work: Work, model_config: Any, config: Config, b: int) -> 
     linear += 4 * rows * work.num_answers * shape.state
     layers = shape.num_attending * attending + shape.num_linear * linear
     num_recomputed = -(-shape.num_layers // model.checkpoint_every) if model.gradient_checkpointing else 0
-    held = layers * (shape.num_layers - num_recomputed) / shape.num_layers + max(attending, linear)
+    working = max(attending, linear) * (2 if num_recomputed else 1)  # of what is recomputed, and of its gradients
+    held = layers * (shape.num_layers - num_recomputed) / shape.num_layers + working
     text = held + num_recomputed * b * num_tokens * shape.hidden
     patch_sizes = vision.hidden_size, vision.intermediate_size
     block = b * num_patches * sum(c * size for c, size in zip(kept.per_patch, patch_sizes, strict=True))
-    if model.freeze_vision or model.lora_rank:
-        tower = 0.0
-    elif model.gradient_checkpointing and model.checkpoint_vision:
-        tower = block + vision.depth * b * num_patches * vision.hidden_size
-    else:
-        tower = vision.depth * block
     pixels = 4 * num_patches * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    return text + tower + pixels
+    if model.freeze_vision or model.lora_rank:
+        return text + pixels
+    if model.gradient_checkpointing and model.checkpoint_vision:  # a block's turn comes when the text's are over
+        return max(text, 2 * block) + vision.depth * b * num_patches * vision.hidden_size + pixels
+    return text + vision.depth * block + pixels
 
 
 def _head_bytes(work: Work, model_config: Any, parameters: Parameters, model: ModelConfig) -> float:

@@ -27,7 +27,7 @@ from tempsamp_fast.planning.estimate import Work, step_memory
 from tempsamp_fast.system.stopwatch import Stopwatch
 
 COLLECTIVES = ("all_reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "reduce",
-               "reduce_scatter", "barrier")  # fmt: skip
+               "reduce_scatter", "barrier", "all_to_all_single")  # fmt: skip
 NUM_ANSWERS, LENGTH, NUM_PROMPTS = 8, 32, 2
 
 
@@ -45,7 +45,7 @@ def play(stage: int, depth: int | None, frozen: bool = False, num_steps: int = 1
     ]  # fmt: skip
     config = parse_args(flags)
     label = f"update() behind ZeRO {stage}{', frozen tower' * frozen}{'' if depth is None else f', {depth} layers'}"
-    with one_rank():
+    with pretended_ranks():
         model, reference = model_of("3B", depth, dtype), model_of("3B", depth, dtype).requires_grad_(False)
         for each in (model, reference):
             apply_liger_layers(each, "on")
@@ -82,11 +82,11 @@ def groups_of(engine: Any, frozen: bool) -> list[Any]:
 
 
 @contextmanager
-def one_rank() -> Iterator[None]:
-    """A process group of one rank, whose collectives leave everything as it is."""
+def pretended_ranks(number: int = 1) -> Iterator[None]:
+    """A process group whose first rank this is, and whose collectives leave everything as it is."""
     os.environ |= {
         "RANK": "0",
-        "WORLD_SIZE": "1",
+        "WORLD_SIZE": str(number),
         "LOCAL_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29511",
@@ -99,8 +99,9 @@ def one_rank() -> Iterator[None]:
 
     def pretended(*_: Any, **__: Any) -> None:
         if not dist.is_initialized():
-            begin("fake", store=FakeStore(), rank=0, world_size=1)
+            begin("fake", store=FakeStore(), rank=0, world_size=number)
 
     with mock.patch.multiple(dist, init_process_group=pretended, **dict.fromkeys(COLLECTIVES, collective)):
         dist.init_process_group()
         yield
+    dist.destroy_process_group()
