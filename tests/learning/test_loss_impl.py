@@ -16,13 +16,13 @@ pytestmark = pytest.mark.skipif(
 COMPARED = ("loss", "optim/grad_norm", "policy/logp", "policy/entropy", "policy/kl", "policy/ratio_max")
 
 
-TWO_STEPS, TWENTY_STEPS = "sft:1,tempsamp:1", "sft:5,grpo:5,tempsamp:10"
+ONE_STEP, TWENTY_STEPS = "tempsamp:1", "sft:5,grpo:5,tempsamp:10"
 
 
 @pytest.mark.parametrize(
     ("phases", "beta"),
     [
-        (TWO_STEPS, "0.04"),
+        (ONE_STEP, "0.04"),
         pytest.param(TWENTY_STEPS, "0.04", marks=pytest.mark.slow),
         pytest.param(TWENTY_STEPS, "0", marks=pytest.mark.slow),
     ],

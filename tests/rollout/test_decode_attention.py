@@ -140,7 +140,7 @@ OWN = {"key": "*bf16", "value": "*bf16", "own_keys": "*bf16", "own_values": "*bf
 @pytest.mark.parametrize(
     ("heads_per_kv", "head_dim", "archs"),
     [
-        pytest.param(8, 128, [90], id="3B"),
+        pytest.param(8, 128, [90], marks=pytest.mark.slow, id="3B"),
         pytest.param(8, 128, [80, 100], marks=pytest.mark.slow, id="3B, other chips"),
         pytest.param(7, 128, [80, 90, 100], marks=pytest.mark.slow, id="7B"),
         pytest.param(4, 256, [80, 90, 100], marks=pytest.mark.slow, id="Qwen3.5-4B"),

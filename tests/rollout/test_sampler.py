@@ -38,7 +38,7 @@ def logits_of(vocab_size: int, num_rows: int = NUM_ROWS) -> Tensor:
     return 3 * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("vocab_size", [5, 300, 4100])
+@pytest.mark.parametrize("vocab_size", [5, pytest.param(300, marks=pytest.mark.slow), 4100])
 @pytest.mark.parametrize("name", PARAMS)
 def test_the_kernel_draws_what_choose_tokens_does(name: str, vocab_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampler, "BLOCK", 128 if vocab_size == 300 else 4096)

@@ -89,7 +89,13 @@ def both_paths(
     return ours, expected
 
 
-@pytest.mark.parametrize("size, frame_size", [((12, 22), (8, 16)), ((6, 10), (8, 40)), ((8, 16), (8, 16))])
+@pytest.mark.parametrize(
+    "size, frame_size",
+    [
+        ((12, 22), (8, 16)),
+        *(pytest.param(s, f, marks=pytest.mark.slow) for s, f in [((6, 10), (8, 40)), ((8, 16), (8, 16))]),
+    ],
+)
 def test_kernel_gives_the_bits_of_the_cpu_path(size: tuple[int, int], frame_size: tuple[int, int]) -> None:
     """Down, up over two tiles, and unchanged; three frames, so that the last is repeated."""
     ours, expected = both_paths(random_surfaces(3, *size, pitch=64), Pictures(*size, coefficients()), frame_size)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -98,10 +99,12 @@ def pretended_ranks(number: int = 1) -> Iterator[None]:
         return done if async_op else None
 
     def pretended(*_: Any, **__: Any) -> None:
+        if dist.is_initialized() and dist.get_world_size() != number:
+            dist.destroy_process_group()
+            deepspeed.comm.comm.cdb = None
         if not dist.is_initialized():
             begin("fake", store=FakeStore(), rank=0, world_size=number)
 
     with mock.patch.multiple(dist, init_process_group=pretended, **dict.fromkeys(COLLECTIVES, collective)):
         dist.init_process_group()
         yield
-    dist.destroy_process_group()
