@@ -231,8 +231,12 @@ REHEARSED = {
     "step 3B, one prompt, 8 answers of 32: rollouts a second": ("3B", "step C=32", "rollouts_per_s"),
     "the same: times a TimeZero-style step": ("3B", "step C=32", "step_over_timezero"),
     "step 3B, 8 answers of 128: times a TimeZero-style step": ("3B", "step C=128", "step_over_timezero"),
-    "a row of 100,000 tokens, 3B, one GPU: GiB of weights, gradients, update": ("3B", "long row, 1 ranks", "peak_gib"),
-    "the same row shared by 8: GiB of each": ("3B", "long row, 8 ranks", "peak_gib"),
+    "3B, a row of 100,276 tokens on one GPU: GiB of weights, gradients and activations": (
+        "3B",
+        "long row, 1 ranks",
+        "peak_gib",
+    ),
+    "the same row shared by 8 GPUs: GiB on each": ("3B", "long row, 8 ranks", "peak_gib"),
 }
 """Where the figures of the table stand in a rehearsal's results."""
 

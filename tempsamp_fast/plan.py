@@ -21,12 +21,14 @@ import torch
 
 from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.config import Config, parse_phases, prompts_per_step
+from tempsamp_fast.config.setting import require
 from tempsamp_fast.data.catalogue import DATASETS, load_training_data
 from tempsamp_fast.data.prompt_file import read_prompt_file
 from tempsamp_fast.learning.deepspeed_settings import effective_zero, least_zero_stage
 from tempsamp_fast.learning.own_rewards import reward_function, reward_terms, try_rewards
 from tempsamp_fast.model.architectures import count_parameters, model_config
 from tempsamp_fast.model.flops import PEAK_BF16_TFLOPS
+from tempsamp_fast.model.sequence_parallel import check_sequence_parallel
 from tempsamp_fast.planning.estimate import (
     FRAME_SIZE,
     largest,
@@ -140,8 +142,12 @@ def describe_plan(
     gpu: a name of `flops.PEAK_BF16_TFLOPS`, whose peak gives the least time that the FLOPs can take.
     measured: what step times are expected from; None expects none.
     network: with `measured`, for a table of what steps take on 1, 8, 64, ... devices.
+    Raises ValueError for rows that so many devices cannot share (`sequence_parallel_size`).
     """
     shape, found = model_config(config.model), training_data(config.data)
+    sharing = config.train.sequence_parallel_size
+    check_sequence_parallel(sharing, shape)
+    require(world_size % sharing == 0, "sequence_parallel_size", sharing, f"a divisor of {world_size} devices")
     parameters, b = count_parameters(shape, config.model), value_size(config.model)
     grids = video_grids(config.data, found, shape)
     tokens = [t * h * w // 4 for t, h, w in grids]

@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from bench.mutation.mutant import Mutant, read_mutants
-from bench.mutation.reach import digest, passing_by
+from bench.mutation.reach import digest, not_meeting
 from bench.mutation.reach import tests_reaching as reaching
 from bench.mutation.swap import swap
 from bench.mutation.table import write_table
@@ -80,9 +80,9 @@ def test_a_mutant_meets_every_test_that_runs_it_near_and_cheap_ones_first(tmp_pa
         ("tests/test_far.py", ["quick", "slow"], 2.5),
     ]
     recorded = {file: {"inputs": {"tempsamp_fast/a.py": digest(source)}, **entry} for file, entry in reach.items()}
-    assert passing_by(tmp_path, recorded, mutant) == {"elsewhere", "broken"}
+    assert not_meeting(tmp_path, recorded, mutant) == {"elsewhere", "broken"}
     recorded["tests/test_far.py"]["inputs"] = {"tempsamp_fast/a.py": "of another text"}
-    assert passing_by(tmp_path, recorded, mutant) == {"broken"}
+    assert not_meeting(tmp_path, recorded, mutant) == {"broken"}
     constant = Mutant("m", "tempsamp_fast/a.py", "= 3", "= 4", "")
     assert [names for _, names, _ in reaching(tmp_path, reach, constant)] == [["near"], ["elsewhere", "quick", "slow"]]
 

@@ -134,10 +134,13 @@ def tests_reaching(root: Path, reach: Reach, mutant: Mutant) -> list[tuple[str, 
     return sorted(found, key=lambda each: each[2] * (0.2 if _is_near(each[0], mutant.file) else 1.0))
 
 
-def passing_by(root: Path, reach: Reach, mutant: Mutant) -> set[str]:
-    """Recorded tests that do not run the mutant's statement, by what is recorded of its file as it stands."""
-    now = digest(root / mutant.file)
-    known = {test_file: entry for test_file, entry in reach.items() if entry["inputs"].get(mutant.file, now) == now}
+def not_meeting(root: Path, reach: Reach, mutant: Mutant) -> set[str]:
+    """Recorded tests that do not pass or do not run the mutant's statement, where it and they are as recorded."""
+    known = {
+        test_file: entry
+        for test_file, entry in reach.items()
+        if all(entry["inputs"].get(name) in (None, digest(root / name)) for name in (mutant.file, test_file))
+    }
     reaching = {name for _, names, _ in tests_reaching(root, known, mutant) for name in names}
     return {name for entry in known.values() for name in entry["tests"]} - reaching
 

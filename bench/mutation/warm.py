@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from bench.mutation.mutant import Mutant
-from bench.mutation.reach import Reach, passing_by
+from bench.mutation.reach import Reach, not_meeting
 from bench.mutation.swap import swap
 
 TIMEOUT_S = 600.0
@@ -56,7 +56,7 @@ class Warm:
         for mutant in self._mutants:
             started = time.monotonic()
             killer = [item for item in session.items if item.nodeid == self._killers.get(mutant.name)]
-            without = passing_by(self._root, self._reach, mutant)
+            without = not_meeting(self._root, self._reach, mutant)
             meeting = [item for item in session.items if item.nodeid not in without]
             test = self._in_a_fork([*killer, *nearest(meeting, mutant.file)], mutant)
             if test and test not in self._passes:

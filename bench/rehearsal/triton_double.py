@@ -26,8 +26,6 @@ from bench.rehearsal.ledger import LEDGER, Work
 MOST_BLOCKS = (2**31 - 1, 2**16 - 1, 2**16 - 1)
 SECOND_READ = {"row_loss_kernel", "draw_kernel"}
 """Kernels that read their largest input twice: statistics first, then the gradient."""
-
-
 WRITTEN_OVER = {"_triton_rope": 1.0, "_swiglu_backward_kernel": 2 / 3, "tower_rotation_kernel": 1 / 3}
 """Kernels that work in place: what they move on top, as a share of their tensors' bytes."""
 

@@ -35,7 +35,8 @@ class ModelConfig:
         "auto", "how packed rows attend: auto is one varlen flash call on a GPU, split SDPA calls elsewhere"
     )
     liger_layers: LigerLayers = setting(
-        "auto", "Liger's fused RMSNorm, SwiGLU and rotary positions; auto: on with a GPU"
+        "auto",
+        "fused layers: Liger's RMSNorm, SwiGLU and rotary positions, and those of the tower; auto: on with a GPU",
     )
     offline: bool = setting(
         False, "take nothing from the hub but what its cache has; always so for a model that only a record names"

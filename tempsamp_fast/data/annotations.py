@@ -111,7 +111,7 @@ def read_annotations(path: str | Path, videos: str | Path | None = None, format:
     if untimed:
         first, *others = untimed.items()
         named = ", ".join(shown(video) for video, _ in others[:3]) + ", ..." * (len(others) > 3)
-        raise ValueError(first[1] + (f"; {len(others)} more videos have none: {named}" if others else ""))
+        raise ValueError(first[1] + (f"; nor has any of {len(others)} more videos one: {named}" if others else ""))
     if not samples:
         flaws = f"; dropped {len(dropped)}, the first: {dropped[0]}" if dropped else ""
         raise ValueError(f"{path}: no annotated query in it{flaws}")

@@ -21,7 +21,7 @@ class VideoFolder:
     def __init__(self, folder: str | Path | None) -> None:
         self._folder, self._is_listed = Path(folder or ""), folder is not None
         self._names: dict[Path, dict[str, str]] = {}
-        self._durations: dict[Path, float] = {}
+        self._durations: dict[Path, float | ValueError] = {}
 
     def find(self, video_id: str) -> Path | None:
         """`<folder>/<video_id>` with one of `VIDEO_SUFFIXES` that is there, or with that of the id; else a folder.
@@ -59,8 +59,11 @@ class VideoFolder:
             try:
                 self._durations[found] = duration_of(found)
             except ValueError as error:
-                raise NoDuration(f"{place}: no duration is given, and the video cannot be read: {error}") from error
-        return self._durations[found]
+                self._durations[found] = error
+        lasts = self._durations[found]
+        if isinstance(lasts, ValueError):
+            raise NoDuration(f"{place}: no duration is given, and the video cannot be read: {lasts}") from lasts
+        return lasts
 
 
 def _inside(video_id: str) -> PurePath:

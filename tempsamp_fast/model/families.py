@@ -191,7 +191,7 @@ QWEN3_5 = dataclasses.replace(
         4: Kept((6, 8, 6, 4), (10, 2), per_linear_token=(6, 3, 23, 4)),
         2: Kept((10, 9, 8, 4), (10, 2), per_linear_token=(10, 4, 42, 4)),
     },
-    kept_fused=Kept((4, 5, 1, 3), (10, 2), per_linear_token=(4, 2, 3, 3), per_gathered_key=2),
+    kept_fused=Kept((4, 5, 1, 3), (8, 2), per_linear_token=(4, 2, 3, 3), per_gathered_key=2),
     published={
         "Qwen3.5-0.8B": _qwen3_5(1024, 3584, 24, 8, 2, tied=True, tower=(768, 3072, 12, 12), value_heads=16),
         "Qwen3.5-2B": _qwen3_5(2048, 6144, 24, 8, 2, tied=True, tower=SMALL_TOWER, value_heads=16),

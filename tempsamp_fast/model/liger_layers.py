@@ -35,6 +35,8 @@ SILU = ("SiLU", "SiLUActivation")
 """The names of torch's module and of transformers' own."""
 ROTARY = "apply_rotary_pos_emb"
 """What transformers' text attention calls, by its global name."""
+TOWER_ROTARY = "apply_rotary_pos_emb_vision"
+"""What its tower's attention calls."""
 
 
 def apply_liger_layers(model: PreTrainedModel, choice: LigerLayers) -> None:
@@ -68,6 +70,7 @@ def apply_liger_layers(model: PreTrainedModel, choice: LigerLayers) -> None:
         if (attention := getattr(layer, "self_attn", None)) is not None:
             attention.forward = MethodType(_with_fused_rotation(type(attention).forward), attention)
     for block in model.model.visual.blocks:
+        _plain_forward(type(block.attn).forward, TOWER_ROTARY)
         block.attn.forward = MethodType(_tower_attention, block.attn)
 
 
@@ -96,7 +99,10 @@ def _tower_attention(
 ) -> Tensor:
     """transformers' contract: patches [N, hidden_size], in windows that begin at cu_seqlens [W + 1]."""
     cos, sin = (angles.float().contiguous() for angles in position_embeddings)
-    qkv = RotatedInPlace.apply(module.qkv(hidden_states), cos, sin, module.num_heads)
+    qkv = module.qkv(hidden_states)
+    if qkv._is_view():  # as a backward hook on the module gives it
+        qkv = qkv.clone()
+    qkv = RotatedInPlace.apply(qkv, cos, sin, module.num_heads)
     heads = qkv.view(len(qkv), 3, module.num_heads, -1).unbind(1)
     query, key, value = (each.transpose(0, 1).unsqueeze(0) for each in heads)
     longest = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
@@ -108,10 +114,16 @@ def _tower_attention(
 
 def _with_fused_rotation(forward: Callable[..., Any]) -> FunctionType:
     """transformers' attention forward over the same globals, save for the rotation it finds among them."""
-    plain = inspect.unwrap(forward)
-    if not isinstance(plain, FunctionType) or ROTARY not in plain.__code__.co_names:
-        raise ValueError(f"liger_layers: {forward.__qualname__} of this transformers release does not call {ROTARY}")
+    plain = _plain_forward(forward, ROTARY)
     namespace = {**plain.__globals__, ROTARY: LigerRopeFunction.apply}
     fused = FunctionType(plain.__code__, namespace, plain.__name__, plain.__defaults__, plain.__closure__)
     fused.__kwdefaults__ = plain.__kwdefaults__
     return fused
+
+
+def _plain_forward(forward: Callable[..., Any], rotary: str) -> FunctionType:
+    """`forward` without decorators. Raises ValueError unless it calls `rotary`."""
+    plain = inspect.unwrap(forward)
+    if not isinstance(plain, FunctionType) or rotary not in plain.__code__.co_names:
+        raise ValueError(f"liger_layers: {forward.__qualname__} of this transformers release does not call {rotary}")
+    return plain

@@ -1,7 +1,8 @@
 """Tokens, FLOPs, memory and traffic of a step, by arithmetic: what `--dry-run` and `python -m tempsamp_fast.plan` say.
 
-Activations are those that autograd keeps of transformers' layers in eager mode, counted by hooks on its saved tensors;
-Liger's layers and flash attention keep less, so on a GPU this is an upper estimate.
+Activations are those that autograd keeps: of transformers' layers in eager mode counted by hooks on its saved tensors,
+of the kernels for GPUs by a rehearsal. What passes through in between is taken as one layer's working set, so that a
+peak may lie a tenth above or below.
 """
 
 from __future__ import annotations
@@ -189,8 +190,9 @@ def step_memory(
             off_gpu, gradients = off_gpu + gradients, 0.0
     if "param" in offloaded:
         off_gpu, weights, reference = off_gpu + weights + reference, 0.0, 0.0
-    kept = _kept_activations(work, model_config, config, b) / config.train.sequence_parallel_size
-    update = kept + _head_bytes(work, model_config, parameters, config.model)
+    update = _kept_activations(work, model_config, config, b) + _head_bytes(
+        work, model_config, parameters, config.model
+    )
     # While it steps, DeepSpeed holds its share of the gradients in fp32 too, in stages 1 and 2 beside two flat copies;
     # by stage 3 of a group of parameters.
     copies = 4.0 + (2 * b if stage in (1, 2) else 0)
@@ -216,25 +218,29 @@ def gathered_rollout(
 
 
 def _kept_activations(work: Work, model_config: Any, config: Config, b: int) -> float:
-    """With one layer's working set more, for the gradients that pass through it."""
+    """Of one rank, of a row that `sequence_parallel_size` share, with a layer's working set more: the gradients that
+    pass through it; with another one where every layer is recomputed.
+    """
     family, model = family_of(model_config), config.model
     fused = family.kept_fused if b == 2 and model.liger_layers != "off" else None
     kept = fused or family.kept[b]
     shape, vision = text_shape(model_config), model_config.vision_config
     prompts = max(prompts_per_row(config.train, phase) for phase in parse_phases(config.train.phases))
-    rows = min(prompts, max(1, config.train.max_tokens_per_row // work.num_tokens))
-    num_tokens, num_patches = rows * work.tokens_in_row, rows * work.patches_in_row
+    ranks = config.train.sequence_parallel_size
+    rows = min(prompts, max(1, config.train.max_tokens_per_row * ranks // work.num_tokens))
+    num_tokens, num_patches = rows * work.tokens_in_row / ranks, rows * work.patches_in_row / ranks
     sizes = shape.hidden, shape.query, shape.key, shape.intermediate
     linear_sizes = shape.hidden, shape.channels, shape.linear_value, shape.intermediate
     attending = b * num_tokens * sum(c * size for c, size in zip(kept.per_token, sizes, strict=True))
     num_gathered = work.prompt_len + work.num_answers * (work.prompt_len + work.answer_len)
-    attending += b * rows * num_gathered * kept.per_gathered_key * shape.key
+    kv_heads = model_config.text_config.num_key_value_heads
+    attending += b * rows * num_gathered * kept.per_gathered_key * shape.key / min(ranks, kv_heads)
     linear = b * num_tokens * sum(c * size for c, size in zip(kept.per_linear_token, linear_sizes, strict=True))
     # Every answer goes on from a copy of its prompt's state.
     linear += 4 * rows * work.num_answers * shape.state
     layers = shape.num_attending * attending + shape.num_linear * linear
     num_recomputed = -(-shape.num_layers // model.checkpoint_every) if model.gradient_checkpointing else 0
-    working = max(attending, linear) * (2 if num_recomputed else 1)  # of what is recomputed, and of its gradients
+    working = max(attending, linear) * (2 if num_recomputed == shape.num_layers else 1)
     held = layers * (shape.num_layers - num_recomputed) / shape.num_layers + working
     text = held + num_recomputed * b * num_tokens * shape.hidden
     patch_sizes = vision.hidden_size, vision.intermediate_size

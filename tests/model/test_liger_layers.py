@@ -13,6 +13,7 @@ from torch import nn
 from triton.runtime import interpreter
 
 from tempsamp_fast.batch import RolloutGroup
+from tempsamp_fast.model import tower_rotation
 from tempsamp_fast.model.liger_layers import apply_liger_layers
 from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
@@ -30,7 +31,7 @@ class Scalar(float):
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Liger's own kernels, made to run in the interpreter; the names of the launches so far."""
+    """The kernels, Liger's made to run in the interpreter; the names of the launches so far."""
     names: list[str] = []
     for layer in ("rms_norm", "swiglu", "rope"):
         module = import_module(f"liger_kernel.ops.{layer}")
@@ -38,6 +39,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             name, launch = f"{layer}_{way}", getattr(module, f"{layer}_{way}")
             note = lambda *args, _name=name, _launch=launch, **kw: names.append(_name) or _launch(*args, **kw)
             monkeypatch.setattr(module, name, note)
+    turn = tower_rotation._rotate
+    monkeypatch.setattr(
+        tower_rotation,
+        "_rotate",
+        lambda *args: names.append(f"tower_{'backward' if args[-1] else 'forward'}") or turn(*args),
+    )
     monkeypatch.setattr(import_module("liger_kernel.ops.rms_norm"), "rsqrt", lambda x: tl.rsqrt(x))
     convert = interpreter._implicit_cvt
     monkeypatch.setattr(interpreter, "_implicit_cvt", lambda x: Scalar(x) if type(x) is float else convert(x))
@@ -62,9 +69,8 @@ def test_packed_rows_of_fused_layers_equal_plain(oracle, tiny, launches) -> None
     rows = pack(groups, config=tiny.model().config, max_tokens_per_row=10_000)
     policy = Policy(fused_model(tiny), gradient_checkpointing=True)
     oracle.assert_same(oracle.packed_pass(policy, rows), oracle.plain_pass(tiny, groups))
-    assert {f"{layer}_{way}" for layer in ("rms_norm", "swiglu", "rope") for way in ("forward", "backward")} == set(
-        launches
-    )
+    layers = ("rms_norm", "swiglu", "rope", "tower")
+    assert {f"{layer}_{way}" for layer in layers for way in ("forward", "backward")} == set(launches)
 
 
 def test_fused_layers_sample_the_same_answers(tiny, launches) -> None:
@@ -129,6 +135,36 @@ def test_attention_that_rotates_elsewhere_is_refused(tiny) -> None:
     attention.__class__ = OtherAttention
     with pytest.raises(ValueError, match=r"OtherAttention.*apply_rotary_pos_emb"):
         apply_liger_layers(model, "on")
+
+
+def test_a_tower_that_rotates_elsewhere_is_refused(tiny) -> None:
+    model = tiny.model()
+    attention = model.model.visual.blocks[0].attn
+
+    class OtherAttention(type(attention)):
+        def forward(self, hidden_states, **kwargs):
+            return hidden_states
+
+    attention.__class__ = OtherAttention
+    with pytest.raises(ValueError, match=r"OtherAttention.*apply_rotary_pos_emb_vision"):
+        apply_liger_layers(model, "on")
+
+
+def test_a_plain_forward_and_a_hooked_projection_go_through_the_fused_tower(tiny, launches) -> None:
+    """transformers' own call, which says nothing of the longest window, and a hook whose output is a view."""
+    outputs = []
+    for model in (tiny.model(), fused_model(tiny)):
+        visual = model.model.visual
+        visual.blocks[0].attn.qkv.register_full_backward_hook(lambda *_: None)
+        video = small_group(tiny).prompt.video
+        pixels = video.pixel_values.to(visual.dtype)
+        found = visual(pixels, grid_thw=torch.tensor([video.grid_thw])).pooler_output
+        pooled = torch.cat(list(found)) if isinstance(found, (list, tuple)) else found
+        pooled.square().sum().backward()
+        outputs.append([pooled, *(parameter.grad for parameter in visual.parameters() if parameter.grad is not None)])
+    for plain, fused in zip(*outputs, strict=True):
+        assert (fused - plain).norm() < 1e-4 * plain.norm()
+    assert "tower_backward" in launches
 
 
 @pytest.mark.gpu
