@@ -126,7 +126,11 @@ TRAFFIC_CASES: dict[str, dict[str, Any]] = {
     "ZeRO 2, in every row": {"zero_stage": 2, "reduce_gradients": "row"},
     "ZeRO 3": {"deepspeed_config": {"stage3_param_persistence_threshold": 0}},
     "ZeRO 3, no weight stays for the backward pass": {
-        "deepspeed_config": {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+        "deepspeed_config": {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+        }
     },
 }
 

@@ -22,6 +22,8 @@ from tempsamp_fast.planning.forecast import Forecast
 
 REUSE_DISTANCE = 1_000_000_000
 """Elements: DeepSpeed's default of stage3_max_reuse_distance. A weight needed again sooner stays gathered."""
+PREFETCHED = 50_000_000
+"""Elements: DeepSpeed's default of stage3_prefetch_bucket_size. What it looks ahead to stays gathered too."""
 PATCH_BYTES = 3 * 2 * 14 * 14
 """Of a patch as uint8, two frames of 14 x 14 pixels."""
 LEAST_EFFICIENCY = 0.8
@@ -67,7 +69,8 @@ def step_messages(
         return moved + reduced + ([Message("optimizer", "all_gather", trained)] if stage else [])
     tower = parameters.vision if config.model.freeze_vision else 0
     read = parameters.total - tower
-    again = max(0.0, read - zero.get("stage3_max_reuse_distance", REUSE_DISTANCE) / 2)
+    ahead = zero.get("stage3_prefetch_bucket_size", PREFETCHED)
+    again = max(0.0, read - max(ahead, zero.get("stage3_max_reuse_distance", REUSE_DISTANCE)) / 2)
     rows = [
         Message("update", "all_gather", b * (read + again), True),
         Message("update", "reduce_scatter", trained, True),
