@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from tempsamp_fast.batch import VisionFeatures
 from tempsamp_fast.model.layout import GroupLayout
 from tempsamp_fast.model.packing import pack, pack_prompts
 
@@ -66,6 +69,14 @@ def test_rows_are_filled_in_order_to_the_last_token(tiny, mode: str, num_in_firs
 def test_a_group_longer_than_a_row_is_named(tiny) -> None:
     with pytest.raises(ValueError, match=r"sample-1.*max_tokens_per_row=20"):
         pack(tiny.groups(), config=tiny.model().config, max_tokens_per_row=20)
+
+
+def test_videos_without_features_beside_others_with_them_are_refused(tiny) -> None:
+    first, *others = tiny.groups()
+    encoded = replace(first.prompt.video, features=VisionFeatures(torch.zeros(6, 4), ()))
+    groups = [replace(first, prompt=replace(first.prompt, video=encoded)), *others]
+    with pytest.raises(ValueError, match=r"2 of a row's 3 videos lack their features"):
+        pack(groups, config=tiny.model().config, max_tokens_per_row=10_000)
 
 
 def test_an_empty_answer_is_named(tiny) -> None:

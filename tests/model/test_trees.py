@@ -33,6 +33,14 @@ def test_what_prompts_share_is_there_once(tiny) -> None:
     assert segments.num_tree_tokens(groups[:3], tiny.model().config) == row.layout[0].num_tokens
 
 
+def test_questions_join_a_tree_that_fits_to_the_last_token(tiny) -> None:
+    groups, config = tiny.tree_groups()[:3], tiny.model().config
+    branches = [(group.prompt, [completion.ids for completion in group.completions]) for group in groups]
+    two = segments.num_tree_tokens(groups[:2], config)
+    of_two, of_less = ([len(tree.prompts) for tree in segments.segments(branches, config, n)] for n in (two, two - 1))
+    assert of_two == [2, 1] and of_less[0] == 1
+
+
 @every_family
 @pytest.mark.parametrize(
     ("max_tokens_per_row", "gradient_checkpointing"), [(70, True), (10_000, False)], ids=["row_per_tree", "one_row"]
