@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tempsamp_fast.config import AlgorithmConfig
 from tempsamp_fast.learning import loss as loss_module
-from tempsamp_fast.learning.loss import RowTargets, idle_loss, log_probs, policy_loss
+from tempsamp_fast.learning.loss import RowTargets, idle_loss, log_probs, policy_loss, row_targets
 from tempsamp_fast.model.packing import PackedRow, idle_row, pack
 from tempsamp_fast.model.policy import Policy
 
@@ -27,6 +27,32 @@ def one_row(tiny: Any, policy: Policy) -> PackedRow:
     (row,) = pack(tiny.groups(), config=policy.config, max_tokens_per_row=10_000)
     assert row.num_completions == NUM_ANSWERS
     return row
+
+
+def test_rows_have_the_targets_of_their_own_answers(tiny) -> None:
+    """Groups of several sizes, several rows; of every answer whether it is the true one and whether it counts."""
+    groups = tiny.groups()
+    sizes = [len(group.completions) for group in groups]
+    assert len(set(sizes)) > 1
+    flags = torch.arange(NUM_ANSWERS)
+    is_true, is_cut = flags % 3 == 1, flags % 4 == 0
+    answers = iter(zip(is_true.tolist(), is_cut.tolist(), strict=True))
+    for group, advantages in zip(groups, ADVANTAGES.split(sizes), strict=True):
+        group.advantages = advantages
+        for completion in group.completions:
+            completion.is_off_policy, completion.is_cut = next(answers)
+    rows = pack(groups, config=tiny.model().config, max_tokens_per_row=max(group.num_tokens for group in groups))
+    assert len(rows) > 1
+    old, ref = ([torch.full((len(row.token_ids),), n + i) for i, row in enumerate(rows)] for n in (0.0, 9.0))
+    for masks, expected in ((False, None), (True, ~is_cut)):
+        found = row_targets(rows, groups, old, ref, AlgorithmConfig(mask_truncated_completions=masks))
+        assert torch.equal(torch.cat([each.advantages for each in found]), ADVANTAGES)
+        assert torch.equal(torch.cat([each.is_off_policy for each in found]), is_true)
+        assert [(each.old_logps, each.ref_logps) for each in found] == list(zip(old, ref, strict=True))
+        if expected is None:
+            assert all(each.row_mask is None for each in found)
+        else:
+            assert torch.equal(torch.cat([each.row_mask for each in found]), expected)
 
 
 def tied(tiny: Any) -> Policy:
