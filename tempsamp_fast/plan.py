@@ -24,13 +24,14 @@ from tempsamp_fast.config import Config, parse_phases, prompts_per_step
 from tempsamp_fast.config.setting import require
 from tempsamp_fast.data.catalogue import DATASETS, load_training_data
 from tempsamp_fast.data.prompt_file import read_prompt_file
-from tempsamp_fast.learning.deepspeed_settings import effective_zero, least_zero_stage
+from tempsamp_fast.learning.deepspeed_settings import effective_zero
 from tempsamp_fast.learning.own_rewards import reward_function, reward_terms, try_rewards
 from tempsamp_fast.model.architectures import count_parameters, model_config
-from tempsamp_fast.model.flops import PEAK_BF16_TFLOPS
+from tempsamp_fast.model.flops import MEMORY_GB, PEAK_BF16_TFLOPS
 from tempsamp_fast.model.sequence_parallel import check_sequence_parallel
 from tempsamp_fast.planning.estimate import (
     FRAME_SIZE,
+    TEXT_TOKENS,
     largest,
     step_flops,
     work_of,
@@ -39,6 +40,7 @@ from tempsamp_fast.planning.forecast import Forecast, Measured, describe, foreca
 from tempsamp_fast.planning.look import look_at_prompts, look_for_all_videos
 from tempsamp_fast.planning.network import Network, describe_scale, step_messages
 from tempsamp_fast.planning.subject import (
+    Data,
     are_here,
     peak_memory,
     rollout_memory,
@@ -65,20 +67,20 @@ NETWORK = {
 """What the options of the network mean, by field of `Network`."""
 
 
-def decided(config: Config, world_size: int) -> Config:
+def decided(config: Config, world_size: int, gpu: str | None = None) -> Config:
     """The settings with a run folder as `model` taken for its newest checkpoint, and `zero_stage="auto"` chosen.
 
-    That is the least stage that can offload what is asked for and whose `peak_memory` leaves a tenth of the card free;
-    without a card the first. Stage 0 of a bfloat16 run on a GPU becomes 1, which is told, as is what
-    `gather_weights="auto"` becomes under stage 3.
+    That is the least stage that can offload what is asked for and whose `peak_memory` leaves a tenth of the card free:
+    of `gpu`, a name of `flops.MEMORY_GB`, else of this machine's; without a card the first. Stage 0 of a bfloat16 run
+    on a GPU becomes 1, which is told, as is what `gather_weights="auto"` becomes under stage 3.
     """
     config = copy.deepcopy(config)
     config.model.model = model_folder(config.model.model)
-    least: Any = str(least_zero_stage(torch.bfloat16 if value_size(config.model) == 2 else torch.float32))
+    card = card_bytes(gpu)
+    least: Any = str(int(value_size(config.model) == 2 and card < math.inf))
     if config.train.zero_stage == "0" != least:
         logger.info("zero_stage=0: bfloat16 on a GPU takes 1, for the optimizer that runs on a CPU too")
         config.train = dataclasses.replace(config.train, zero_stage=least)
-    card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf
     if config.train.zero_stage == "auto":
         found = training_data(config.data) if card < math.inf else None
         asked = config.train.offload
@@ -102,6 +104,39 @@ def decided(config: Config, world_size: int) -> Config:
         how = "once for a rollout" if needed < 0.9 * card else "layer by layer in every pass of a rollout"
         _tell("gather_weights", f"weights are gathered {how}", needed, card)
     return config
+
+
+def card_bytes(gpu: str | None) -> float:
+    """Memory of a GPU by its name in `flops.MEMORY_GB`, else of this machine's; infinite where there is none."""
+    if gpu:
+        return 1e9 * MEMORY_GB[gpu]
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf
+
+
+def describe_fit(config: Config, world_size: int, found: Data, card: float) -> str:
+    """Whether the settings leave a tenth of the card free; else which change of one of them would."""
+
+    def needed(**changes: Any) -> float:
+        changed = copy.deepcopy(config)
+        for name, value in changes.items():
+            part = changed.model if hasattr(changed.model, name) else changed.train
+            setattr(part, name, value)
+        return peak_memory(changed, world_size, found).total
+
+    total = f"{needed() / GIB:.3g} of {card / GIB:.3g} GiB"
+    if needed() < 0.9 * card:
+        return f"fits: {total}"
+    choices: dict[str, dict[str, Any]] = {
+        "--gradient_checkpointing true": {"gradient_checkpointing": True},
+        "--zero_stage 3 --offload all": {"zero_stage": "3", "offload": "all"},
+        "--lora_rank 16": {"lora_rank": 16},
+        "--lora_rank 16 --gradient_checkpointing true": {"lora_rank": 16, "gradient_checkpointing": True},
+    }
+    fitting = [words for words, changes in choices.items() if needed(**changes) < 0.9 * card]
+    what = (
+        f"fits with {' or '.join(fitting)}" if fitting else "so with fewer tokens (--total_pixels) or a smaller model"
+    )
+    return f"does not fit, with a tenth left free: {total}; {what}"
 
 
 def _tell(setting: str, what: str, needed: float, card: float) -> None:
@@ -139,7 +174,8 @@ def describe_plan(
 ) -> str:
     """The plan as text, for `world_size` devices.
 
-    gpu: a name of `flops.PEAK_BF16_TFLOPS`, whose peak gives the least time that the FLOPs can take.
+    gpu: a name of `flops.PEAK_BF16_TFLOPS`, whose peak gives the least time that the FLOPs can take, and whose memory
+    says whether they fit; without one, that of this machine's does.
     measured: what step times are expected from; None expects none.
     network: with `measured`, for a table of what steps take on 1, 8, 64, ... devices.
     Raises ValueError for rows that so many devices cannot share (`sequence_parallel_size`).
@@ -160,6 +196,12 @@ def describe_plan(
         f"samples  {'unknown' if found.num_samples is None else found.num_samples} ({found.note})",
         f"video    {known}at most {max(tokens)} tokens of a prompt (frames taken to be {size})",
     ]
+    longest_prompt, budget = max(tokens) + TEXT_TOKENS, config.train.max_tokens_per_row
+    if longest_prompt > budget:
+        lines.append(
+            f"rows     a prompt of {longest_prompt} tokens is longer than max_tokens_per_row={budget}: a run refuses "
+            "it; raise that, or lower total_pixels or max_frames"
+        )
     phases = in_steps(parse_phases(config.train.phases), config.train, found.num_samples or 0, world_size)
     longest, together = config.rollout.max_completion_length, found.together(config.train.queries_per_video)
     if config.train.queries_per_video > 1:
@@ -211,6 +253,8 @@ def describe_plan(
         cells = [*figures, memory.activations, memory.total, memory.off_gpu]
         widths = (9, 11, 11, 11, 9, 13, 8, 9)
         lines.append(f"         {name:<36}" + "".join(f"{c / GIB:>{w}.2f}" for c, w in zip(cells, widths, strict=True)))
+    if (card := card_bytes(gpu)) < math.inf:
+        lines.append(f"         {describe_fit(config, world_size, found, card)}")
     return "\n".join(lines)
 
 
@@ -223,7 +267,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, what in NETWORK.items():
         default = getattr(Network, name)
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{what} (default: {default})")
-    parser.add_argument("--gpu", choices=PEAK_BF16_TFLOPS, help="also the least time, at this GPU's peak")
+    parser.add_argument(
+        "--gpu", choices=PEAK_BF16_TFLOPS, help="choose for its memory, and say the least time, at its peak"
+    )
     parser.add_argument(
         "--measured",
         type=Path,
@@ -239,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         network = Network(**{name: getattr(options, name) for name in NETWORK})
         if min(vars(network).values()) <= 0:
             raise ValueError(f"{network}: every number must be positive")
-        config = decided(parse_args(words), world_size)
+        config = decided(parse_args(words), world_size, options.gpu)
         print(escaped(describe_plan(config, world_size, options.gpu, measured, network)))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {one_line(error)}\n")

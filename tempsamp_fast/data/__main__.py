@@ -55,6 +55,7 @@ def check(annotations: Annotations, dataset: Dataset) -> Findings:
     ]
     present = [video for video in by_video if video.is_file() or video.is_dir()]
     findings.problems["missing"] = [str(video) for video in by_video if video not in set(present)]
+    findings.problems["without a duration"] = annotations.untimed
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         lengths = dict(zip(present, pool.map(_length_s, present), strict=True))
     findings.problems["unreadable"] = [str(error) for error in lengths.values() if isinstance(error, VideoError)]

@@ -51,6 +51,8 @@ class Annotations:
     """In file order."""
     dropped: list[str]
     """Why a query is not among them, a line for each that names the file and the place."""
+    untimed: list[str] = field(default_factory=list)
+    """Videos whose length neither the file nor they themselves tell, a line for each; their queries are left out."""
 
     @property
     def num_late_ends(self) -> int:
@@ -61,9 +63,12 @@ class Annotations:
 def load_annotations(path: str | Path, videos: str | Path | None = None, format: str = "auto") -> list[Sample]:
     """The samples of `read_annotations`; how many queries were dropped and how many windows end late is logged once.
 
-    Raises as `read_annotations` does.
+    Raises as `read_annotations` does, and ValueError for videos whose length nothing tells.
     """
     annotations = read_annotations(path, videos, format)
+    if annotations.untimed:
+        first, *others = annotations.untimed
+        raise ValueError(first + (f"; and so for {len(others)} more videos (data check lists them)" if others else ""))
     if annotations.dropped:
         num_queries = len(annotations.samples) + len(annotations.dropped)
         dropped, first = len(annotations.dropped), annotations.dropped[0]
@@ -87,8 +92,7 @@ def read_annotations(path: str | Path, videos: str | Path | None = None, format:
 
     Raises FileNotFoundError for a missing file, and ValueError naming the file, the video, the field and the value for
     malformed JSON, a missing field, a wrong type, a number that is not finite, half a surrogate pair, an id or a JSON
-    key that comes twice, or a path that leaves `videos`; for all videos at once whose length nothing says; also where
-    nothing is left. What it quotes is cut to a line.
+    key that comes twice, or a path that leaves `videos`; also where nothing is left. What it quotes is cut to a line.
     """
     path = Path(path)
     if format != "auto" and format not in FORMATS:
@@ -108,14 +112,10 @@ def read_annotations(path: str | Path, videos: str | Path | None = None, format:
             dropped.append(str(reason))
         except NoDuration as error:
             untimed.setdefault(record.video_id, str(error))
-    if untimed:
-        first, *others = untimed.items()
-        named = ", ".join(shown(video) for video, _ in others[:3]) + ", ..." * (len(others) > 3)
-        raise ValueError(first[1] + (f"; nor has any of {len(others)} more videos one: {named}" if others else ""))
-    if not samples:
+    if not samples and not untimed:
         flaws = f"; dropped {len(dropped)}, the first: {dropped[0]}" if dropped else ""
         raise ValueError(f"{path}: no annotated query in it{flaws}")
-    return Annotations(samples, dropped)
+    return Annotations(samples, dropped, list(untimed.values()))
 
 
 def find_video(folder: str | Path, video_id: str) -> Path | None:

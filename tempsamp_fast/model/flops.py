@@ -18,6 +18,11 @@ PEAK_BF16_TFLOPS = {
     "B200": 2250, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A10": 125,
 }  # fmt: skip
 """Dense, by the vendor's data sheets; of several names the first one that matches counts."""
+MEMORY_GB = {
+    "H200 NVL": 141, "H200": 141, "H100 NVL": 94, "H100 PCIe": 80, "H100": 80, "H800": 80, "GH200": 96, "H20": 96,
+    "B200": 180, "A100": 80, "A800": 80, "L40S": 48, "L40": 48, "L4": 24, "A40": 48, "A10": 24,
+}  # fmt: skip
+"""By the same data sheets; of cards sold with several the larger one."""
 
 
 def peak_bf16_flops(device_name: str) -> float | None:

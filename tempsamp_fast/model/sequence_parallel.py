@@ -101,10 +101,11 @@ def check_sequence_parallel(size: int, config: Any) -> None:
             f"sequence_parallel_size={size}: {family_of(config).name} has layers of {', '.join(others)}; set 1"
         )
     heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
-    if heads % size or (kv_heads % size and size % kv_heads):
+    choices = [each for each in range(1, heads + 1) if not heads % each and not (kv_heads % each and each % kv_heads)]
+    if size not in choices:
         raise ValueError(
-            f"sequence_parallel_size={size}: does not divide the model's {heads} heads, or neither divides its "
-            f"{kv_heads} key-value heads nor is a multiple of them"
+            f"sequence_parallel_size={size}: must divide the model's {heads} heads, and its {kv_heads} key-value heads "
+            f"or be a multiple of them; choose one of {', '.join(map(str, choices))}"
         )
 
 

@@ -40,7 +40,7 @@ def best_reward(runs: Sequence[RunRecord]) -> str | None:
         low, median, high = np.array([np.percentile(part[:, 1], (25, 50, 75)) for part in parts]).T
         colour = method_colours(runs)[method]
         axes[0].fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
-        axes[0].plot(steps, median, color=colour, marker="o" if len(parts) == 1 else None)
+        axes[0].plot(steps, median, color=colour, marker="o" if len(set(steps)) == 1 else None)
     axes[0].set(xlabel="step", ylabel="best sampled reward of a group")
     handles = [Line2D([], [], color=colour, label=method) for method, colour in method_colours(runs).items()]
     figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False, fontsize=8)

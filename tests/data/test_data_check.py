@@ -50,6 +50,18 @@ def test_command_line_finds_the_annotations_and_exits_with_1_on_problems(folder,
     assert "5 videos, published are 1334" in printed and "unreadable: 2" in printed and "and 1 more" in printed
 
 
+def test_videos_whose_length_nothing_tells_are_listed_beside_all_else(folder, tmp_path, capsys):
+    rows = [{"video": name, "query": "a query", "windows": [[0.5, 1.5]]} for name in ("good", "text", "text", "gone")]
+    rows.append({**rows[0], "video": "long", "duration": 9.0})
+    annotations = tmp_path / "mine.jsonl"
+    annotations.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit, match="1"):
+        main(["check", str(annotations), "--videos", str(folder)])
+    printed = capsys.readouterr().out
+    assert "without a duration: 2" in printed and "inconsistent: 1" in printed
+    assert "line 2, video 'text': no duration" in printed and "line 4, video 'gone': no duration" in printed
+
+
 def test_command_line_exits_with_0_when_all_is_well(folder, tmp_path, monkeypatch, capsys):
     annotations = tmp_path / "a.json"
     entry = {"duration": 3.0, "timestamps": [[0.5, 2.5]], "sentences": ["a query"]}

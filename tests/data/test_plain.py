@@ -99,9 +99,7 @@ def test_a_video_without_a_duration_must_be_there_and_readable(tmp_path: Path, c
         score_main(["--predictions", "p.jsonl", "--annotations", str(path)])
     assert "no duration is given, and the video is not looked for (--videos)" in capsys.readouterr().err
     several = write(tmp_path / "more.jsonl", *({**given, "video": name} for name in "abbcdef"))
-    with pytest.raises(
-        ValueError, match=r"line 1, video 'a'.*; nor has any of 5 more videos one: 'b', 'c', 'd', \.\.\.$"
-    ):
+    with pytest.raises(ValueError, match=r"line 1, video 'a'.*; and so for 5 more videos \(data check lists them\)$"):
         load_annotations(several, tmp_path)
 
 

@@ -72,7 +72,10 @@ def main(words: list[str]) -> None:
     for family in words[1:]:
         tiny = Tiny(family)
         for checkpointed in (False, True):
-            policy = Policy(tiny.model().double(), gradient_checkpointing=checkpointed)
+            model = tiny.model().double()
+            if "moe" in tiny.family:
+                model.set_experts_implementation("eager")  # grouped products take no float64
+            policy = Policy(model, gradient_checkpointing=checkpointed)
             config = policy.config
             rows = {
                 "groups": pack(doubled(tiny.groups()), config=config, max_tokens_per_row=10_000),

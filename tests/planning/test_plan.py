@@ -267,6 +267,25 @@ def test_rows_that_ranks_cannot_share_are_refused(capsys, words: tuple[str, ...]
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--gpu", "L4", "--zero_stage", "0"), "does not fit, with a tenth left free: 92"),
+        (("--gpu", "L4", "--zero_stage", "0"), "fits with --zero_stage 3 --offload all or --lora_rank 16"),
+        (("--gpu", "L4"), "3, offload optimizer+param (chosen)"),
+        (("--gpu", "B200"), "1, offload none (chosen)"),
+        (("--gpu", "B200"), "fits: "),
+        (("--gpu", "H100", "--max_tokens_per_row", "3000"), "is longer than max_tokens_per_row=3000: a run refuses it"),
+    ],
+)
+def test_a_card_by_name_decides_and_what_does_not_fit_it_is_said(capsys, words: tuple[str, ...], said: str) -> None:
+    """Without such a card here."""
+    assert (
+        main(["--config", "own_videos", "--model", "Qwen/Qwen2.5-VL-3B-Instruct", "--zero_stage", "auto", *words]) == 0
+    )
+    assert said in capsys.readouterr().out
+
+
 MEASURE = """
 import resource, sys
 from pathlib import Path
