@@ -25,6 +25,9 @@ from bench.paper.summary import final, paired, percent, points, records  # noqa:
 from tempsamp_fast.arguments import parse_args  # noqa: E402
 from tempsamp_fast.data.frame_folder import thumbnails  # noqa: E402
 from tempsamp_fast.demo.__main__ import METRICS  # noqa: E402
+from tempsamp_fast.plan import decided, describe_plan  # noqa: E402
+from tempsamp_fast.planning.forecast import read_measured  # noqa: E402
+from tempsamp_fast.planning.network import Network  # noqa: E402
 from tempsamp_fast.planning.subject import peak_memory, with_stage  # noqa: E402
 from tempsamp_fast.report.plots import eval_files, plot_timeline, read_rows  # noqa: E402
 from tempsamp_fast.report.runs import interval  # noqa: E402
@@ -139,7 +142,7 @@ HEADLINES = [
 
 def card_table() -> str:
     """What a card of 24 GB can train, by the plan."""
-    lines = ["| on one card of 24 GB, by the plan (not measured) | memory |", "|---|---|"]
+    lines = ["| on one card of 24 GB, videos of 3,500 tokens, by the plan (not measured) | memory |", "|---|---|"]
     for model in CARD_MODELS:
         config = parse_args(["--config", "own_videos", "--model", model, "--lora_rank", "16", "--zero_stage", "0"])
         total = peak_memory(config, 1).total / 2**30
@@ -188,11 +191,32 @@ def plan_table() -> str:
     """Estimated memory of recipes, by number of GPUs and ZeRO stage."""
     lines = ["| recipe | GPUs | ZeRO-0 | ZeRO-1 | ZeRO-2 | ZeRO-3 |", "|---|---|---|---|---|---|"]
     for name, words in PLANNED.items():
-        config = parse_args(words)
         for num_gpus in (1, 4, 8, 64):
+            config = decided(parse_args(words), num_gpus)
             totals = [peak_memory(with_stage(config, stage), num_gpus).total / 2**30 for stage in range(4)]
             lines.append(f"| {name} | {num_gpus} | " + " | ".join(f"{total:.0f} GiB" for total in totals) + " |")
-    return "\n".join([*lines, "", "Estimates with answers as long as they may be, not measured."])
+    note = (
+        "Estimates with answers as long as they may be, gradients summed once a step (`--reduce_gradients row` shares "
+    )
+    return "\n".join([*lines, "", f"{note}those of ZeRO-2 out), not measured."])
+
+
+def scale_table() -> str:
+    """What steps are predicted to take on many GPUs, from the figures of a simulated one."""
+    lines = ["| GPUs | ZeRO | rollout s | update s | waiting s | network s | step s | efficiency |", "|---" * 8 + "|"]
+    measured = read_measured(RESULTS / "rehearsal.json")
+    for name, network in (("", Network()), (", network of 3 GB/s a GPU", Network(network_gbs=3.0))):
+        for stage in ("2", "3"):
+            config = decided(parse_args(["--config", "charades_qwen2_5_vl_7b", "--zero_stage", stage]), MOST_GPUS)
+            plan = describe_plan(config, MOST_GPUS, measured=measured, network=network)
+            answering = plan.partition("phase    tempsamp/think")[0]
+            table = re.findall(r"^ +(\d+)" + r" +([\d.]+)" * 5 + r" +(\d+ %)$", answering, re.MULTILINE)
+            for gpus, *figures in table[-1:] if name else table:
+                lines.append(f"| {gpus}{name} | {stage} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+MOST_GPUS = 512
 
 
 def gpu_table(results: Path = RESULTS) -> str:
@@ -261,6 +285,7 @@ TABLES = {
     "step": step_table,
     "video": video_table,
     "plan": plan_table,
+    "scale": scale_table,
     "gpu": gpu_table,
     "rehearsal": rehearsal_table,
 }
