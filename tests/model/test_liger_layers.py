@@ -151,12 +151,12 @@ def test_a_tower_that_rotates_elsewhere_is_refused(tiny) -> None:
 
 
 def test_a_plain_forward_and_a_hooked_projection_go_through_the_fused_tower(tiny, launches) -> None:
-    """transformers' own call, which says nothing of the longest window, and a hook whose output is a view."""
+    """Two frames, transformers' own call, which says nothing of the longest one, and a hook whose output is a view."""
     outputs = []
     for model in (tiny.model(), fused_model(tiny)):
         visual = model.model.visual
         visual.blocks[0].attn.qkv.register_full_backward_hook(lambda *_: None)
-        video = small_group(tiny).prompt.video
+        video = tiny.prompt((2, 4, 4), num_text=2).video
         pixels = video.pixel_values.to(visual.dtype)
         found = visual(pixels, grid_thw=torch.tensor([video.grid_thw])).pooler_output
         pooled = torch.cat(list(found)) if isinstance(found, (list, tuple)) else found
