@@ -29,7 +29,8 @@ class RotatedInPlace(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _rotate(gradient.contiguous(), *ctx.saved_tensors, ctx.heads, True), None, None, None
+        cos, sin = ctx.saved_tensors
+        return _rotate(gradient.contiguous(), cos, sin, ctx.heads, True), None, None, None
 
 
 def _rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, is_inverse: bool) -> Tensor:
