@@ -20,8 +20,9 @@ SAMPLED_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 """Whose shape the section `rollout` of bench/gpu.py samples from."""
 ASSUMPTIONS = (
     "updates run at the FLOP/s measured for the row nearest in FLOPs; sampling takes the time measured for the next "
-    "larger number of answers, their prompts included, times the ratios of answer lengths and of numbers of weights; "
-    "the optimizer, traffic between GPUs, evaluations and checkpoints take no time, videos are decoded meanwhile"
+    "larger number of answers, their prompts included, times the ratios of answer lengths and of numbers of weights, "
+    "and no less than its own prompts take at the FLOP/s of updates; the optimizer, traffic between GPUs, evaluations "
+    "and checkpoints take no time, videos are decoded meanwhile"
 )
 
 
@@ -131,7 +132,8 @@ def forecast(measured: Measured, work: Work, shape: Any, config: Config, method:
     )
     batches = max(1.0, num_answers / sampling.num_answers)
     sampling_s = sampling.seconds * batches * work.answer_len / sampling.answer_len * own / theirs
-    return Forecast(update_s, sampling_s, (nearest.label, sampling.label))
+    prompts_s = num_prompts * work.forward_flops(0, shape) * nearest.seconds / nearest.flops
+    return Forecast(update_s, max(sampling_s, prompts_s), (nearest.label, sampling.label))
 
 
 def describe(measured: Measured, forecasts: list[Forecast]) -> str:

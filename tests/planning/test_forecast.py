@@ -55,6 +55,10 @@ def test_an_update_runs_at_the_measured_rate_and_sampling_at_the_measured_pace(r
     eighty = forecast(measured, work, shape, config, "grpo", 80)
     assert eighty.labels[1] == "8 prompts ours" and eighty.sampling_s == pytest.approx(10 * 8.0 / 2)
     assert eighty.update_s == pytest.approx(80 * one.update_s)
+    long = work_of((1600, 28, 32), shape, "grpo", 8, 64)
+    share = long.forward_flops(0, shape) / update_flops(long, shape, config.algorithm, "grpo", 1)
+    of_long = forecast(measured, long, shape, config, "grpo", 1)
+    assert of_long.sampling_s == pytest.approx(share * of_long.update_s) and of_long.sampling_s > 2 * one.sampling_s
     supervised = forecast(measured, work_of((16, 28, 32), shape, "sft", 8, 64), shape, config, "sft", 1)
     assert supervised.sampling_s == 0 and supervised.labels == one.labels[:1]
 
