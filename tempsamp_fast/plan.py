@@ -24,10 +24,10 @@ from tempsamp_fast.config import Config, parse_phases, prompts_per_step
 from tempsamp_fast.config.setting import require
 from tempsamp_fast.data.catalogue import DATASETS, load_training_data
 from tempsamp_fast.data.prompt_file import read_prompt_file
-from tempsamp_fast.learning.deepspeed_settings import effective_zero
+from tempsamp_fast.learning.deepspeed_settings import effective_zero, least_zero_stage
 from tempsamp_fast.learning.own_rewards import reward_function, reward_terms, try_rewards
 from tempsamp_fast.model.architectures import count_parameters, model_config
-from tempsamp_fast.model.flops import MEMORY_GB, PEAK_BF16_TFLOPS
+from tempsamp_fast.model.flops import GPUS
 from tempsamp_fast.model.sequence_parallel import check_sequence_parallel
 from tempsamp_fast.planning.estimate import (
     FRAME_SIZE,
@@ -71,13 +71,14 @@ def decided(config: Config, world_size: int, gpu: str | None = None) -> Config:
     """The settings with a run folder as `model` taken for its newest checkpoint, and `zero_stage="auto"` chosen.
 
     That is the least stage that can offload what is asked for and whose `peak_memory` leaves a tenth of the card free:
-    of `gpu`, a name of `flops.MEMORY_GB`, else of this machine's; without a card the first. Stage 0 of a bfloat16 run
+    of `gpu`, a name of `flops.GPUS`, else of this machine's; without a card the first. Stage 0 of a bfloat16 run
     on a GPU becomes 1, which is told, as is what `gather_weights="auto"` becomes under stage 3.
     """
     config = copy.deepcopy(config)
     config.model.model = model_folder(config.model.model)
     card = card_bytes(gpu)
-    least: Any = str(int(value_size(config.model) == 2 and card < math.inf))
+    dtype = torch.bfloat16 if value_size(config.model) == 2 else torch.float32
+    least: Any = str(least_zero_stage(dtype, has_gpu=card < math.inf))
     if config.train.zero_stage == "0" != least:
         logger.info("zero_stage=0: bfloat16 on a GPU takes 1, for the optimizer that runs on a CPU too")
         config.train = dataclasses.replace(config.train, zero_stage=least)
@@ -107,9 +108,9 @@ def decided(config: Config, world_size: int, gpu: str | None = None) -> Config:
 
 
 def card_bytes(gpu: str | None) -> float:
-    """Memory of a GPU by its name in `flops.MEMORY_GB`, else of this machine's; infinite where there is none."""
+    """Memory of a GPU by its name in `flops.GPUS`, else of this machine's; infinite where there is none."""
     if gpu:
-        return 1e9 * MEMORY_GB[gpu]
+        return 1e9 * GPUS[gpu][1]
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf
 
 
@@ -123,8 +124,9 @@ def describe_fit(config: Config, world_size: int, found: Data, card: float) -> s
             setattr(part, name, value)
         return peak_memory(changed, world_size, found).total
 
-    total = f"{needed() / GIB:.3g} of {card / GIB:.3g} GiB"
-    if needed() < 0.9 * card:
+    planned = needed()
+    total = f"{planned / GIB:.3g} of {card / GIB:.3g} GiB"
+    if planned < 0.9 * card:
         return f"fits: {total}"
     choices: dict[str, dict[str, Any]] = {
         "--gradient_checkpointing true": {"gradient_checkpointing": True},
@@ -174,7 +176,7 @@ def describe_plan(
 ) -> str:
     """The plan as text, for `world_size` devices.
 
-    gpu: a name of `flops.PEAK_BF16_TFLOPS`, whose peak gives the least time that the FLOPs can take, and whose memory
+    gpu: a name of `flops.GPUS`, whose peak gives the least time that the FLOPs can take, and whose memory
     says whether they fit; without one, that of this machine's does.
     measured: what step times are expected from; None expects none.
     network: with `measured`, for a table of what steps take on 1, 8, 64, ... devices.
@@ -226,7 +228,7 @@ def describe_plan(
             f"{traffic[0] / GIB:.3g} to {traffic[1] / GIB:.3g} GiB sent",
         ]
         if gpu:
-            seconds = [each / (PEAK_BF16_TFLOPS[gpu] * 1e12) for each in flops]
+            seconds = [each / (GPUS[gpu][0] * 1e12) for each in flops]
             lines.append(f"         {seconds[0]:.3g} to {seconds[1]:.3g} s at the {gpu}'s peak: a floor, no forecast")
         if measured:
             low, high = (forecast(measured, work, shape, config, phase.method, per_device) for work in (least, most))
@@ -267,9 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, what in NETWORK.items():
         default = getattr(Network, name)
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{what} (default: {default})")
-    parser.add_argument(
-        "--gpu", choices=PEAK_BF16_TFLOPS, help="choose for its memory, and say the least time, at its peak"
-    )
+    parser.add_argument("--gpu", choices=GPUS, help="choose for its memory, and say the least time, at its peak")
     parser.add_argument(
         "--measured",
         type=Path,

@@ -53,12 +53,12 @@ class _Ranks:
             for rank in (0, 1)
         ]
 
-    def _go_on(self, run: Path) -> str:
+    def _go_on(self, run: Path, expected: dict[str, Any]) -> str:
         codes = [child.wait() for child in self._start(run, resume=True)]
-        return f"resume ended with {codes}" if any(codes) else difference(run, self._undisturbed)
+        return f"resume ended with {codes}" if any(codes) else difference(run, expected)
 
     def lost(self, rank: int, number: signal.Signals, moment: str) -> dict[str, Any]:
-        assert self._undisturbed
+        expected = self._undisturbed
         run = fresh(self._folder(f"lost_{rank}_{number.name}_{moment.replace(' ', '_')}"))
         children = self._start(run)
         _wait_until(run, WAIT_FOR[moment], children)
@@ -76,11 +76,11 @@ class _Ranks:
         facts = {"line": line, "took_s": round(took_s, 1)}
         if code != 3 or f"rank {rank} " not in line:
             return {**facts, "outcome": f"the other rank ended with {code}"}
-        return {**facts, "outcome": self._go_on(run) or "ended by name"}
+        return {**facts, "outcome": self._go_on(run, expected) or "ended by name"}
 
     def slow(self, rank: int) -> dict[str, Any]:
         """Stopped nine tenths of the time, which is far from `stall_timeout_s`."""
-        assert self._undisturbed
+        expected = self._undisturbed
         run = fresh(self._folder(f"slow_{rank}"))
         children = self._start(run)
         _wait_until(run, WAIT_FOR["first steps"], children)
@@ -92,10 +92,10 @@ class _Ranks:
         codes = [child.wait() for child in children]
         if any(codes):
             return {"outcome": f"ended with {codes}: {children[1 - rank].log.read_text()[-300:]}"}
-        return {"outcome": difference(run, self._undisturbed) or "survived"}
+        return {"outcome": difference(run, expected) or "survived"}
 
     def asked_to_end(self, rank: int) -> dict[str, Any]:
-        assert self._undisturbed
+        expected = self._undisturbed
         run = fresh(self._folder(f"sigterm_{rank}"))
         children = self._start(run)
         _wait_until(run, WAIT_FOR["first steps"], children)
@@ -104,7 +104,7 @@ class _Ranks:
         if any(codes):
             return {"outcome": f"ended with {codes}: {children[rank].log.read_text()[-300:]}"}
         left = sorted(path.name for path in (run / "checkpoints").iterdir())
-        return {"left": left, "outcome": self._go_on(run) or "equal"}
+        return {"left": left, "outcome": self._go_on(run, expected) or "equal"}
 
 
 def _wait_until(run: Path, text: str, children: list[Child]) -> None:

@@ -117,16 +117,16 @@ def deepspeed_config(train: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
     if stage < least_stage:
         raise ValueError(f"offload={train.offload!r}: needs --zero_stage {least_stage} or more; this run has {stage}")
     if torch.cuda.is_available():
-        if stage < least_zero_stage(dtype):
+        if stage < least_zero_stage(dtype, has_gpu=True):
             raise ValueError(f"zero_stage={stage}: bfloat16 on a GPU needs 1 or more; set it, or --dtype float32")
         if _device(settings["zero_optimization"], "optimizer") == "none":
             settings["optimizer"]["params"] |= {"torch_adam": True, "fused": True}  # its own compiles for a minute
     return settings
 
 
-def least_zero_stage(dtype: torch.dtype) -> int:
+def least_zero_stage(dtype: torch.dtype, has_gpu: bool) -> int:
     """Stage 0 keeps bfloat16 weights by other optimizers on a GPU than on a CPU."""
-    return 1 if dtype == torch.bfloat16 and torch.cuda.is_available() else 0
+    return 1 if dtype == torch.bfloat16 and has_gpu else 0
 
 
 def effective_zero(train: TrainConfig) -> tuple[int, set[str]]:

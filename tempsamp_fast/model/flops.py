@@ -13,22 +13,19 @@ from tempsamp_fast.model.layout import GroupLayout
 from tempsamp_fast.model.packing import PackedRow
 from tempsamp_fast.model.shapes import text_shape
 
-PEAK_BF16_TFLOPS = {
-    "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989, "GH200": 989, "H20": 148,
-    "B200": 2250, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A10": 125,
+GPUS = {
+    "H200 NVL": (835, 141), "H200": (989, 141), "H100 NVL": (835, 94), "H100 PCIe": (756, 80), "H100": (989, 80),
+    "H800": (989, 80), "GH200": (989, 96), "H20": (148, 96), "B200": (2250, 180), "A100": (312, 80), "A800": (312, 80),
+    "L40S": (362, 48), "L40": (181, 48), "L4": (121, 24), "A40": (150, 48), "A10": (125, 24),
 }  # fmt: skip
-"""Dense, by the vendor's data sheets; of several names the first one that matches counts."""
-MEMORY_GB = {
-    "H200 NVL": 141, "H200": 141, "H100 NVL": 94, "H100 PCIe": 80, "H100": 80, "H800": 80, "GH200": 96, "H20": 96,
-    "B200": 180, "A100": 80, "A800": 80, "L40S": 48, "L40": 48, "L4": 24, "A40": 48, "A10": 24,
-}  # fmt: skip
-"""By the same data sheets; of cards sold with several the larger one."""
+"""Dense bf16 TFLOP/s and GB of memory, by the vendor's data sheets; of several names the first one that matches
+counts, of cards sold with several sizes of memory the larger."""
 
 
 def peak_bf16_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU by its CUDA device name, None for one that is not in the table."""
     words = set(re.split(r"[\s-]+", device_name))
-    return next((1e12 * tflops for gpu, tflops in PEAK_BF16_TFLOPS.items() if words.issuperset(gpu.split())), None)
+    return next((1e12 * tflops for gpu, (tflops, _) in GPUS.items() if words.issuperset(gpu.split())), None)
 
 
 def device_peak_flops(device: torch.device) -> float | None:

@@ -19,6 +19,7 @@ from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.model.sequence_parallel import sequence_group, share_out
 from tempsamp_fast.system.device import join_ranks
 from tests.conftest import Tiny
+from tests.model.conftest import ExactOracle
 
 
 def head_of(row: PackedRow, first: int = 0) -> Callable[[Tensor, Tensor], Tensor]:
@@ -72,10 +73,7 @@ def main(words: list[str]) -> None:
     for family in words[1:]:
         tiny = Tiny(family)
         for checkpointed in (False, True):
-            model = tiny.model().double()
-            if "moe" in tiny.family:
-                model.set_experts_implementation("eager")  # grouped products take no float64
-            policy = Policy(model, gradient_checkpointing=checkpointed)
+            policy = Policy(ExactOracle().model(tiny), gradient_checkpointing=checkpointed)
             config = policy.config
             rows = {
                 "groups": pack(doubled(tiny.groups()), config=config, max_tokens_per_row=10_000),

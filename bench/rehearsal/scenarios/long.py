@@ -12,16 +12,16 @@ from bench.gpu_sections.models import UNSTEPPED
 from bench.gpu_sections.update import losses
 from bench.rehearsal.ledger import LEDGER
 from bench.rehearsal.scenarios.engine import pretended_ranks
-from bench.rehearsal.scenarios.models import CHECKPOINTS, config_of, model_of
+from bench.rehearsal.scenarios.models import CHECKPOINTS, model_of
+from bench.rehearsal.scenarios.updates import planned_gib
 from bench.step_contenders import make_prompt, random_group
 from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.batch import Prompt
-from tempsamp_fast.model.architectures import count_parameters
 from tempsamp_fast.model.liger_layers import apply_liger_layers
 from tempsamp_fast.model.packing import pack
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.model.sequence_parallel import check_sequence_parallel, share_out
-from tempsamp_fast.planning.estimate import TEXT_TOKENS, Work, step_memory
+from tempsamp_fast.planning.estimate import TEXT_TOKENS, Work
 
 GRID = (446, 28, 32)
 """Of a video of half an hour at one frame in two seconds: 99,904 tokens."""
@@ -44,17 +44,15 @@ def play(size: str, num_ranks: int) -> dict[str, Any]:
     with pretended_ranks(num_ranks):
         if num_ranks > 1:
             deepspeed.init_distributed(auto_mpi_discovery=False)
-            check_sequence_parallel(num_ranks, config_of(size))
+            check_sequence_parallel(num_ranks, policy.config)
             row = share_out(row, None, policy.config)
         own = row.to("cuda")
         (run,) = losses(policy, [own])
         with LEDGER.phase(f"{size} long row, {num_ranks} ranks") as whole:
             run().backward()
     work = Work(GRID, len(prompt.input_ids), LENGTH, NUM_ANSWERS, num_sampled=0)  # of the update alone
-    parameters = count_parameters(policy.config, settings.model)
-    memory = step_memory(work, policy.config, parameters, settings, 2, num_ranks)
-    planned = (memory.weights + 2 * parameters.trained(settings.model) + memory.activations) / 2**30
-    return {"tokens": row.input_ids.shape[1], **whole.figures(), "planned_gib": round(planned, 2)}
+    planned = planned_gib(work, policy.config, settings)
+    return {"tokens": row.input_ids.shape[1], **whole.figures(), "planned_gib": planned}
 
 
 def long_prompt() -> Prompt:

@@ -14,6 +14,7 @@ from bench.gpu_sections.update import losses
 from bench.rehearsal.ledger import LEDGER, PEAK_FLOPS
 from bench.rehearsal.scenarios.models import CHECKPOINTS, GRID, Shape, model_of, rows_of
 from tempsamp_fast.arguments import parse_args
+from tempsamp_fast.config import Config
 from tempsamp_fast.model.architectures import count_parameters
 from tempsamp_fast.model.flops import forward_flops
 from tempsamp_fast.model.liger_layers import apply_liger_layers
@@ -109,15 +110,15 @@ def _update(size: str, policy: Policy, variant: Variant) -> dict[str, Any]:
         figures[f"mfu_{name}"] = round(flops / (times * seconds) / PEAK_FLOPS, 3)
     figures |= {"model_flops": flops, "peak_gib": round(whole.peak / 2**30, 2)}
     if variant.is_packed:
-        figures["planned_gib"] = round(planned_gib(size, policy.config, variant, row.layout[0].prompt_len), 2)
+        shape, prompt_len = variant.shape, row.layout[0].prompt_len
+        queries = shape.num_groups if shape.is_tree else 1
+        work = Work(GRID, prompt_len, shape.completion_len, shape.num_generations, shape.num_generations, queries)
+        figures["planned_gib"] = planned_gib(work, policy.config, parse_args(variant.flags(size)))
     return figures
 
 
-def planned_gib(size: str, config: Any, variant: Variant, prompt_len: int) -> float:
+def planned_gib(work: Work, config: Any, settings: Config) -> float:
     """Weights, gradients and activations of one pass, as `tempsamp_fast.planning` has them."""
-    settings, shape = parse_args(variant.flags(size)), variant.shape
-    queries = shape.num_groups if shape.is_tree else 1
-    work = Work(GRID, prompt_len, shape.completion_len, shape.num_generations, shape.num_generations, queries)
     parameters = count_parameters(config, settings.model)
     memory = step_memory(work, config, parameters, settings, 2, 1)
-    return (memory.weights + 2 * parameters.trained(settings.model) + memory.activations) / 2**30
+    return round((memory.weights + 2 * parameters.trained(settings.model) + memory.activations) / 2**30, 2)
