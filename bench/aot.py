@@ -253,6 +253,14 @@ def entry_kernels() -> set[str]:
     return {function.__name__ for function in functions if function.__name__.endswith("_kernel")}
 
 
+def row_bits(ttir: str) -> int:
+    """64 where a program's number is widened before anything is computed from it: logits may have 2**31 elements."""
+    numbers = re.findall(r"(%\w+) = tt\.get_program_id x", ttir)
+    lines = [line for line in ttir.splitlines() if "get_program_id" not in line]
+    uses = [line for number in numbers for line in lines if re.search(rf"{number}\b", line)]
+    return 64 if uses and all("arith.extsi" in line for line in uses) else 32
+
+
 def measured(compiled) -> dict:
     """Registers per thread, shared and local memory in bytes, and the static instruction mix of one compiled kernel."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -277,6 +285,7 @@ def measured(compiled) -> dict:
         "spilled_bytes": resources["STACK"] + resources["LOCAL"],
         "num_warps": compiled.metadata.num_warps,
         "num_stages": compiled.metadata.num_stages,
+        "row_bits": row_bits(compiled.asm["ttir"]),
         "instructions": {"total": opcodes.total(), **{name: count for name, count in mix.items() if count}},
     }
 

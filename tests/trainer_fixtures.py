@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 
@@ -204,8 +205,10 @@ class Stepper:
         return [self.run.update(at, self.groups(at)) for at in plan(self.run.phases)]
 
     def weights(self) -> torch.Tensor:
-        """[num_parameters] float32."""
-        return torch.cat([parameter.detach().flatten().clone() for parameter in self.run.policy.parameters()])
+        """[num_parameters] float32, whole where ZeRO-3 has parted them."""
+        parameters = list(self.run.policy.parameters())
+        with deepspeed.zero.GatheredParameters(parameters):
+            return torch.cat([parameter.detach().flatten().clone() for parameter in parameters])
 
 
 @pytest.fixture

@@ -100,7 +100,6 @@ def load_adapters(model: nn.Module, folder: str, allow_pickle: bool) -> Any:
         try:
             if wrapped is None:
                 config = PeftConfig.from_pretrained(str(saved)) if allow_pickle else _settings_of(saved)
-                config.inference_mode = False
                 wrapped = PeftModel(model, config, name, autocast_adapter_dtype=False)
             options = {"is_trainable": name == TRAINED, "autocast_adapter_dtype": False, "torch_device": "cpu"}
             missing = wrapped.load_adapter(str(saved), name, **options).missing_keys

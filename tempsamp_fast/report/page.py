@@ -13,7 +13,15 @@ from typing import Any
 from tempsamp_fast.report import figures
 from tempsamp_fast.report.curves import charts
 from tempsamp_fast.report.gallery import gallery
-from tempsamp_fast.report.runs import RunRecord, ScoreRow, by_method, differing_settings, score_table, step_medians
+from tempsamp_fast.report.runs import (
+    RunRecord,
+    ScoreRow,
+    by_method,
+    constant_rows,
+    differing_settings,
+    score_table,
+    step_medians,
+)
 
 HERE = Path(__file__).parent
 
@@ -106,7 +114,12 @@ def _score_table(rows: Sequence[ScoreRow], runs: Sequence[RunRecord], answers: M
         linked = [_linked(target, row.scores[name].percent()) for name in names]
         gain = [escape(row.gain.percent() if row.gain else "-") for _ in over]
         cells.append([escape(row.method), escape(row.mode), *gain, *linked, str(len(row.seeds))])
-    hint = "In per cent, after the last phase: mean ± 95 % interval over the seeds (Student’s t), "
+    for stage, scores in constant_rows(runs).items():
+        known = [f"{100 * scores[name]:.1f}" if name in scores else "-" for name in names]
+        cells.append([escape(stage), "-", *("-" for _ in over), *known, "-"])
+    counts = sorted({len(answers) for run in runs for answers in run.answers.values()})
+    hint = f"{' or '.join(map(str, counts))} held-out queries. " if counts else ""
+    hint += "In per cent, after the last phase: mean ± 95 % interval over the seeds (Student’s t), "
     if runs[0].task == "grounding":
         hint += (
             "or over the queries where there is one seed. “Oracle of both” takes the better mode of each query by "

@@ -16,6 +16,7 @@ from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from tempsamp_fast.data.text_files import json_rows
@@ -275,6 +276,7 @@ def finish_axes(axes: Axes, rows: Sequence[Row] = ()) -> None:
         axes.axvspan(first, last, color=PHASE_SHADES[index % 2], linewidth=0, zorder=0)
     if ranges:
         axes.set_xlim(ranges[0][1], ranges[-1][2])
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=(1, 2, 2.5, 5, 10), integer=True))  # steps are whole
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, get_args
@@ -46,6 +46,8 @@ class RunRecord:
     """Rows of groups.jsonl: step, phase, and per answer `rewards` by name, `advantages`, `is_off_policy`."""
     answers: dict[str, list[dict[str, Any]]]
     """The last evaluation's answers by mode."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    """summary.json, which a run writes when it ends."""
 
     @property
     def label(self) -> str:
@@ -107,6 +109,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
             metrics=read_rows(folder / "metrics.jsonl"),
             groups=read_rows(folder / "groups.jsonl"),
             answers={mode: read_rows(files[-1]) for mode in get_args(Mode) if (files := eval_files(folder, mode))},
+            summary=read_json(path) if (path := folder / "summary.json").is_file() else {},
         )
         for folder, config, method in zip(folders, configs, name_methods(configs, folders), strict=True)
     ]
@@ -211,6 +214,12 @@ def score_table(runs: Sequence[RunRecord]) -> list[ScoreRow]:
                 )
             )
     return rows
+
+
+def constant_rows(runs: Sequence[RunRecord]) -> dict[str, dict[str, float]]:
+    """By its name, what always answering one span scores: the best span of the training queries, for any answer."""
+    rows = [row for run in runs for row in run.summary.get("rows", ()) if row["mode"] == "-"]
+    return {row["stage"]: row for row in rows}
 
 
 def _gain(pairs: Sequence[tuple[RunRecord, RunRecord]], mode: str) -> Interval:

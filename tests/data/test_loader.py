@@ -44,6 +44,17 @@ def test_without_memory_videos_are_decoded_again(stepper: Callable, decoded: lis
     assert torch.equal(first.video.pixel_values, second.video.pixel_values)
 
 
+def test_a_bad_video_is_replaced_by_the_next_good_sample(stepper: Callable) -> None:
+    """Behind the last one by the first."""
+    run = stepper(*SHORT, "--on_bad_sample", "skip").run
+    samples = list({sample.video: sample for sample in run.train_samples}.values())[:6]
+    run.loader.skipped = {samples[index].video: "broken" for index in (2, 3, 5)}
+    order, places = TrainingOrder(samples, seed=0), {sample.sample_id: index for index, sample in enumerate(samples)}
+    prompts = run.loader.training_prompts(order, range(6), ["answer"] * 6)
+    asked = {order[place]: places[prompt.sample.sample_id] for place, prompt in enumerate(prompts)}
+    assert asked == {0: 0, 1: 1, 2: 4, 3: 4, 4: 4, 5: 0}
+
+
 def test_the_disk_cache_gives_the_same_prompts_without_decoding(
     stepper: Callable, decoded: list[Path], tmp_path: Path
 ) -> None:

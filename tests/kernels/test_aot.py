@@ -92,6 +92,13 @@ def test_logits_and_states_move_in_16_byte_accesses(measurements):
             assert row["instructions"]["global_store_16_byte"] >= 2, label
 
 
+def test_rows_of_logits_and_states_are_counted_in_64_bits(measurements):
+    """Offsets of int32 would go wrong beyond 2**31 elements, which test_offsets.py meets on a GPU."""
+    for label, row in measurements.items():
+        if label.split(": ")[1].split("(")[0] in READ_LOGITS + WRITE_GRADIENTS + CHANGE_STATES:
+            assert row["row_bits"] == 64, label
+
+
 def test_committed_table_lists_the_same_kernels(measurements, arch, cases):
     committed = json.loads((BENCH / "results/aot.json").read_text())["kernels"]
     of_cases = {label for label in committed if not cases or label.split(": ")[0] in cases}

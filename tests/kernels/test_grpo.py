@@ -179,18 +179,23 @@ def test_metrics_equal_the_naive_means_of_all_on_policy_and_off_policy_tokens(pa
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_masked_tokens_may_hold_nan(packed, impl):
+    """Their advantages too; where they leave the backward pass, and where they stay as those that no host can see."""
     batch = packed(LENGTHS, seed=8, masked=0.4)
-    clean, _ = fused(kept := batch.learned(), impl=impl)
+    advantages = batch.advantages[batch.row_ids]
     nan = {
         name: getattr(batch, name).masked_fill(~batch.mask.view(-1, *[1] * (getattr(batch, name).ndim - 1)), torch.nan)
         for name in ("hidden", "old_logps", "ref_logps")
     }
     ids = batch.token_ids.masked_fill(~batch.mask, -100)
-    dirty, metrics = fused(poisoned := replace(batch, **nan, token_ids=ids).learned(), impl=impl)
-    assert torch.equal(clean, dirty)
-    for expected, actual in zip(kept.gradients(), poisoned.gradients(), strict=True):
-        assert torch.equal(expected, actual)
-    assert metrics.vector.isfinite().all()
+    for live_rows in (None, torch.ones_like(batch.mask, device="cpu")):
+        options = {"live_rows": live_rows, "impl": impl}
+        clean, _ = fused(kept := batch.learned(), advantages=advantages, **options)
+        poisoned = replace(batch, **nan, token_ids=ids).learned()
+        dirty, metrics = fused(poisoned, advantages=advantages.masked_fill(~batch.mask, torch.nan), **options)
+        assert torch.equal(clean, dirty)
+        for expected, actual in zip(kept.gradients(), poisoned.gradients(), strict=True):
+            assert torch.equal(expected, actual)
+        assert metrics.vector.isfinite().all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

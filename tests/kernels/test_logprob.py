@@ -55,6 +55,22 @@ def test_the_entropy_alone_has_the_gradient_of_fp64(packed, naive_logprobs, impl
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_a_backward_outside_of_autocast_makes_the_logits_of_the_forward_again(impl):
+    """Of rounded operands, as if they had been given so; hidden states are large, so that other logits show."""
+    hidden, weight, token_ids = head(5, 8, 37)
+    hidden = (256 * hidden).detach().requires_grad_()
+    narrow, narrow_weight = (each.detach().bfloat16().requires_grad_() for each in (hidden, weight))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        logp, _ = linear_logprob(hidden, weight, token_ids, chunk_size=3, impl=impl)
+    expected, _ = linear_logprob(narrow, narrow_weight, token_ids, chunk_size=3, impl=impl)
+    logp.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(logp, expected)
+    torch.testing.assert_close(hidden.grad.bfloat16(), narrow.grad)
+    torch.testing.assert_close(weight.grad.bfloat16(), narrow_weight.grad)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", [(2, 3), (2, 1), ()], ids=["per token", "per row", "one"])
 def test_each_token_has_its_own_temperature(impl, shape):
     hidden, weight, token_ids = head(6, 5, 11)

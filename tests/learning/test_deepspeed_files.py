@@ -174,6 +174,14 @@ def test_offloading_that_is_asked_for_is_not_taken_back(tmp_path: Path, asked: s
         deepspeed_config(train, torch.float32)
 
 
+@pytest.mark.parametrize(("asked", "stage", "least"), [("optimizer", "0", 1), ("all", "0", 3), ("all", "2", 3)])
+def test_offloading_in_a_stage_that_cannot_is_refused(asked: Any, stage: Any, least: int) -> None:
+    train = TrainConfig(offload=asked, zero_stage=stage)
+    named = f"offload='{asked}': needs --zero_stage {least} or more; this run has {stage}"
+    with pytest.raises(ValueError, match=named):
+        deepspeed_config(train, torch.float32)
+
+
 @pytest.mark.parametrize(
     "content",
     [

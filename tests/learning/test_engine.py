@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.learning.deepspeed_settings import deepspeed_config
-from tempsamp_fast.learning.engine import build_engine
+from tempsamp_fast.learning.engine import RowsTooLargeError, build_engine, check_fitted
 
 
 def test_settings_of_the_optimizer_reach_deepspeed() -> None:
@@ -52,3 +55,15 @@ def test_an_engine_that_rounds_the_frequencies_of_positions_is_refused(monkeypat
     monkeypatch.setattr(deepspeed, "initialize", initialize)
     with pytest.raises(ValueError, match="rounds inv_freq"):
         build_engine(policy, parse_args(["--zero_stage", "1"]).train, torch.bfloat16)
+
+
+def test_rows_that_did_not_fit_on_another_rank_are_too_large_on_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks pack again, by the longest row of any."""
+    of_the_other = iter([1, 900])  # it had no memory, for a row of 900 tokens
+    monkeypatch.setattr(
+        "tempsamp_fast.learning.engine.max_over_ranks", lambda own, device: max(own, next(of_the_other))
+    )
+    rows: list[Any] = [SimpleNamespace(num_tokens=40)]
+    with pytest.raises(RowsTooLargeError) as error:
+        check_fitted(rows, True, torch.device("cpu"))
+    assert error.value.num_tokens == 900

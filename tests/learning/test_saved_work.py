@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from tempsamp_fast.data.prompts import off_policy_text
 from tempsamp_fast.learning import balance as balance_module
 from tempsamp_fast.learning import metrics as metrics_module
 from tempsamp_fast.learning.balance import MIN_GAIN, assign_groups, balance, new_owners
+from tempsamp_fast.learning.engine import in_step
 from tempsamp_fast.learning.groups import RecordedRollouts
 from tempsamp_fast.learning.loss import idle_loss
 from tempsamp_fast.model.flops import forward_flops
@@ -115,6 +118,22 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForImageTextToText.from_pretrained(folder / "model").named_parameters())
 
 
+@pytest.mark.parametrize("has_frozen_tower", [False, True])
+def test_a_rank_with_fewer_rows_than_another_has_idle_ones_after_them(
+    tiny, monkeypatch: pytest.MonkeyPatch, has_frozen_tower: bool
+) -> None:
+    """Which run the vision tower where the others' rows do."""
+    policy = Policy(tiny.model())
+    policy.base_model.model.visual.requires_grad_(not has_frozen_tower)
+    monkeypatch.setattr("tempsamp_fast.learning.engine.max_over_ranks", lambda own, device: max(own, 3))
+    engine: Any = SimpleNamespace(module=policy, device=torch.device("cpu"), zero_optimization_stage=lambda: 2)
+    own = pack(tiny.groups()[:1], config=policy.config, max_tokens_per_row=1000)
+    first, *idle = in_step(engine, own)
+    assert first is own[0]
+    assert [each.num_completions for each in idle] == [1, 1]
+    assert [each.vision is not None for each in idle] == [has_frozen_tower] * 2
+
+
 @pytest.mark.parametrize("has_features", [False, True])
 def test_an_idle_row_gives_every_parameter_a_gradient_of_zero(tiny, has_features: bool) -> None:
     """Through the vision tower too, unless its features are at hand everywhere."""
@@ -170,7 +189,12 @@ def on_two_ranks(monkeypatch: pytest.MonkeyPatch, groups: Sequence[Sequence], co
     """What each of two ranks has after `balance`; only the first one sends."""
     told = list(map(trees_told(config), groups))
     monkeypatch.setattr(balance_module, "num_ranks", lambda: 2)
-    monkeypatch.setattr(balance_module, "of_all_ranks", lambda _: told)
+
+    def of_all_ranks(own: list) -> list[list]:
+        assert own == told[balance_module.own_rank()]
+        return told
+
+    monkeypatch.setattr(balance_module, "of_all_ranks", of_all_ranks)
     sent: list[torch.Tensor] = []
 
     def all_to_all(arrived, outgoing, coming, splits) -> None:
@@ -197,20 +221,21 @@ def trees_told(config) -> Callable:
 
 @pytest.mark.parametrize("tiny", ["qwen3_vl"], indirect=True)
 def test_a_group_arrives_with_its_features_and_advantages(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the first of two ranks to the second, as bytes."""
+    """Three from the first of two ranks to the second, as bytes, behind texts of several lengths."""
     groups = []
-    for seed in range(3):
+    for seed in range(6):
         group = tiny.group(tiny.prompt((2, 4, 4), seed=seed), [3, 2], seed=seed)
         features = VisionFeatures(torch.full((8, 32), float(seed)), (torch.full((8, 32), -float(seed)),))
-        prompt = replace(group.prompt, video=replace(group.prompt.video, features=features))
+        sample = replace(group.prompt.sample, query="q" * (1 + seed))
+        prompt = replace(group.prompt, sample=sample, video=replace(group.prompt.video, features=features))
         groups.append(replace(group, prompt=prompt, advantages=torch.tensor([1.0, float(seed)])))
     arrived = on_two_ranks(monkeypatch, [groups, []], tiny.model().config)
-    assert [len(arrived[rank]) for rank in range(2)] == [2, 1]
-    assert {group.prompt.sample.sample_id for group in [*arrived[0], *arrived[1]]} == {f"sample-{i}" for i in range(3)}
+    assert [len(arrived[rank]) for rank in range(2)] == [3, 3]
+    assert {group.prompt.sample.sample_id for group in [*arrived[0], *arrived[1]]} == {f"sample-{i}" for i in range(6)}
     for group in [*arrived[0], *arrived[1]]:
-        seed, features = float(group.prompt.sample.sample_id.removeprefix("sample-")), group.prompt.video.features
+        seed, features = int(group.prompt.sample.sample_id.removeprefix("sample-")), group.prompt.video.features
         assert bool((features.embeds == seed).all()) and bool((features.deepstack[0] == -seed).all())
-        assert group.advantages.tolist() == [1.0, seed]
+        assert group.advantages.tolist() == [1.0, seed] and group.prompt.sample.query == "q" * (1 + seed)
 
 
 def test_groups_about_one_video_travel_together_and_stay_about_one(tiny, monkeypatch: pytest.MonkeyPatch) -> None:

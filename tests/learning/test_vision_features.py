@@ -109,6 +109,16 @@ def test_features_on_disk_are_those_of_one_tower(stepper, decoded: list[Path], t
     assert not decoded  # its pixels were stored too
 
 
+@pytest.mark.parametrize("tiny", ["qwen2_5_vl"], indirect=True)
+def test_towers_with_other_windows_have_other_fingerprints(tiny) -> None:
+    """Though their weights are alike."""
+    model = tiny.model()
+    first = tower_fingerprint(model)
+    assert tower_fingerprint(tiny.model()) == first
+    model.config.vision_config.window_size *= 2
+    assert tower_fingerprint(model) != first
+
+
 def test_features_of_a_trained_tower_cannot_be_cached(trainer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cache_features=True.*freeze_vision"):
         trainer.run(tmp_path / "run", "--phases", "sft:1", "--cache_features")

@@ -17,7 +17,9 @@ from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.export import export
 from tempsamp_fast.model.loading import load_model
 from tempsamp_fast.model.lora import REFERENCE, TRAINED, as_reference, merged_parameters
+from tempsamp_fast.model.packing import pack
 from tempsamp_fast.run.checkpoint import latest_checkpoint
+from tempsamp_fast.run.schedule import plan
 
 LORA = ("--lora_rank", "4", "--learning_rate", "1e-3", "--beta", "0.04")
 
@@ -35,6 +37,22 @@ def test_only_adapters_learn_and_the_reference_is_the_model_without_them(stepper
     assert one.run.reference is not None and not (one.run.folder / REFERENCE).exists()
     assert rows[0]["policy/kl"] == pytest.approx(0, abs=1e-7) and rows[1]["policy/kl"] > 0
     assert not one.run.policy.base_model.lm_head.weight.requires_grad
+
+
+def test_the_reference_gives_what_the_model_did_before_its_adapters_learned(stepper) -> None:
+    one = stepper("--phases", "tempsamp:1", *LORA)
+    at = next(plan(one.run.phases))
+    groups = one.groups(at)
+    (row, *_) = pack(groups, config=one.run.policy.config, max_tokens_per_row=10_000)
+
+    @torch.no_grad()
+    def hidden(policy: Any) -> torch.Tensor:
+        return policy(row, lambda hidden, weight: hidden)
+
+    before = hidden(one.run.policy)
+    one.run.update(at, groups)
+    assert not torch.allclose(hidden(one.run.policy), before, atol=1e-4)
+    torch.testing.assert_close(hidden(one.run.reference), before)
 
 
 def test_after_supervised_steps_the_reference_keeps_what_the_adapters_had_learned(stepper) -> None:

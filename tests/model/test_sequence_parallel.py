@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from tempsamp_fast.model.sequence_parallel import check_sequence_parallel, sequence_group
+from tempsamp_fast.model.sequence_parallel import UlyssesAttention, check_sequence_parallel, sequence_group
 from tests.conftest import Tiny
 
 
@@ -31,6 +34,24 @@ def test_ranks_that_share_a_row_make_its_loss_and_gradients(
     found = json.loads(errors.read_text())
     assert len(found) == 7 * len(families)
     assert {name: pair for name, pair in found.items() if max(pair) > 1e-10} == {}
+
+
+@pytest.mark.parametrize(("num_ranks", "heads"), [(2, [0, 1]), (4, [0, 0, 1, 1])])
+def test_every_rank_has_a_key_value_head(monkeypatch: pytest.MonkeyPatch, num_ranks: int, heads: list[int]) -> None:
+    """Four ranks get each of two heads twice, side by side as the query heads that read it; a double of DeepSpeed's."""
+    exchanged: list[torch.Tensor] = []
+
+    def exchange(query: torch.Tensor, *keys_and_values: Any) -> torch.Tensor:
+        exchanged.extend(keys_and_values[:2])
+        return query
+
+    layer = SimpleNamespace(DistributedAttention=lambda *_, **__: exchange)
+    monkeypatch.setitem(sys.modules, "deepspeed.sequence.layer", layer)
+    inner: Any = SimpleNamespace(recurrence=None)
+    shares: Any = SimpleNamespace(num_ranks=num_ranks, group=None)
+    key = torch.arange(2.0)[None, :, None, None].expand(1, 2, 3, 8)
+    UlyssesAttention(inner, shares)(0, torch.zeros(1, 4, 3, 8), key, key, 1.0)
+    assert [tensor[0, 0, :, 0].tolist() for tensor in exchanged] == [heads, heads]
 
 
 @pytest.mark.parametrize(

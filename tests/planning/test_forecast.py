@@ -88,6 +88,14 @@ def test_a_rehearsal_is_called_simulated(results: Path, capsys: pytest.CaptureFi
     assert f"simulated, not measured: expected from {results} (simulated H100)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("gpu", "says"), [("H100", False), ("A100", True)])
+def test_a_plan_for_another_gpu_than_was_measured_says_so(
+    results: Path, capsys: pytest.CaptureFixture[str], gpu: str, says: bool
+) -> None:
+    assert main([*RECIPE, "--measured", str(results), "--gpu", gpu]) == 0
+    assert (f"; these are not times of the {gpu} asked for\n" in capsys.readouterr().out) is says
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [

@@ -38,7 +38,11 @@ def test_only_what_nothing_is_computed_beside_is_waited_for() -> None:
     for is_beside, expected in ((True, reduce_s - 1.0), (False, reduce_s)):
         messages = [Message("update", "all_reduce", 900e9, is_beside)]
         assert step_on(8, one, messages, 2, [100], EXACT).network_s == pytest.approx(expected)
-    gathers = [Message("update", "all_gather", 90e9, True), Message("rollout", "all_gather", 90e9)] * 2
+    gathers = [
+        Message("update", "all_gather", 90e9, True),
+        Message("rollout", "all_gather", 90e9),
+        Message("rollout", "all_gather", 90e9, True),
+    ] * 2
     assert step_on(8, one, gathers, 2, [100], EXACT).network_s == pytest.approx(2 * 0.175)
 
 

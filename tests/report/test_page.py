@@ -41,6 +41,8 @@ def write_run(folder, shaping, seed, video, span):
     ]
     (folder / "eval").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
+    constant = {"stage": "constant 1.0-3.0 s", "mode": "-", "miou": 0.125, "r1@0.5": 0.0}
+    (folder / "summary.json").write_text(json.dumps({"num_queries": 2, "rows": [{"mode": "answer"}, constant]}))
     files = {"metrics": metrics, "groups": groups, "eval/start_answer": answers, "eval/1_tempsamp_answer": answers}
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -97,9 +99,11 @@ def test_the_page_carries_its_curves_and_every_answer(page):
 
 def test_each_score_leads_to_its_answers_and_gains_come_first(page):
     table = page.read_text().partition("<h2>Scores</h2>")[2].partition("</table>")[0]
-    header, first, second = [re.findall("<t[hd]>(.*?)</t", line) for line in table.split("</tr>")[:-1]]
+    header, first, second, constant = [re.findall("<t[hd]>(.*?)</t", line) for line in table.split("</tr>")[:-1]]
     assert header[:4] == ["method", "mode", "miou over mixed-*, points", "miou"] and header[-1] == "seeds"
     assert first[2:4] == ["-", '<a href="#answers-answer-0">25.0 ± 0.0</a>'] and second[2] == "0.0 ± 0.0"
+    assert constant[:4] == ["constant 1.0-3.0 s", "-", "-", "12.5"] and constant[header.index("r1@0.5")] == "0.0"
+    assert "2 held-out queries." in page.read_text()
 
 
 def test_what_a_page_carries_cannot_end_its_script(tmp_path):

@@ -86,6 +86,7 @@ def test_the_release_rewards_the_first_answer_block(text, spans):
     [
         ("[[0, 3.5], [10, 12]]", [(0, 3.5), (10, 12)]),
         ("<think>[[1, 2]]</think> <answer>\n[[12, 3.5]]\n</answer>", [(3.5, 12)]),
+        ("<think> Not [[1, 2]]. </think> [[12, 3.5]]", [(3.5, 12)]),
         ("So: ```json\n[[1, 2]]\n``` or [[3, 4]]", [(1, 2)]),
         ("It is [[1, 2], [3, 4]], I think [[5, 6]]", [(1, 2), (3, 4)]),
         ("[]", []),

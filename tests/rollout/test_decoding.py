@@ -66,6 +66,22 @@ def test_replayed_passes_draw_the_same_tokens(tiny, recorder: Recorder) -> None:
     assert recorder.num_replays == PARAMS.max_completion_length - 1
 
 
+@pytest.mark.parametrize("tiny", ["qwen2_5_vl"], indirect=True)
+def test_another_temperature_is_recorded_anew(tiny, recorder: Recorder) -> None:
+    """As of a greedy evaluation between rollouts that are not."""
+    policy, decoder = Policy(tiny.model()), GraphDecoder()
+    prompts = [group.prompt for group in tiny.groups()]
+
+    def draw(temperature: float, decoder: Decoder | None) -> list[SampledAnswer]:
+        params = SamplingParams(temperature, max_completion_length=4)
+        answers = generate(policy, prompts, 2, params, seed=(4,), eos_token_ids=[], decoder=decoder)
+        return [answer for group in answers for answer in group]
+
+    for temperature in (1.0, 0.0):
+        assert_same(draw(temperature, decoder), draw(temperature, None))
+    assert recorder.num_recordings == 2
+
+
 class Frozen:
     """Stands in for `record_cuda_graph`: replays run the pass with the Python objects of the rollout that recorded it.
 

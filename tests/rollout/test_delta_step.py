@@ -25,3 +25,13 @@ def test_a_step_is_the_rule(impl: str, dims: tuple[int, int], dtype: torch.dtype
     rough = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(output.float(), expected[:, 0], **rough)
     torch.testing.assert_close(own, expected_state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_step_of_some_rows_changes_their_states_alone(impl: str) -> None:
+    *tokens, state = (each.detach().float() for each in inputs(1, batch=NUM_ROWS, dims=(6, 5)))
+    _, expected = token_by_token(*tokens, state)
+    own, slots = state.clone(), torch.tensor([0, 2])
+    delta_step(own, slots, *(each[slots, 0] for each in tokens), impl=impl)
+    torch.testing.assert_close(own[slots], expected[slots], rtol=1e-5, atol=1e-5)
+    assert torch.equal(own[1], state[1])

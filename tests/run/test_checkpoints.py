@@ -42,11 +42,15 @@ def spoil(path: Path) -> None:
     path.write_bytes(content)
 
 
-def write_files(folder: Path, changed: Callable[[dict[str, Any]], Any]) -> None:
-    """Change what the folder's state.json holds under `files`."""
+def write_state(folder: Path, changed: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Change what the folder's state.json holds."""
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").unlink()
-    (folder / "state.json").write_text(json.dumps(state | {"files": changed(state["files"])}))
+    (folder / "state.json").write_text(json.dumps(state | changed(state)))
+
+
+def write_files(folder: Path, changed: Callable[[dict[str, Any]], Any]) -> None:
+    write_state(folder, lambda state: {"files": changed(state["files"])})
 
 
 SPOILED: dict[str, Callable[[Path], Any]] = {
@@ -60,6 +64,7 @@ SPOILED: dict[str, Callable[[Path], Any]] = {
     "a file whose digest is a number": lambda folder: write_files(folder, lambda files: files | {"engine": 3}),
     "a file whose digest lacks its hash": lambda folder: write_files(folder, lambda files: files | {"engine": [3]}),
     "a state.json of another step": lambda folder: shutil.copy(folder.parent / "step_000004/state.json", folder),
+    "a step that is not the one of its name": lambda folder: write_state(folder, lambda _: {"step": 4}),
 }
 
 
@@ -241,6 +246,21 @@ def test_a_disk_that_is_almost_full_is_noticed_before_anything_is_written(
     line = refused(trainer.flags(tmp_path / "run", "--phases", "sft:1"))
     assert "almost full" in line and "step_000001" in line
     assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_a_disk_without_room_for_a_checkpoint_like_the_last_is_almost_full(
+    trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a tenth more."""
+    run = trainer.run(tmp_path / "run", "--phases", "sft:2")
+    run.save(1)
+    run.saving.finish()
+    (last,) = checkpoints(run.folder)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=durable.size_of(last)))
+    with pytest.raises(OSError, match=r"step_000002: checkpoint not written: .*almost full"):
+        run.save(2)
+    assert checkpoints(run.folder) == [last]
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(

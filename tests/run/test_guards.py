@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,19 @@ def test_a_group_that_does_not_fit_is_run_in_stages_of_its_prompt(stepper, monke
     other = stepper(*GRPO, "--max_tokens_per_row", str(longest_prompt), *LONGER_ONES)
     assert other.run.update(at, groups)["loss"] == metrics["loss"]
     assert torch.equal(other.weights(), small.weights())
+
+
+def test_a_group_that_does_not_fit_has_room_for_its_longest_answer(stepper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than the prompt and than half a row."""
+    small = stepper("--phases", "sft:1", "--gradient_accumulation_steps", "1")
+    at = next(plan(small.run.phases))
+    (group,) = small.groups(at)
+    (answer,) = group.completions
+    times = 1 + 2 * len(group.prompt.input_ids) // len(answer.ids)
+    longer = replace(answer, ids=answer.ids.repeat(times))
+    spoil_loss(monkeypatch, lambda call: out_of_memory if call == 0 else None)
+    metrics = small.run.update(at, [replace(group, completions=[longer])])
+    assert metrics["batch/max_tokens_per_row"] == len(longer.ids)
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,14 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.batch import Completion, RolloutGroup
 from tempsamp_fast.config import AlgorithmConfig
 from tempsamp_fast.evaluation.asking import evaluate
 from tempsamp_fast.infer import main as infer_main
 from tempsamp_fast.learning.advantage import advantage_metrics, assign_advantages
 from tempsamp_fast.learning.groups import reward_metrics
-from tempsamp_fast.learning.metrics import mean_over_ranks
+from tempsamp_fast.learning.metrics import mean_over_ranks, number_per_rank
 from tempsamp_fast.rollout.token_sampling import SamplingParams, choose_tokens
 from tempsamp_fast.run.log import ZERO_STEPS, RunLog
 from tempsamp_fast.run.results import table
@@ -95,6 +96,12 @@ def test_means_over_groups_weigh_ranks_by_their_groups(monkeypatch: pytest.Monke
     assert mean_over_ranks({}, 1) == {"reward/tiou": 0.75, "time/step_s": 1.5}
 
 
+def test_a_count_is_the_mean_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempsamp_fast.learning.metrics.num_ranks", lambda: 4)
+    monkeypatch.setattr("tempsamp_fast.learning.metrics.dist.all_reduce", lambda total: total.add_(9))
+    assert number_per_rank(3, torch.device("cpu")) == 3
+
+
 def test_a_kl_that_is_not_computed_is_not_in_the_record(finished_run, trainer, tmp_path: Path) -> None:
     """Supervised steps have none, nor has reinforcement without a reference."""
     by_phase = {row["phase"]: row for row in finished_run.rows}
@@ -115,8 +122,6 @@ def test_epochs_count_on_through_the_phases(finished_run) -> None:
 
 @pytest.fixture
 def log(tmp_path: Path, trainer) -> RunLog:
-    from tempsamp_fast.arguments import parse_args
-
     return RunLog(tmp_path, parse_args(trainer.flags(tmp_path)), 100, 0, active=True)
 
 
@@ -125,6 +130,13 @@ def test_steps_without_any_reward_are_warned_about_once(log: RunLog, caplog: pyt
         log.log(step, "grpo/answer", {"reward/on_policy_mean": reward})
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warned) == 1 and "max_completion_length" in warned[0] and f"step {2 * ZERO_STEPS - 1}" in warned[0]
+
+
+def test_ranks_but_the_first_keep_no_record(tmp_path: Path) -> None:
+    with RunLog(tmp_path / "run", parse_args([]), 1, 0, active=False) as log:
+        log.log(0, "grpo/answer", {"loss": 1.0})
+        log.log_groups(0, "grpo/answer", [group(answer(0.0), answer(1.0))])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_line_of_piped_output_has_total_clock_and_time_left(log: RunLog, caplog: pytest.LogCaptureFixture) -> None:

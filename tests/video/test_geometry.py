@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as transformers_qwen2
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as transformers_qwen3
 
 from tempsamp_fast.model.families import geometry_of
@@ -39,6 +42,13 @@ def test_video_size_is_that_of_transformers_qwen3(frames: int, height: int, widt
     assert ours == outcome(transformers_qwen3, frames, height, width, 2, 32, *bounds)
 
 
+def test_an_odd_number_of_frames_meets_the_bounds_of_qwen3_as_the_even_one_that_transformers_makes_of_it() -> None:
+    """Three count as four: over the most pixels, as which they would not be."""
+    bounds = (1024, 390 * 1024)
+    ours = smart_resize_video(3, 320, 320, 32, *bounds)
+    assert ours == transformers_qwen3(3, 320, 320, 2, 32, *bounds) == (352, 352)
+
+
 @pytest.mark.parametrize("num_frames", [4, 20, 67, 768])
 def test_budget_of_qwen_vl_utils_bounds_each_frame(num_frames: int) -> None:
     geometry = Geometry()
@@ -68,6 +78,14 @@ def test_sizes_come_from_the_model_config() -> None:
     assert (geometry.factor, geometry.row_width, geometry.mean) == (16, 3 * 2 * 64, (0.5, 0.5, 0.5))
     with pytest.raises(ValueError, match="model_type"):
         geometry_of(SimpleNamespace(model_type="llava", vision_config=vision))
+
+
+@pytest.mark.parametrize(
+    ("family", "processor"), [("qwen2_5_vl", Qwen2VLImageProcessorPil), ("qwen3_vl", Qwen3VLVideoProcessor)]
+)
+def test_frames_are_normalised_as_by_the_processor_of_the_family(family: Any, processor: Any) -> None:
+    geometry = Geometry.of_family(family)
+    assert (list(geometry.mean), list(geometry.std)) == (list(processor.image_mean), list(processor.image_std))
 
 
 @pytest.mark.parametrize(

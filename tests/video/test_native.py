@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchcodec.decoders import VideoDecoder
 
-from tempsamp_fast.video import Geometry, Sampling, load_videos
+from tempsamp_fast.video import Geometry, Limits, Sampling, load_videos
 from tempsamp_fast.video.patches import normalise_rows, patchify, resize_frames, unpatchify
 from tests.video.corpus import ffmpeg
 
@@ -181,6 +181,21 @@ def test_a_lost_frame_leaves_its_place_to_the_next_also_where_padding_makes_as_m
     frames = unpatchify(batch.pixel_values, result.grid_thw, geometry)
     assert result.status == "partial" and result.num_frames % 2 == 1
     assert torch.equal(frames[result.num_frames], frames[result.num_frames - 1])
+
+
+@pytest.mark.parametrize(
+    ("states", "code"),
+    [((1, 1, 0, 0), "TRUNCATED"), ((1, 1, 2, 0), "DAMAGED"), ((1, 1, 1, 2), "DAMAGED"), ((1, 0, 1, 1), "DAMAGED")],
+)
+def test_a_video_is_cut_off_where_nothing_but_its_end_is_missing(
+    states: tuple[int, ...], code: str, clips: dict[str, Path]
+) -> None:
+    """Damaged frames (2) at its end are no cut, nor are missing ones (0) before good ones (1)."""
+    index = native.read_index(clips["h264"], 10.0, Limits())
+    plan = native.Plan(index, np.arange(4), np.arange(4) / 12, 0.0, 1 / 12, (56, 84))
+    rows = torch.zeros(plan.num_patches(Geometry()), Geometry().row_width, dtype=torch.uint8)
+    _, result = plan.result(clips["h264"], rows, Geometry(), np.array(states), ("OK", ""), keep_partial=True)
+    assert (result.status, result.code, result.num_frames) == ("partial", code, states.count(1))
 
 
 def test_raw_pictures_in_y4m_have_the_bits_of_torchcodec(tmp_path: Path) -> None:

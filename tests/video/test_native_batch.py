@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tempsamp_fast.video import Geometry, Limits, Sampling, VideoBatch, load_videos
+from tempsamp_fast.video import Geometry, Limits, Sampling, VideoBatch, VideoError, load_videos
 from tests.video.corpus import H264, ffmpeg, joined
 from tests.video.verdict import EVERY_FRAME, GEOMETRY
 
@@ -79,6 +79,21 @@ def test_a_deadline_leaves_other_videos_of_the_batch_alone(slow_clip: Path, corp
     assert batch.results[0].code == "DEADLINE" and batch.results[1].status == "ok"
 
 
+def test_reading_the_index_counts_for_the_deadline(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of it is for decoding."""
+    asked: list[dict] = []
+    decode = _video.decode
+
+    def noting(requests: list[dict], **options: int) -> list:
+        asked.extend(requests)
+        return decode(requests, **options)
+
+    monkeypatch.setattr(_video, "decode", noting)
+    load([corpus / "h264.mp4"], deadline_s=10.0)
+    (request,) = asked
+    assert request["deadline_s"] == 10.0 - request["index"].read_s < 10.0
+
+
 def test_an_exception_from_a_signal_handler_cancels_the_call(slow_clip: Path) -> None:
     """Of a minute of decoding, less than three seconds are done."""
 
@@ -108,9 +123,27 @@ def test_a_stream_that_grows_past_the_limit_is_not_decoded(corpus: Path, tmp_pat
     assert result.status == "partial" and 140 < result.num_frames <= 150
 
 
+def test_the_good_frames_of_a_damaged_video_are_kept_only_where_asked_for(corpus: Path) -> None:
+    path = corpus / "truncated.mp4"
+    (kept,) = load([path]).results
+    assert kept.status == "partial" and kept.num_frames > 2
+    left_out = load([path], on_error="skip")
+    assert (left_out.results[0].status, left_out.results[0].code) == ("failed", kept.code)
+    assert len(left_out.pixel_values) == 0
+    with pytest.raises(VideoError, match=r"truncated\.mp4: \d+ of \d+ wanted frames are good"):
+        load([path], on_error="raise")
+
+
 def test_more_frames_than_the_limit_are_refused(corpus: Path) -> None:
     (result,) = load([corpus / "h264.mp4"], limits=Limits(max_num_frames=149)).results
     assert (result.status, result.code) == ("failed", "LIMIT_EXCEEDED")
+
+
+def test_more_bytes_of_patches_than_the_limit_are_refused(corpus: Path) -> None:
+    num_bytes = load([corpus / "h264.mp4"]).pixel_values.nbytes
+    for most, code in ((num_bytes, "OK"), (num_bytes - 1, "LIMIT_EXCEEDED")):
+        (result,) = load([corpus / "h264.mp4"], limits=Limits(max_patch_bytes=most)).results
+        assert result.code == code
 
 
 @pytest.mark.parametrize("name", [*NAMES, "joined.ts", "packed.mp4", "one_frame.gif"])
