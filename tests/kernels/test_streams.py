@@ -137,7 +137,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("panel_rows", [16, 9])
+@pytest.mark.parametrize("panel_rows", [pytest.param(16, marks=pytest.mark.slow), 9])
 @pytest.mark.parametrize("step", STEPS)
 def test_no_memory_is_touched_by_two_streams_out_of_order_and_no_bit_changes(
     packed, monkeypatch, book, step, panel_rows, impl

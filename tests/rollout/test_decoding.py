@@ -158,6 +158,7 @@ def test_programs_beyond_the_spans_of_a_rollout_find_nothing_to_do(tiny, monkeyp
     assert second == sorted(second, reverse=True) and int(seen[1][:, 3].sum()) == len(short.input_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiny", ["qwen2_5_vl"], indirect=True)
 def test_rows_that_retire_and_room_that_grows_are_recorded_anew(tiny, recorder: Recorder, monkeypatch) -> None:
     expected = sample(tiny)

@@ -119,7 +119,7 @@ def evaluated(trainer, clips: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder, words
 
 
-@pytest.mark.parametrize("when", [1, 5, 7])
+@pytest.mark.parametrize("when", [1, pytest.param(5, marks=pytest.mark.slow), 7])
 def test_ctrl_c_in_an_evaluation_saves_and_it_is_made_up_for(
     trainer, evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, when: int
 ) -> None:
