@@ -27,7 +27,7 @@ from tempsamp_fast.data.prompt_file import read_prompt_file
 from tempsamp_fast.learning.deepspeed_settings import effective_zero, least_zero_stage
 from tempsamp_fast.learning.own_rewards import reward_function, reward_terms, try_rewards
 from tempsamp_fast.model.architectures import count_parameters, model_config
-from tempsamp_fast.model.flops import GPUS, peak_bf16_flops
+from tempsamp_fast.model.flops import GPUS, known_gpu
 from tempsamp_fast.model.sequence_parallel import check_sequence_parallel
 from tempsamp_fast.planning.estimate import (
     FRAME_SIZE,
@@ -190,14 +190,13 @@ def describe_plan(
     grids = video_grids(config.data, found, shape)
     tokens = [t * h * w // 4 for t, h, w in grids]
     known = f"{sum(tokens) / len(tokens):.0f} on average, " if found.durations_s else ""
-    height, width = found.frame_size or FRAME_SIZE
-    size = f"of {width} x {height}, the largest of some" if found.frame_size else f"taken to be {width} x {height}"
+    size = f"{FRAME_SIZE[1]} x {FRAME_SIZE[0]}"
     lines = [
         f"An estimate for {world_size} device(s), {'bfloat16' if b == 2 else 'float32'}; nothing was loaded.",
         f"model    {config.model.model}: {parameters.total / 1e9:.3f} B parameters, "
         f"{parameters.trained(config.model) / 1e9:.3f} B trained",
         f"samples  {'unknown' if found.num_samples is None else found.num_samples} ({found.note})",
-        f"video    {known}at most {max(tokens)} tokens of a prompt (frames {size})",
+        f"video    {known}at most {max(tokens)} tokens of a prompt (frames taken to be {size})",
     ]
     longest_prompt, budget = max(tokens) + TEXT_TOKENS, config.train.max_tokens_per_row
     if longest_prompt > budget:
@@ -243,7 +242,7 @@ def describe_plan(
                 table = describe_scale(world_size, low, messages[0], per_device, lengths, network)
                 lines += [f"         predicted with {short} tokens an answer:", *(f"         {line}" for line in table)]
     expected = describe(measured, forecasts) if measured else "none expected: no measurement was given (--measured)"
-    if measured and gpu and peak_bf16_flops(measured.gpu) != 1e12 * GPUS[gpu][0]:
+    if measured and gpu and known_gpu(measured.gpu) != gpu:
         expected += f"; these are not times of the {gpu} asked for"
     lines.append(f"time     {expected}")
     lines.append("memory   GiB per device at the worst moment, answers as long as they may be:")

@@ -5,6 +5,7 @@ Property tests draw the same examples every time and have no time limit: they fa
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from transformers import PreTrainedModel
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup, Sample, VideoPatches
 from tempsamp_fast.model.families import FAMILIES
 
+gc.disable()  # until `pytest_collection_finish`
+
 settings.register_profile(
     "steady", deadline=None, derandomize=True, max_examples=100, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -25,6 +28,14 @@ settings.register_profile(
 )
 """For examples that run kernels: few, and a failing one is shown as found, as a smaller one takes minutes to find."""
 settings.load_profile("steady")
+
+
+def pytest_collection_finish() -> None:
+    """What was loaded and collected stays until the end: the garbage collector need not walk through it each time."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
 
 SPECIAL_IDS = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
 NUM_TEXT_IDS = 60

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import pytest
 import torch
 
@@ -206,6 +205,8 @@ class Stepper:
 
     def weights(self) -> torch.Tensor:
         """[num_parameters] float32, whole where ZeRO-3 has parted them."""
+        import deepspeed
+
         parameters = list(self.run.policy.parameters())
         with deepspeed.zero.GatheredParameters(parameters):
             return torch.cat([parameter.detach().flatten().clone() for parameter in parameters])

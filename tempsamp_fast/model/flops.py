@@ -22,10 +22,16 @@ GPUS = {
 counts, of cards sold with several sizes of memory the larger."""
 
 
+def known_gpu(device_name: str) -> str | None:
+    """The name in `GPUS` of a GPU by its CUDA device name, None for one that is not there."""
+    words = set(re.split(r"[\s-]+", device_name))
+    return next((gpu for gpu in GPUS if words.issuperset(gpu.split())), None)
+
+
 def peak_bf16_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU by its CUDA device name, None for one that is not in the table."""
-    words = set(re.split(r"[\s-]+", device_name))
-    return next((1e12 * tflops for gpu, (tflops, _) in GPUS.items() if words.issuperset(gpu.split())), None)
+    gpu = known_gpu(device_name)
+    return 1e12 * GPUS[gpu][0] if gpu else None
 
 
 def device_peak_flops(device: torch.device) -> float | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,7 @@ from tempsamp_fast.planning.estimate import (
     video_grid,
     work_of,
 )
-from tempsamp_fast.sample import Sample, by_video
-from tempsamp_fast.video.probe import header_facts
-from tempsamp_fast.video.result import VideoError
-
-NUM_MEASURED = 16
-"""Videos whose frames are measured, at equal distances in the annotations."""
+from tempsamp_fast.sample import by_video
 
 
 @dataclass(frozen=True)
@@ -47,8 +41,6 @@ class Data:
     note: str
     queries: tuple[float, ...] = (1.0,)
     """Of each video; where only counts are known, their mean alone."""
-    frame_size: tuple[int, int] | None = None
-    """(height, width) of the largest of `NUM_MEASURED` videos; None where none is here."""
 
     def together(self, most: int) -> float:
         """Queries of a video that are asked together where at most so many are, on average."""
@@ -77,8 +69,7 @@ def training_data(data: DataConfig) -> Data:
         samples, _ = load_training_data(dataclasses.replace(data, eval_annotations=None, eval_videos=None))
         queries = tuple(float(len(of_video)) for of_video in by_video(samples))
         durations = [sample.duration_s for sample in samples]
-        frame_size = _largest_frame([of_video[0] for of_video in by_video(samples)])
-        return Data(len(samples), tuple(durations), f"read from {data.annotations}", queries, frame_size)
+        return Data(len(samples), tuple(durations), f"read from {data.annotations}", queries)
     missing = f"{data.annotations} is not here"
     if dataset is None or dataset.num_queries is None:
         return Data(None, (), f"{missing}, and no counts are published")
@@ -90,17 +81,6 @@ def training_data(data: DataConfig) -> Data:
     return Data(number, (), f"{missing}: mean of the published counts", (per_video,))
 
 
-def _largest_frame(samples: Sequence[Sample]) -> tuple[int, int] | None:
-    sizes = []
-    for sample in samples[:: math.ceil(len(samples) / NUM_MEASURED) or 1]:
-        try:
-            facts = header_facts(sample.video)
-            sizes.append((facts.height, facts.width))
-        except (VideoError, OSError):
-            continue  # told where the video is read
-    return max(sizes, key=math.prod, default=None)
-
-
 def video_grids(data: DataConfig, found: Data, config: Any) -> list[tuple[int, int, int]]:
     """The grids of all samples; where durations are not known, of every possible number of frames."""
     geometry = geometry_of(config, data.min_pixels, data.max_pixels, data.total_pixels)
@@ -108,7 +88,7 @@ def video_grids(data: DataConfig, found: Data, config: Any) -> list[tuple[int, i
         counts = [num_frames(duration_s, data) for duration_s in found.durations_s]
     else:
         counts = list(range(data.min_frames, data.max_frames + 1, 2))
-    by_count = {count: video_grid(geometry, count, found.frame_size or FRAME_SIZE) for count in set(counts)}
+    by_count = {count: video_grid(geometry, count, FRAME_SIZE) for count in set(counts)}
     return [by_count[count] for count in counts]
 
 

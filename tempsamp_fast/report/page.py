@@ -114,10 +114,11 @@ def _score_table(rows: Sequence[ScoreRow], runs: Sequence[RunRecord], answers: M
         linked = [_linked(target, row.scores[name].percent()) for name in names]
         gain = [escape(row.gain.percent() if row.gain else "-") for _ in over]
         cells.append([escape(row.method), escape(row.mode), *gain, *linked, str(len(row.seeds))])
-    for stage, scores in constant_rows(runs).items():
+    constants = constant_rows(runs)
+    for scores in constants:
         known = [f"{100 * scores[name]:.1f}" if name in scores else "-" for name in names]
-        cells.append([escape(stage), "-", *("-" for _ in over), *known, "-"])
-    counts = sorted({len(answers) for run in runs for answers in run.answers.values()})
+        cells.append([escape(scores["stage"]), "-", *("-" for _ in over), *known, "-"])
+    counts = sorted({len(each) for run in runs for each in run.answers.values()})
     hint = f"{' or '.join(map(str, counts))} held-out queries. " if counts else ""
     hint += "In per cent, after the last phase: mean ± 95 % interval over the seeds (Student’s t), "
     if runs[0].task == "grounding":
@@ -129,7 +130,9 @@ def _score_table(rows: Sequence[ScoreRow], runs: Sequence[RunRecord], answers: M
         hint += "as the runs logged their last evaluation. "
     if over:
         hint += "Gains are paired by seed, or by query where there is one seed. "
-    hint += "Each figure leads to its answers."
+    if constants:
+        hint += "“Constant” always answers the span that fits the training queries best. "
+    hint += "Figures lead to their answers."
     return _raw_table(header, cells) + _hint(hint)
 
 

@@ -216,10 +216,10 @@ def score_table(runs: Sequence[RunRecord]) -> list[ScoreRow]:
     return rows
 
 
-def constant_rows(runs: Sequence[RunRecord]) -> dict[str, dict[str, float]]:
-    """By its name, what always answering one span scores: the best span of the training queries, for any answer."""
+def constant_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """Of the runs' summaries, the scores of a model that never looks, each once; `stage` names its span."""
     rows = [row for run in runs for row in run.summary.get("rows", ()) if row["mode"] == "-"]
-    return {row["stage"]: row for row in rows}
+    return [row for index, row in enumerate(rows) if row not in rows[:index]]
 
 
 def _gain(pairs: Sequence[tuple[RunRecord, RunRecord]], mode: str) -> Interval:

@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def campaign(words: list[str]) -> None:
     from bench import faults
@@ -14,6 +16,7 @@ def campaign(words: list[str]) -> None:
     raise SystemExit(faults.main())
 
 
+@pytest.mark.slow
 def test_killed_runs_go_on_to_the_bit_of_the_undisturbed_one(rank_server, tmp_path: Path) -> None:
     """Runs are disturbed until two kills have landed."""
     results, log = tmp_path / "faults.json", tmp_path / "logs"

@@ -8,8 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tempsamp_kernels import fused_linear_grpo_loss, fused_selective_log_softmax, linear_logprob
 
-IMPLS = ["torch", "triton"]
-
 
 def run(batch, **options):
     learned = batch.learned()
@@ -19,7 +17,7 @@ def run(batch, **options):
     return loss.detach(), learned.hidden.grad, metrics
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 @settings(max_examples=3, deadline=None)
 @given(lengths=st.lists(st.integers(0, 2), min_size=1, max_size=3), seed=st.integers(0, 9))
 def test_rows_of_any_length_mean_the_same_whether_given_per_completion_or_per_token(packed, impl, lengths, seed):

@@ -49,7 +49,7 @@ BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("inplace", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inplace", [True, False])
 def test_a_compiled_step_over_held_logits_gives_the_gradients_of_an_eager_one(inplace, backend):
     """`inplace=True` is the default and only a permission: a compiled backward takes memory of its own."""
     torch.manual_seed(0)

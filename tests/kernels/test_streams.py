@@ -137,8 +137,14 @@ STEPS = {
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("panel_rows", [pytest.param(16, marks=pytest.mark.slow), 9])
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(
+    ("step", "panel_rows"),
+    [
+        ("loss", 16),
+        *((step, 9) for step in STEPS),
+        *(pytest.param(step, 16, marks=pytest.mark.slow) for step in STEPS if step != "loss"),
+    ],
+)
 def test_no_memory_is_touched_by_two_streams_out_of_order_and_no_bit_changes(
     packed, monkeypatch, book, step, panel_rows, impl
 ):

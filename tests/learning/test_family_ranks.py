@@ -39,6 +39,7 @@ def test_two_ranks_train_as_one(trainer, tmp_path: Path, family: str, stage: str
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), (ours["step"], name)
 
 
+@pytest.mark.slow
 def test_ranks_sample_from_partitioned_states_and_experts(trainer, tmp_path: Path) -> None:
     """Own answers on both ranks: what they recorded at the first step is what one plain rank draws."""
     steps = ("--phases", "grpo:1", "--model", "tiny", "--tiny_family", "qwen3_5_moe")

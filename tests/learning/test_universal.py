@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,19 +14,14 @@ def on(num_ranks: int) -> tuple[str, ...]:
     return "--gradient_accumulation_steps", str(2 // num_ranks)
 
 
-def slow(before: int, *words: str) -> Any:
-    return pytest.param(before, words, marks=pytest.mark.slow, id=f"{before}-{' '.join(words)}")
+CASES = [
+    *((before, ("--zero_stage", stage)) for before in (1, 2) for stage in "0123"),
+    *((before, ("--zero_stage", stage, "--lora_rank", "4")) for before, stage in ((1, "2"), (2, "3"))),
+]
 
 
-@pytest.mark.parametrize(
-    ("before", "words"),
-    [
-        pytest.param(1, ("--zero_stage", "2"), id="1-2"),
-        *(slow(before, "--zero_stage", stage) for before in (1, 2) for stage in "013"),
-        slow(2, "--zero_stage", "2"),
-        *(slow(before, "--zero_stage", stage, "--lora_rank", "4") for before, stage in ((1, "2"), (2, "3"))),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "words"), CASES, ids=lambda part: part if isinstance(part, int) else " ".join(part))
 def test_a_run_resumed_on_another_number_of_ranks_goes_on_alike(
     trainer, tmp_path: Path, before: int, words: tuple[str, ...]
 ) -> None:

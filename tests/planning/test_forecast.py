@@ -88,7 +88,7 @@ def test_a_rehearsal_is_called_simulated(results: Path, capsys: pytest.CaptureFi
     assert f"simulated, not measured: expected from {results} (simulated H100)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("gpu", "says"), [("H100", False), ("A100", True)])
+@pytest.mark.parametrize(("gpu", "says"), [("H100", False), ("H200", True), ("A100", True)])
 def test_a_plan_for_another_gpu_than_was_measured_says_so(
     results: Path, capsys: pytest.CaptureFixture[str], gpu: str, says: bool
 ) -> None:

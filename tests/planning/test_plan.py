@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +30,6 @@ from tempsamp_fast.planning.estimate import TEXT_TOKENS, Work, step_memory, work
 from tempsamp_fast.planning.network import step_messages
 from tempsamp_fast.planning.subject import peak_memory, with_stage
 from tempsamp_fast.train import main as train_main
-from tempsamp_fast.video.probe import header_facts
 from tests.conftest import Tiny
 
 PUBLISHED_COUNTS = {
@@ -326,22 +324,6 @@ def test_the_plan_reads_the_annotations_that_are_there(clips: Path) -> None:
     words = ["--annotations", str(clips / "annotations/train.json"), "--videos", str(clips / "videos")]
     num_queries = sum(len(e["sentences"]) for e in json.loads(Path(words[1]).read_text()).values())
     assert f"samples  {num_queries} (read from" in describe_plan(decided(parse_args(words), 1), 1)
-
-
-def test_frames_have_the_size_of_the_videos_that_are_there(clips: Path, tmp_path: Path) -> None:
-    """Without them, that of HD: as many tokens as may be, or as many more as the frames are larger."""
-    words = ["--annotations", str(clips / "annotations/train.json"), "--max_pixels", "921600", "--videos"]
-    here, gone = (
-        next(
-            line for line in describe_plan(decided(parse_args([*words, folder]), 1), 1).splitlines() if "video " in line
-        )
-        for folder in (str(clips / "videos"), str(tmp_path))
-    )
-    facts = header_facts(next((clips / "videos").iterdir()))
-    assert f"(frames of {facts.width} x {facts.height}, the largest of some)" in here
-    assert "(frames taken to be 1280 x 720)" in gone
-    few, many = (int(re.search(r"at most (\d+) tokens", line)[1]) for line in (here, gone))
-    assert few < many
 
 
 @pytest.mark.parametrize(("method", "answers", "sampled"), [("sft", 1, 0), ("grpo", 8, 8), ("tempsamp", 8, 7)])

@@ -67,10 +67,12 @@ def draw(numbers: np.ndarray, width: int = WIDTH, height: int = HEIGHT) -> np.nd
 
 
 def read(frames: np.ndarray) -> list[int]:
-    """[n, height, width] luma -> the numbers the frames show; -1 where a block is neither dark nor light."""
-    _, height, width = frames.shape
+    """[n, height, width] luma, or [n, 3, height, width] -> the numbers the frames show; -1 where a block is neither
+    dark nor light.
+    """
+    height, width = frames.shape[-2:]
     middles = [
-        frames[:, _middle(row, ROWS, height), _middle(column, COLUMNS, width)].mean(axis=(1, 2))
+        frames[..., _middle(row, ROWS, height), _middle(column, COLUMNS, width)].reshape(len(frames), -1).mean(axis=1)
         for row in range(ROWS)
         for column in range(COLUMNS)
     ]
