@@ -19,7 +19,7 @@ from tempsamp_fast.evaluation.asking import evaluate
 from tempsamp_fast.infer import main as infer_main
 from tempsamp_fast.learning.advantage import advantage_metrics, assign_advantages
 from tempsamp_fast.learning.groups import reward_metrics
-from tempsamp_fast.learning.metrics import mean_over_ranks, number_per_rank
+from tempsamp_fast.learning.metrics import combine, mean_over_ranks, number_per_rank
 from tempsamp_fast.rollout.token_sampling import SamplingParams, choose_tokens
 from tempsamp_fast.run.log import ZERO_STEPS, RunLog
 from tempsamp_fast.run.results import table
@@ -87,6 +87,16 @@ def test_extremes_of_ranks_stay_extremes(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     monkeypatch.setattr("tempsamp_fast.learning.metrics.of_all_ranks", lambda own: lengths)
     assert mean_over_ranks({}, 1) == {"completion/min_length": 2, "completion/max_length": 9, "loss": 1}
+
+
+def test_figures_of_rows_become_means_over_tokens_and_losses_add_up() -> None:
+    """A side of one row alone has that row's mean."""
+    rows = [
+        {"loss": 1.0, "num_tokens": 1.0, "kl": 0.0, "ratio_max": 1.5},
+        {"loss": 2.0, "num_tokens": 3.0, "kl": 1.0, "ratio_max": 1.25, "off/num_tokens": 2.0, "off/kl": 5.0},
+    ]
+    expected = {"loss": 3, "policy/num_tokens": 4, "policy/kl": 0.75, "policy/ratio_max": 1.5}
+    assert combine(rows) == expected | {"policy/off/num_tokens": 2, "policy/off/kl": 5}
 
 
 def test_means_over_groups_weigh_ranks_by_their_groups(monkeypatch: pytest.MonkeyPatch) -> None:
