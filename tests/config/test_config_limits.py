@@ -52,6 +52,9 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (AlgorithmConfig, "epsilon_high", [0, 1], [NEXT_BELOW_0]),
     (AlgorithmConfig, "delta", [None, math.nextafter(1.2, 2)], [1.2, 1]),
     (AlgorithmConfig, "updates_per_batch", [1], [0]),
+    (AlgorithmConfig, "dual_clip", [None, ABOVE_1], [1, 0.5]),
+    (AlgorithmConfig, "prune_ratio", [0, BELOW_1], [NEXT_BELOW_0, 1]),
+    (AlgorithmConfig, "soft_overlong", [None, 1], [0]),
     (TrainConfig, "prompts_per_device", [1], [0]),
     (TrainConfig, "sft_prompts_per_device", [None, 1], [0]),
     (TrainConfig, "gradient_accumulation_steps", [1], [0]),
@@ -67,6 +70,12 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (TrainConfig, "max_skipped_steps", [0], [-1]),
     (TrainConfig, "stall_timeout_s", [JUST_ABOVE_0], [0]),
     (TrainConfig, "stop_grace_s", [JUST_ABOVE_0], [0]),
+    (TrainConfig, "seed", [2**40 - 1, 1 - 2**40], [2**40, -(2**40)]),
+    (TrainConfig, "queries_per_video", [1], [0]),
+    (TrainConfig, "sequence_parallel_size", [1], [0]),
+    (TrainConfig, "eval_steps", [0], [-1]),
+    (TrainConfig, "show_completions", [0], [-1]),
+    (TrainConfig, "log_completions", [0], [-1]),
 ]
 
 
@@ -88,6 +97,12 @@ def test_no_number_is_no_value_of_a_bounded_setting() -> None:
     for section, name in bounded:
         with pytest.raises(ValueError, match=f"^{name}="):
             section(**{name: math.nan})
+
+
+@pytest.mark.parametrize("shaping", ["downscale", "anchor"])
+def test_rules_that_always_divide_are_not_told_to_leave_it(shaping: Any) -> None:
+    with pytest.raises(ValueError, match=f"^scale_rewards=False: must be true with shaping='{shaping}'"):
+        AlgorithmConfig(shaping=shaping, scale_rewards=False)
 
 
 NOTHING_OF = {int: 2.5, float: "0.5", bool: 1, str: 7}

@@ -94,3 +94,27 @@ def test_the_release_draws_spans_as_its_benchmark_has_them():
         drawn_as_release([sample(0)], 1, 0, like)
     with pytest.raises(ValueError, match="at most the 300"):
         drawn_as_release(made, 301, 0, like)
+
+
+@pytest.mark.parametrize(
+    ("duration_s", "end", "cell"),
+    [(100.0, 9.0, (3, 0)), (100.0, 40.0, (5, 4)), (20.0, 9.0, (3, 4)), (10.0, 10.0, (3, 9)), (100.0, 0.5, (0, 0))],
+)
+def test_spans_are_alike_by_doublings_of_their_length_and_tenths_of_the_video(duration_s, end, cell):
+    assert span_cell(sample(0, duration_s, end)) == cell
+
+
+def test_the_spans_of_a_sample_count_together():
+    assert span_cell(Sample("s", Path("v.mp4"), "query", 100.0, ((0.0, 8.0), (20.0, 29.0)))) == (4, 1)
+
+
+def test_another_seed_draws_others_of_every_stratum():
+    hard = [sample(i, duration_s=10.0 + i, offline_ious=(0.05,), difficulty=0.75) for i in range(200)]
+    for drawn in (drawn_as_timelens, lambda *given: drawn_as_release(*given, hard)):
+        assert drawn(hard, 50, 0) == drawn(hard, 50, 0) != drawn(hard, 50, 1)
+
+
+def test_what_is_solved_now_and_then_is_hard():
+    """The mean of its answers counts, and not the best."""
+    made = [sample(i, duration_s=10.0 + i, offline_ious=((0, 0, 0, 1.0), (0.6,) * 4)[i % 2]) for i in range(200)]
+    assert sum(each.offline_ious[-1] == 1 for each in drawn_as_timelens(made, 50, seed=0)) >= 45

@@ -60,6 +60,12 @@ def test_the_frame_rate_may_stand_one_folder_up_and_thumbnails_are_of_the_frames
     assert pictures.shape == (3, 3, 28, 28) and (pictures[:, 0, 14, 14] // 10).tolist() == [0, 5, 19]
 
 
+def test_a_folder_s_own_frame_rate_goes_before_that_of_all(tmp_path: Path) -> None:
+    folder = frame_folder(tmp_path / "videos/v", fps="5")
+    (tmp_path / "videos/fps.txt").write_text("10")
+    assert duration_of(folder) == 4.0
+
+
 def test_a_rate_may_be_a_fraction_and_hidden_files_are_no_frames(tmp_path: Path) -> None:
     folder = frame_folder(tmp_path / "v", count=3, fps="30000/1001\n")
     (folder / "._frame_00000.PNG").write_bytes(b"left by another system")
@@ -74,6 +80,19 @@ def test_annotations_find_a_folder_and_the_check_measures_it(tmp_path: Path) -> 
     assert first.video == tmp_path / "videos/v1" and second.video == tmp_path / "videos/v2.mp4"
     problems = check(read_annotations(tmp_path / "a.json", tmp_path / "videos"), Dataset(())).problems
     assert {kind: len(found) for kind, found in problems.items() if found} == {"missing": 1}
+
+
+@pytest.mark.parametrize(
+    ("fps", "durations"), [("5", {4.1: 0, 5.9: 0, 6.5: 1, 3.5: 1}), ("0.25", {104.9: 0, 95.5: 0, 106.0: 1, 94.0: 1})]
+)
+def test_a_video_may_differ_by_a_second_or_a_twentieth(tmp_path: Path, fps: str, durations: dict[float, int]) -> None:
+    """25 frames are 5 s, or 100 s."""
+    frame_folder(tmp_path / "videos/v1", count=25, fps=fps)
+    for duration_s, num_found in durations.items():
+        entry = {"duration": duration_s, "timestamps": [[0, 1]], "sentences": ["one"]}
+        (tmp_path / "a.json").write_text(json.dumps({"v1": entry}))
+        found = check(read_annotations(tmp_path / "a.json", tmp_path / "videos"), Dataset(()))
+        assert len(found.problems["inconsistent"]) == num_found
 
 
 @pytest.mark.parametrize(

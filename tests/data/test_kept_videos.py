@@ -60,6 +60,16 @@ def test_another_position_crops_the_same_video_otherwise(stepper: Callable) -> N
     assert crops([6, 3]) == [together[6], together[3]]
 
 
+def test_another_seed_crops_the_same_positions_otherwise(stepper: Callable) -> None:
+    run = stepper(*SHORT, "--random_crop", "1").run
+    sample = [replace(run.train_samples[0], windows=((4.0, 4.5),))]
+    crops = lambda seed: [
+        (prompt.sample.windows, prompt.video.grid_thw)
+        for prompt in run.loader.training_prompts(TrainingOrder(sample, seed), range(8), ["answer"] * 8)
+    ]
+    assert crops(0) == crops(0) != crops(1)
+
+
 def test_a_crop_may_begin_with_its_span_and_end_with_it() -> None:
     """Of ten patches of 2 s around a span from 6 to 10 s: it begins at 0 to 3 and ends at 5 to 10, each of them."""
     times = torch.arange(10, dtype=torch.float64) * 2

@@ -55,6 +55,16 @@ def test_a_bad_video_is_replaced_by_the_next_good_sample(stepper: Callable) -> N
     assert asked == {0: 0, 1: 1, 2: 4, 3: 4, 4: 4, 5: 0}
 
 
+def test_a_video_that_lasts_another_time_than_annotated_is_told_once(
+    stepper: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = stepper(*SHORT).run
+    sample = run.train_samples[0]
+    for duration_s, num_told in ((sample.duration_s, 0), (2 * sample.duration_s, 1), (3 * sample.duration_s, 1)):
+        run.loader.prompts([replace(sample, duration_s=duration_s)], ["answer"])
+        assert caplog.text.count("but is annotated as") == num_told
+
+
 def test_the_disk_cache_gives_the_same_prompts_without_decoding(
     stepper: Callable, decoded: list[Path], tmp_path: Path
 ) -> None:

@@ -83,10 +83,11 @@ def test_vue_tr_and_momentseeker_rows(tmp_path):
     assert (sample.sample_id, sample.windows, sample.duration_s) == ("7", ((1, 2), (30, 31.5)), 90.5)
     rows = [
         {"src_video_path": "a/v7.mp4", "qry_text": "A dog", "answering_time_interval": spans, "task": "t"}
-        for spans in ([3, 4], [[1, 2], [3, 5]])
+        for spans in ([3, 4], [[1, 2], [3, 5]], [[6, 9], [1, 2]])
     ]
-    first, second = load_annotations(written(tmp_path, "t2v.json", rows))
+    first, second, third = load_annotations(written(tmp_path, "t2v.json", rows))
     assert (first.windows, first.duration_s, second.windows) == (((3, 4),), 4, ((1, 2), (3, 5)))
+    assert (third.windows, third.duration_s) == (((6, 9), (1, 2)), 9)
 
 
 @pytest.mark.parametrize(

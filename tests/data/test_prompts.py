@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tempsamp_fast.data.prompts import normalise_query, off_policy_text, question, span_text
+from tempsamp_fast.data.prompts import collapse_query, normalise_query, off_policy_text, question, span_text
 from tempsamp_fast.rewards import format_reward, parse_spans
 from tempsamp_fast.sample import Sample
 
@@ -45,6 +45,12 @@ def test_a_late_end_is_clipped_to_the_video():
 def test_queries_that_differ_in_case_and_full_stops_are_asked_alike(raw):
     assert normalise_query(raw) == "a person sits"
     assert question(raw, "answer") == question("a person sits", "answer")
+
+
+@pytest.mark.parametrize("raw", ["A Man sits", " A  Man\nsits. ", "...A Man sits ."])
+def test_other_forms_ask_without_full_stops_and_keep_the_case(raw):
+    assert collapse_query(raw) == "A Man sits"
+    assert question(raw, "answer", answer_form="sentence") == question("A Man sits", "answer", answer_form="sentence")
 
 
 def test_a_query_with_braces_is_asked_literally():

@@ -20,8 +20,9 @@ from tempsamp_fast.data.chat import Chat
 from tempsamp_fast.data.prompts import normalise_query, off_policy_text, question
 from tempsamp_fast.embedded.model import CHAT_TEMPLATE, tiny_config, train_tokenizer
 from tempsamp_fast.infer import main as infer_main
-from tempsamp_fast.learning.groups import answer, score
+from tempsamp_fast.learning.groups import RecordedRollouts, answer, score
 from tempsamp_fast.rewards import format_reward
+from tempsamp_fast.run.schedule import plan
 from tempsamp_fast.sample import Mode, Sample
 
 SAMPLE = Sample("clip/0", Path("clip.mp4"), "A red square appears.", 30.0, ((12.54, 17.83),))
@@ -103,6 +104,16 @@ def test_the_format_reward_is_for_prompt_and_answer_together(opens: bool) -> Non
     assert rewards == ([0.0, 1.0] if opens else [1.0, 0.0])
 
 
+def test_replayed_answers_go_on_where_the_prompt_ends(tmp_path: Path) -> None:
+    chat = chat_with(OPENS)
+    prompt = prompt_of(chat, "think")
+    record = RecordedRollouts(tmp_path / "rollouts.jsonl", chat)
+    record.write(0, [prompt], [[chat.completion(chat.encode(CONTINUED[0]), opening=prompt.opening)]])
+    group = RolloutGroup(prompt, *record.read(0, [prompt], [1]))
+    score(group, "grounding", AlgorithmConfig())
+    assert group.completions[0].rewards["format"] == 1.0
+
+
 @pytest.mark.parametrize("opens", [False, True])
 @pytest.mark.parametrize("style", ["template", "answer_only"])
 def test_the_off_policy_answer_goes_on_where_the_prompt_ends(opens: bool, style: Any) -> None:
@@ -116,6 +127,13 @@ def test_the_off_policy_answer_goes_on_where_the_prompt_ends(opens: bool, style:
     assert given.text == whole and whole.count("<think>") == whole.count("</think>") <= 1
     assert whole.endswith("<answer> 12.54 to 17.83 </answer>") and given.rewards["tiou"] == 1
     assert given.rewards["format"] == float(opens or style == "template") == format_reward([whole])[0]
+
+
+def test_a_sampled_answer_begins_with_what_the_prompt_has_opened(stepper: Any) -> None:
+    run = stepper("--phases", "grpo:1", "--max_completion_length", "2").run
+    (prompt, *_) = run.prompts(next(plan(run.phases)))
+    ((given,),) = run.sample([dataclasses.replace(prompt, opening="<think>\n")], 1, temperature=1.0)
+    assert given.text.startswith("<think>\n") and len(given.ids) <= 2
 
 
 def test_answers_stop_at_the_template_s_own_end_of_turn_and_at_all_ends_of_the_generation_config() -> None:

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tempsamp_fast.batch import Completion, Prompt, Sample, VideoPatches
-from tempsamp_fast.evaluation.asking import evaluate, rounds
+from tempsamp_fast.evaluation.asking import answer_row, evaluate, rounds
+from tempsamp_fast.evaluation.protocols import PROTOCOLS
 
 WINDOWS = ((0.0, 1.0), (3.0, 5.0))
 SAMPLES = [Sample(f"s{n}", Path(f"v{n}.mp4"), "query", 10.0, WINDOWS) for n in range(5)]
@@ -83,3 +84,14 @@ def test_videos_of_very_different_lengths_keep_ranks_busy_alike() -> None:
     dealt = rounds(samples, 4, 4)
     seconds = [sum(each.duration_s for of_ranks in dealt for each in of_ranks[rank]) for rank in range(4)]
     assert 1 - sum(seconds) / 4 / max(seconds) < 0.15
+
+
+def test_a_row_has_the_iou_of_its_protocol() -> None:
+    """That of the unions, or of a span beyond the video where nothing was read."""
+    late = Sample("s", Path("v.mp4"), "query", 10.0, ((5.0, 30.0),))
+    for name, sample, text, span, iou in (
+        ("timelens2", SAMPLES[0], "[[0, 1], [3, 4]]", (0.0, 1.0), 2 / 3),
+        ("timelens", late, "no idea", None, 0.4),
+    ):
+        row = answer_row(sample, text, protocol=PROTOCOLS[name])
+        assert (row["span"], row["iou"]) == (span, pytest.approx(iou))

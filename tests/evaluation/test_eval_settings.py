@@ -95,8 +95,41 @@ def test_checkpoints_of_the_same_shape_are_told_apart_by_their_weights(tmp_path:
     file.write_bytes(bytes(300_000))
     before = fingerprint(str(tmp_path))
     assert fingerprint(str(tmp_path)) == before != fingerprint("hub/name")
-    file.write_bytes(b"\1" * 300_000)
-    assert fingerprint(str(tmp_path)) != before
+    for place in (0, 100_000, 299_000):  # a file of many bytes is looked at in stretches of 4096, 64 of them
+        content = bytearray(300_000)
+        content[place] = 1
+        file.write_bytes(content)
+        assert fingerprint(str(tmp_path)) != before
+
+
+def test_answers_of_weights_that_were_overwritten_are_not_gone_on_with(evaluate, tmp_path: Path, capsys) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for content in (bytes(9999), bytes(9999), b"\1" * 9999):
+        (model / "model.safetensors").write_bytes(content)
+        if content == bytes(9999):
+            evaluate("out", "--model", str(model))
+    with pytest.raises(AssertionError):
+        evaluate("out", "--model", str(model))
+    assert "began with model " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("fps", 3.0), ("min_frames", 6), ("max_frames", 10), ("sampling", "hf_qwen3")),
+        *(("min_pixels", 2000), ("max_pixels", 9000), ("total_pixels", 50_000)),
+    ],
+)
+def test_frames_are_taken_as_typed_and_answers_to_others_are_not_gone_on_with(
+    evaluate, capsys, name: str, value: Any
+) -> None:
+    evaluate("out")
+    (_, data, _, _), _ = evaluate("other", f"--{name}", str(value))
+    assert getattr(data, name) == value
+    with pytest.raises(AssertionError):
+        evaluate("out", f"--{name}", str(value))
+    assert f"began with {name} " in capsys.readouterr().err
 
 
 def test_a_protocol_sets_what_is_asked_shown_read_and_counted(evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,3 +165,20 @@ def test_every_span_counts_where_the_protocol_asks_for_all(evaluate, monkeypatch
     (row,) = scores(folder)
     assert AnswererDouble.frames_of[-1] is None and (row["c_acc"], row["tiou"], row["etf1"]) == (0, 0.5, 0)
     assert json.loads((folder / "answer.jsonl").read_text().splitlines()[0])["spans"] == [[1.0, 2.0], [5.0, 6.0]]
+
+
+@pytest.mark.parametrize(("name", "miou"), [("charades-timelens.json", 1), ("mine.json", 0.5)])
+def test_a_protocol_counts_as_it_says_of_the_data_set(
+    evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, miou: float
+) -> None:
+    monkeypatch.setitem(TEXTS, "answer", "[[1, 2], [5, 6]]")
+    (tmp_path / name).write_text(json.dumps({"v1": {"duration": 10, "queries": ["one"], "spans": [[1, 2]]}}))
+    _, folder = evaluate("out", "--protocol", "timelens2", "--annotations", str(tmp_path / name))
+    assert scores(folder)[0]["miou"] == pytest.approx(miou)
+
+
+def test_answers_beyond_the_video_are_counted(evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The video lasts 10 s, and three queries are about it."""
+    monkeypatch.setitem(TEXTS, "answer", "<answer> 8 to 14 </answer>")
+    _, folder = evaluate("out", "--mode", "answer+think", "--untagged")
+    assert [row["outside_video"] for row in scores(folder)] == [3, 0]

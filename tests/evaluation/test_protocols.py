@@ -77,6 +77,9 @@ def test_rounding_is_half_to_even_and_of_given_spans_too():
     assert PROTOCOLS["timelens"].spans({"span": [12.54, 17.83]}) == [(13, 18)]
     assert PROTOCOLS["paper"].spans({"span": [12.54, 17.83]}) == [(12.54, 17.83)]
     assert PROTOCOLS["paper"].spans({"spans": []}) is None
+    for name in ("paper", "orarl"):
+        assert PROTOCOLS[name].spans({"spans": [[1, 2], [5, 6]]}) == [(1, 2)]
+        assert PROTOCOLS[name].spans({"pred_relevant_windows": [[5, 6, 0.2], [1, 2, 0.9]]}) == [(1, 2)]
 
 
 def test_an_unread_answer_counts_as_a_span_beyond_the_video_or_as_nothing():
@@ -131,6 +134,41 @@ def test_frames_are_those_of_the_protocol_in_the_patches_of_the_model(name, fram
     assert PROTOCOLS["omtg"].budget is None
 
 
+HOW: dict[str, tuple] = {
+    "paper": ("text", 2048, 2.0, 768, 16 * 28 * 28, 768 * 28 * 28, 3584 * 28 * 28),
+    "release": ("example", 512, 2.0, 768, 4 * 28 * 28, 768 * 32 * 32, 14_336 * 28 * 28),
+    "timelens": ("sentence", 512, 2.0, 768, 64 * 28 * 28, 768 * 32 * 32, 14_336 * 28 * 28),
+    "timelens2": ("json", 2048, 4.0, 2048, None, 640 * 640, 128_000 * 28 * 28),
+    "orarl": ("strict", 128, 4.0, 2048, None, 640 * 640, 128_000 * 28 * 28),
+    "omtg": ("time_tags", 2048),
+}
+"""Form, longest answer; frames: rate, most of them, least and most pixels of one, most of all."""
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_protocol_asks_shows_and_cuts_off_as_it_is_published(name):
+    protocol = PROTOCOLS[name]
+    names = ("fps", "max_frames", "min_pixels", "max_pixels", "total_pixels")
+    frames = protocol.budget.frames(28, counts_every_frame=False) if protocol.budget else {}
+    shown = [frames[each] for each in names if frames]
+    assert (protocol.answer_form, protocol.max_completion_length, *shown) == HOW[name]
+
+
+@pytest.mark.parametrize(
+    ("test", "fps", "max_pixels", "has_auc"),
+    [
+        *((name, 1, 640 * 640, True) for name in ("vue-tr", "vue-tr-v2")),
+        *((name, 2, 480 * 480, False) for name in ("momentseeker", "ego4d-nlq")),
+        *((name, 4, 640 * 640, False) for name in ("timelens-bench-charades", "activitynet-test", None)),
+    ],
+)
+def test_timelens2_shows_some_sets_otherwise(test, fps, max_pixels, has_auc):
+    """And every other protocol is the same for all of them."""
+    protocol = protocol_for("timelens2", test)
+    assert (protocol.budget.fps, protocol.budget.max_pixels, protocol.has_auc) == (fps, max_pixels, has_auc)
+    assert all(protocol_for(name, test) is PROTOCOLS[name] for name in PROTOCOLS if name != "timelens2")
+
+
 def test_the_command_prints_and_keeps_the_protocol(tmp_path, capsys):
     entry = {"duration": 30, "queries": ["query"], "spans": [[12.4, 17.6]]}
     (tmp_path / "charades-timelens.json").write_text(json.dumps({"v": entry}))
@@ -147,6 +185,16 @@ def test_the_command_prints_and_keeps_the_protocol(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*words, "--protocol", "timelens", "--untagged"])
     assert "leave out --task and --untagged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "miou"), [("charades-timelens.json", 1), ("mine.json", 0.5)])
+def test_the_command_follows_what_a_protocol_says_of_a_data_set(tmp_path, capsys, name, miou):
+    """On TimeLens-Bench the first span counts, elsewhere all of them together."""
+    (tmp_path / name).write_text(json.dumps({"v": {"duration": 30, "queries": ["query"], "spans": [[12.4, 17.6]]}}))
+    (tmp_path / "p.jsonl").write_text(json.dumps({"sample_id": "v/0", "text": "[[12.4, 17.6], [20, 25.2]]"}))
+    words = ["--predictions", str(tmp_path / "p.jsonl"), "--annotations", str(tmp_path / name)]
+    main([*words, "--protocol", "timelens2", "--json"])
+    assert json.loads(capsys.readouterr().out)["miou"] == pytest.approx(miou)
 
 
 def test_a_table_says_where_its_rows_follow_several_protocols():

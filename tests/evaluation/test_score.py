@@ -138,8 +138,10 @@ def test_highlight_metrics_need_clip_scores():
         highlight_scores([sample((0, 1))], [{0.0: 1.0}])
 
 
-def test_best_constant_span_finds_the_common_answer():
-    span, miou = best_constant_span([sample((3.0, 9.0))] * 3 + [sample((12.0, 14.0), (3.0, 9.0))])
+@pytest.mark.parametrize("order", [1, -1])
+def test_best_constant_span_finds_the_common_answer(order):
+    samples = [sample((3.0, 9.0))] * 3 + [sample((12.0, 14.0), (3.0, 9.0))]
+    span, miou = best_constant_span(samples[::order])
     assert span == pytest.approx((3.0, 9.0), abs=0.02)
     assert miou == pytest.approx(1.0, abs=0.01)
 
@@ -356,6 +358,13 @@ def test_a_third_row_for_a_query_that_comes_twice_is_refused(twice, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(twice(row("one", 0, 1), row("two", 0, 1), row("one", 0, 1), row("one", 0, 1)))
     assert "line 4: vid 'v1' with query 'one' has a prediction already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["sample_id", "qid"])
+def test_a_row_by_an_id_answers_that_sample_alone(twice, capsys, name):
+    with pytest.raises(SystemExit, match="2"):
+        main(twice({name: "v1/0", "span": [0, 10]}, row("two", 5, 15)))
+    assert "no prediction for 1 of 3 samples: v1/2" in capsys.readouterr().err
 
 
 def test_predictions_may_begin_with_a_byte_order_mark(twice, capsys):

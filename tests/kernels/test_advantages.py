@@ -82,6 +82,16 @@ def test_shaping_matters_only_where_a_group_straddles_or_lies_below_tau(rewards,
     torch.testing.assert_close(found, torch.tensor(expected), atol=6e-3, rtol=0)
 
 
+@pytest.mark.parametrize("shaping", ["nonlinear", "anchor", "downscale", "mixed"])
+def test_the_kernel_takes_every_number_of_its_rule(shaping):
+    """As its torch twin does; each of them far from the default."""
+    numbers = {"tau": 0.55, "alpha_1": 0.9, "alpha_2": 3.0, "lambda_off": 2.0, "downscale": 0.3, "eps": 0.1}
+    group = [*ON_POLICY, 0.9], [False, False, False, True]
+    kernel, reference = (advantages(*group, impl, shaping=shaping, **numbers) for impl in ("triton", "torch"))
+    torch.testing.assert_close(kernel, reference, atol=2e-5, rtol=2e-5)
+    assert not torch.allclose(reference, advantages(*group, shaping=shaping), atol=1e-2)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shaping", SHAPINGS)
 @pytest.mark.parametrize("rewards", [[0.1] * 7, [0.3], [0.7, 0.7], [1.0] * 4])

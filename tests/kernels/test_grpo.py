@@ -158,7 +158,6 @@ def test_off_policy_rows_have_their_own_ratio_and_kl_rule(packed, naive, off_pol
 def test_metrics_equal_the_naive_means_of_all_on_policy_and_off_policy_tokens(packed, naive):
     batch = packed([4, 3, 5], seed=7)
     metrics, details = assert_equals_naive(batch, naive, "torch", off_policy_ratio="old")
-    found = metrics.as_dict()
     off_policy = batch.is_off_policy[batch.row_ids][details["index"]]
     sides = {"": torch.ones_like(off_policy), "on_policy/": ~off_policy, "off_policy/": off_policy}
     for side, chosen in sides.items():
@@ -172,9 +171,10 @@ def test_metrics_equal_the_naive_means_of_all_on_policy_and_off_policy_tokens(pa
             "effective_sample_size": ratio.sum() ** 2 / (len(ratio) * ratio.square().sum()),
         }
         for name, value in expected.items():
-            assert found[side + name] == pytest.approx(float(value), rel=1e-4, abs=1e-6), side + name
-    torch.testing.assert_close(metrics.token_logps[details["index"]], details["logp"].float(), rtol=1e-5, atol=1e-5)
-    assert metrics.token_logps[~batch.mask].tolist() == [0.0] * int((~batch.mask).sum())
+            assert metrics.as_dict()[side + name] == pytest.approx(float(value), rel=1e-4, abs=1e-6), side + name
+    for tokens, name in ((metrics.token_logps, "logp"), (metrics.token_entropies, "entropy")):
+        torch.testing.assert_close(tokens[details["index"]], details[name].float(), rtol=1e-5, atol=1e-5)
+        assert tokens[~batch.mask].tolist() == [0.0] * int((~batch.mask).sum())
 
 
 @pytest.mark.parametrize("impl", IMPLS)

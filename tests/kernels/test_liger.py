@@ -8,6 +8,7 @@ import pytest
 import torch
 from tempsamp_kernels import liger
 from tempsamp_kernels.liger import FusedLinearGRPOLoss, triton_grpo_loss
+from tempsamp_kernels.logits import fused_selective_log_softmax
 
 LigerFusedLinearGRPOLoss = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss").LigerFusedLinearGRPOLoss
 BATCH, LENGTH, HIDDEN, VOCAB = 4, 7, 12, 37
@@ -153,7 +154,9 @@ def test_ids_outside_the_vocabulary_are_refused_where_liger_reads_padding():
 def test_reference_head_stands_in_for_reference_log_probs():
     inputs = batch(2)
     del inputs["importance"], inputs["ref_per_token_logps"]
-    assert_same({**inputs, "ref_input": inputs["_input"] + 0.1, "ref_weight": inputs["lin_weight"] * 0.9}, beta=0.1)
+    reference = {"ref_input": inputs["_input"] + 0.1, "ref_weight": inputs["lin_weight"] * 0.9}
+    assert_same({**inputs, **reference}, beta=0.1)
+    assert_same({**inputs, **reference, "ref_bias": inputs["bias"].flip(0)}, beta=0.1, temperature=0.7)
 
 
 def test_a_reference_head_beside_reference_log_probs_is_left_out_with_a_warning():
@@ -196,6 +199,10 @@ def test_what_is_not_said_is_as_in_liger():
     for name, parameter in inspect.signature(theirs).parameters.items():
         if parameter.default is not inspect.Parameter.empty and name in ours:
             assert ours[name].default == parameter.default, name
+    theirs = pytest.importorskip("liger_kernel.ops.grpo_loss").fused_selective_log_softmax
+    ours = inspect.signature(fused_selective_log_softmax).parameters
+    for name, parameter in inspect.signature(theirs).parameters.items():
+        assert ours[name].default == parameter.default, name
 
 
 @pytest.mark.parametrize("given", [None, 12.0])

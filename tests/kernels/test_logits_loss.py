@@ -72,6 +72,27 @@ def test_loss_metrics_and_gradients_equal_ligers(batch, loss_type, level, reduce
         assert_same(gradient, expected_gradient)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "grpo", "beta": 0.3, "eps_low": 0.9},
+        {"loss_type": "sapo", "sapo_temperature_pos": 0.7, "sapo_temperature_neg": 1.6},
+        {"loss_type": "vespo", "vespo_k_pos": 1.5, "vespo_lambda_pos": 2.0},
+        {"loss_type": "vespo", "vespo_k_neg": 2.5, "vespo_lambda_neg": 1.0},
+    ],
+    ids=["grpo", "sapo", "vespo above 0", "vespo below 0"],
+)
+def test_numbers_off_their_defaults_act_as_in_liger(batch, options):
+    liger = pytest.importorskip("liger_kernel.transformers.grpo_loss", reason="needs liger-kernel")
+    batch["completion_mask"][:, 3:] = 0
+    expected, expected_gradient = run(liger.triton_grpo_loss, batch, **options)
+    actual, gradient = run(triton_grpo_loss, batch, **options, impl="torch")
+    assert_same(actual, expected)
+    assert_same(gradient, expected_gradient)
+    without, _ = run(triton_grpo_loss, batch, loss_type=options["loss_type"], impl="torch")
+    assert not torch.allclose(actual[0], without[0], rtol=1e-2)
+
+
 @pytest.mark.parametrize(("loss_type", "level"), LOSS_TYPES)
 def test_kernels_equal_their_torch_twin(batch, loss_type, level):
     options = {

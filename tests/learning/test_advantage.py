@@ -78,6 +78,15 @@ def test_rewards_of_several_names_add_up() -> None:
     assert assigned([one], "grpo") == assigned([group(0.3, 0.3, 0.9)], "grpo")
 
 
+@pytest.mark.parametrize(("method", "rule"), [("grpo", "nonlinear"), ("tempsamp", "grpo"), ("tempsamp", "mixed")])
+def test_without_scaling_every_group_is_centred_by_itself(method: str, rule: str) -> None:
+    """Exactly 0 where all are equal, though the mean of seven times 0.1 is not 0.1 in float32."""
+    groups = [group(0.1, 0.5), group(0.9, 0.3, 0.6), group(*[0.1] * 7)]
+    pair, three, tied = assigned(groups, method, shaping=rule, scale_rewards=False)
+    assert pair == pytest.approx([-0.2, 0.2], abs=1e-6) and three == pytest.approx([0.3, -0.3, 0], abs=1e-6)
+    assert tied == [0.0] * 7
+
+
 @pytest.mark.parametrize(
     ("rule", "setting", "value"),
     [

@@ -135,6 +135,15 @@ def test_every_group_of_a_step_is_scored_by_its_own_mode() -> None:
     assert names == [[("tiou", "format")] * 4, [("tiou",)] * 4, [("tiou", "format")] * 4]
 
 
+def test_long_answers_lose_by_the_limit_of_the_run() -> None:
+    """Of 1 to 4 tokens; at most 3, the last 2 of which cost."""
+    written = [Letters().completion(torch.full((length,), ord("a"))) for length in (1, 2, 3, 4)]
+    letters: Any = Letters()
+    algorithm, sampler = AlgorithmConfig(soft_overlong=2), lambda *_: [written]
+    (group,) = answer([prompt()], "grpo", 4, sampler, letters, algorithm, "grounding", 3)
+    assert [each.rewards["overlong"] for each in group.completions] == [0, -0.5, -1, -1]
+
+
 def test_metrics_are_means_over_sampled_answers_and_given_ones_apart() -> None:
     """A format reward is averaged over the think prompts, which alone earn it."""
     rewards = [[({"tiou": 0.2}, False), ({"tiou": 1.0}, True)]]

@@ -169,6 +169,16 @@ def test_two_ranks_are_asked_what_one_is_with_twice_the_accumulation(stepper) ->
         assert len(of_ranks) == (8 if at.phase.method == "sft" else 4)
 
 
+def test_a_phase_goes_on_with_the_prompt_behind_the_last_of_the_phase_before(stepper) -> None:
+    """Though their steps take other numbers of prompts."""
+    words = ("--phases", "sft:2,grpo:2", "--prompts_per_device", "1", "--sft_prompts_per_device", "3")
+    run = stepper(*words, "--gradient_accumulation_steps", "1").run
+    asked = [prompt.sample.sample_id for at in plan(run.phases) for prompt in run.prompts(at)]
+    assert asked == [run.train_samples[run.order[position]].sample_id for position in range(8)]
+    epochs = [run.epochs(at)["data/epoch"] for at in plan(run.phases)]
+    assert epochs == pytest.approx([number / len(run.train_samples) for number in (3, 6, 7, 8)])
+
+
 def test_every_epoch_asks_each_sample_once_in_another_order(stepper) -> None:
     run = stepper("--phases", "sft:1").run
     num_samples = len(run.train_samples)

@@ -54,6 +54,16 @@ def test_the_worked_groups(rewards, kept, expected):
     assert len(group.completions) == 9 and pruned.prompt is group.prompt
 
 
+def test_rewards_for_the_form_vary_a_group_as_those_of_the_task_do():
+    """The second worked group, its .8 earned by the form."""
+    algorithm = replace(ORARL, format_weight=0.8)
+    group = group_of([0.0] * 8, algorithm=algorithm)
+    group.completions[7].rewards["format"] = 1.0
+    assign_advantages([group], "tempsamp", algorithm)
+    (pruned,) = prune_groups([group], algorithm)
+    assert pruned.advantages.tolist() == pytest.approx([-0.2837, -0.2837, 0.2380, 0.3293], abs=6e-5)
+
+
 def by_hand(rewards, advantages, ratio, has_truth):
     """Which sampled rows stay, of all choices, and their advantages: in plain Python, from the rule's words."""
     num, given = len(rewards), int(has_truth)

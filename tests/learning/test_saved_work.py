@@ -174,6 +174,13 @@ def test_a_group_stays_unless_its_rank_gets_enough_relief(num_tokens: list, owne
     assert new_owners(num_tokens) == owners
 
 
+def test_ranks_that_share_rows_get_groups_together() -> None:
+    """Two and two of four: one of the first pair's groups goes to both of the second."""
+    first, second = range(0, 2), range(2, 4)
+    assert balance_module._owners([[9], [9], [], []], 2) == [[first], [second], [], []]
+    assert balance_module._owners([[9], [], [9], []], 2) == [[first], [], [second], []]
+
+
 @given(st.lists(st.integers(1, 10_000), max_size=20), st.integers(1, 6))
 def test_ranks_get_whole_groups_balanced_by_tokens(num_tokens: list[int], num_ranks: int) -> None:
     """Every group once; no rank empty while another has two; the fullest within 4/3 of what nothing can beat."""

@@ -86,3 +86,14 @@ def test_features_at_hand_cost_nothing(tiny) -> None:
 )
 def test_the_peak_is_known_by_the_whole_name_or_not_at_all(device_name: str, tflops: float | None) -> None:
     assert peak_bf16_flops(device_name) == (None if tflops is None else tflops * 1e12)
+
+
+@pytest.mark.parametrize("tiny", ["qwen3_vl_moe"], indirect=True)
+@pytest.mark.parametrize(
+    ("sparse", "num_routers"), [({}, 3), ({"decoder_sparse_step": 2}, 1), ({"mlp_only_layers": [0]}, 2)]
+)
+def test_only_layers_with_experts_are_counted_with_a_router(tiny, sparse: dict, num_routers: int) -> None:
+    """As transformers builds them; dense or by two experts of four, a token's MLP is 48 wide."""
+    model = tiny.model(**sparse)
+    assert sum(hasattr(layer.mlp, "gate") for layer in model.model.language_model.layers) == num_routers
+    assert text_shape(model.config).mlp_products == 32 * (3 * 3 * 48 + 4 * num_routers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -127,6 +128,16 @@ def saved_adapters(trainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("adapters") / "run"
     trainer.main(run, "--phases", "sft:1,tempsamp:1", *LORA)
     return latest_checkpoint(run)[0] / "model"
+
+
+def test_adapters_of_a_folder_have_the_scale_that_it_tells(saved_adapters: Path, tmp_path: Path) -> None:
+    """Alpha over the root of the rank here; not what PEFT takes where nothing is told."""
+    folder = shutil.copytree(saved_adapters, tmp_path / "adapters")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 6, "use_rslora": True}))
+    model, _ = load_model(str(folder), ModelConfig(), torch.float32)
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    assert layers and {layer.scaling[TRAINED] for layer in layers} == {6 / 4**0.5}
 
 
 def without_one_tensor(folder: Path) -> None:

@@ -77,3 +77,14 @@ def test_ranks_must_divide_into_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sequence_group(1) is None
     with pytest.raises(ValueError, match="sequence_parallel_size=2: must be a divisor of the number of ranks, 1"):
         sequence_group(2)
+
+
+@pytest.mark.parametrize(("rank", "group"), [(0, [0, 1]), (1, [0, 1]), (4, [4, 5]), (5, [4, 5])])
+def test_neighbours_share_rows(monkeypatch: pytest.MonkeyPatch, rank: int, group: list[int]) -> None:
+    """Six ranks in three groups of two; every rank makes all groups, in the same order."""
+    made: list[list[int]] = []
+    found = {"is_initialized": True, "get_world_size": 6, "get_rank": rank}
+    for name, value in found.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda ranks: made.append(list(ranks)) or made[-1])
+    assert sequence_group(2) == group and made == [[0, 1], [2, 3], [4, 5]]

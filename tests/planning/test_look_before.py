@@ -15,21 +15,25 @@ import huggingface_hub
 import pytest
 
 from tempsamp_fast.arguments import default_recipe, describe_settings, parse_args
-from tempsamp_fast.config import DataConfig, TrainConfig
+from tempsamp_fast.config import DataConfig, ModelConfig, TrainConfig
 from tempsamp_fast.data.__main__ import main as data_main
 from tempsamp_fast.data.loader import PromptLoader
 from tempsamp_fast.eval import main as eval_main
 from tempsamp_fast.infer import main as infer_main
 from tempsamp_fast.model import loading
+from tempsamp_fast.model.architectures import model_config
+from tempsamp_fast.model.families import geometry_of
 from tempsamp_fast.model.loading import found_checkpoint
 from tempsamp_fast.plan import decided
-from tempsamp_fast.planning.look import look_for_videos
+from tempsamp_fast.planning.estimate import num_frames, text_and_video_tokens, video_grid
+from tempsamp_fast.planning.look import look_at_prompts, look_for_videos
 from tempsamp_fast.run.checkpoint import latest_checkpoint, model_folder
 from tempsamp_fast.run.run import Run
 from tempsamp_fast.run.schedule import plan
 from tempsamp_fast.sample import Sample
 from tempsamp_fast.score import main as score_main
 from tempsamp_fast.train import main
+from tempsamp_fast.video.probe import header_facts
 
 EVALUATED = ("--max_eval_samples", "99")
 ENTRY = {"duration": 8.0, "timestamps": [[1.0, 3.0]], "sentences": ["a square appears"]}
@@ -132,6 +136,20 @@ def test_a_prompt_longer_than_a_row_is_named_before_the_first_step(
         words = annotated(**{name: LONG})
         line = refused(trainer.flags(tmp_path / "run", "--phases", "sft:9", *words, *more))
         assert "longer" in line and f"'{name}/0'" in line and "max_tokens_per_row=" in line and len(line) < 1000
+
+
+def test_a_prompt_is_as_long_as_its_own_video_makes_it(clips: Path) -> None:
+    """Not as frames of 1280 x 720 would, by which it looked too long, nor as long as annotated."""
+    video, data = next((clips / "videos").glob("*.mp4")), DataConfig()
+    shape = model_config(ModelConfig(model="Qwen/Qwen2.5-VL-3B-Instruct"))
+    geometry = geometry_of(shape, data.min_pixels, data.max_pixels, data.total_pixels)
+    facts = header_facts(video)
+    grid = video_grid(geometry, num_frames(facts.duration_s, data), (facts.height, facts.width))
+    number = text_and_video_tokens(grid, shape, 99)
+    sample = Sample("clip/0", video, "a square appears", 1000.0, ((1.0, 3.0),))
+    look_at_prompts([sample], data, shape, number, count=lambda _: 99)
+    with pytest.raises(ValueError, match=f"'clip/0' with {number} tokens"):
+        look_at_prompts([sample], data, shape, number - 1, count=lambda _: 99)
 
 
 def test_skipping_leaves_a_prompt_out_that_is_longer_than_a_row(
@@ -327,6 +345,23 @@ def test_the_clock_asks_for_a_checkpoint_and_rank_0_decides(trainer, tmp_path: P
     assert not run.is_save_step(at)
     run.rank, run.config.train.save_minutes = 0, 0.0
     assert not run.is_save_step(at)
+
+
+def test_the_clock_begins_anew_with_a_checkpoint(trainer, tmp_path: Path) -> None:
+    run = trainer.run(tmp_path / "run", "--phases", "sft:2", "--save_minutes", "1")
+    at = next(plan(run.phases))
+    run._saved_s -= 61
+    run.save(1)
+    run.saving.finish()
+    assert not run.is_save_step(at)
+
+
+def test_a_prompt_of_as_many_tokens_as_a_row_is_not_too_long(trainer, tmp_path: Path) -> None:
+    run = trainer.run(tmp_path / "run", "--phases", "sft:1", "--on_bad_sample", "skip")
+    (whole,) = run.loader.prompts(run.train_samples[:1], ["answer"])
+    for num_tokens, is_taken in ((len(whole.input_ids), True), (len(whole.input_ids) - 1, False)):
+        run.loader.max_prompt_tokens = num_tokens
+        assert bool(run.loader.prompts(run.train_samples[:1], ["answer"])) is is_taken
 
 
 def test_settings_of_the_clock_are_checked() -> None:

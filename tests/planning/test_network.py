@@ -30,6 +30,11 @@ def test_a_message_takes_what_the_narrowest_link_lets_through(kind: str, num_gpu
     assert Network(share=0.5, hop_us=1e-9).seconds(message, num_gpus) == pytest.approx(2 * seconds)
 
 
+def test_a_message_of_nothing_takes_its_hops_there_and_back() -> None:
+    """Three to the furthest of eight GPUs."""
+    assert Network(hop_us=5.0).seconds(Message("update", "all_reduce", 0.0), 8) == pytest.approx(2 * 3 * 5e-6)
+
+
 def test_only_what_nothing_is_computed_beside_is_waited_for() -> None:
     """Of an update of 3 s in two rows, a reduction beside the last backward pass has 1 s."""
     one = Forecast(update_s=3.0, sampling_s=2.0, labels=())
@@ -72,6 +77,22 @@ def test_gradients_are_reduced_once_and_weights_handed_back(words: tuple, gather
         kind: sum(each.num_bytes for each in messages if each.kind == kind) for kind in ("all_gather", "all_reduce")
     }
     assert found == {"all_gather": gathers * 4 * parameters.total, "all_reduce": reduced * 4 * parameters.total}
+
+
+@pytest.mark.parametrize(("method", "passes", "rollouts"), [("sft", 1, 0), ("grpo", 2, 1)])
+def test_stage_3_gathers_what_every_row_and_pass_reads(method: str, passes: int, rollouts: int) -> None:
+    """In three rows: the text for policy and reference, the frozen tower by itself, and all of it for a rollout."""
+    config = parse_args(["--model", "tiny", "--zero_stage", "3", "--freeze_vision", "--beta", "0.04"])
+    shape = model_config(config.model)
+    parameters = count_parameters(shape, config.model)
+    messages = step_messages(work_of((2, 4, 4), shape, method, 4, 10), parameters, config, 4, 3)
+    found = {
+        kind: sum(each.num_bytes for each in messages if (each.phase, each.kind) == kind)
+        for kind in (("rollout", "all_gather"), ("update", "all_gather"), ("update", "reduce_scatter"))
+    }
+    text = parameters.total - parameters.vision
+    gathers = 3 * parameters.vision + rollouts * parameters.total, 3 * passes * text, 3 * text
+    assert list(found.values()) == [4 * number for number in gathers]
 
 
 def test_a_plan_of_many_gpus_says_where_it_stops_scaling(capsys: pytest.CaptureFixture[str]) -> None:

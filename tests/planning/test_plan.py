@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,17 @@ def test_steps_are_those_of_the_published_counts(capsys: pytest.CaptureFixture[s
     assert main(["--gpus", "0"]) == 2
 
 
+def test_the_least_time_is_that_of_one_devices_share_at_the_cards_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    """However many share the step; both figures have three digits."""
+    patterns = r"([\d.e+]+) to [\d.e+]+ TFLOP per device", r"([\d.e+-]+) to [\d.e+-]+ s at the H100's peak"
+    found = []
+    for num_gpus in ("1", "8"):
+        assert main(["--config", "charades_qwen2_5_vl_7b", "--gpu", "H100", "--gpus", num_gpus]) == 0
+        printed = capsys.readouterr().out
+        found.append([float(re.findall(pattern, printed)[0]) for pattern in patterns])
+    assert found[0] == found[1] and found[0][1] == pytest.approx(found[0][0] / 989, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("name", "chosen"),
     [("zero1", "1, offload none"), ("zero3_offload", "3, offload optimizer+param")],
@@ -111,6 +123,21 @@ def test_the_plan_sizes_a_run_on_own_videos_to_the_card(
     for asked, least in (("optimizer", "1"), ("all", "3")):
         train = decided(parse_args([*words, "--offload", asked]), num_gpus).train
         assert (train.zero_stage >= least) and train.offload in (asked, "all")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_least_stage_that_fits_is_taken_before_anything_is_offloaded(
+    monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    """Of eight cards in size between what this stage and the one before need."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    config = parse_args(["--model", "Qwen/Qwen2.5-VL-7B-Instruct", "--annotations", "mine.json", "--videos", "v"])
+    more, needed = (peak_memory(with_stage(config, each), 8).total for each in (stage - 1, stage))
+    assert more > 1.1 * needed
+    card = SimpleNamespace(total_memory=(more + needed) / 2 / 0.9)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card)
+    train = decided(config, 8).train
+    assert (train.zero_stage, train.offload) == (str(stage), "none")
 
 
 @pytest.mark.parametrize(("offload", "stage"), [("none", "0"), ("optimizer", "1"), ("all", "3")])
@@ -339,6 +366,7 @@ def test_a_prompt_of_a_tree_costs_its_share(tiny: Tiny) -> None:
     work = Work(grid, prompt_len, 7, 5, 5, queries=4)
     tree = GroupLayout(64, (TEXT_TOKENS,) * 4 + answers, (0,) * 4 + tuple(1 + i // 5 for i in range(20)))
     assert 4 * work.forward_flops(5, config) == pytest.approx(layout_flops([tree], 140, [grid], config))
+    assert 4 * work.tokens_in_row == tree.num_tokens and 4 * work.patches_in_row == 4 * 8 * 8
     assert Work(grid, prompt_len, 7, 5, 5).forward_flops(5, config) > 1.5 * work.forward_flops(5, config)
 
 

@@ -55,9 +55,29 @@ def test_the_published_number_of_the_location_reward():
     assert location_reward(texts, samples=[sample] * 4) == pytest.approx([0.5807, 1, 0, 0], abs=6e-5)
 
 
+def test_each_end_that_is_off_costs_its_own_share_of_the_video():
+    """9 to 26 for 10 to 20 of 30 s: an IoU of 10 / 17, 1 s off at the start and 6 s at the end."""
+    (value,) = location_reward([said([(9, 26)])], samples=[Sample("s", Path("v.mp4"), "query", 30.0, ONE)])
+    assert value == pytest.approx(10 / 17 * (29 / 30) * (24 / 30))
+
+
+@pytest.mark.parametrize(("reward", "most", "least"), [(location_reward, 1.0, 0.0), (wasserstein_reward, 2.0, -1.0)])
+def test_answers_are_read_in_their_form_and_without_tags_where_allowed(reward, most, least):
+    earned = lambda text, **how: reward([text], samples=[truth(ONE)], **how)
+    assert earned("10 to 20") == [least] and earned("10 to 20", require_tags=False) == [most]
+    assert earned("in 10 - 20 seconds", answer_form="sentence") == [most]
+
+
 def test_a_larger_beta_punishes_distance_more():
     (value,) = wasserstein_reward([said([(12, 22)])], samples=[truth(ONE)], beta=3.0, with_iou=False)
     assert value == pytest.approx(0.5488, abs=6e-5)
+
+
+def test_distance_is_told_in_lengths_of_what_the_true_spans_cover():
+    """0 to 15 in all, of which 20 to 30 is 17.5 s away."""
+    overlapping = truth(((0.0, 10.0), (5.0, 15.0)))
+    (value,) = wasserstein_reward([said([(20, 30)])], samples=[overlapping], with_iou=False)
+    assert value == pytest.approx(math.exp(-17.5 / 15))
 
 
 def test_an_answer_that_cannot_be_read_costs_and_an_empty_one_earns_nothing():

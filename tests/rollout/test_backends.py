@@ -39,6 +39,18 @@ def test_partitioned_parameters_are_gathered_once_or_in_every_pass(
     assert ("engine" if policy is engine else policy, synced) == expected
 
 
+def test_a_runs_sampler_is_told_what_ends_an_answer_and_what_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(backends, "generate", lambda *_, **options: told.append(options))
+    engine = SimpleNamespace(module="policy", zero_optimization_partition_weights=lambda: False)
+    config = parse_args(["--max_tokens_per_row", "123"])
+    chat = SimpleNamespace(end_token_ids=[7, 8], banned_token_ids=[5])
+    backend = build_backend(engine, chat, config.rollout, config.train, config.data.task)  # type: ignore[arg-type]
+    backend.generate([], 1, SamplingParams(), (0,))
+    names = ("eos_token_ids", "banned_token_ids", "max_tokens_per_row")
+    assert [told[0][name] for name in names] == [[7, 8], [5], 123]
+
+
 @pytest.mark.parametrize("is_partitioned", [False, True])
 def test_graphs_are_kept_unless_the_weights_lie_elsewhere_every_time(
     is_partitioned: bool, monkeypatch: pytest.MonkeyPatch

@@ -221,6 +221,15 @@ def test_a_prompt_longer_than_a_row_is_named(tiny) -> None:
         sample(Policy(tiny.model()), prompts_of(tiny), max_tokens_per_row=10)
 
 
+def test_logits_that_are_no_numbers_behind_the_first_token_name_the_sample(
+    tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nan = lambda hidden, weight: torch.full((len(hidden), len(weight)), torch.nan)
+    monkeypatch.setattr("tempsamp_fast.rollout.decoding.next_token_logits", nan)
+    with pytest.raises(FloatingPointError, match=r"sample-.*logits are not finite"):
+        sample(Policy(tiny.model()), prompts_of(tiny))
+
+
 def test_no_prompts_are_refused(tiny) -> None:
     with pytest.raises(ValueError, match="prompts"):
         sample(Policy(tiny.model()), [])

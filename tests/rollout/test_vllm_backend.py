@@ -213,6 +213,14 @@ def test_sampling_parameters_reach_vllm_and_log_probs_come_back(setting: Setting
     assert len(set(seeds)) == 6 and ids(again) != ids(answers)
 
 
+def test_a_sample_that_is_asked_in_both_modes_draws_other_numbers_in_each(setting: Setting) -> None:
+    setting.backend.sync_weights()
+    first = setting.prompts[0]
+    setting.backend.generate([first, replace(first, mode="think"), first], 1, SAMPLED, seed=(0, 1))
+    answer, think, again = (request.seed for request in setting.llm.requests)
+    assert answer == again != think
+
+
 def test_features_at_hand_are_not_computed_again(setting: Setting) -> None:
     setting.backend.sync_weights()
     expected = setting.backend.generate(setting.prompts, 1, GREEDY, seed=(0,))

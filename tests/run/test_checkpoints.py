@@ -285,9 +285,11 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
 
     monkeypatch.setattr(os, "fsync", recording_fsync)
     monkeypatch.setattr(Path, "rename", recording_rename)
-    trainer.main(tmp_path / "run", "--phases", "tempsamp:1", "--beta", "0.04")
+    held_out = ("--eval_annotations", str(trainer.clips / "annotations/test.json"), "--max_eval_samples", "1")
+    trainer.main(tmp_path / "run", "--phases", "tempsamp:1", "--beta", "0.04", *held_out)
     assert before.keys() == {"reference.partial", "step_000001.partial"}
-    assert {tmp_path / "run/metrics.jsonl", tmp_path / "run/config.json"} <= set(before["step_000001.partial"])
+    records = {tmp_path / "run" / name for name in ("metrics.jsonl", "groups.jsonl", "results.json", "config.json")}
+    assert records <= set(before["step_000001.partial"])
     assert synced[0] == tmp_path / "run/checkpoints"
 
 

@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from tempsamp_fast.data.prompt_file import saved_templates
 from tempsamp_fast.export import export
 from tempsamp_fast.model.families import FAMILIES
 from tempsamp_fast.model.processor_files import processor_files
 from tempsamp_fast.report.model_card import model_card
+from tempsamp_fast.run.checkpoint import read_video_settings
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,16 @@ def test_weights_that_are_not_finite_are_not_written(checkpoint: Path, tmp_path:
         with pytest.raises(ValueError, match=r"down_proj.weight holds NaN or infinity \(in torch"):
             export(spoiled, tmp_path / "out", dtype)
         assert not (tmp_path / "out").exists()
+
+
+def test_its_frames_and_own_prompts_go_with_it(checkpoint: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    (model / "prompts.json").write_text(json.dumps({"answer": "say when {query}"}))
+    (model / "video.json").write_text(json.dumps({"fps": 3.0, "answer_form": "json"}))
+    export(model, tmp_path / "out", torch.float32)
+    assert saved_templates(str(tmp_path / "out")) == {"answer": "say when {query}"}
+    found = read_video_settings(tmp_path / "out")
+    assert (found.fps, found.answer_form) == (3.0, "json")
 
 
 def test_its_card_has_settings_data_and_scores(exported: Path, finished_run) -> None:

@@ -19,7 +19,7 @@ from tempsamp_fast.evaluation.asking import evaluate
 from tempsamp_fast.infer import main as infer_main
 from tempsamp_fast.learning.advantage import advantage_metrics, assign_advantages
 from tempsamp_fast.learning.groups import reward_metrics
-from tempsamp_fast.learning.metrics import combine, mean_over_ranks, number_per_rank
+from tempsamp_fast.learning.metrics import combine, logp_gap, mean_over_ranks, number_per_rank
 from tempsamp_fast.rollout.token_sampling import SamplingParams, choose_tokens
 from tempsamp_fast.run.log import ZERO_STEPS, RunLog
 from tempsamp_fast.run.results import table
@@ -99,11 +99,12 @@ def test_figures_of_rows_become_means_over_tokens_and_losses_add_up() -> None:
     assert combine(rows) == expected | {"policy/off/num_tokens": 2, "policy/off/kl": 5}
 
 
-def test_means_over_groups_weigh_ranks_by_their_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["reward/tiou", "completion/cut_share", "advantage/flipped", "batch/skipped_share"])
+def test_means_over_groups_weigh_ranks_by_their_groups(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Prompts are shared out by their tokens: one rank may have one long one, another three."""
-    parts = [(1, {"reward/tiou": 0.0, "time/step_s": 1.0}), (3, {"reward/tiou": 1.0, "time/step_s": 2.0})]
+    parts = [(1, {name: 0.0, "time/step_s": 1.0}), (3, {name: 1.0, "time/step_s": 2.0})]
     monkeypatch.setattr("tempsamp_fast.learning.metrics.of_all_ranks", lambda own: parts)
-    assert mean_over_ranks({}, 1) == {"reward/tiou": 0.75, "time/step_s": 1.5}
+    assert mean_over_ranks({}, 1) == {name: 0.75, "time/step_s": 1.5}
 
 
 def test_a_count_is_the_mean_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,14 +113,23 @@ def test_a_count_is_the_mean_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> No
     assert number_per_rank(3, torch.device("cpu")) == 3
 
 
+def test_a_sampler_that_drifts_on_another_rank_ends_the_run_on_this_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempsamp_fast.learning.metrics.of_all_ranks", lambda own: [own, 0.9])
+    same = Completion(torch.ones(2, dtype=torch.int64), "", sampled_logps=torch.full((2,), -1.0))
+    assert logp_gap([torch.full((2,), -1.0)], [same], limit=1.0) == {"rollout/logp_gap": 0.0}
+    with pytest.raises(ValueError, match=r"rollout/logp_gap=0\.9 is above max_logp_gap=0\.4"):
+        logp_gap([torch.full((2,), -1.0)], [same], limit=0.4)
+
+
 def test_a_kl_that_is_not_computed_is_not_in_the_record(finished_run, trainer, tmp_path: Path) -> None:
     """Supervised steps have none, nor has reinforcement without a reference."""
     by_phase = {row["phase"]: row for row in finished_run.rows}
     assert "policy/kl" in by_phase["tempsamp/answer"]
     assert not [name for name in by_phase["sft/answer"] if name.endswith("kl") or name.startswith("completion/")]
-    rows = trainer.main(tmp_path / "run", "--phases", "tempsamp:1", "--beta", "0")
+    rows = trainer.main(tmp_path / "run", "--phases", "tempsamp:1", "--beta", "0", "--rewards", "tiou=3")
     assert not [name for name in rows[0] if name.endswith("kl")]
     assert {"reward/std", "reward/tied_groups", "completion/cut_share", "completion/max_length"} <= rows[0].keys()
+    assert rows[0]["reward/off_policy_mean"] == pytest.approx(3)
 
 
 def test_epochs_count_on_through_the_phases(finished_run) -> None:

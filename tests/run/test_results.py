@@ -12,7 +12,7 @@ import pytest
 from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.evaluation.asking import answer_row
 from tempsamp_fast.run import results
-from tempsamp_fast.run.checkpoint import checkpoints, model_folder, step_of
+from tempsamp_fast.run.checkpoint import best_checkpoint, checkpoints, model_folder, step_of
 from tempsamp_fast.run.results import Results
 from tempsamp_fast.sample import Sample
 
@@ -48,6 +48,40 @@ def test_the_settings_of_an_evaluation_reach_it(run, monkeypatch: pytest.MonkeyP
     assert [row["miou"] for row in found.rows] == [1.0, 1.0]
     rows = [json.loads(line) for line in found.answers_path("1_sft/answer", "think").read_text().splitlines()]
     assert [row["span"] for row in rows] == [[6.0, 9.0]] * 2
+
+
+@pytest.mark.parametrize(("every", "stages"), [(2, ["step 4"] * 2), (3, []), (0, [])])
+def test_an_evaluation_between_phases_that_was_stopped_is_made_up_for(
+    run, monkeypatch: pytest.MonkeyPatch, every: int, stages: list[str]
+) -> None:
+    """In both modes, where the run goes on after a step that is to be evaluated."""
+    monkeypatch.setattr(results, "evaluate", lambda asked, *_, **__: [answer_row(each, "") for each in asked])
+    run.config.train.eval_steps = every
+    found = Results(run)
+    found.make_up(SimpleNamespace(log=lambda *_, **__: None))  # type: ignore[arg-type]
+    assert [row["stage"] for row in found.rows] == stages
+
+
+def test_weights_are_the_best_though_the_start_was_better(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none after them that are no better."""
+    texts = iter(["6 to 9", "0 to 8", "0 to 8", "0 to 7"])
+    run.config.train.eval_modes = "answer"
+    monkeypatch.setattr(results, "evaluate", lambda asked, *_, **__: [answer_row(asked[0], next(texts), False)] * 2)
+    log: Any = SimpleNamespace(log=lambda *_, **__: None)
+    found = Results(run)
+    assert [found.evaluate(f"step {step}", step, log) for step in range(4)] == [False, True, False, False]
+
+
+def test_an_evaluation_counts_what_was_skipped_and_what_lies_outside(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: dict[str, float] = {}
+    log: Any = SimpleNamespace(log=lambda step, phase, metrics, **_: logged.update(metrics))
+    skipped = {"skipped": True}
+    answers = lambda asked, *_, **__: [answer_row(asked[0], "6 to 99", False), answer_row(asked[1], "") | skipped]
+    monkeypatch.setattr(results, "evaluate", answers)
+    found = Results(run)
+    found.evaluate("start", 0, log)
+    assert [row["num_skipped"] for row in found.rows] == [1, 1]
+    assert (logged["eval/answer/outside_video"], logged["eval/think/outside_video"]) == (1, 1)
 
 
 def test_a_resumed_run_keeps_the_evaluations_up_to_its_checkpoint(run) -> None:
@@ -89,6 +123,28 @@ def test_the_checkpoint_of_the_best_evaluation_stays_if_asked_for(stepper, keep_
     else:
         with pytest.raises(ValueError, match="no checkpoint of this run was evaluated"):
             model_folder(f"{run.folder}/best")
+
+
+@pytest.mark.parametrize(
+    ("metric", "best"),
+    [(None, 2), ("miou", 2), ("answer/miou", 1), ("r1@0.5", 1), ("answer/r1@0.5", 2), ("think/r1@0.5", 1)],
+)
+def test_the_best_is_so_by_the_metric_and_in_the_mode_of_the_run(tmp_path: Path, metric: str | None, best: int) -> None:
+    """Without a mode in the mean of both, without a name by the first score."""
+    scored = {(1, "answer"): (0.6, 0.2), (1, "think"): (0.2, 0.9), (2, "answer"): (0.5, 0.4), (2, "think"): (0.4, 0.1)}
+    rows = [
+        {"stage": "x", "mode": mode, "num_steps": step, "miou": miou, "r1@0.5": recall}
+        for (step, mode), (miou, recall) in scored.items()
+    ]
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    train = {"best_metric": metric, "eval_modes": "answer+think"}
+    (tmp_path / "config.json").write_text(json.dumps({"train": train}))
+    for step in (1, 2):
+        folder = tmp_path / f"checkpoints/step_{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text("{}")
+    found = best_checkpoint(tmp_path)
+    assert found is not None and step_of(found) == best
 
 
 @pytest.mark.parametrize(

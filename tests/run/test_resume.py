@@ -72,6 +72,9 @@ def test_answers_are_added_to_a_record_by_a_resumed_run_alone(trainer, refused, 
     trainer.main(tmp_path / "run", *words, "grpo:1")
     line = refused(trainer.flags(tmp_path / "other", *words, "grpo:1"))
     assert f"record_rollouts='{record}' exists" in line and not (tmp_path / "other").exists()
+    lost = [json.loads(row) | {"step": 1} for row in record.read_text().splitlines()]
+    with record.open("a") as file:  # answers of a step that the run was killed in
+        file.writelines(json.dumps(row) + "\n" for row in lost)
     trainer.main(tmp_path / "run", *words, "grpo:2", "--resume", str(tmp_path / "run"))
     assert [json.loads(row)["step"] for row in record.read_text().splitlines()] == [0, 0, 1, 1]
 

@@ -128,3 +128,17 @@ def test_the_stage_may_not_change() -> None:
     resume(settings(zero_stage="1"), zero_stage=1)
     with pytest.raises(ValueError, match="zero_stage was 0, is 2"):
         resume(settings(zero_stage="2"))
+
+
+def test_a_prompt_file_may_move_and_not_ask_otherwise(tmp_path: Path) -> None:
+    """Nor be edited in place, nor left out."""
+    for name, words in (("one", "when {query}"), ("moved", "when {query}"), ("other", "where {query}")):
+        (tmp_path / name).write_text(f"answer: '{words}'\n")
+    named = lambda name: settings(prompt_file=str(tmp_path / name))
+    then = facts_of(named("one"), SAMPLES, 1)["own_files"]
+    for same in ("one", "moved"):
+        resume(named(same), own_files=then)
+    (tmp_path / "one").write_text("answer: 'why {query}'\n")
+    for changed in (named("one"), named("other"), settings()):
+        with pytest.raises(ValueError, match="prompt_file does not ask as it did"):
+            resume(changed, own_files=then)

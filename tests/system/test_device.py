@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 from tempsamp_fast.system import device
-from tempsamp_fast.system.device import decoding_threads, prepare_environment
+from tempsamp_fast.system.device import decoding_threads, prepare_environment, training_device
 
 OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SRUN = {
@@ -67,3 +68,13 @@ def test_ranks_of_a_host_share_the_cores_that_they_have_in_common(
     monkeypatch.setattr("socket.gethostname", lambda: of_ranks[0][0])
     monkeypatch.setattr("os.sched_getaffinity", lambda _: of_ranks[0][1])
     assert decoding_threads() == threads
+
+
+def test_a_rank_has_the_gpu_of_its_place_on_its_host_and_makes_it_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third rank of a second host of four."""
+    made_current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    monkeypatch.setenv("RANK", "6")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert training_device() == torch.device("cuda", 2) and made_current == [torch.device("cuda", 2)]

@@ -7,15 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tempsamp_fast.system import heartbeat
-from tempsamp_fast.system.heartbeat import LOST_RANK_EXIT, Heartbeat, RankLostError, watched_by
+from tempsamp_fast.system.heartbeat import LOST_RANK_EXIT, GracefulStop, Heartbeat, RankLostError, watched_by
 
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_S = 100.0
@@ -67,6 +69,16 @@ def test_a_rank_whose_process_is_gone_died(ranks: Ranks) -> None:
     verdict = ranks.after(1)
     assert verdict is not None
     assert f"rank 2 (pid {gone} on " in verdict and verdict.endswith("died; its last action: rollout of step 7")
+
+
+def test_a_rank_whose_process_ended_and_was_not_waited_for_died(ranks: Ranks) -> None:
+    """As a zombie it stays in the table of processes until its launcher looks."""
+    process = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    ranks.write(2, pid=process.pid)
+    verdict = ranks.after(1)
+    process.wait()
+    assert verdict is not None and verdict.startswith(f"rank 2 (pid {process.pid} on ")
 
 
 def test_a_process_id_of_another_host_says_nothing(ranks: Ranks) -> None:
@@ -155,6 +167,38 @@ def test_a_beat_that_cannot_be_written_is_not_the_last(
         wait_for(lambda: last_beat() > beat)
 
 
+@pytest.mark.parametrize("action", ["evaluation of 5000 queries", "a long story " * 50])
+def test_a_short_record_leaves_nothing_of_a_longer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    """They are written in place, all of one length."""
+    file = tmp_path / "heartbeat/rank_0000.json"
+    monkeypatch.setattr(heartbeat, "INTERVAL_S", 0.01)
+    with Heartbeat(tmp_path, 0, 1, TIMEOUT_S) as heart:
+        heart.at(action)
+        wait_for(lambda: action[:12] in file.read_text())
+        assert file.stat().st_size == heartbeat.RECORD_BYTES
+        heart.at("end")
+        wait_for(lambda: '"end"' in file.read_text())
+        assert json.loads(file.read_text())["action"] == "end"
+
+
+@pytest.mark.parametrize(("error", "left"), [(None, "finished"), (ValueError("no\n room"), "failed: no room")])
+def test_a_rank_leaves_behind_how_it_ended(tmp_path: Path, error: Exception | None, left: str) -> None:
+    """For the others to read."""
+    with suppress(ValueError), Heartbeat(tmp_path, 0, 1, TIMEOUT_S):
+        if error:
+            raise error
+    assert json.loads((tmp_path / "heartbeat/rank_0000.json").read_text())["action"] == left
+
+
+@pytest.mark.parametrize(("timeout_s", "interval_s"), [(600.0, 2.0), (4.0, 1.0)])
+def test_ranks_look_every_two_seconds_and_four_times_within_a_short_timeout(
+    tmp_path: Path, timeout_s: float, interval_s: float
+) -> None:
+    assert Heartbeat(tmp_path, 0, 1, timeout_s).interval_s == interval_s
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
@@ -167,6 +211,27 @@ def ended(program: str, *words: str) -> tuple[int, str]:
     command = [sys.executable, "-c", program, *words]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
     return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("has_agreed", [True, False], ids=["after the step", "after the loop"])
+def test_what_comes_after_the_step_takes_the_time_it_takes(monkeypatch: pytest.MonkeyPatch, has_agreed: bool) -> None:
+    """The grace is for the step alone: not for the checkpoint, nor for what follows the loop."""
+    codes: list[int] = []
+
+    def wait_for_the_end_of_the_grace() -> None:
+        for timer in threading.enumerate():
+            if isinstance(timer, threading.Timer) and timer.interval == 1.5:
+                timer.join()
+
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with GracefulStop(1.5) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        if has_agreed:
+            assert stop.agreed("cpu")
+            wait_for_the_end_of_the_grace()
+            assert codes == []
+    wait_for_the_end_of_the_grace()
+    assert codes == []
 
 
 HANGS_IN_A_STEP = """

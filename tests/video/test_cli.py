@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from tempsamp_fast.video import Geometry, Sampling
 from tempsamp_fast.video.__main__ import main
-from tempsamp_fast.video.probe import header_facts, probe
+from tempsamp_fast.video.probe import FileFacts, header_facts, probe, warnings_of
 
 
 def test_probe_tells_what_the_file_is_and_what_is_taken(corpus: Path) -> None:
@@ -41,6 +42,23 @@ def test_probe_warns_of_what_hurts(corpus: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("changed", "warned"),
+    [
+        ({}, []),
+        ({"longest_frame_s": 0.09}, ["variable frame rate"]),
+        ({"shortest_frame_s": 0.0}, ["variable frame rate", "same time"]),
+        ({"duration_s": 61.0}, ["over 30 s between key frames"]),
+        ({"trouble": "errors in packet 8"}, ["errors in packet 8"]),
+    ],
+)
+def test_warnings_are_of_what_training_on_the_file_would_meet(changed: dict, warned: list[str]) -> None:
+    """Of an even minute with a key frame every thirty seconds, nothing is said."""
+    facts = FileFacts("mp4", "h264", 56, 280, 1500, 25.0, 0.0, 60.0, 2, 0.0, 0.04, 0.04)
+    found = warnings_of(dataclasses.replace(facts, **changed))
+    assert len(found) == len(warned) and all(part in text for part, text in zip(warned, found, strict=True))
+
+
 def test_command_prints_one_object_per_file_and_fails_with_a_bad_one(
     corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -49,6 +67,14 @@ def test_command_prints_one_object_per_file_and_fails_with_a_bad_one(
     assert main(["probe", str(corpus / "prose.mp4")]) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["code"] == "OPEN_FAILED" and "prose.mp4" in report["message"]
+
+
+def test_a_probe_samples_as_it_is_asked_to(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--mode", "hf_qwen3", "--fps", "1", "--family", "qwen3_vl"]
+    assert main(["probe", *words, str(corpus / "h264.mp4")]) == 0
+    taken, geometry = json.loads(capsys.readouterr().out)["sampling"], Geometry.of_family("qwen3_vl")
+    assert (taken["mode"], taken["num_frames"]) == ("hf_qwen3", 6)
+    assert taken["grid_thw"] == list(geometry.grid_thw(6, geometry.frame_size(6, 56, 280)))
 
 
 def test_bench_times_every_video_of_a_folder(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

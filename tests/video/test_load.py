@@ -201,6 +201,15 @@ def test_an_extension_that_does_not_load_is_as_good_as_none(corpus: Path, caplog
     assert "does not load" in target._open(torch.device("cuda", 0)).reason
 
 
+def test_a_gpu_is_the_one_of_its_number_and_without_one_the_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(target, "_with_cuda", lambda device: device)
+    found = [target.find_target(name) for name in ("cuda", "auto", "cuda:0", "cuda:3")]
+    assert found == [torch.device("cuda", number) for number in (2, 2, 0, 3)]
+
+
 def test_no_requests_give_an_empty_batch() -> None:
     batch = load_videos([], GEOMETRY, backend="torchcodec")
     assert batch.pixel_values.shape == (0, GEOMETRY.row_width) and batch.split() == []

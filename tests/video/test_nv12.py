@@ -38,14 +38,18 @@ def random_surfaces(num_frames: int, height: int, width: int, pitch: int) -> Ten
 
 
 def rgb(surfaces: Tensor, pictures: Pictures) -> Tensor:
-    """[T, 3, *shown size] uint8: swscale's integer conversion in whole planes, nearest chroma; then turned."""
+    """[T, 3, *shown size] uint8: swscale's integer conversion in whole planes, nearest chroma; then turned.
+
+    Of eight times the 8-bit samples, and of 16-bit ones with three bits more than eight.
+    """
     height, width = pictures.height, pictures.width
     offset, luma_scale, red_v, green_u, green_v, blue_u = pictures.coefficients
-    planes = surfaces.to(torch.int32)
-    luma = (((planes[:, :height, :width] << 3) - offset) * luma_scale) >> 16
+    is_wide = surfaces.dtype == torch.uint16
+    planes = torch.from_numpy(surfaces.numpy().astype(np.int32) >> 5) if is_wide else surfaces.to(torch.int32) << 3
+    luma = ((planes[:, :height, :width] - offset) * luma_scale) >> 16
     chroma = planes[:, height + height % 2 :].repeat_interleave(2, dim=1)[:, :height]
-    u = (chroma[:, :, 0::2].repeat_interleave(2, dim=2)[..., :width] << 3) - 1024
-    v = (chroma[:, :, 1::2].repeat_interleave(2, dim=2)[..., :width] << 3) - 1024
+    u = chroma[:, :, 0::2].repeat_interleave(2, dim=2)[..., :width] - 1024
+    v = chroma[:, :, 1::2].repeat_interleave(2, dim=2)[..., :width] - 1024
     red = luma + (v * red_v >> 16)
     green = luma + (u * green_u >> 16) + (v * green_v >> 16)
     blue = luma + (u * blue_u >> 16)
@@ -132,12 +136,15 @@ def test_normalised_rows_are_those_of_the_cpu_path(dtype: torch.dtype) -> None:
     assert torch.equal(ours, expected)
 
 
-def test_sixteen_bit_surfaces_of_eight_bit_values_are_the_same() -> None:
-    surfaces = random_surfaces(2, 8, 16, pitch=16)
-    wide = torch.from_numpy(surfaces.numpy().astype(np.uint16) << 8)
-    pictures = Pictures(8, 16, coefficients("bt709"))
-    narrow_rows, wide_rows = (patches(planes, pictures, [0, 1], (8, 16), torch.uint8) for planes in (surfaces, wide))
-    assert torch.equal(narrow_rows, wide_rows)
+def test_sixteen_bit_surfaces_are_rounded_by_the_conversion_alone() -> None:
+    """Pictures of eight-bit values are the same, those of ten bits are not cut to eight before."""
+    narrow = random_surfaces(1, 8, 16, pitch=16)
+    low_bits = np.random.default_rng(0).integers(0, 256, narrow.shape, dtype=np.uint16)
+    wide = narrow.numpy().astype(np.uint16) << 8
+    surfaces, pictures = torch.from_numpy(np.concatenate([wide, wide + low_bits])), Pictures(8, 16, coefficients())
+    expected = rgb(surfaces, pictures)
+    assert torch.equal(expected[:1], rgb(narrow, pictures)) and not torch.equal(expected[:1], expected[1:])
+    assert torch.equal(patches(surfaces, pictures, [0, 1], (8, 16), torch.uint8), patchify(expected, SMALL))
 
 
 @pytest.mark.parametrize(

@@ -48,3 +48,14 @@ def test_an_entry_is_for_one_file_one_geometry_and_one_tower(tmp_path: Path) -> 
     smaller = replace(GEOMETRY, max_pixels=GEOMETRY.min_pixels)
     assert PatchCache(folder, smaller, "one tower").get(video, SAMPLING) is None
     assert PatchCache(folder, GEOMETRY, "one tower").get(other, SAMPLING) is None
+
+
+def test_a_file_of_another_time_or_another_size_is_another(tmp_path: Path) -> None:
+    video = tmp_path / "clip.mp4"
+    cache, times = PatchCache(tmp_path / "patches", GEOMETRY), torch.zeros(1, dtype=torch.float64)
+    for content, seconds in ((b"1234", 1000), (b"5678", 1001), (b"56789", 1001)):
+        video.write_bytes(content)
+        os.utime(video, (seconds, seconds))
+        assert cache.get(video, SAMPLING) is None
+        cache.put(video, SAMPLING, VideoPatches(torch.zeros(4, 8, dtype=torch.uint8), (1, 2, 2), 1.0, times))
+        assert cache.get(video, SAMPLING) is not None

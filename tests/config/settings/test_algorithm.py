@@ -70,6 +70,10 @@ ADVANTAGES: list[tuple[dict[str, Any], list[float]]] = [
     ({"alpha_2": 3.0}, by_nonlinear(alpha_2=3.0)),
     ({"format_weight": 0.25}, by_nonlinear(0.25)),
     ({"scale_rewards": False}, centred([shaped(task) + form for task, form in zip(REWARDS, FORMATS, strict=True)])),
+    (
+        {"scale_rewards": False, "tau": 0.4, "alpha_1": 0.7, "alpha_2": 3.0},
+        centred([shaped(task, 0.4, 0.7, 3.0) + form for task, form in zip(REWARDS, FORMATS, strict=True)]),
+    ),
     ({"scale_rewards": False, "shaping": "mixed"}, centred([1.2, 0.9, 1.5, 2.0])),
     ({"shaping": "anchor", "lambda_off": 0.6}, by_anchor(0.6)),
     (
@@ -192,6 +196,13 @@ def test_the_format_is_added_or_a_factor_as_asked(how: Any, mode: Any, earned: l
     assert [each.rewards for each in group.completions] == earned
 
 
+def test_a_wrong_form_takes_every_reward_that_is_asked_for() -> None:
+    prompt = replace(group_of().prompt, mode="answer")
+    group = RolloutGroup(prompt, [Completion(torch.tensor([1]), "it is <answer>2 to 4</answer>")])
+    score(group, "grounding", AlgorithmConfig(format_reward="factor", rewards="tiou,location=0.5"))
+    assert group.completions[0].rewards == {"tiou": 0.0, "location": 0.0}
+
+
 def test_long_answers_lose_as_much_as_asked() -> None:
     """What they lose is added after the rule has shaped the task's rewards, as a format reward is."""
     group = RolloutGroup(group_of().prompt, [Completion(torch.zeros(n), "") for n in (80, 90, 100, 101)])
@@ -203,6 +214,26 @@ def test_long_answers_lose_as_much_as_asked() -> None:
     plain = RolloutGroup(group.prompt, [Completion(torch.zeros(200), "")])
     score(plain, "grounding", AlgorithmConfig(), max_completion_length=100)
     assert "overlong" not in plain.completions[0].rewards
+
+
+def test_answers_of_a_run_are_long_by_its_longest(stepper: Callable) -> None:
+    run = stepper("--phases", "grpo:1", "--soft_overlong", "4", "--max_completion_length", "12").run
+    lengths = (6, 10, 12)
+    answers = lambda: [Completion(torch.ones(length, dtype=torch.int64), "") for length in lengths]
+    run.sample = lambda prompts, *_, **__: [answers() for _ in prompts]
+    (first,) = plan(run.phases)
+    for group in run.answer(first, run.prompts(first)):
+        assert [each.rewards["overlong"] for each in group.completions] == [0, -0.5, -1]
+
+
+def test_what_long_answers_lose_is_neither_shaped_nor_weighed_as_the_format_is() -> None:
+    group, lost = group_of(), [0.0, -0.5, -1.0, -0.25]
+    for completion, loss in zip(group.completions, lost, strict=True):
+        completion.rewards["overlong"] = loss
+    assign_advantages([group], "tempsamp", AlgorithmConfig(format_weight=0.25))
+    values = [shaped(task) + 0.25 * form + loss for task, form, loss in zip(REWARDS, FORMATS, lost, strict=True)]
+    assert group.advantages is not None
+    assert group.advantages.tolist() == pytest.approx(normalised(values), abs=1e-5)
 
 
 LOSSES: list[dict[str, Any]] = [

@@ -15,7 +15,9 @@ from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.batch import Completion, VideoPatches
 from tempsamp_fast.config import DataConfig
 from tempsamp_fast.data import loader
+from tempsamp_fast.data.annotations import load_annotations
 from tempsamp_fast.data.catalogue import load_training_data
+from tempsamp_fast.data.draws import drawn_as_timelens, drawn_as_timelens2
 from tempsamp_fast.data.order import TrainingOrder
 from tempsamp_fast.data.prompt_file import saved_templates
 from tempsamp_fast.run.checkpoint import VIDEO_FIELDS, save_model
@@ -101,6 +103,9 @@ def test_training_samples_are_drawn_as_asked(in_data_folder: None) -> None:
     for rule in ("timelens", "timelens2"):
         of_seed_0, of_seed_1 = (drawn(draw=rule, draw_samples=4, draw_seed=seed) for seed in (0, 1))
         assert len(of_seed_0) == 4 and of_seed_0 != of_seed_1
+    samples = load_annotations("flat.jsonl", "here")
+    for rule, function in (("timelens", drawn_as_timelens), ("timelens2", drawn_as_timelens2)):
+        assert drawn(draw=rule, draw_samples=12) == [sample.video_id for sample in function(samples, 12, 0)]
     assert {*drawn(draw="timelens2", draw_samples=4)} <= {*map(str, range(8))}
     Path("like.jsonl").write_text(rows(x=(10, 2, 0.1)))
     release = {"draw": "release", "draw_samples": 2, "draw_like": "like.jsonl", "annotations": "train.jsonl"}
