@@ -13,18 +13,22 @@ from tempsamp_fast.data.annotations import FORMATS, load_annotations
 from tempsamp_fast.data.catalogue import dataset_name
 from tempsamp_fast.evaluation.protocols import OWN, PROTOCOLS, protocol_for
 from tempsamp_fast.evaluation.scoring import read_predictions, score_rows
-from tempsamp_fast.sample import AnswerForm, Task
+from tempsamp_fast.sample import AnswerForm, Mode, Task
 from tempsamp_fast.system.files import log_printably, one_line
 
 
 def answers_file(given: str) -> Path:
-    """The newest answers of a run folder, told on stderr; a file is itself. Raises ValueError for any other folder."""
+    """The newest answers of a run folder or of one that `eval` left, told on stderr; a file is itself.
+
+    Raises ValueError for any other folder.
+    """
     path = Path(given)
     if not path.is_dir():
         return path
-    files = sorted((path / "eval").glob("*.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+    of_eval = [file for mode in get_args(Mode) if (file := path / f"{mode}.jsonl").is_file()]
+    files = sorted([*(path / "eval").glob("*.jsonl"), *of_eval], key=lambda file: file.stat().st_mtime_ns)
     if not files:
-        raise ValueError(f"--predictions {given}: no run folder with answers (eval/*.jsonl)")
+        raise ValueError(f"--predictions {given}: has no answers, neither a run's (eval/*.jsonl) nor those of eval")
     print(f"scoring {files[-1]}", file=sys.stderr)
     return files[-1]
 
@@ -36,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--predictions",
         required=True,
-        help="run folder (its newest answers) or JSON lines: sample_id or qid (or vid and query), and text or spans",
+        help="folder of a run or of eval (its newest answers), or JSON lines: sample_id or qid (or vid and query), and "
+        "text or spans",
     )
     parser.add_argument("--annotations", required=True, help="annotation file with the ground truth")
     parser.add_argument("--format", default="auto", choices=["auto", *FORMATS], help="format of the annotation file")

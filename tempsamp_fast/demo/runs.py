@@ -57,7 +57,9 @@ def train_all(folder: Path, runs: Mapping[str, Sequence[str]]) -> None:
                         end = (folder / f"{name}.log").read_text()[-MOST_SAID:]
                         raise RuntimeError(f"{name} failed; the end of {folder / name}.log:\n{end}")
                 done = {name: float(_steps_done(folder, [name])) for name in running}
-                progress.update("training, steps", done, by=_steps_done(folder, runs) - progress.done)
+                by = _steps_done(folder, runs) - progress.done
+                label = "training, steps" if progress.done + by < progress.total else "last evaluations, steps"
+                progress.update(label, done, by)
     finally:
         for process in running.values():
             process.terminate()

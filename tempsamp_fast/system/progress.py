@@ -49,19 +49,24 @@ class Progress:
         self._redirected = contextlib.ExitStack()
 
     def update(self, label: str, figures: Mapping[str, float], by: int = 1) -> None:
-        """`by` more is done; `figures`, the most telling first, describe it."""
+        """`by` more is done; `figures`, the most telling first, describe it.
+
+        The time left is told by the pace since the first of it was begun: until then `by` is 0.
+        """
         self.done = min(self.done + by, self.total)
         texts = [f", {name}={value:.3g}" for name, value in figures.items()]
         taken = BESIDE + len(f"{label}{self.done}{self.total}")
         self._bar.set_description_str(label, refresh=False)
         self._bar.set_postfix_str("".join(fitting(texts, columns() - taken)).removeprefix(", "), refresh=False)
         self._bar.update(self.done - self._bar.n)
-        now = time.monotonic()
-        if self._bar.disable and (now - self._said_s >= self.every_s or self.done == self.total):
+        now, num_done = time.monotonic(), self.done - self._first
+        if not num_done:
+            self._start_s = now
+        if self._bar.disable and (now - self._said_s >= self.every_s or (by and self.done == self.total)):
             self._said_s = now
-            left_s = (now - self._start_s) / (self.done - self._first) * (self.total - self.done) if by else 0.0
-            clock, left = datetime.now().strftime("%H:%M:%S"), timedelta(seconds=round(left_s))
-            head, tail = f"{clock} {label} {self.done}/{self.total}", f", {left} left"
+            left_s = (now - self._start_s) / max(num_done, 1) * (self.total - self.done)
+            tail = f", {timedelta(seconds=round(left_s))} left" if num_done else ""
+            head = f"{datetime.now():%H:%M:%S} {label} {self.done}/{self.total}"
             described = [f" {name} {value:.3g}" for name, value in figures.items()]
             logger.info("%s%s%s", head, "".join(fitting(described, USUAL_COLUMNS - len(head + tail))), tail)
 

@@ -20,6 +20,7 @@ from tempsamp_fast.eval import main, require_same_settings
 from tempsamp_fast.evaluation.answerer import Answerer
 from tempsamp_fast.evaluation.scoring import score_rows
 from tempsamp_fast.infer import infer
+from tempsamp_fast.score import answers_file
 
 LENGTH = ("--max_completion_length", "12", "--video_backend", "torchcodec", "--fps", "1")
 Words = Callable[..., list[str]]
@@ -248,3 +249,14 @@ def test_two_ranks_answer_as_one(words: Words, tmp_path: Path) -> None:
     assert done.stdout.count("ours") == 2
     for mode in ("answer", "think"):
         assert rows(tmp_path / "two", mode) == rows(tmp_path / "one", mode)
+
+
+@pytest.mark.parametrize("name", ["answer.jsonl", "eval/1_sft_think.jsonl"])
+def test_score_finds_the_answers_that_eval_or_a_run_left(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "answers"
+    (folder / name).parent.mkdir(parents=True)
+    with pytest.raises(ValueError, match="has no answers"):
+        answers_file(str(folder))
+    (folder / name).write_text("{}\n")
+    (folder / "scores.json").write_text("{}")
+    assert answers_file(str(folder)) == folder / name

@@ -203,6 +203,17 @@ def test_a_piped_line_of_any_label_fits_80_columns(caplog: pytest.LogCaptureFixt
     assert 60 < len(line) <= 80 and line.count("figure") == 1 and line.endswith(" left")
 
 
+def test_time_left_is_told_once_something_is_done_and_the_end_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), Progress(4) as bar:
+        bar.update("steps", {}, by=0)
+        bar.update("steps", {}, by=1)
+        bar.every_s = 60.0
+        for by in (3, 0, 0):
+            bar.update("steps", {}, by=by)
+    first, second, last = (record.getMessage() for record in caplog.records)
+    assert first.endswith(" steps 0/4") and second.endswith(" left") and last.endswith(" steps 4/4, 0:00:00 left")
+
+
 def test_log_lines_do_not_run_into_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
