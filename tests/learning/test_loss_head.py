@@ -170,7 +170,7 @@ def test_under_autocast_the_loss_is_the_fp32_one_but_for_rounding(tiny, build) -
 
 @ONE_FAMILY
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("beta", [pytest.param(0.0, marks=pytest.mark.slow), 0.04])
 def test_log_probs_of_one_policy_are_the_same_to_the_bit_before_and_in_the_loss(
     tiny, monkeypatch: pytest.MonkeyPatch, impl: Literal["torch", "triton"], beta: float
 ) -> None:

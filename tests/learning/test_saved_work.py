@@ -87,13 +87,14 @@ def test_groups_stay_where_they_pay_the_kl_term(stepper, replay) -> None:
     assert steps[2]["loss"] == pytest.approx(0.04 * steps[2]["policy/kl"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
         ("--zero_stage=2",),
-        pytest.param(("--zero_stage=0", "--freeze_vision"), marks=pytest.mark.slow),
-        pytest.param(("--zero_stage=3", "--freeze_vision"), marks=pytest.mark.slow),
-        pytest.param(("--zero_stage=3",), marks=pytest.mark.slow),
+        ("--zero_stage=0", "--freeze_vision"),
+        ("--zero_stage=3", "--freeze_vision"),
+        ("--zero_stage=3",),
     ],
 )
 def test_two_ranks_share_what_is_left_and_train_as_one(trainer, replay, tmp_path: Path, words: tuple) -> None:

@@ -74,7 +74,7 @@ def test_a_trained_tower_sees_each_group_once_per_pass(stepper, patches_seen) ->
     assert sum(seen) == sum(videos)
 
 
-@pytest.mark.parametrize("memory_gib", ["1", "0"])
+@pytest.mark.parametrize("memory_gib", [pytest.param("1", marks=pytest.mark.slow), "0"])
 def test_kept_features_spare_later_epochs_decoding_and_encoding(
     stepper, patches_seen, decoded: list[Path], memory_gib: str
 ) -> None:

@@ -23,7 +23,7 @@ def engine_weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(file, weights_only=False)["module"]
 
 
-@pytest.mark.parametrize("num_steps", [1, 3])
+@pytest.mark.parametrize("num_steps", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_resumed_run_is_the_undisturbed_run(
     trainer, finished_run, without_times, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_steps: int
 ) -> None:
