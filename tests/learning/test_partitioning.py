@@ -16,8 +16,10 @@ from tempsamp_fast.arguments import RECIPES, parse_args
 from tempsamp_fast.config import ModelConfig
 from tempsamp_fast.learning import loss
 from tempsamp_fast.learning.deepspeed_settings import deepspeed_config
-from tempsamp_fast.learning.partitioned import partitioned_loading, whole_parameters
+from tempsamp_fast.learning.partitioned import gathered, partitioned_loading, whole_parameters
 from tempsamp_fast.model.loading import load_model
+from tempsamp_fast.model.packing import pack
+from tempsamp_fast.run.schedule import plan
 
 PACKAGED = sorted(path.stem for path in RECIPES.glob("*.json"))
 
@@ -35,6 +37,18 @@ def test_a_checkpoint_in_shards_is_partitioned_as_it_is_loaded(trainer, tmp_path
     whole = whole_parameters(model)
     for name, weight in plain.named_parameters():
         assert torch.equal(whole[name], weight), name
+
+
+def test_weights_that_were_gathered_stay_whole_from_pass_to_pass(stepper) -> None:
+    """And are parted again when a rollout is done."""
+    one = stepper("--phases", "grpo:1", "--zero_stage", "3")
+    groups = one.groups(next(plan(one.run.phases)))
+    (row, *_) = pack(groups, config=one.run.policy.config, max_tokens_per_row=10_000)
+    sizes = lambda: [parameter.numel() for parameter in one.run.policy.parameters()]
+    with torch.no_grad(), gathered(one.run.engine) as policy:
+        first, second = (policy(row, lambda hidden, weight: hidden) for _ in range(2))
+        assert torch.equal(first, second) and all(sizes())
+    assert not any(sizes())
 
 
 @pytest.mark.parametrize("name", PACKAGED)
