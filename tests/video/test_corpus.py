@@ -58,16 +58,19 @@ def ids(case: Case) -> str:
     return case.name
 
 
+EVERY_CASE = pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in USER_CASES)], ids=ids
+)
+
+
 @pytest.mark.skipif(bool(why_no_extension()), reason=why_no_extension())
-@pytest.mark.parametrize("case", CASES + USER_CASES, ids=ids)
+@EVERY_CASE
 def test_native_returns_the_frame_asked_for(case: Case, corpus: Path) -> None:
     verdict = judge(case, corpus, "native")
     assert verdict.good, verdict
 
 
-@pytest.mark.parametrize(
-    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in USER_CASES)], ids=ids
-)
+@EVERY_CASE
 def test_torchcodec_backend_returns_the_frame_asked_for_or_says_that_it_does_not(case: Case, corpus: Path) -> None:
     verdict = judge(case, corpus, "torchcodec")
     if case.name in TORCHCODEC_MISSES and verdict.wrong == 1:
