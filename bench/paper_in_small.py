@@ -57,7 +57,7 @@ def main() -> None:
     text = "\n\n".join([summarise(results).rstrip(), *filter(None, evidence(results))]) + "\n"
     options.results.with_suffix(".md").write_text(text)
     print(text)
-    for path in draw(results, options.results.parent):
+    for path in draw(results, options.results):
         print(path)
 
 

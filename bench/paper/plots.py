@@ -22,25 +22,26 @@ COLOUR_OF = dict(zip(plan.METHODS, cycle(COLOURS), strict=False))
 LINE_OF = {"nonlinear": "TempSamp-R1", "grpo": "GRPO", "sft": "SFT"}
 
 
-def draw(results: Results, folder: Path) -> list[Path]:
-    """Every figure that there are runs for; returns the files."""
+def draw(results: Results, file: Path) -> list[Path]:
+    """Every figure that there are runs for, beside the results' `file` and named after it; returns the files."""
+    path = lambda name: file.with_name(f"{file.stem}_{name}.svg")
     core = {method: list(records(results, "core", method).values()) for method in plan.METHODS}
     core = {method: found for method, found in core.items() if found}
     if not core:
         return []
-    with _figure(folder / "paper_in_small_methods.svg", 1, 2) as panels:
+    with _figure(path("methods"), 1, 2) as panels:
         _scores(panels[0], core, "miou", results["constant_span"]["miou"])
         _learning(panels[1], core)
-    with _figure(folder / "paper_in_small_distributions.svg", 2, 3) as panels:
+    with _figure(path("distributions"), 2, 3) as panels:
         sampled = {method: found for method, found in core.items() if method != "sft"}
         for axes, (method, found) in zip(panels, sampled.items(), strict=False):
             _advantages(axes, method, found)
         panels[0].legend(frameon=False, fontsize=7)
-    with _figure(folder / "paper_in_small_exploratory.svg", 1, 3) as panels:
+    with _figure(path("exploratory"), 1, 3) as panels:
         _best_reward(panels[0], core)
         _by_group_size(panels[1], results)
         _by_videos(panels[2], results)
-    return [folder / f"paper_in_small_{name}.svg" for name in ("methods", "distributions", "exploratory")]
+    return [path(name) for name in ("methods", "distributions", "exploratory")]
 
 
 @contextmanager

@@ -234,11 +234,11 @@ def test_summary_states_every_ordering_and_that_it_is_partial(results):
 def test_summary_and_figures_of_a_campaign_just_begun(results, tmp_path):
     results["runs"] = {}
     assert "too few runs" in summarise(results)
-    assert draw(results, tmp_path) == []
+    assert draw(results, tmp_path / "paper.json") == []
 
 
 def test_figures_are_drawn(results, tmp_path):
-    files = draw(results, tmp_path)
+    files = draw(results, tmp_path / "paper.json")
     assert len(files) == 3 and all(file.stat().st_size > 5000 for file in files)
 
 
