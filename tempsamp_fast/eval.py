@@ -205,7 +205,7 @@ def _report(
     if test and options.max_samples and DATASETS[test].num_queries not in (None, len(samples)):
         text += f"\nours: the first {len(samples)} of {DATASETS[test].num_queries} queries only"
     if num_skipped:
-        text += f"\nskipped for a bad video and counted as wrong: {num_skipped}; {options.output} says why"
+        text += f"\nskipped for a bad video and counted as not read: {num_skipped}; {options.output} says why"
     return text
 
 

@@ -181,7 +181,7 @@ def test_queries_of_bad_videos_count_as_wrong_and_are_asked_again(
     assert main(words("out", "--skip_bad_videos", videos=videos)) == 0
     lost = [row for row in rows(tmp_path / "out") if "skipped" in row]
     assert lost and {Path(row["video"]).name for row in lost} == {broken.name}
-    assert f"skipped for a bad video and counted as wrong: {len(lost)}" in capsys.readouterr().out
+    assert f"skipped for a bad video and counted as not read: {len(lost)}" in capsys.readouterr().out
     broken.unlink()
     broken.symlink_to(good)
     assert main(words("out", videos=videos)) == 0
