@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 from bench import gpu
 from bench.gpu_runs import tables
 from bench.gpu_runs.orchestrator import DONE, GATE_IS_RED, OVER, Item, Orchestrator, append_line, collected, read_lines
-from bench.gpu_runs.perform import environment_of
+from bench.gpu_runs.perform import environment_of, unpacked
 from bench.gpu_runs.worker import WorkerProcess
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +38,7 @@ class Machine:
         return self
 
     def begin(self, item: str, rows: Path) -> None:
+        assert re.fullmatch(r"[\w.-]+", rows.name), "a name that may not come home"
         self.item, self.rows = item, rows
         self.killer(item)
 
@@ -186,6 +189,15 @@ items = [Item("probe", "environment", 60, True), Item("loss", "loss", 60), Item(
 start = lambda: WorkerProcess("miniature:TABLE", out / "log", dict(os.environ))
 sys.exit(Orchestrator("first", items, out, 200, start, {}).run())
 """
+
+
+def test_what_is_carried_along_is_unpacked_beside_it(tmp_path: Path) -> None:
+    """Only the run's few files are in the folder that comes home."""
+    (tmp_path / "kit/wheels").mkdir(parents=True)
+    with zipfile.ZipFile(tmp_path / "kit/wheels/carried-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried/__init__.py", "")
+    site = unpacked(tmp_path / "kit")
+    assert (site / "carried/__init__.py").is_file() and site.parent == tmp_path / "kit"
 
 
 @pytest.mark.slow

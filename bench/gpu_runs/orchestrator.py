@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class Orchestrator:
             self._dismiss()
 
     def _perform(self, item: Item, box_s: float) -> dict[str, Any]:
-        rows = self._out / f"{item.name}.rows.json"
+        rows = self._out / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', item.name)}.rows.json"
         rows.unlink(missing_ok=True)
         began = self._clock()
         self._worker = self._worker or self._start_worker()

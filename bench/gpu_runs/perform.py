@@ -24,7 +24,7 @@ def perform(run: str, out: Path, conditions: Mapping[str, Any], kit: Path | None
     began = time.monotonic()
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    environment = environment_of(unpacked(kit, out / "site") if kit else None)
+    environment = environment_of(unpacked(kit) if kit else None)
     log = out / f"{run}.log"
     start_worker = lambda: WorkerProcess("bench.gpu_runs.tables:TABLE", log, environment)
     left = LIMIT_S[run] - (time.monotonic() - began)
@@ -46,8 +46,12 @@ def perform(run: str, out: Path, conditions: Mapping[str, Any], kit: Path | None
             process.wait()
 
 
-def unpacked(kit: Path, site: Path) -> Path:
-    """The packages of the kit's wheels in one folder, and its data where sections look for them."""
+def unpacked(kit: Path) -> Path:
+    """The packages of the kit's wheels in a folder of it, and its data where sections look for them.
+
+    Not in the run's own folder: thousands of files would hide the few that are to come home.
+    """
+    site = kit.absolute() / "site"
     for wheel in sorted((kit / "wheels").glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
