@@ -6,8 +6,8 @@ APT_PACKAGES := ffmpeg libavcodec-dev libavformat-dev libavutil-dev libswscale-d
 	pkg-config g++ python3-dev python3-venv
 
 .DEFAULT_GOAL := $(VENV)
-.PHONY: demo demo-from-scratch test test-all test-browser test-ffmpeg7 test-vllm test-newest test-oldest dist lint bench gpu gpu-kit rehearse \
-	system-packages $(VENV)
+.PHONY: demo demo-from-scratch test test-all test-browser test-ffmpeg7 test-vllm test-newest test-oldest dist lint \
+	bench gpu gpu-kit rehearse clean system-packages $(VENV)
 
 # Installs the packages $(1) where this user may, else prints the command and fails.
 define apt_install
@@ -139,4 +139,4 @@ $(REHEARSAL)/stub/libcuda.so.1: $(REHEARSAL)/.installed bench/rehearsal/stub.c
 	cp $(@D)/stub.so $@
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-test-* $(REHEARSAL) build dist kernels/build data runs *.egg-info kernels/*.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-test-* $(REHEARSAL) build dist kernels/build *.egg-info kernels/*.egg-info

@@ -54,8 +54,6 @@ class Traffic(TorchDispatchMode):
         """By kind, of the whole message: what is reduced, and what every rank has after a gather."""
         self.sent = 0.0
         """Bytes that this rank sends, in rings: of all_reduce 2 (n - 1) / n times the message."""
-        self.groups: set[tuple[str, int]] = set()
-        """Kinds with the size of the group that they went through."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = func._schema.name.partition("::")
@@ -66,7 +64,6 @@ class Traffic(TorchDispatchMode):
             num_ranks = ProcessGroup.unbox(group).size()
             self.calls[kind] += 1
             self.bytes[kind] += num_bytes
-            self.groups.add((kind, num_ranks))
             share = (num_ranks - 1) / num_ranks
             self.sent += num_bytes * {"all_reduce": 2 * share, "receive": 0, "barrier": 0, "send": 1}.get(kind, share)
         return func(*args, **(kwargs or {}))

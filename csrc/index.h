@@ -87,7 +87,7 @@ struct Index {
     // Whether something that `packet` needs was lost before any decoder saw it.
     bool is_spoiled(int32_t packet) const;
 
-    // Fills all below and `has_times` from `packets`.
+    // Fills `has_times` and what the other functions look up from `packets`.
     void arrange();
 
 private:

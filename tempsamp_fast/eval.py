@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--batch_size", type=int, default=16, help="queries answered together, per GPU")
     add("--max_samples", type=int, help="the first N queries only")
     add("--untagged", action="store_true", help="read answers without <answer> tags too")
-    add("--skip_bad_videos", action="store_true", help="count their queries as wrong instead of stopping")
+    add("--skip_bad_videos", action="store_true", help="count their queries as not read instead of stopping")
     add("--all_published", action="store_true", help="show published ablations and few-shot runs too")
     frames = parser.add_argument_group("frames", "default: as the checkpoint was trained")
     hints = get_type_hints(DataConfig)

@@ -1,4 +1,4 @@
-"""What a run will take: `python -m tempsamp_fast.plan --config RECIPE --gpus 8 --nodes 2`, or `train.py --dry-run`.
+"""What a run will take: `python -m tempsamp_fast.plan --config RECIPE --gpus 8 --nodes 2`, or `train.py --dry_run`.
 
 Everything is an estimate by arithmetic, from settings, annotations and the model's shape: no weights are read, of the
 videos at most the header of one, and the data need not be there. Step times are expected only from figures measured on

@@ -70,13 +70,19 @@ READERS: dict[AnswerForm, Callable[[str], list[Span] | None]] = {
 
 
 def read_spans(text: str, answer_form: AnswerForm = "text", require_tags: bool = True) -> list[Span] | None:
-    """The spans that an answer of the given form names, in its order; None where nothing can be read."""
+    """The spans that an answer of the given form names, in its order; None where nothing can be read.
+
+    require_tags: of the form `text` alone; the others have their own marks.
+    """
     spans = (parse_spans(text, require_tags) or None) if answer_form == "text" else READERS[answer_form](text)
     return spans if spans is None or all(math.isfinite(time) for span in spans for time in span) else None
 
 
 def answered_span(text: str, answer_form: AnswerForm = "text", require_tags: bool = True) -> Span | None:
-    """The one span that counts: the last of `text`, the first of the other forms; None when there is none."""
+    """The one span that counts: the last of `text`, the first of the other forms; None when there is none.
+
+    require_tags: as of `read_spans`.
+    """
     if answer_form == "text":
         return parse_span(text, require_tags)
     spans = read_spans(text, answer_form)
@@ -87,7 +93,7 @@ def parse_highlights(text: str, require_tags: bool = True) -> dict[float, float]
     """Saliency by timestamp in seconds, from the last answer block; None when it does not follow the prompt's form.
 
     A timestamp without its score (an answer cut off, lists of different lengths) is dropped; of a repeated timestamp
-    the first counts. Neither is there anything to read where one of the numbers has no sure reading (`82,84`).
+    the first counts. A number that can be read in two ways (`82,84`) makes the whole answer unreadable: None.
     """
     before, saliency, after = answer_text(text, require_tags).lower().partition("saliency scores")
     if not saliency or "timestamps" not in before:
@@ -118,7 +124,7 @@ def temporal_iou(a: Span, b: Span) -> float:
 
 
 def is_outside(span: Span | None, duration_s: float) -> bool:
-    """Whether an answered span goes on beyond the video, by more than two decimals round."""
+    """Whether an answered span goes on beyond the video, by more than rounding to two decimals explains."""
     return span is not None and max(span) > duration_s + 0.005
 
 

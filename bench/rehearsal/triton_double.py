@@ -64,10 +64,9 @@ class Compiled:
 
     name: str
     kernel: Any
-    calls: int = 0
 
     def resources(self) -> dict[str, int]:
-        """Registers, bytes of spilled registers and of shared memory, warps."""
+        """Registers, and bytes of spilled registers and of shared memory."""
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.kernel.asm["cubin"])
@@ -97,8 +96,7 @@ def _run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
     address = lambda each: _Address(each) if isinstance(each, FakeTensor) else each
     options = {name: address(value) for name, value in kwargs.items()}
     kernel = _compile(self, *map(address, args), grid=grid, warmup=True, **options)
-    entry = COMPILED.setdefault((self.__name__, kernel.hash), Compiled(self.__name__, kernel))
-    entry.calls += 1
+    COMPILED.setdefault((self.__name__, kernel.hash), Compiled(self.__name__, kernel))
     if isinstance(grid, tuple) and any(size > most for size, most in zip(grid, MOST_BLOCKS, strict=False)):
         raise RuntimeError(f"{self.__name__}: a grid of {grid} is more than the card takes")
     LEDGER.launch(f"triton {self.__name__}", _work(self.__name__, tensors, kwargs))
@@ -112,11 +110,4 @@ def _work(name: str, tensors: list[Tensor], arguments: dict[str, Any]) -> Work:
     moved = sum(map(num_bytes, tensors)) * (1 + WRITTEN_OVER.get(name, 0.0))
     if name in SECOND_READ:
         moved += max(map(num_bytes, tensors))
-    return Work(1, _flops(name, tensors), moved)
-
-
-def _flops(name: str, tensors: list[Tensor]) -> float:
-    """Of kernels that multiply matrices [M, K] and [N, K]: those of the product that they replace."""
-    if name != "tile_statistics_kernel":
-        return 0.0
-    return 2.0 * tensors[0].numel() * len(tensors[1])
+    return Work(1, 0.0, moved)

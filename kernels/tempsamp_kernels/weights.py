@@ -1,4 +1,4 @@
-"""What each token counts for: masks, normalisers, importance weights, and which tokens can have a gradient."""
+"""What each token counts for: masks, normalisers, and which tokens can have a gradient."""
 
 from __future__ import annotations
 

@@ -263,7 +263,7 @@ def _read_qvhighlights(path: Path) -> Iterator[_Record]:
 
 
 def _clip_scores(place: str, row: dict[str, Any], duration_s: float) -> dict[int, tuple[int, ...]]:
-    """None where there is no saliency at all, as in the files that moment_detr's form was made of for other data."""
+    """Empty where there is no saliency at all, as in the files that moment_detr's form was made of for other data."""
     if "saliency_scores" not in row:
         return {}
     clips = typed(place, "relevant_clip_ids", get(place, row, "relevant_clip_ids"), list)

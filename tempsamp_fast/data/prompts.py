@@ -111,9 +111,7 @@ QUESTION_FORMS: dict[AnswerForm, QuestionForm] = {
             "grounding": "Give its start and end in seconds as start time to end time inside <answer> </answer>, for "
             "example <answer>12 to 18</answer>"
         },
-        lambda spans: (
-            f"<answer>{' to '.join(time.rstrip('0').rstrip('.') for time in spans[0].split(' to '))}</answer>"
-        ),
+        lambda spans: f"<answer>{' to '.join(map(_short, spans[0].split(' to ')))}</answer>",
     ),
     "time_tags": QuestionForm(
         str.strip,

@@ -26,7 +26,7 @@ def few_shot(
     for sample in samples:
         by_video.setdefault(str(sample.video), []).append(sample)
     if not 1 <= num_videos <= len(by_video):
-        raise ValueError(f"num_videos={num_videos}: must be between 1 and the {len(by_video)} videos there are")
+        raise ValueError(f"few_shot_videos={num_videos}: must be between 1 and the {len(by_video)} videos there are")
     order = sorted(by_video)
     rng = random.Random(seed)
     rng.shuffle(order)
@@ -50,7 +50,7 @@ def within(
     kept = []
     for sample in samples:
         if difficulty != ANY and sample.difficulty is None:
-            raise ValueError(f"difficulty={difficulty}: sample {sample.sample_id!r} has no difficulty")
+            raise ValueError(f"difficulty_range={difficulty}: sample {sample.sample_id!r} has no difficulty")
         longest_s = max(end - start for start, end in sample.windows)
         limits = [(sample.duration_s, duration_s), (longest_s, window_s), (sample.difficulty or 0.0, difficulty)]
         if all(low <= value <= high for value, (low, high) in limits):

@@ -125,7 +125,7 @@ def deepspeed_config(train: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def least_zero_stage(dtype: torch.dtype, has_gpu: bool) -> int:
-    """Stage 0 keeps bfloat16 weights by other optimizers on a GPU than on a CPU."""
+    """The lowest ZeRO stage a run may take: at 0, bfloat16 has other optimizers on a GPU than on a CPU."""
     return 1 if dtype == torch.bfloat16 and has_gpu else 0
 
 

@@ -1,4 +1,4 @@
-"""Tokens, FLOPs, memory and traffic of a step, by arithmetic: what `--dry-run` and `python -m tempsamp_fast.plan` say.
+"""Tokens, FLOPs, memory and traffic of a step, by arithmetic: what `--dry_run` and `python -m tempsamp_fast.plan` say.
 
 Activations are those that autograd keeps: of transformers' layers in eager mode counted by hooks on its saved tensors,
 of the kernels for GPUs by a rehearsal. What passes through in between is taken as one layer's working set, so that a

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import triton
-import triton.language as tl
 from tempsamp_kernels.launch import choose_impl, launch
+from tempsamp_kernels.optional_triton import tl, triton
 from torch import Tensor
 
 from tempsamp_fast.rollout.decode_in_torch import Batch, decode_in_torch

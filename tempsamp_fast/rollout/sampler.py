@@ -7,9 +7,8 @@ top_p keep is found by halving the range of the smallest kept logit 32 times.
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from tempsamp_kernels.launch import choose_impl, launch
+from tempsamp_kernels.optional_triton import tl, triton
 from torch import Tensor
 
 from tempsamp_fast.rollout.answers import Answers

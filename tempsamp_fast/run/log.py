@@ -128,8 +128,8 @@ class RunLog:
         self._num_zero = self._num_zero + 1 if metrics.get("reward/on_policy_mean") == 0 else 0
         if self._num_zero == ZERO_STEPS:
             logger.warning(
-                "no sampled answer earned anything in the %d steps up to step %d (cut off: %.0f %%): look at them "
-                "(--record_rollouts FILE), at max_completion_length and require_tags, or begin with an sft phase",
+                "no sampled answer earned anything in the %d steps up to step %d (cut off: %.0f %%): look at them in "
+                "groups.jsonl, at max_completion_length and require_tags, or begin with an sft phase",
                 ZERO_STEPS, step, 100 * metrics.get("completion/cut_share", 0.0),
             )  # fmt: skip
 

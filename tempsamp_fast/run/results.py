@@ -145,7 +145,7 @@ def table(rows: Sequence[dict[str, Any]], num_queries: int) -> str:
     header = "".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
     lines.append(f"{'after':<24}{'mode':<8}{header}")
     for row in rows:
-        skipped = f"  {row['num_skipped']} skipped, counted as wrong" if row.get("num_skipped") else ""
+        skipped = f"  {row['num_skipped']} skipped, counted as not read" if row.get("num_skipped") else ""
         figures = "".join(f"{row[name]:>{width}.3f}" for name, width in zip(names, widths, strict=True))
         lines.append(f"{row['stage']:<24}{row['mode']:<8}{figures}{skipped}")
     return "\n".join(lines)

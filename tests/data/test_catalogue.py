@@ -103,7 +103,7 @@ def test_training_videos_among_the_held_out_ones_are_told(charades, caplog):
         ({"window_range": "9:2"}, "window_range='9:2': must be low:high"),
         ({"difficulty_range": "easy:"}, "difficulty_range='easy:': must be low:high"),
         ({"few_shot_videos": 0}, "few_shot_videos=0: must be at least 1"),
-        ({"few_shot_videos": 9}, "num_videos=9: must be between 1 and the 4 videos"),
+        ({"few_shot_videos": 9}, "few_shot_videos=9: must be between 1 and the 4 videos"),
         ({"eval_annotations": None, "eval_videos": "v"}, "eval_videos='v': must be given with eval_annotations"),
     ],
 )

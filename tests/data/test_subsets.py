@@ -39,7 +39,7 @@ def test_few_shot_can_draw_one_query_per_video():
 
 @pytest.mark.parametrize("num_videos", [0, 21])
 def test_few_shot_names_a_number_it_cannot_draw(num_videos):
-    with pytest.raises(ValueError, match=rf"num_videos={num_videos}: must be between 1 and the 20 videos"):
+    with pytest.raises(ValueError, match=rf"few_shot_videos={num_videos}: must be between 1 and the 20 videos"):
         few_shot(SAMPLES, num_videos)
 
 

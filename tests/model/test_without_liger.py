@@ -38,7 +38,9 @@ def test_on_is_refused(tiny, without_liger: None) -> None:
 def test_what_has_kernels_imports_without_it(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     """Liger itself imports Triton, which has releases for Linux alone: without the one the other is not there."""
     names = ["tempsamp_fast.model.liger_layers", "tempsamp_fast.model.loading", "tempsamp_fast.rollout.delta_step",
-             "tempsamp_fast.video.nv12", "tempsamp_kernels.optional_triton", "tempsamp_kernels.advantages"]  # fmt: skip
+             "tempsamp_fast.rollout.decode_attention", "tempsamp_fast.rollout.sampler", "tempsamp_fast.video.nv12",
+             "tempsamp_fast.model.tower_rotation", "tempsamp_kernels.optional_triton",
+             "tempsamp_kernels.advantages"]  # fmt: skip
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
