@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from tempsamp_fast.video.backend import Backend, why_no_extension
+from tempsamp_fast.video.backend import Backend, LoadOptions, why_no_extension
 from tempsamp_fast.video.geometry import Geometry
 from tempsamp_fast.video.patches import PATCH_DTYPES, normalise_rows
 from tempsamp_fast.video.result import Limits, VideoBatch, VideoError, VideoResult
@@ -90,16 +90,9 @@ def load_videos(
     if math.isnan(deadline_s) or deadline_s <= 0:
         raise ValueError(f"deadline_s must be positive, got {deadline_s}")
     load = load_on(find_target(device), backend)
-    rows, results = load(
-        [(Path(path).absolute(), sampling) for path, sampling in requests],
-        geometry,
-        dtype,
-        keep_partial=on_error == "partial",
-        num_threads=num_threads,
-        deadline_s=deadline_s,
-        limits=limits,
-        index_folder=None if index_folder is None else Path(index_folder),
-    )
+    folder = None if index_folder is None else Path(index_folder)
+    options = LoadOptions(on_error == "partial", num_threads, deadline_s, limits, folder)
+    rows, results = load([(Path(path).absolute(), sampling) for path, sampling in requests], geometry, dtype, options)
     for result in results:
         if result.status == "failed" and on_error == "raise":
             raise result.error()
@@ -120,8 +113,8 @@ def load_on(target: Target, backend: BackendName) -> Backend:
     if not reason:
         return on_cpu
 
-    def load(*arguments: Any, **options: Any) -> tuple[torch.Tensor, list[VideoResult]]:
-        rows, results = on_cpu(*arguments, **options)
+    def load(*arguments: Any) -> tuple[torch.Tensor, list[VideoResult]]:
+        rows, results = on_cpu(*arguments)
         return rows.to(target.device), [result.decoded_instead_of("nvdec", reason) for result in results]
 
     return load

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -37,32 +38,34 @@ def why_no_extension() -> str:
     return ""
 
 
+@dataclass(frozen=True)
+class LoadOptions:
+    """How requests are decoded, whatever they are."""
+
+    keep_partial: bool
+    """Keep the good frames of a damaged or truncated video as status `partial`; else it fails."""
+    num_threads: int | None
+    """At least 1; files (or parts of them) decoded at the same time. None: as suits the machine."""
+    deadline_s: float
+    """Seconds for each request from its own start; `inf` for none. Past it the request fails with `DEADLINE`, or is
+    `partial` with the frames so far."""
+    limits: Limits
+    """Checked before decoding; over them the request fails with `LIMIT_EXCEEDED`."""
+    index_folder: Path | None
+    """Where packet indexes are kept between calls, if the backend makes any; None keeps none."""
+
+
 class Backend(Protocol):
     """What `torchcodec_backend.load` and `native.load` both are."""
 
     def __call__(
-        self,
-        requests: Sequence[Request],
-        geometry: Geometry,
-        dtype: torch.dtype,
-        *,
-        keep_partial: bool,
-        num_threads: int | None,
-        deadline_s: float,
-        limits: Limits,
-        index_folder: Path | None,
+        self, requests: Sequence[Request], geometry: Geometry, dtype: torch.dtype, options: LoadOptions, /
     ) -> tuple[Tensor, list[VideoResult]]:
         """Decode every request on its own; never raise for what a file can cause.
 
         Args:
             requests: may repeat a file; each is answered by itself.
             dtype: float32 or bfloat16 (normalised) or uint8 (as resized), see `patches.normalise_rows`.
-            keep_partial: keep the good frames of a damaged or truncated video as status `partial`; else it fails.
-            num_threads: at least 1; files (or parts of them) decoded at the same time. None: as suits the machine.
-            deadline_s: seconds for each request from its own start; `inf` for none. Past it the request fails with
-                `DEADLINE`, or is `partial` with the frames so far.
-            index_folder: where packet indexes are kept between calls, if the backend makes any; None keeps none.
-            limits: checked before decoding; over them the request fails with `LIMIT_EXCEEDED`.
 
         Which frames: `sampling.sample_times` + `frames_on_screen` in mode `pts`, else `sampling.sample_indices`, over
         the frames in presentation order that the container shows (edit lists and discard flags applied). Their size:

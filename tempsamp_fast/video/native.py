@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tempsamp_fast import _video
-from tempsamp_fast.video.backend import Request, usable_cores
+from tempsamp_fast.video.backend import LoadOptions, Request, usable_cores
 from tempsamp_fast.video.geometry import Geometry
 from tempsamp_fast.video.patches import patchify, unpatchify
 from tempsamp_fast.video.result import SINGLE_FRAME, Code, Limits, VideoError, VideoResult, failure
@@ -27,61 +27,29 @@ MISSING, GOOD = 0, 1
 
 
 def load(
-    requests: Sequence[Request],
-    geometry: Geometry,
-    dtype: torch.dtype,
-    *,
-    keep_partial: bool,
-    num_threads: int | None,
-    deadline_s: float,
-    limits: Limits,
-    index_folder: Path | None,
+    requests: Sequence[Request], geometry: Geometry, dtype: torch.dtype, options: LoadOptions
 ) -> tuple[Tensor, list[VideoResult]]:
     """See `backend.Backend`; the threads work on files and on parts of them that start at different key frames."""
-    num_threads = num_threads or usable_cores()
-    plans = make_plans(
-        requests,
-        geometry,
-        dtype,
-        num_threads=num_threads,
-        deadline_s=deadline_s,
-        limits=limits,
-        index_folder=index_folder,
-    )
-    return decode_plans(
-        [path for path, _ in requests],
-        plans,
-        geometry,
-        dtype,
-        keep_partial=keep_partial,
-        num_threads=num_threads,
-        deadlines_s=[deadline_s - plan.index.read_s if isinstance(plan, Plan) else 0.0 for plan in plans],
-        limits=limits,
-    )
+    plans = make_plans(requests, geometry, dtype, options)
+    left_s = [options.deadline_s - plan.index.read_s if isinstance(plan, Plan) else 0.0 for plan in plans]
+    return decode_plans([path for path, _ in requests], plans, left_s, geometry, dtype, options)
 
 
 def make_plans(
-    requests: Sequence[Request],
-    geometry: Geometry,
-    dtype: torch.dtype,
-    *,
-    num_threads: int,
-    deadline_s: float,
-    limits: Limits,
-    index_folder: Path | None,
+    requests: Sequence[Request], geometry: Geometry, dtype: torch.dtype, options: LoadOptions
 ) -> list[Plan | VideoError]:
     """Index the files; the frames to take of each, or why there are none. Arguments as `backend.Backend`."""
     paths = list(dict.fromkeys(path for path, _ in requests))
     answers = _video.index(
         [os.fsencode(path) for path in paths],
-        [deadline_s] * len(paths),
-        max_frame_pixels=limits.max_frame_pixels,
-        max_num_frames=limits.max_num_frames,
-        num_threads=num_threads,
-        index_folder=os.fsencode(index_folder or ""),
+        [options.deadline_s] * len(paths),
+        max_frame_pixels=options.limits.max_frame_pixels,
+        max_num_frames=options.limits.max_num_frames,
+        num_threads=options.num_threads or usable_cores(),
+        index_folder=os.fsencode(options.index_folder or ""),
     )
     indexes = dict(zip(paths, answers, strict=True))
-    return [_plan(*request, indexes[request[0]], geometry, dtype, limits) for request in requests]
+    return [_plan(*request, indexes[request[0]], geometry, dtype, options.limits) for request in requests]
 
 
 def read_index(path: Path, deadline_s: float, limits: Limits) -> _video.Index:
@@ -101,13 +69,10 @@ def read_index(path: Path, deadline_s: float, limits: Limits) -> _video.Index:
 def decode_plans(
     paths: Sequence[Path],
     plans: Sequence[Plan | VideoError],
+    deadlines_s: Sequence[float],
     geometry: Geometry,
     dtype: torch.dtype,
-    *,
-    keep_partial: bool,
-    num_threads: int,
-    deadlines_s: Sequence[float],
-    limits: Limits,
+    options: LoadOptions,
 ) -> tuple[Tensor, list[VideoResult]]:
     """What `load` returns, of files that are indexed already; `deadlines_s` is what is left for decoding each."""
     sizes = [plan.num_patches(geometry) if isinstance(plan, Plan) else 0 for plan in plans]
@@ -120,8 +85,8 @@ def decode_plans(
                 for plan, part, deadline_s in zip(plans, parts, deadlines_s, strict=True)
                 if isinstance(plan, Plan)
             ],
-            max_frame_pixels=limits.max_frame_pixels,
-            num_threads=num_threads,
+            max_frame_pixels=options.limits.max_frame_pixels,
+            num_threads=options.num_threads or usable_cores(),
         )
     )
     kept, results = [], []
@@ -130,7 +95,7 @@ def decode_plans(
             if isinstance(plan, VideoError):
                 raise plan
             states, status, _ = next(decoded)
-            patches, result = plan.result(path, part, geometry, states, status, keep_partial)
+            patches, result = plan.result(path, part, geometry, states, status, options.keep_partial)
         except VideoError as error:
             results.append(failure(error, NAME))
             continue

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from tempsamp_fast import _video
 from tempsamp_fast.video import native
-from tempsamp_fast.video.backend import Request, usable_cores
+from tempsamp_fast.video.backend import LoadOptions, Request, usable_cores
 from tempsamp_fast.video.geometry import Geometry
 from tempsamp_fast.video.nv12 import Pictures, write_patches
 from tempsamp_fast.video.result import Limits, VideoError, VideoResult, failure
@@ -32,36 +31,22 @@ def load(
     requests: Sequence[Request],
     geometry: Geometry,
     dtype: torch.dtype,
-    *,
-    keep_partial: bool,
-    num_threads: int | None,
-    deadline_s: float,
-    limits: Limits,
-    index_folder: Path | None,
+    options: LoadOptions,
     device: torch.device,
     decoders: _video.Nvdec,
 ) -> tuple[Tensor, list[VideoResult]]:
     """See `backend.Backend`; `num_threads` hardware decoders at a time, the rows on `device` in its current stream."""
-    num_cores = num_threads or usable_cores()
-    plans = native.make_plans(
-        requests,
-        geometry,
-        dtype,
-        num_threads=num_cores,
-        deadline_s=deadline_s,
-        limits=limits,
-        index_folder=index_folder,
-    )
+    plans = native.make_plans(requests, geometry, dtype, options)
     sizes = [plan.num_patches(geometry) if isinstance(plan, native.Plan) else 0 for plan in plans]
     rows = torch.empty(sum(sizes), geometry.row_width, dtype=dtype, device=device)
     parts = rows.split(sizes)
-    gpu = Gpu(device, decoders, num_threads or most_decoders(decoders), limits)
+    gpu = Gpu(device, decoders, options.num_threads or most_decoders(decoders), options.limits)
     files = {
-        index: File.of(plan, part, deadline_s)
+        index: File.of(plan, part, options.deadline_s)
         for index, (plan, part) in enumerate(zip(plans, parts, strict=True))
         if isinstance(plan, native.Plan)
     }
-    gpu.look(list(files.values()), num_cores)
+    gpu.look(list(files.values()), options.num_threads or usable_cores())
     for wave in waves(piece for file in files.values() for piece in file.pieces(geometry)):
         gpu.decode([piece for piece in wave if not piece.file.is_settled], geometry)
 
@@ -69,12 +54,10 @@ def load(
     patches, answers = native.decode_plans(
         [requests[index][0] for index in left],
         [files[index].plan for index in left],
+        [files[index].deadline_s for index in left],
         geometry,
         dtype,
-        keep_partial=keep_partial,
-        num_threads=num_cores,
-        deadlines_s=[files[index].deadline_s for index in left],
-        limits=limits,
+        options,
     )
     from_cpu = dict(zip(left, zip(_split(patches, answers), answers, strict=True), strict=True))
     kept, results = [], []
@@ -87,7 +70,7 @@ def load(
                 patches, result = from_cpu[index]
                 result = result.decoded_instead_of(NAME, file.reason)
             else:
-                patches, result = plan.result(path, part, geometry, file.states, file.status, keep_partial)
+                patches, result = plan.result(path, part, geometry, file.states, file.status, options.keep_partial)
                 result = replace(result, backend=NAME)
         except VideoError as error:
             # Its traceback would keep the rows and the decoders.

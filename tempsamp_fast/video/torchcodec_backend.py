@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tempsamp_fast.video.backend import Request, usable_cores
+from tempsamp_fast.video.backend import LoadOptions, Request, usable_cores
 from tempsamp_fast.video.geometry import Geometry
 from tempsamp_fast.video.loaded_ffmpeg import MOST_PROBED, listening, probed_format
 from tempsamp_fast.video.patches import normalise_rows, patchify
@@ -63,15 +63,7 @@ FORMATS = {
 
 
 def load(
-    requests: Sequence[Request],
-    geometry: Geometry,
-    dtype: torch.dtype,
-    *,
-    keep_partial: bool,
-    num_threads: int | None,
-    deadline_s: float,
-    limits: Limits,
-    index_folder: Path | None,
+    requests: Sequence[Request], geometry: Geometry, dtype: torch.dtype, options: LoadOptions
 ) -> tuple[Tensor, list[VideoResult]]:
     """See `backend.Backend`; `num_threads` files are decoded at the same time, each by one thread."""
 
@@ -79,15 +71,13 @@ def load(
 
     def answer(request: Request) -> tuple[Tensor, VideoResult]:
         path, sampling = request
-        deadline = time.monotonic() + deadline_s
+        deadline = time.monotonic() + options.deadline_s
         try:
-            return _until(
-                deadline, path, lambda: _load_one(path, sampling, geometry, dtype, keep_partial, deadline, limits)
-            )
+            return _until(deadline, path, lambda: _load_one(path, sampling, geometry, dtype, options, deadline))
         except VideoError as error:
             return no_rows, failure(error, NAME)
 
-    with ThreadPoolExecutor(num_threads or usable_cores()) as pool:
+    with ThreadPoolExecutor(options.num_threads or usable_cores()) as pool:
         answers = list(pool.map(answer, requests))
     results = [result for _, result in answers]
     if len(answers) == 1:
@@ -145,15 +135,14 @@ def _load_one(
     sampling: Sampling,
     geometry: Geometry,
     dtype: torch.dtype,
-    keep_partial: bool,
+    options: LoadOptions,
     deadline: float,
-    limits: Limits,
 ) -> tuple[Tensor, VideoResult]:
     with listening() as complaints:
         decoder = open_decoder(path)
     wanted = _wanted(path, decoder, sampling)
     num_wanted = len(wanted.positions)
-    frame_size = _frame_size(path, decoder.metadata, num_wanted, geometry, dtype, limits)
+    frame_size = _frame_size(path, decoder.metadata, num_wanted, geometry, dtype, options.limits)
     check_first_frame(path, decoder)
     found = None if complaints or not wanted.may_seek() else by_seeking(wanted, frame_size, deadline)
     if found is None:
@@ -161,7 +150,7 @@ def _load_one(
     num_good = len(found.frames)
     code, reason = _verdict(decoder.metadata, found, num_wanted)
     failed = VideoError(path, code, f"{num_good} of {num_wanted} wanted frames decoded ({reason})")
-    if code != "OK" and (not keep_partial or num_good < FRAME_FACTOR):
+    if code != "OK" and (not options.keep_partial or num_good < FRAME_FACTOR):
         raise failed
     begin, _ = shown_span(decoder.metadata)
     frames = torch.stack(found.frames)
