@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from tempsamp_fast.config import MODES, DataConfig
-from tempsamp_fast.data.annotations import FORMATS
 from tempsamp_fast.data.catalogue import DATASETS, dataset_name, load_samples, require_clip_scores
+from tempsamp_fast.data.formats import FORMATS
 from tempsamp_fast.evaluation.answer_files import AnswerFiles
 from tempsamp_fast.evaluation.protocols import OWN, PROTOCOLS, Protocol, protocol_for
 from tempsamp_fast.evaluation.published import DEFAULT_TABLES, MIXED, comparison

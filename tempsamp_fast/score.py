@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from tempsamp_fast.data.annotations import FORMATS, load_annotations
+from tempsamp_fast.data.annotations import load_annotations
 from tempsamp_fast.data.catalogue import dataset_name
+from tempsamp_fast.data.formats import FORMATS
 from tempsamp_fast.evaluation.protocols import OWN, PROTOCOLS, protocol_for
 from tempsamp_fast.evaluation.scoring import read_predictions, score_rows
 from tempsamp_fast.sample import AnswerForm, Mode, Task

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tempsamp_fast.config.setting import did_you_mean
-from tempsamp_fast.data.annotations import FORMATS, Annotations, read_annotations
+from tempsamp_fast.data.annotations import Annotations, read_annotations
 from tempsamp_fast.data.catalogue import DATASETS, Dataset, find_annotations
+from tempsamp_fast.data.formats import FORMATS
 from tempsamp_fast.data.frame_folder import duration_of
 from tempsamp_fast.data.loader import LENGTH_TOLERANCE
 from tempsamp_fast.data.sources import SOURCES, how_to_fetch

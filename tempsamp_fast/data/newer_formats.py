@@ -1,4 +1,4 @@
-"""Annotation rows of the projects of 2026, each as the fields of a record: TimeLens2, OraRL, OMTG."""
+"""Annotation rows of the projects of 2026 (TimeLens2, OraRL, VUE-TR, MomentSeeker, OMTG), and of one's own."""
 
 from __future__ import annotations
 
@@ -10,20 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from tempsamp_fast.answers import read_json, read_pairs, read_strict, read_time_tags
+from tempsamp_fast.data.record import FROM_FILE, UNTOLD, Record
 from tempsamp_fast.data.text_files import as_number, get, json_rows, read_text, shown, typed
 from tempsamp_fast.intervals import union_iou
 from tempsamp_fast.sample import Span
 
-Fields = dict[str, Any]
-"""place, sample_id, video_id, query, duration (UNTOLD where none is published), windows, and offline_ious if any."""
-UNTOLD, FROM_FILE = object(), object()
-"""Durations that are not told: as long as the last span, and that of the video itself."""
 QUOTES = "'\"\u2018\u2019\u201c\u201d"
 MOST_CHARACTERS = 1 << 20
 """Of a field of a table."""
 
 
-def read_timelens2(path: Path) -> Iterator[Fields]:
+def read_timelens2(path: Path) -> Iterator[Record]:
     """TimeLens2-93K: rows of `events` as TimeLens-100K's, each of several spans; or one row a query, with `rollouts`.
 
     rollouts: answers that a model gave before, as texts or lists of spans, or their IoUs; `offline_ious` are theirs.
@@ -40,14 +37,19 @@ def read_timelens2(path: Path) -> Iterator[Fields]:
             yield _timelens2_query(f"{place}, query {index}", name, video, duration, typed(place, "event", event, dict))
 
 
-def _timelens2_query(place: str, name: str, video: str, duration: Any, row: dict[str, Any]) -> Fields:
+def _timelens2_query(place: str, name: str, video: str, duration: Any, row: dict[str, Any]) -> Record:
     spans = typed(place, "span", get(place, row, "span"), list)
     windows = [spans] if len(spans) == 2 and not any(isinstance(each, list) for each in spans) else spans
     rollouts = typed(place, "rollouts", row.get("rollouts") or [], list)
-    return {
-        "place": place, "sample_id": name, "video_id": video, "query": get(place, row, "query"), "duration": duration,
-        "windows": windows, "offline_ious": tuple(_offline_iou(place, each, windows) for each in rollouts),
-    }  # fmt: skip
+    return Record(
+        place=place,
+        sample_id=name,
+        video_id=video,
+        query=get(place, row, "query"),
+        duration=duration,
+        windows=windows,
+        offline_ious=tuple(_offline_iou(place, each, windows) for each in rollouts),
+    )
 
 
 def _offline_iou(place: str, rollout: Any, windows: list[Any]) -> float:
@@ -67,7 +69,7 @@ def _spans(place: str, name: str, spans: Any) -> list[Span]:
     return [(as_number(place, name, start), as_number(place, name, end)) for start, end in spans]
 
 
-def read_orarl(path: Path) -> Iterator[Fields]:
+def read_orarl(path: Path) -> Iterator[Record]:
     """OraRL's rows of temporal grounding; those of other tasks (`problem_type`) are passed over.
 
     `answer` (or `solution`, `ground_truth`) is a pair of seconds or `<answer>A to B</answer>`, `problem` (or
@@ -85,38 +87,46 @@ def read_orarl(path: Path) -> Iterator[Fields]:
         answer = get(place, row, "answer", "solution", "ground_truth")
         said = (read_strict(answer) or read_strict(f"<answer>{answer}</answer>")) if isinstance(answer, str) else None
         pairs = answer if isinstance(answer, list) and answer and isinstance(answer[0], list) else [answer]
-        yield {
-            "place": place, "sample_id": f"{video}/{number}", "video_id": video,
-            "duration": row.get("duration", UNTOLD),
-            "query": quoted(typed(place, "problem", get(place, row, "problem", "question", "prompt"), str)),
-            "windows": [list(span) for span in said] if said else pairs,
-        }  # fmt: skip
+        yield Record(
+            place=place,
+            sample_id=f"{video}/{number}",
+            video_id=video,
+            duration=row.get("duration", UNTOLD),
+            query=quoted(typed(place, "problem", get(place, row, "problem", "question", "prompt"), str)),
+            windows=[list(span) for span in said] if said else pairs,
+        )
 
 
-def read_vue_tr(path: Path) -> Iterator[Fields]:
+def read_vue_tr(path: Path) -> Iterator[Record]:
     """VUE-TR: rows of `query_id`, `video`, `duration`, `query` and `gt`, a list of spans."""
     for place, _, row in json_rows(path):
         video = typed(place, "video", get(place, row, "video"), str)
-        yield {
-            "place": f"{place}, video {shown(video)}", "sample_id": str(get(place, row, "query_id")),
-            "video_id": video, "query": get(place, row, "query"), "duration": get(place, row, "duration"),
-            "windows": get(place, row, "gt"),
-        }  # fmt: skip
+        yield Record(
+            place=f"{place}, video {shown(video)}",
+            sample_id=str(get(place, row, "query_id")),
+            video_id=video,
+            query=get(place, row, "query"),
+            duration=get(place, row, "duration"),
+            windows=get(place, row, "gt"),
+        )
 
 
-def read_momentseeker(path: Path) -> Iterator[Fields]:
+def read_momentseeker(path: Path) -> Iterator[Record]:
     """MomentSeeker's t2v.json: `src_video_path`, `qry_text` and `answering_time_interval`, a span or a list of them."""
     for place, number, row in json_rows(path):
         video = typed(place, "src_video_path", get(place, row, "src_video_path"), str)
         spans = typed(place, "answering_time_interval", get(place, row, "answering_time_interval"), list)
-        yield {
-            "place": f"{place}, video {shown(video)}", "sample_id": f"{video}/{number}", "video_id": video,
-            "query": get(place, row, "qry_text"), "duration": row.get("duration", UNTOLD),
-            "windows": spans if spans and isinstance(spans[0], list) else [spans],
-        }  # fmt: skip
+        yield Record(
+            place=f"{place}, video {shown(video)}",
+            sample_id=f"{video}/{number}",
+            video_id=video,
+            query=get(place, row, "qry_text"),
+            duration=row.get("duration", UNTOLD),
+            windows=spans if spans and isinstance(spans[0], list) else [spans],
+        )
 
 
-def read_omtg(path: Path) -> Iterator[Fields]:
+def read_omtg(path: Path) -> Iterator[Record]:
     """OMTG's table: columns `video`, `question`, `answer`, tab between; the answer names spans in time tags."""
     csv.field_size_limit(MOST_CHARACTERS)
     table = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t")
@@ -125,11 +135,14 @@ def read_omtg(path: Path) -> Iterator[Fields]:
             place = f"{path}: row {number}"
             video = str(get(place, row, "video"))
             answer = str(get(place, row, "answer"))
-            yield {
-                "place": f"{place}, video {shown(video)}", "sample_id": f"{video}/{number}", "video_id": video,
-                "query": quoted(str(get(place, row, "question"))), "duration": UNTOLD,
-                "windows": [list(span) for span in read_time_tags(answer) or []],
-            }  # fmt: skip
+            yield Record(
+                place=f"{place}, video {shown(video)}",
+                sample_id=f"{video}/{number}",
+                video_id=video,
+                query=quoted(str(get(place, row, "question"))),
+                duration=UNTOLD,
+                windows=[list(span) for span in read_time_tags(answer) or []],
+            )
     except csv.Error as error:
         raise ValueError(f"{path}: malformed table ({error})") from error
 
@@ -142,7 +155,7 @@ def quoted(question: str) -> str:
     return inside or question.replace("<video>", "").strip()
 
 
-def read_plain(path: Path) -> Iterator[Fields]:
+def read_plain(path: Path) -> Iterator[Record]:
     """Rows of `video`, `query`, `start` and `end` in seconds, or `windows`: a list of such pairs.
 
     Where wanted `duration` (else that of the video), `id`, `difficulty`, `reasoning` (thought before the answer).
@@ -150,12 +163,16 @@ def read_plain(path: Path) -> Iterator[Fields]:
     for place, number, row in json_rows(path):
         video = typed(place, "video", get(place, row, "video"), str)
         place = f"{place}, video {shown(video)}"
-        yield {
-            "place": place, "sample_id": str(typed(place, "id", row.get("id", f"{video}/{number}"), (int, str))),
-            "video_id": video, "query": get(place, row, "query"), "duration": row.get("duration", FROM_FILE),
-            "windows": row["windows"] if "windows" in row else [[get(place, row, "start"), get(place, row, "end")]],
-            "difficulty": row.get("difficulty"), "reasoning": _reasoning(place, row.get("reasoning")),
-        }  # fmt: skip
+        yield Record(
+            place=place,
+            sample_id=str(typed(place, "id", row.get("id", f"{video}/{number}"), (int, str))),
+            video_id=video,
+            query=get(place, row, "query"),
+            duration=row.get("duration", FROM_FILE),
+            windows=row["windows"] if "windows" in row else [[get(place, row, "start"), get(place, row, "end")]],
+            difficulty=row.get("difficulty"),
+            reasoning=_reasoning(place, row.get("reasoning")),
+        )
 
 
 def _reasoning(place: str, text: Any) -> str | None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tempsamp_fast.config import DataConfig
-from tempsamp_fast.data.annotations import FORMATS, load_annotations
+from tempsamp_fast.data.annotations import load_annotations
 from tempsamp_fast.data.catalogue import load_samples, load_training_data
+from tempsamp_fast.data.formats import FORMATS
 from tempsamp_fast.data.prompts import off_policy_text
 from tempsamp_fast.run.resume import samples_digest
 from tempsamp_fast.score import main as score_main
