@@ -131,25 +131,23 @@ def update_packed(benchmark: Any, shape: tuple[int, int, int], family: str, shar
 # (b) Rollouts: one prefill for all answers against `generate(num_return_sequences=G)`.
 
 
-def test_rollout_against_generate(benchmark):
-    model, policy = tiny_model(), Policy(tiny_model())
-    prompt = step.make_prompt(830, (4, 28, 28))
+def rollout_against_generate(benchmark, family, grid, goal):
+    model, policy = tiny_model(family=family), Policy(tiny_model(family=family))
+    prompt = step.make_prompt(830, grid)
     greedy = SamplingParams(temperature=0, max_completion_length=24)
     ((answer,),) = generate(policy, [prompt], 1, greedy, seed=(0,), **step.NO_EOS)
     assert answer.ids.tolist() == step.huggingface_generate(model, prompt, 1, 24, sample=False)[0].tolist()
     ours = partial(generate, policy, [prompt], 5, SamplingParams(max_completion_length=24), seed=(0,), **step.NO_EOS)
-    compare(benchmark, ours, partial(step.huggingface_generate, model, prompt, 5, 24), goal=2.2, rounds=5)
+    compare(benchmark, ours, partial(step.huggingface_generate, model, prompt, 5, 24), goal, rounds=5)
+
+
+def test_rollout_against_generate(benchmark):
+    rollout_against_generate(benchmark, "qwen2_5_vl", (4, 28, 28), goal=2.2)
 
 
 def test_hybrid_rollout_against_generate(benchmark):
     """Text only."""
-    model, policy = tiny_model(family="qwen3_5"), Policy(tiny_model(family="qwen3_5"))
-    prompt = step.make_prompt(830, (0, 0, 0))
-    greedy = SamplingParams(temperature=0, max_completion_length=24)
-    ((answer,),) = generate(policy, [prompt], 1, greedy, seed=(0,), **step.NO_EOS)
-    assert answer.ids.tolist() == step.huggingface_generate(model, prompt, 1, 24, sample=False)[0].tolist()
-    ours = partial(generate, policy, [prompt], 5, SamplingParams(max_completion_length=24), seed=(0,), **step.NO_EOS)
-    compare(benchmark, ours, partial(step.huggingface_generate, model, prompt, 5, 24), goal=2.0, rounds=5)
+    rollout_against_generate(benchmark, "qwen3_5", (0, 0, 0), goal=2.0)
 
 
 # (c) The whole step against a TimeZero-style one.

@@ -24,7 +24,7 @@ from tempsamp_fast.data.formats import FORMATS
 from tempsamp_fast.evaluation.answer_files import AnswerFiles
 from tempsamp_fast.evaluation.protocols import OWN, PROTOCOLS, Protocol, protocol_for
 from tempsamp_fast.evaluation.published import DEFAULT_TABLES, MIXED, comparison
-from tempsamp_fast.evaluation.scoring import grounding_scores, oracle_ious, score_rows
+from tempsamp_fast.evaluation.scoring import answered_ious, grounding_scores, oracle_ious, score_rows
 from tempsamp_fast.run.log import write_json
 from tempsamp_fast.sample import Mode, Sample, Task, by_video
 from tempsamp_fast.system.device import join_ranks, prepare_environment
@@ -191,8 +191,8 @@ def _report(
         for mode, rows in rows_by_mode.items()
     ]
     if options.mixed_cot:
-        ious = [[row["iou"] if row["span"] else None for row in rows] for rows in rows_by_mode.values()]
-        scores.append({"mode": MIXED, **followed, **grounding_scores(oracle_ious(ious))})
+        ious = oracle_ious([answered_ious(rows) for rows in rows_by_mode.values()])
+        scores.append({"mode": MIXED, **followed, **grounding_scores(ious)})
     num_skipped = sum("skipped" in row for rows in rows_by_mode.values() for row in rows)
     write_json(
         options.output / "scores.json",

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from tempsamp_fast.evaluation.scoring import grounding_scores, oracle_ious
+from tempsamp_fast.evaluation.scoring import answered_ious, grounding_scores, oracle_ious
 from tempsamp_fast.report.figures import select, skewness, task_rewards
 from tempsamp_fast.report.plots import eval_files, read_rows
 from tempsamp_fast.sample import Mode
@@ -27,20 +27,17 @@ def record_of(folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = {"evaluations": _evaluations(metrics)}
     answers = {mode: read_rows(files[-1]) for mode in get_args(Mode) if (files := eval_files(folder, mode))}
     if len(answers) > 1:
-        ious = [[None if row["span"] is None else row["iou"] for row in rows] for rows in answers.values()]
-        record["oracle_of_both"] = grounding_scores(oracle_ious(ious))
+        record["oracle_of_both"] = grounding_scores(oracle_ious([answered_ious(rows) for rows in answers.values()]))
     if groups:
         record |= {"rewards": _rewards(groups), "advantages": _advantages(groups)}
-        record["format_reward"] = _parts([(row["step"], row["reward/format"]) for row in metrics if _in_think(row)])
+        record["format_reward"] = _parts(
+            [(row["step"], row["reward/format"]) for row in metrics if "reward/format" in row]
+        )
         record["skewness_by_rule"] = _mean_skewness(metrics)
         for name in ("reward/tied_groups", "prune/flops_saved", "batch/tree_saving"):
             if values := [row[name] for row in metrics if name in row]:
                 record[name.partition("/")[2]] = float(np.mean(values))
     return record
-
-
-def _in_think(row: dict[str, Any]) -> bool:
-    return "reward/format" in row
 
 
 def _evaluations(metrics: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:

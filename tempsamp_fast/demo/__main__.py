@@ -22,7 +22,7 @@ from tempsamp_fast.demo.pretrain import HARD
 from tempsamp_fast.demo.runs import draw, train_all
 from tempsamp_fast.embedded.model import BASE
 from tempsamp_fast.embedded.videos import SyntheticConfig
-from tempsamp_fast.evaluation.scoring import best_constant_span
+from tempsamp_fast.evaluation.scoring import answered_ious, best_constant_span
 from tempsamp_fast.report.page import build_page
 from tempsamp_fast.report.plots import eval_files, read_rows
 from tempsamp_fast.report.runs import interval, over_queries, read_runs
@@ -82,8 +82,7 @@ def read_ious(folder: Path, data: Path) -> Ious:
     found: Ious = {}
     for mode in get_args(Mode):
         for row, (run, stage) in ROWS.items():
-            answers = read_rows(eval_files(folder / run, mode)[stage])
-            found[row, mode] = [None if answer["span"] is None else answer["iou"] for answer in answers]
+            found[row, mode] = answered_ious(read_rows(eval_files(folder / run, mode)[stage]))
     train, test = (load_annotations(data / f"annotations/{split}.json") for split in ("train", "test"))
     span, _ = best_constant_span(train)
     found[CONSTANT, "answer"] = [best_iou(span, sample.windows) for sample in test]

@@ -12,13 +12,12 @@ from pathlib import Path
 
 from tempsamp_fast.arguments import parse_args
 from tempsamp_fast.config import parse_phases
-from tempsamp_fast.embedded.videos import SyntheticConfig, generate
+from tempsamp_fast.embedded.data import draw_data_set
+from tempsamp_fast.embedded.videos import SyntheticConfig
 from tempsamp_fast.report.plots import EVAL_PHASE, read_rows
 from tempsamp_fast.system.files import own_folder
-from tempsamp_fast.system.progress import Progress
+from tempsamp_fast.system.progress import EVERY_S, Progress
 
-EVERY_S = 20.0
-"""Seconds between lines where there is no terminal for a bar."""
 POLL_S = 1.0
 FINISHED = "summary.json"
 """What a run writes last but for its plots."""
@@ -29,9 +28,7 @@ _Process = subprocess.Popen[bytes]
 
 def draw(data: Path, videos: SyntheticConfig) -> list[str]:
     """Draw the videos that are missing in the folder `data`; returns the trainer's words that name its files."""
-    with Progress(videos.num_train + videos.num_val + videos.num_test, every_s=EVERY_S) as progress:
-        show = lambda done, _: progress.update("drawing videos", {}, by=done - progress.done)
-        generate(own_folder(data), videos, on_progress=show)
+    draw_data_set(own_folder(data), videos)
     files = {"annotations": "annotations/train.json", "eval_annotations": "annotations/test.json", "videos": "videos"}
     return [*(f"--{name}={data / file}" for name, file in files.items()), f"--patch_cache={data / 'patches'}"]
 

@@ -6,14 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from tempsamp_fast.config import DataConfig
 from tempsamp_fast.data.prompts import QUESTION_FORMS, off_policy_text, question
 from tempsamp_fast.embedded.model import build_tiny_checkpoint
 from tempsamp_fast.embedded.videos import SyntheticConfig, generate
 from tempsamp_fast.sample import AnswerForm, Mode, Sample, Task
 from tempsamp_fast.system.files import fresh_folder
+from tempsamp_fast.system.progress import EVERY_S, Progress
 from tempsamp_fast.system.ranks import made_by_first_rank
 
 
@@ -21,7 +20,7 @@ def with_embedded_data(data: DataConfig) -> DataConfig:
     """Settings whose `annotations="synthetic"` are files; called by every rank. Others come back as they are."""
     if data.annotations != "synthetic":
         return data
-    folder = made_by_first_rank(lambda: _generate(Path(data.synthetic_dir), embedded_videos(data)))
+    folder = made_by_first_rank(lambda: draw_data_set(Path(data.synthetic_dir), embedded_videos(data)))
     return dataclasses.replace(
         data,
         annotations=str(folder / "annotations/train.json"),
@@ -53,11 +52,8 @@ def embedded_checkpoint(
     return str(made_by_first_rank(lambda: build_tiny_checkpoint(fresh_folder(folder), texts, family, seed)))
 
 
-def _generate(folder: Path, config: SyntheticConfig) -> Path:
-    with tqdm(desc="making videos", unit="video", disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return generate(folder, config, on_progress=show)
+def draw_data_set(folder: Path, videos: SyntheticConfig) -> Path:
+    """`generate` with its progress shown."""
+    with Progress(videos.num_train + videos.num_val + videos.num_test, every_s=EVERY_S) as progress:
+        show = lambda done, _: progress.update("drawing videos", {}, by=done - progress.done)
+        return generate(folder, videos, on_progress=show)

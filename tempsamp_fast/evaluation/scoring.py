@@ -35,6 +35,11 @@ def grounding_scores(ious: Sequence[float | None]) -> dict[str, float]:
     return {"miou": float(values.mean()), **recalls, "parse_rate": parse_rate}
 
 
+def answered_ious(rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """Of the rows that an evaluation leaves, one per query: None where the answer did not parse."""
+    return [None if row["span"] is None else row["iou"] for row in rows]
+
+
 def oracle_ious(ious_by_mode: Sequence[Sequence[float | None]]) -> list[float | None]:
     """The best IoU of each query over the modes: the paper's "mixed CoT", an upper bound that looks at the truth."""
     answered = ([iou for iou in ious if iou is not None] for ious in zip(*ious_by_mode, strict=True))

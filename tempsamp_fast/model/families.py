@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from transformers import (
@@ -248,23 +247,19 @@ def family_named(name: str, setting: str = "family") -> Family:
 
 
 def why_refused(settings: Mapping[str, Any]) -> str:
-    """What `family_of` says of a config.json by its type alone; empty where that is supported or absent."""
-    name = settings.get("model_type")
-    try:
-        if isinstance(name, str):
-            family_of(SimpleNamespace(model_type=name))
-    except ValueError as error:
-        return str(error)
-    return ""
+    """Of a config.json by its type alone; empty where that is supported or absent."""
+    model_type = settings.get("model_type")
+    if model_type in FAMILIES or not isinstance(model_type, str):
+        return ""
+    why = f" ({UNSUPPORTED[model_type]})" if model_type in UNSUPPORTED else ""
+    return f"model_type={model_type!r} is not supported{why}; supported: {', '.join(FAMILIES)}"
 
 
 def family_of(model_config: Any) -> Family:
     """The family of a transformers configuration. Raises ValueError for a type that is not supported."""
-    name = model_config.model_type
-    if name not in FAMILIES:
-        why = f" ({UNSUPPORTED[name]})" if name in UNSUPPORTED else ""
-        raise ValueError(f"model_type={name!r} is not supported{why}; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+    if refused := why_refused({"model_type": model_config.model_type}):
+        raise ValueError(refused)
+    return FAMILIES[model_config.model_type]
 
 
 def geometry_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -24,8 +24,9 @@ def charts(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     Those without a point are left out.
     """
     named = {"mean sampled task reward (running mean)": _rewards(runs)}
-    named |= {f"held-out mIoU, {mode} mode [%]": _mious(runs, mode) for mode in get_args(Mode)}
-    named |= {f"{label} (running mean)": _training(runs, name) for name, label in TRAINING.items()}
+    percent = lambda values: 100 * values
+    named |= {f"held-out mIoU, {mode} mode [%]": _of(runs, f"eval/{mode}/miou", percent) for mode in get_args(Mode)}
+    named |= {f"{label} (running mean)": _of(runs, name, smooth) for name, label in TRAINING.items()}
     found = [{"title": title, "lines": _lines(list(lines), runs)} for title, lines in named.items()]
     return [chart for chart in found if chart["lines"]]
 
@@ -42,16 +43,10 @@ def _rewards(runs: Sequence[RunRecord]) -> Iterator[Line]:
         yield run, [row["step"] for row in rows], smooth(np.array(sums)).tolist()
 
 
-def _mious(runs: Sequence[RunRecord], mode: str) -> Iterator[Line]:
-    for run in runs:
-        steps, values = series(run.metrics, f"eval/{mode}/miou")
-        yield run, steps.tolist(), (100 * values).tolist()
-
-
-def _training(runs: Sequence[RunRecord], name: str) -> Iterator[Line]:
+def _of(runs: Sequence[RunRecord], name: str, shown_as: Callable[[np.ndarray], np.ndarray]) -> Iterator[Line]:
     for run in runs:
         steps, values = series(run.metrics, name)
-        yield run, steps.tolist(), smooth(values).tolist()
+        yield run, steps.tolist(), shown_as(values).tolist()
 
 
 def _lines(lines: Sequence[Line], runs: Sequence[RunRecord]) -> list[dict[str, Any]]:

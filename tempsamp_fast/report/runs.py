@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from tempsamp_fast.evaluation.scoring import grounding_scores, oracle_ious
+from tempsamp_fast.evaluation.scoring import answered_ious, grounding_scores, oracle_ious
 from tempsamp_fast.report.plots import eval_files, read_rows
 from tempsamp_fast.sample import Mode, Task
 from tempsamp_fast.system.files import read_json
@@ -265,4 +265,4 @@ def _ious(run: RunRecord, mode: str) -> list[float | None]:
     if mode == ORACLE:
         by_mode = [_ious(run, each) for each in get_args(Mode)]
         return oracle_ious(by_mode) if all(by_mode) else []
-    return [None if row["span"] is None else row["iou"] for row in run.answers.get(mode, [])]
+    return answered_ious(run.answers.get(mode, []))

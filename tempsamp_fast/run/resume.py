@@ -85,8 +85,12 @@ def open_folder(train: TrainConfig, rollout: RolloutConfig) -> RunFolder:
 
 def facts_of(config: Config, samples: Sequence[Sample], world_size: int) -> dict[str, Any]:
     """What a checkpoint keeps of its run for `check_same_run`, ready for JSON."""
-    facts = {"world_size": world_size, "samples": samples_digest(samples), "config": config.as_dict()}
-    return facts | {"own_files": own_files(config)}
+    return {
+        "world_size": world_size,
+        "samples": samples_digest(samples),
+        "config": config.as_dict(),
+        "own_files": own_files(config),
+    }
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:

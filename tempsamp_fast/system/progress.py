@@ -14,6 +14,8 @@ from datetime import datetime, timedelta
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+EVERY_S = 20.0
+"""Between lines of long work where there is no terminal for a bar."""
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar:10}| {elapsed}<{remaining}{postfix}"
 BESIDE = len(" / |          | 00:00:00<00:00:00")
 """Columns that the bar takes beside label, counts and figures."""

@@ -254,7 +254,7 @@ def test_skipped_queries_are_counted_in_the_table(trainer, tmp_path: Path) -> No
     rows = evaluate(run.train_samples[:2], "answer", run.greedy, run.loader, batch_size=2)
     assert [row.get("skipped") for row in rows] == [True, True]
     scored = {"stage": "start", "mode": "answer", "num_steps": 0, "miou": 0.0, "num_skipped": 2}
-    assert table([scored], 2).splitlines()[-1].endswith("2 skipped, counted as wrong")
+    assert table([scored], 2).splitlines()[-1].endswith("2 skipped, counted as not read")
     assert "skipped" not in table([scored | {"num_skipped": 0}], 2)
 
 
