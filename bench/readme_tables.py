@@ -244,37 +244,66 @@ def _shown(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3g}"
 
 
-REHEARSED = {
-    "update 3B, one prompt, 8 answers of 32: MFU": ("3B", "update", "C=32 G=8 packed", "mfu_cautious"),
-    "update 3B, 8 answers of 256: MFU": ("3B", "update", "C=256 G=8 packed", "mfu_cautious"),
-    "update 7B, 8 answers of 32: MFU": ("7B", "update", "C=32 G=8 packed", "mfu_cautious"),
-    "update Qwen3-VL-8B, 8 answers of 32: MFU": ("Qwen3-VL-8B", "update", "C=32 G=8 packed", "mfu_cautious"),
-    "decoding 3B, 1 prompt x 8, ms a token": ("3B", "rollout", "1 prompts, graphs", "decode_ms_per_token"),
-    "decoding 3B, 8 prompts x 8, ms a token": ("3B", "rollout", "8 prompts, graphs", "decode_ms_per_token"),
-    "decoding 3B, 32 prompts x 8, ms a token": ("3B", "rollout", "32 prompts, graphs", "decode_ms_per_token"),
-    "step 3B, one prompt, 8 answers of 32: rollouts a second": ("3B", "step C=32", "rollouts_per_s"),
-    "the same: times a TimeZero-style step": ("3B", "step C=32", "step_over_timezero"),
-    "step 3B, 8 answers of 128: times a TimeZero-style step": ("3B", "step C=128", "step_over_timezero"),
-    "3B, a row of 100,276 tokens on one GPU: GiB of weights, gradients and activations": (
-        "3B",
-        "long row, 1 ranks",
-        "peak_gib",
+Place = tuple[str, str, str]
+"""Section, label and figure of a row that bench/gpu.py leaves."""
+UPDATE = "C=32 G=8 packed"
+REHEARSED: dict[str, tuple[tuple[str, ...], Place | None]] = {
+    "update 3B, one prompt, 8 answers of 32: MFU": (
+        ("3B", "update", UPDATE, "mfu_cautious"), ("update", f"3B {UPDATE}", "mfu"),
     ),
-    "the same row shared by 8 GPUs: GiB on each": ("3B", "long row, 8 ranks", "peak_gib"),
-}
-"""Where the figures of the table stand in a rehearsal's results."""
+    "the same, times one row per answer": (
+        ("3B", "update", UPDATE, "over_unpacked"), ("update", f"3B {UPDATE}", "over_unpacked"),
+    ),
+    "update 3B, 8 answers of 256: MFU": (
+        ("3B", "update", "C=256 G=8 packed", "mfu_cautious"), ("update", "3B C=256 G=8 packed", "mfu"),
+    ),
+    "update 7B, 8 answers of 32: MFU": (
+        ("7B", "update", UPDATE, "mfu_cautious"), ("update", f"7B {UPDATE}", "mfu"),
+    ),
+    "update Qwen3-VL-8B, 8 answers of 32: MFU": (("Qwen3-VL-8B", "update", UPDATE, "mfu_cautious"), None),
+    **{
+        f"decoding 3B, {name} x 8, ms a token": (
+            ("3B", "rollout", f"{number} prompts, graphs", "decode_ms_per_token"),
+            ("rollout", f"{number} prompts ours, graphs", "decode_ms_per_token"),
+        )
+        for number, name in ((1, "1 prompt"), (8, "8 prompts"), (32, "32 prompts"))
+    },
+    "step 3B, one prompt, 8 answers of 32: rollouts a second": (
+        ("3B", "step C=32", "rollouts_per_s"), ("step", "video, G=8, ours", "rollouts_per_s"),
+    ),
+    "the same: times a TimeZero-style step": (
+        ("3B", "step C=32", "step_over_timezero"), ("step", "video, G=8, ours", "over_plain_step"),
+    ),
+    "step 3B, 8 answers of 128: times a TimeZero-style step": (("3B", "step C=128", "step_over_timezero"), None),
+    "3B, a row of 100,276 tokens on one GPU: GiB of weights, gradients and activations": (
+        ("3B", "long row, 1 ranks", "peak_gib"), None,
+    ),
+    "the same row shared by 8 GPUs: GiB on each": (("3B", "long row, 8 ranks", "peak_gib"), None),
+}  # fmt: skip
+"""Where each figure stands in a rehearsal's results, and in those of a card if it is measured there."""
 
 
-def rehearsal_table() -> str:
-    """What the rehearsal of the GPU path says, beside what a card said."""
+def rehearsal_table(results: Path = RESULTS) -> str:
+    """What the rehearsal of the GPU path says, beside what the cards said whose files lie in `results`."""
     models = json.loads((RESULTS / "rehearsal.json").read_text())["models"]
-    lines = ["| figure | what the simulation says | what a card said |", "|---|---|---|"]
-    for label, path in REHEARSED.items():
+    cards = [json.loads(file.read_text()) for file in sorted(results.glob("nvidia_*.json"))]
+    names = [card["gpu"] for card in cards] or ["a card"]
+    lines = [f"| figure | what the simulation says | {' | '.join(f'what {name} said' for name in names)} |"]
+    lines.append("|---" * (2 + len(names)) + "|")
+    for label, (path, place) in REHEARSED.items():
         value: Any = models
         for name in path:
             value = value.get(name, {})
-        lines.append(f"| {label} | {value if value else 'not played'} | - |")
+        said = [_said(card, place) for card in cards] or ["-"]
+        lines.append(f"| {label} | {value if value else 'not played'} | {' | '.join(said)} |")
     return "\n".join([*lines, "", "Simulated for an H100 by `make rehearse` at cautious rates, not measured."])
+
+
+def _said(card: dict[str, Any], place: Place | None) -> str:
+    """A figure of a card's results; `-` for one that is not there."""
+    section, label, figure = place or ("", "", "")
+    rows = card["sections"].get(section, {"rows": []})["rows"]
+    return next((_shown(row[figure]) for row in rows if row["label"] == label and figure in row), "-")
 
 
 TABLES = {

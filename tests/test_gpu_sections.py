@@ -100,6 +100,7 @@ def test_rollout_keeps_its_rows_where_cuda_graphs_fail(record: Record) -> None:
     rows, errors = kept(record)
     assert [error.split(":")[0] for error in errors] == ["1 prompts, CUDA graphs", "2 prompts, CUDA graphs"]
     assert rows["1 prompts ours"]["logp_error"] < 0.02
+    assert {"decode_ms_per_token", "decode_over_weights"} <= rows["1 prompts ours"].keys()
     assert {"1 prompts generate", "2 prompts ours", "text, 2 prompts continuous batching"} <= rows.keys()
 
 

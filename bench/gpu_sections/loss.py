@@ -9,12 +9,14 @@ import torch
 
 from bench.bench_grpo_loss import CONTENDERS, HEADS, PEERS, bare_gemms, make_batch, step
 from bench.gpu_sections.child import Record
-from bench.gpu_sections.timing import distance, in_turn, memory, require, share_of_peak
+from bench.gpu_sections.timing import distance, in_turn, kernel_times, memory, require, share_of_peak
 from bench.loss_contenders import LossBatch, ours
 from bench.loss_error_table import errors
 
 SHAPES = [(head, num_tokens) for num_tokens in (8192, 1024, 4096, 32768) for head in ("7B", "3B")]
 ERROR_SEEDS = 3
+GOAL = ("7B", 8192)
+"""The shape that has goals."""
 
 
 def measure(record: Record) -> None:
@@ -76,10 +78,13 @@ def measure_shape(record: Record, head: str, num_tokens: int) -> None:
             gib_beyond_gradients_and_fp32_dw=used["peak_gib"] - owed,
             left_out=sorted(CONTENDERS.keys() - distances.keys()),
             goals={
-                "share_of_cublas": ("at least", 0.8),
-                "over_best_peer": ("at least", 1.25),
+                "share_of_cublas": ("at least", 0.85),
+                "over_best_peer": ("at least", 1.0),
                 "gib_beyond_gradients_and_fp32_dw": ("at most", 2.0),
             }
-            if (head, num_tokens) == ("7B", 8192)
+            if (head, num_tokens) == GOAL
             else None,
         )
+    if (head, num_tokens) == GOAL:
+        for name, figures in kernel_times(runs["ours"]).items():
+            record.add(f"profile: {name}", **figures)

@@ -23,6 +23,10 @@ from tempsamp_fast.rollout.generate import SamplingParams, generate
 
 NUM_ANSWERS, LENGTH = 8, 128
 NUM_PROMPTS = (1, 8, 32)
+GOALS = {1: {"decode_over_weights": ("at most", 2.0)}, 8: {"rollouts_per_s": ("at least", 20.0)}}
+"""Of the trainer's default, by number of prompts."""
+COPIED_BYTES = 1 << 30
+HALF = "half as long"
 
 
 def measure(
@@ -76,12 +80,14 @@ def measure_videos(record: Record, scale: Scale, policy: Policy, num_prompts: in
     error = require(log_prob_error(policy, prompts[0], answers[0]), 0.02, "error of the sampled log-probs")
     runs: dict[str, Callable[[], object]] = {"ours": partial(ours, policy, length, prompts)}
     checks = {"ours": {"logp_error": error}}
+    decoder = GraphDecoder()
     with record.attempt(f"{num_prompts} prompts, CUDA graphs"):
-        decoder = GraphDecoder()
         same = share_of_same_tokens(answers, ours(policy, length, prompts, decoder))
         require(1 - same, 0.5, "share of tokens that CUDA graphs draw differently")
         runs["ours, graphs"] = partial(ours, policy, length, prompts, decoder)
         checks["ours, graphs"] = {"same_tokens": same}
+    trainers = "ours, graphs" if "ours, graphs" in runs else "ours"
+    half = partial(ours, policy, length // 2, prompts, decoder if trainers == "ours, graphs" else None)
     if num_prompts <= 8:  # 32 prompts are 256 copies of 3700 tokens there
         with record.attempt(f"{num_prompts} prompts, generate"):
             # Copies of one prompt, which cost what so many prompts of equal length do.
@@ -91,7 +97,9 @@ def measure_videos(record: Record, scale: Scale, policy: Policy, num_prompts: in
             )  # fmt: skip
             plain()
             runs["generate"] = plain
-    times = in_turn(runs, rounds=scale.rounds, warmup=1)
+    times = in_turn({**runs, HALF: half}, rounds=scale.rounds, warmup=1)
+    per_token_ms = (times[trainers]["ms"] - times.pop(HALF)["ms"]) / (length - length // 2)
+    checks[trainers] |= {"decode_ms_per_token": per_token_ms, "decode_over_weights": per_token_ms / weights_ms(policy)}
     for name, figures in times.items():
         record.add(
             f"{num_prompts} prompts {name}",
@@ -101,8 +109,19 @@ def measure_videos(record: Record, scale: Scale, policy: Policy, num_prompts: in
             **checks.get(name, {}),
             over_ours=times["ours"]["ms"] / figures["ms"],
             **({"over_generate": times["generate"]["ms"] / figures["ms"]} if "generate" in times else {}),
-            goals={"rollouts_per_s": ("at least", 8.0)} if name.startswith("ours") and num_prompts == 8 else None,
+            goals=GOALS.get(num_prompts) if name == trainers else None,
         )
+
+
+def weights_ms(policy: Policy) -> float:
+    """What a decoded token reads of weights (every layer, and the head), as milliseconds of a copy of as many bytes."""
+    model = policy.base_model
+    layers = [each for name, each in model.model.language_model.named_parameters() if "embed_tokens" not in name]
+    num_bytes = sum(each.nbytes for each in (*layers, model.lm_head.weight))
+    source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=model.device)
+    target = torch.ones_like(source)
+    copied = in_turn({"copy": lambda: target.copy_(source)})["copy"]
+    return copied["ms"] * num_bytes / (2 * COPIED_BYTES)
 
 
 def measure_text(record: Record, scale: Scale, policy: Policy, num_prompts: int, length: int) -> None:

@@ -75,6 +75,21 @@ def memory(run: Callable[[], object]) -> dict[str, float]:
     return {"peak_gib": (most - before) / 2**30, "max_allocated_gib": most / 2**30}
 
 
+def kernel_times(run: Callable[[], object], most: int = 25) -> dict[str, dict[str, float]]:
+    """Of a second call of `run`: the kernels that take longest, {name: {"ms", "calls"}}; operations without a GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = torch.cuda.is_available()
+    run()
+    synchronize()
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        run()
+        synchronize()
+    took = lambda each: each.self_device_time_total if on_gpu else each.self_cpu_time_total
+    longest = sorted(profiler.key_averages(), key=took, reverse=True)[:most]
+    return {each.key[:100]: {"ms": took(each) / 1e3, "calls": each.count} for each in longest}
+
+
 def distance(actual: Tensor, expected: Tensor) -> float:
     """Relative to the norm of `expected`, in fp32."""
     return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from bench.gpu_sections.child import Record
 from bench.gpu_sections.models import PLAIN_LAYERS, PUBLISHED, RECOMPUTED, Scale, Size
-from bench.gpu_sections.timing import event_ms, in_turn, memory, require, share_of_peak
+from bench.gpu_sections.timing import event_ms, in_turn, kernel_times, memory, require, share_of_peak
 from tempsamp_fast.config import AlgorithmConfig
 from tempsamp_fast.learning.loss import RowTargets, policy_loss
 from tempsamp_fast.model.flops import forward_flops
@@ -56,26 +56,29 @@ def measure(record: Record, scale: Scale = PUBLISHED, shapes_of: Mapping[Size, S
 
 def measure_size(record: Record, scale: Scale, size: Size, shapes: Sequence[Shape]) -> None:
     config = scale.config(size)
-    model = scale.model(size)
+    plain = scale.model(size)
+    model = with_the_same_weights(plain)
+    apply_liger_layers(model, "auto")
     fitting = [shape for shape in shapes if record.fits(f"{size} {shape}", needed_gib(scale, config, shape))]
     for shape in fitting:
         label = f"{size} {shape}"
         with record.attempt(label):
             is_goal = size == "3B" and not shape.is_recomputed
             measure_shape(record, scale, label, policy_of(model, shape), shape, is_goal)
-    if fitting and record.has(f"{size} Liger layers", "liger_kernel"):
+    label, first = f"{size} {shapes[0]} Liger layers", shapes[0]
+    if record.has(label, "liger_kernel") and record.fits(label, needed_gib(scale, config, first, PLAIN_LAYERS)):
         with record.attempt(f"{size} Liger layers"):
-            measure_liger_layers(record, scale, f"{size} {fitting[0]} Liger layers", model, fitting[0])
+            measure_liger_layers(record, scale, label, plain, first)
     frozen = replace(shapes[0], is_recomputed=False)
     label = f"{size} {frozen} frozen tower"
-    if record.fits(label, scale.update_gib(config, *frozen.sizes, settings=[*PLAIN_LAYERS, "--freeze_vision=true"])):
+    if record.fits(label, scale.update_gib(config, *frozen.sizes, settings=["--freeze_vision=true"])):
         with record.attempt(label):
             measure_frozen_tower(record, scale, label, policy_of(model, frozen), frozen)
 
 
-def needed_gib(scale: Scale, config: Any, shape: Shape) -> float:
-    settings = PLAIN_LAYERS + (RECOMPUTED if shape.is_recomputed else ())
-    return scale.update_gib(config, *shape.sizes, num_groups=shape.num_groups, settings=settings)
+def needed_gib(scale: Scale, config: Any, shape: Shape, settings: Sequence[str] = ()) -> float:
+    recomputed = RECOMPUTED if shape.is_recomputed else ()
+    return scale.update_gib(config, *shape.sizes, num_groups=shape.num_groups, settings=[*settings, *recomputed])
 
 
 def policy_of(model: PreTrainedModel, shape: Shape) -> Policy:
@@ -170,8 +173,8 @@ def mfu(policy: Policy, rows: Sequence[PackedRow], ms: float) -> dict[str, float
 
 
 def goals(shape: Shape) -> dict[str, tuple[str, float]]:
-    both = {"mfu": ("at least", 0.35)}
-    return {**both, "over_unpacked": ("at least", 6.0)} if shape == Shape(32, 8) else both
+    both = {"mfu": ("at least", 0.4)}
+    return {**both, "over_unpacked": ("at least", 7.0)} if shape == Shape(32, 8) else both
 
 
 def measure_frozen_tower(record: Record, scale: Scale, label: str, policy: Policy, shape: Shape) -> None:
@@ -188,12 +191,17 @@ def measure_frozen_tower(record: Record, scale: Scale, label: str, policy: Polic
         record.add(f"{label}, {name}", **figures, **memory(runs[name]), gradient_distance=error)
 
 
-def measure_liger_layers(record: Record, scale: Scale, label: str, model: PreTrainedModel, shape: Shape) -> None:
-    """The trainer's default on a GPU against transformers' own layers, which every other row here runs."""
-    fused = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})  # the same weights
+def with_the_same_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Another model of the same parameters, whose layers may be changed."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def measure_liger_layers(record: Record, scale: Scale, label: str, plain: PreTrainedModel, shape: Shape) -> None:
+    """The trainer's default on a GPU, which every other row here runs, against transformers' own layers."""
+    fused = with_the_same_weights(plain)
     apply_liger_layers(fused, "on")
-    policies = {"off": policy_of(model, shape), "on": policy_of(fused, shape)}
-    rows = scale.rows(model.config, *shape.sizes, num_groups=shape.num_groups)
+    policies = {"off": policy_of(plain, shape), "on": policy_of(fused, shape)}
+    rows = scale.rows(plain.config, *shape.sizes, num_groups=shape.num_groups)
     expected, actual = (gradients(each, losses(each, rows)) for each in policies.values())
     error = require(gradient_distance(actual, expected), 0.1, "distance of the gradients with Liger's layers")
     runs = {name: partial(update, each, losses(each, rows)) for name, each in policies.items()}
@@ -208,18 +216,11 @@ def measure_liger_layers(record: Record, scale: Scale, label: str, model: PreTra
         )
 
 
-def profile(record: Record, scale: Scale = PUBLISHED, most: int = 25) -> None:
+def profile(record: Record, scale: Scale = PUBLISHED) -> None:
     """The kernels that an update with the trainer's own layers spends most time in."""
-    from torch.profiler import ProfilerActivity, profile
-
     model = scale.model("3B")
     apply_liger_layers(model, "auto")
     policy = Policy(model)
     run = partial(update, policy, losses(policy, scale.rows(policy.config, 32, 8)))
-    run()
-    with profile(activities=[ProfilerActivity.CUDA if scale.device == "cuda" else ProfilerActivity.CPU]) as profiler:
-        event_ms(run)
-    averages = profiler.key_averages()
-    took = lambda each: each.self_device_time_total if scale.device == "cuda" else each.self_cpu_time_total
-    for each in sorted(averages, key=took, reverse=True)[:most]:
-        record.add(f"profile: {each.key[:100]}", ms=took(each) / 1e3, calls=each.count)
+    for name, figures in kernel_times(run).items():
+        record.add(f"profile: {name}", **figures)
