@@ -144,6 +144,7 @@ def fused_linear_grpo_loss(
     is_by_token = isinstance(temperature, Tensor) and temperature.shape == (len(hidden),)
     may_be_masked = is_by_token and not (mask is None and row_mask is None)
     check_positive(temperature=None if may_be_masked else temperature, softcap=softcap, num_rows=num_rows)
+    check_positive(max_completion_length=max_completion_length)
     check_choice("off_policy_ratio", off_policy_ratio, ("detach", "old"))
     check_choice("importance_mode", importance_mode, ("truncate", "mask"))
     if advantages_level is not None:
@@ -232,7 +233,8 @@ def fused_linear_grpo_loss(
     if loss_type == "vespo":
         vespo = Vespo(vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg)
         if importance is not None and importance_weights is not None:  # a row's own weight counts once
-            parts = lengths if len(importance_weights) == num_completions else 1
+            is_vector = isinstance(importance_weights, Tensor) and importance_weights.ndim == 1
+            parts = 1 if is_vector and len(importance_weights) != num_completions else lengths
             vespo = replace(vespo, log_weight=sequences.row_sum(bounded_log(importance) / parts))
         sequences = replace(sequences, vespo=vespo)
     is_needed = shares_ratio or (loss_type == "vespo" and (old_logps is not None or importance is not None))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +21,8 @@ from tempsamp_kernels.reference import evaluate
 from tempsamp_kernels.sequences import Sequences
 from tempsamp_kernels.tokens import SKIP, TERMS, HeadOptions, RowStatistics, Tokens
 from tempsamp_kernels.weights import live_tokens, token_weights
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "luspo", "dapo", "cispo", "sapo", "vespo")
 
 
 class FusedLinearGRPOLoss(torch.nn.Module):
@@ -55,15 +56,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         impl: str | None = None,
     ) -> None:
         super().__init__()
-        self.loss = token_loss(
-            loss_type,
-            "k3_corrected" if use_bias_correction_kl else "k3",
-            epsilon_low,
-            epsilon_high,
-            None if loss_type in ("cispo", "sapo", "vespo") else delta,
-            sapo_temperature_pos=sapo_temperature_pos,
-            sapo_temperature_neg=sapo_temperature_neg,
-        )
+        check_choice("loss_type", loss_type, LOSS_TYPES)
         check_choice("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
         check_positive(temperature=temperature)
         if importance_sampling_level == "sequence" and loss_type in ("cispo", "sapo", "vespo"):
@@ -71,10 +64,27 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         if loss_type == "dr_grpo" and max_completion_length is None:
             raise ValueError("loss_type 'dr_grpo' needs max_completion_length")
         self.beta, self.loss_type, self.temperature, self.impl = beta, loss_type, temperature, impl
-        self.use_ref_model = use_ref_model
+        self.use_ref_model, self.compiled, self.chunk_size = use_ref_model, compiled, chunk_size
+        self.epsilon_low, self.epsilon_high, self.delta = epsilon_low, epsilon_high, delta
         self.max_completion_length = max_completion_length
-        self.shares_ratio = importance_sampling_level == "sequence"
-        self.vespo = Vespo(vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg)
+        self.importance_sampling_level = importance_sampling_level
+        self.sapo_temperature_pos, self.sapo_temperature_neg = sapo_temperature_pos, sapo_temperature_neg
+        self.use_bias_correction_kl = use_bias_correction_kl
+        self.vespo_k_pos, self.vespo_lambda_pos = vespo_k_pos, vespo_lambda_pos
+        self.vespo_k_neg, self.vespo_lambda_neg = vespo_k_neg, vespo_lambda_neg
+        self._token_loss()
+
+    def _token_loss(self) -> TokenLoss:
+        """By the attributes as they are by now."""
+        return token_loss(
+            self.loss_type,
+            "k3_corrected" if self.use_bias_correction_kl else "k3",
+            self.epsilon_low,
+            self.epsilon_high,
+            None if self.loss_type in ("cispo", "sapo", "vespo") else self.delta,
+            sapo_temperature_pos=self.sapo_temperature_pos,
+            sapo_temperature_neg=self.sapo_temperature_neg,
+        )
 
     def forward(
         self,
@@ -109,6 +119,15 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         check_head(_input, lin_weight, selected_token_ids, bias)
         batch, length = selected_token_ids.shape
         flat_ids, device = selected_token_ids.reshape(-1), _input.device
+        shares_ratio = self.importance_sampling_level == "sequence"
+        for name, values in {
+            "attention_mask": attention_mask,
+            "ref_per_token_logps": ref_per_token_logps,
+            "old_per_token_logps": old_per_token_logps,
+        }.items():
+            _check_shape(name, values, (batch, length))
+        _check_shape("vllm_is_ratio", vllm_is_ratio, (batch,), (batch, 1), (batch, length))
+        _check_shape("advantages", advantages, (batch,), (batch, length))
         if self.use_ref_model and ref_per_token_logps is not None and ref_input is not None:
             warnings.warn("Using ref_per_token_logps, and not ref_input: both were given", stacklevel=2)
         if self.use_ref_model and ref_per_token_logps is None:
@@ -131,7 +150,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         kl_weight = self._weights(counted, lengths, batch, length, num_items_in_batch)
         broadcasts = self.beta != 0 or (vllm_is_ratio is not None and vllm_is_ratio.shape == (batch, length))
         policy_weight = kl_weight
-        if counts_padding and self.shares_ratio and not broadcasts:
+        if counts_padding and shares_ratio and not broadcasts:
             policy_weight = counted / batch
         if vllm_is_ratio is not None:
             vllm_is_ratio = (vllm_is_ratio[:, None] if vllm_is_ratio.ndim == 1 else vllm_is_ratio).float()
@@ -139,8 +158,6 @@ class FusedLinearGRPOLoss(torch.nn.Module):
                 policy_weight = policy_weight * vllm_is_ratio.expand(batch, length).reshape(-1)
         read = torch.ones_like(counted) if counts_padding else counted
         references = ref_per_token_logps if self.use_ref_model and self.beta != 0 else None
-        if advantages.shape not in ((batch,), (batch, length)):
-            raise ValueError(f"advantages must be [{batch}] or [{batch}, {length}]; got {tuple(advantages.shape)}")
         level = "row" if advantages.ndim == 1 else "token"
         advantage = spread("advantages", advantages.reshape(-1), row_ids, batch, level)
         tokens = Tokens(
@@ -155,13 +172,13 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         check_token_ids(flat_ids, read, len(lin_weight))
         impl = choose_impl(self.impl, _input)
         sequences = None
-        if self.shares_ratio:
+        if shares_ratio:
             sequences = Sequences(row_ids, batch, counted, lengths)
         elif self.loss_type == "vespo" and not (old_per_token_logps is None and vllm_is_ratio is None):
             sequences = Sequences(row_ids, batch, counted, lengths, self._weighted_vespo(vllm_is_ratio))
         options = HeadOptions(bias, impl=impl)
-        plan = LossPlan(tokens, read, options, self.loss, None, batch * length, sequences)
-        live = live_tokens(read, advantage, references is not None, shared_by=row_ids if self.shares_ratio else None)
+        plan = LossPlan(tokens, read, options, self._token_loss(), None, batch * length, sequences)
+        live = live_tokens(read, advantage, references is not None, shared_by=row_ids if shares_ratio else None)
         loss, terms = run(plan, _input.reshape(batch * length, _input.shape[-1]), lin_weight, bias, live)
         metrics = summarise(terms, counted, torch.zeros_like(counted))
         clip_ratio = metrics["clip_low"] + metrics["clip_high"]
@@ -179,9 +196,15 @@ class FusedLinearGRPOLoss(torch.nn.Module):
 
     def _weighted_vespo(self, vllm_is_ratio: Tensor | None) -> Vespo:
         """VESPO's weight with a row's importance weights multiplied in."""
-        if vllm_is_ratio is None:
-            return self.vespo
-        return replace(self.vespo, log_weight=bounded_log(vllm_is_ratio).sum(1))
+        weight = 0.0 if vllm_is_ratio is None else bounded_log(vllm_is_ratio).sum(1)
+        return Vespo(self.vespo_k_pos, self.vespo_lambda_pos, self.vespo_k_neg, self.vespo_lambda_neg, weight)
+
+
+def _check_shape(name: str, values: Tensor | None, *shapes: tuple[int, ...]) -> None:
+    if values is not None and values.shape not in shapes:
+        raise ValueError(
+            f"{name} must be {' or '.join(str(list(shape)) for shape in shapes)}; got {list(values.shape)}"
+        )
 
 
 def _flat(values: Tensor | None) -> Tensor | None:
@@ -258,6 +281,7 @@ def triton_grpo_loss(
     Raises ValueError for shapes, names and combinations that do not fit.
     """
     impl = choose_impl(impl, logits)
+    check_choice("loss_type", loss_type, LOSS_TYPES)
     kl_type = "k3_corrected" if use_bias_correction_kl else "k3"
     loss = token_loss(
         loss_type, kl_type, eps_low, eps_high, delta,
@@ -272,10 +296,9 @@ def triton_grpo_loss(
     logp = fused_selective_log_softmax(logits, completion_ids, temperature, completion_mask, inplace=inplace, impl=impl)
     mask = torch.ones_like(completion_ids, dtype=torch.bool) if completion_mask is None else completion_mask.bool()
 
-    def counted(name: str, values: Tensor, otherwise: Tensor | float) -> Tensor:
-        """[B, L] fp32 from [B], [B, 1] or [B, L], with `otherwise` in place of whatever a masked token holds."""
-        if values.shape not in (mask.shape[:1], (len(mask), 1), mask.shape):
-            raise ValueError(f"{name} must be [B], [B, 1] or [B, L] of {tuple(mask.shape)}; got {tuple(values.shape)}")
+    def counted(name: str, values: Tensor, otherwise: Tensor | float, may_be_of_rows: bool = False) -> Tensor:
+        """[B, L] fp32 from [B, L], or [B] or [B, 1], with `otherwise` in place of whatever a masked token holds."""
+        _check_shape(name, values, mask.shape, *[mask.shape[:1], (len(mask), 1)] * may_be_of_rows)
         return torch.where(mask, (values if values.ndim == 2 else values[:, None]).float(), otherwise)
 
     current = logp.detach()
@@ -284,8 +307,10 @@ def triton_grpo_loss(
     if importance_sampling_level != "token":
         of_row = (log_ratio.sum(-1, keepdim=True) / lengths).expand_as(logp)
         log_ratio = of_row if importance_sampling_level == "sequence" else of_row.detach() + logp - current
-    advantage = counted("advantages", advantages, 0.0)
-    importance = mask.float() if vllm_is_ratio is None else counted("vllm_is_ratio", vllm_is_ratio, 0.0)
+    advantage = counted("advantages", advantages, 0.0, may_be_of_rows=True)
+    importance = mask.float()
+    if vllm_is_ratio is not None:
+        importance = counted("vllm_is_ratio", vllm_is_ratio, 0.0, may_be_of_rows=True)
     if loss_type == "vespo":
         vespo = Vespo(vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg)
         row_log_ratio = log_ratio.detach().clamp(-20, 20).sum(-1, keepdim=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf, log
+from math import inf, log, nan
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -127,6 +127,12 @@ def difference(logp, other):
 
 
 @twin
+def weighted(weight, value):
+    """`weight * value`, 0 where the weight is: 0 times infinity is no number."""
+    return tl.where(weight == 0, 0.0, weight * value)
+
+
+@twin
 def token_terms(
     logp,
     entropy,
@@ -169,13 +175,13 @@ def token_terms(
     kl_d_logp = tl.where(kl_is_flat | delta_is_flat, 0.0, kl_d_logp)
     kl_d_log_ratio = tl.where(kl_is_flat, 0.0, kl_d_log_ratio)
     return (
-        policy_weight * loss + kl_weight * kl - entropy_weight * entropy,
+        policy_weight * loss + weighted(kl_weight, kl) - entropy_weight * entropy,
         kl,
         ratio,
         tl.where((ratio < ratio_low) & (advantage < 0), 1.0, 0.0),
         tl.where((ratio > ratio_high) & (advantage > 0), 1.0, 0.0),
-        policy_weight * d_logp + kl_weight * kl_d_logp,
-        tl.where(ratio_is_flat, 0.0, policy_weight * d_log_ratio + kl_weight * kl_d_log_ratio),
+        policy_weight * d_logp + weighted(kl_weight, kl_d_logp),
+        tl.where(ratio_is_flat, 0.0, policy_weight * d_log_ratio + weighted(kl_weight, kl_d_log_ratio)),
         -entropy_weight,
     )
 
@@ -203,8 +209,10 @@ LEVELS = ("token", "sequence", "sequence_token")
 class TokenLoss:
     """The objective, the KL estimator and their numbers: everything that is the same for all tokens of a call."""
 
-    objective: Any
-    kl: Any
+    objective: str
+    """Of `OBJECTIVES`."""
+    kl: str
+    """Of `KL_ESTIMATORS`."""
     ratio_low: float
     ratio_high: float
     option_1: float
@@ -273,7 +281,7 @@ def token_loss(
     }[objective]
     # An int would compile a kernel of its own.
     floats = map(float, (*numbers, log_ratio_clamp or inf, kl_clamp or inf))
-    return TokenLoss(OBJECTIVES[objective], KL_ESTIMATORS[kl_type], *floats)
+    return TokenLoss(objective, kl_type, *floats)
 
 
 LOG_SMALLEST_WEIGHT = log(1e-8)
@@ -299,4 +307,4 @@ class Vespo:
         log_w = row_log_ratio.clamp(LOG_SMALLEST_WEIGHT, 20.0)
         k = torch.where(advantage >= 0, self.k_pos, self.k_neg)
         rate = torch.where(advantage >= 0, self.lambda_pos, self.lambda_neg).clamp(min=1e-4)
-        return (rate + k * log_w - rate * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        return (rate + k * log_w - rate * log_w.exp()).exp().nan_to_num(nan=nan, posinf=0.0)

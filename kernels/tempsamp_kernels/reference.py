@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tempsamp_kernels.objectives import TokenLoss, difference, on_tensors, token_terms
+from tempsamp_kernels.objectives import (
+    KL_ESTIMATORS,
+    OBJECTIVES,
+    TokenLoss,
+    difference,
+    on_tensors,
+    token_terms,
+    weighted,
+)
 from tempsamp_kernels.tokens import SKIP, HeadOptions, RowStatistics, Tokens
 
 
@@ -33,15 +41,15 @@ def softmax_statistics(scaled: Tensor, token_ids: Tensor, with_entropy: bool = T
     others.sub_(peak[:, None]).clamp_(min=-1e4)
     weights = others.exp() if with_entropy else others.exp_()
     total = weights.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
-    lead = target - peak
-    behind = lead - (total + lead.clamp(max=0).exp()).log()
-    logp = torch.where(lead > 0, -torch.log1p(total * (-lead.clamp(min=0)).exp()), behind)
+    lead = (target - peak).masked_fill(target == torch.inf, torch.nan)
+    ahead = -torch.log1p(total * (-lead.clamp(min=0)).exp())
+    lse = torch.where(lead > 0, lead - ahead, (total + lead.clamp(max=0).exp()).log())  # above the peak
+    logp = torch.where(lead > 0, ahead, lead - lse)
     entropy = torch.zeros_like(logp)
     if with_entropy:
         mean_shifted = others.mul_(weights).sum(1) / total
-        gap = total.log() - lead
-        entropy = -logp.exp() * logp - torch.expm1(logp) * (total.log() - logp - gap - mean_shifted)
-    found = RowStatistics(logp, entropy, target - logp)
+        entropy = -on_tensors(weighted)(logp.exp(), logp) - torch.expm1(logp) * (lse - mean_shifted)
+    found = RowStatistics(logp, entropy, torch.where(lead > 0, target - logp, peak + lse))
     return found.map(lambda values: values.masked_fill(token_ids == SKIP, 0.0))
 
 
@@ -57,7 +65,7 @@ def softmax_gradient_(
     if d_entropy is None:
         scaled.sub_(rows.lse[:, None]).exp_().mul_(-(d_logp * factor)[:, None])
     else:
-        at_target -= d_entropy * rows.logp.exp() * (rows.logp + rows.entropy)
+        at_target -= d_entropy * on_tensors(weighted)(rows.logp.exp(), rows.logp + rows.entropy)
         log_probs = scaled.sub_(rows.lse[:, None]).clamp_(min=-1e4)
         probs = log_probs.exp()
         log_probs.add_(rows.entropy[:, None]).mul_((d_entropy * factor)[:, None]).add_((d_logp * factor)[:, None])
@@ -79,7 +87,7 @@ def evaluate(
     *values, d_logp, d_log_ratio, d_entropy = on_tensors(token_terms)(
         rows.logp, rows.entropy, log_ratio, tokens.ref_logps, tokens.advantage, tokens.policy_weight, tokens.kl_weight,
         torch.zeros_like(rows.logp) if weight is None else weight, -torch.inf if threshold is None else threshold,
-        **loss.numbers(), OBJECTIVE=on_tensors(loss.objective), KL=on_tensors(loss.kl),
+        **loss.numbers(), OBJECTIVE=on_tensors(OBJECTIVES[loss.objective]), KL=on_tensors(KL_ESTIMATORS[loss.kl]),
     )  # fmt: skip
     terms = torch.stack([rows.logp, rows.entropy, *values])
     return terms, d_logp, d_log_ratio, None if weight is None else d_entropy

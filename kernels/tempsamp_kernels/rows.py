@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from tempsamp_kernels.launch import launch
-from tempsamp_kernels.objectives import TokenLoss, difference, least, most, token_terms
+from tempsamp_kernels.objectives import (
+    KL_ESTIMATORS,
+    OBJECTIVES,
+    TokenLoss,
+    difference,
+    least,
+    most,
+    token_terms,
+    weighted,
+)
 from tempsamp_kernels.optional_triton import tl, triton
 from tempsamp_kernels.tokens import NUM_TERMS, SKIP, HeadOptions, RowStatistics, Tokens, aligned
 
@@ -81,7 +90,7 @@ def statistics(
     """
     peak = tl.full([LANES], -1e30, tl.float32)
     total = tl.zeros([LANES], tl.float32)
-    weighted = tl.zeros([LANES], tl.float32)
+    distances = tl.zeros([LANES], tl.float32)
     is_read = token_id != _SKIP
     target_column = column_of(token_id, vocab_size)
     for start in range(0, tl.where(is_read, vocab_size, 0), LANES * WIDTH):
@@ -92,7 +101,7 @@ def statistics(
         fall = peak - new_peak
         shifted = most(z - new_peak[:, None], -1e4)
         weights = tl.exp2(shifted)
-        weighted = tl.exp2(fall) * (weighted + total * fall) + tl.sum(weights * shifted, axis=1)
+        distances = tl.exp2(fall) * (distances + total * fall) + tl.sum(weights * shifted, axis=1)
         total = tl.exp2(fall) * total + tl.sum(weights, axis=1)
         peak = new_peak
 
@@ -101,16 +110,17 @@ def statistics(
     target = tl.where(known, target, float("nan")) * LN_2
     row_peak = tl.max(peak, axis=0)
     fall = most(peak - row_peak, -1e4)
-    row_weighted = tl.sum(tl.exp2(fall) * (weighted + total * fall), axis=0) * LN_2
+    row_distances = tl.sum(tl.exp2(fall) * (distances + total * fall), axis=0) * LN_2
     row_total = most(tl.sum(tl.exp2(fall) * total, axis=0), 1.2e-38)
-    lead = target - row_peak * LN_2
+    lead = tl.where(target == float("inf"), float("nan"), target - row_peak * LN_2)
     odds = row_total * tl.exp(-most(lead, 0.0))
     ahead = -tl.where(odds < 1, log1p(least(odds, 1.0)), tl.log(1 + odds))
-    logp = tl.where(lead > 0, ahead, lead - tl.log(row_total + tl.exp(least(lead, 0.0))))
-    log_total = tl.log(row_total)
-    gap = log_total - lead
-    entropy = -tl.exp(logp) * logp + tl.sigmoid(gap) * (log_total - logp - gap - row_weighted / row_total)
-    return tl.where(is_read, logp, 0.0), tl.where(is_read, entropy, 0.0), tl.where(is_read, target - logp, 0.0)
+    lse = tl.where(lead > 0, lead - ahead, tl.log(row_total + tl.exp(least(lead, 0.0))))  # above the peak
+    logp = tl.where(lead > 0, ahead, lead - lse)
+    others = tl.sigmoid(tl.log(row_total) - lead)
+    entropy = others * (lse - row_distances / row_total) - weighted(tl.exp(logp), logp)
+    lse = tl.where(lead > 0, target - logp, row_peak * LN_2 + lse)
+    return tl.where(is_read, logp, 0.0), tl.where(is_read, entropy, 0.0), tl.where(is_read, lse, 0.0)
 
 
 @triton.jit
@@ -126,7 +136,7 @@ def write_gradient(
     at_target = -expm1(logp) * d_logp
     is_live = d_logp != 0
     if d_entropy is not None:
-        at_target -= d_entropy * tl.exp(logp) * (logp + entropy)
+        at_target -= d_entropy * weighted(tl.exp(logp), logp + entropy)
         is_live = is_live | (d_entropy != 0)
     readable, lse = tl.where(is_live, stored_size, 0), tl.where(is_live, lse, 0.0) * LOG2_E
     at_target = tl.where(is_live, at_target, 0.0)
@@ -314,6 +324,6 @@ def row_loss(
         kl_weight_ptr=tokens.kl_weight, old_logps_ptr=tokens.old_logps, ref_logps_ptr=tokens.ref_logps,
         entropy_weight_ptr=tokens.entropy_weight, entropy_threshold_ptr=tokens.entropy_threshold,
         gradient_scale_ptr=gradient_scale, terms_ptr=terms, terms_stride=terms.stride(0), **loss.numbers(),
-        OBJECTIVE=loss.objective, KL=loss.kl,
+        OBJECTIVE=OBJECTIVES[loss.objective], KL=KL_ESTIMATORS[loss.kl],
     )  # fmt: skip
     return terms

@@ -63,7 +63,7 @@ def _truncate(probs: Tensor, params: SamplingParams) -> Tensor:
         smallest_kept = probs.topk(params.top_k).values[:, -1:]
         probs = probs.masked_fill(probs < smallest_kept, 0.0)
     if params.top_p < 1:
-        ordered, order = (probs / probs.sum(-1, keepdim=True)).sort(descending=True)
+        ordered, order = (probs / probs.sum(-1, keepdim=True)).sort(descending=True, stable=True)
         is_cut = ordered.cumsum(-1) - ordered >= params.top_p
         probs = probs.masked_fill(torch.zeros_like(is_cut).scatter(-1, order, is_cut), 0.0)
     return probs

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
+import re
 
 import pytest
 import torch
@@ -213,3 +216,49 @@ def test_tokens_of_the_batch_are_counted_over_all_processes(monkeypatch, given):
     monkeypatch.setattr(liger.dist, "all_reduce", lambda tensor: tensor.mul_(3))
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     assert float(liger.items_per_process(mask, given)) == (5.0 if given is None else 4.0)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "vespo"])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *((name, (LENGTH, BATCH)) for name in ("attention_mask", "old_per_token_logps", "ref_per_token_logps")),
+        *(("vllm_is_ratio", shape) for shape in ((), (1,), (1, LENGTH), (BATCH, 2))),
+    ],
+)
+def test_what_has_another_shape_is_refused_where_liger_fails(loss_type, name, shape):
+    inputs = batch()
+    inputs.pop("importance")
+    inputs[name] = torch.ones(shape)
+    with pytest.raises((RuntimeError, AssertionError)):
+        LigerFusedLinearGRPOLoss(loss_type=loss_type, beta=0.1, compiled=False)(**inputs)
+    with pytest.raises(ValueError, match=rf"{name} must be \[4.*; got {re.escape(str(list(shape)))}"):
+        FusedLinearGRPOLoss(loss_type=loss_type, beta=0.1)(**inputs)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_computes_the_same(make):
+    inputs = batch()
+    inputs.pop("importance")
+    module = FusedLinearGRPOLoss(loss_type="cispo", epsilon_high=1.3)
+    assert torch.equal(make(module)(**inputs)[0], module(**inputs)[0])
+
+
+def test_attributes_are_ligers_and_count_as_they_are_by_now():
+    ours, theirs = FusedLinearGRPOLoss(beta=0.0), LigerFusedLinearGRPOLoss(beta=0.0)
+    public = lambda module: {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    assert public(theirs).items() <= public(ours).items()
+    inputs = batch()
+    inputs.pop("importance")
+    before = ours(**inputs)[0]
+    ours.epsilon_high = theirs.epsilon_high = 5.0
+    after = ours(**inputs)[0]
+    assert before != after
+    torch.testing.assert_close(after, theirs(**inputs)[0])
+
+
+def test_supervised_losses_are_not_ligers():
+    with pytest.raises(ValueError, match="loss_type 'sft' is not one of"):
+        FusedLinearGRPOLoss(loss_type="sft")
+    with pytest.raises(ValueError, match="loss_type 'sft' is not one of"):
+        triton_grpo_loss(torch.zeros(1, 3, 5), None, None, torch.zeros(1, 2).long(), torch.ones(1), loss_type="sft")

@@ -73,12 +73,13 @@ def test_a_hidden_row_of_nan_makes_loss_and_its_gradient_nan_and_no_other(packed
 
 
 @pytest.mark.parametrize("name", ["old_logps", "ref_logps"])
-def test_an_unknown_log_prob_of_a_counted_token_shows_in_the_loss(packed, impl, name):
+@pytest.mark.parametrize("loss_type", ["grpo", "vespo"])
+def test_an_unknown_log_prob_of_a_counted_token_shows_in_the_loss(packed, impl, loss_type, name):
     batch = packed(LENGTHS, masked=0.0)
     unknown = getattr(batch, name).clone()
     unknown[0] = torch.nan
     learned = replace(batch, **{name: unknown}).learned()
-    loss, _ = loss_of(learned, impl, kl_clamp=10.0)
+    loss, _ = loss_of(learned, impl, loss_type=loss_type, kl_clamp=10.0, off_policy_ratio="old")
     assert loss.isnan() and learned.hidden.grad[0].isnan().any()
 
 
@@ -129,3 +130,68 @@ def test_a_gate_that_a_vast_ratio_closes_has_no_gradient(packed, impl):
     batch.old_logps[0] = -200
     loss, _ = loss_of(learned := batch.learned(), impl, loss_type="sapo", beta=0.0)
     assert loss.isfinite() and learned.hidden.grad[0].eq(0).all() and learned.hidden.grad[1].ne(0).any()
+
+
+def gradients_of(batch, impl, **options):
+    loss, _ = loss_of(learned := batch.learned(), impl, **options)
+    return [loss, *learned.gradients()]
+
+
+def same(found, expected):
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("held", [torch.nan, 500.0])
+def test_a_kl_that_off_policy_rows_do_not_pay_may_be_no_number(packed, impl, held):
+    batch = packed(LENGTHS, masked=0.0)
+    batch.is_off_policy[1] = True
+    off_policy = batch.is_off_policy[batch.row_ids]
+    spoiled = replace(batch, ref_logps=batch.ref_logps.masked_fill(off_policy, held))
+    expected, found = (gradients_of(each, impl, off_policy_kl=False) for each in (batch, spoiled))
+    assert found[0].isfinite() and same(found, expected)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_kl_without_weight_may_overflow(packed, impl, level):
+    """Where it is multiplied by the ratio, which the objective has clipped."""
+    batch = packed(LENGTHS, masked=0.0)
+    batch.old_logps[:] = -300
+    batch.advantages[:] = 1.0
+    options = {"beta": 0.0, "importance_sampling_level": level, "off_policy_ratio": "old"}
+    expected, found = (gradients_of(batch, impl, kl_type=kl_type, **options) for kl_type in ("k3", "k3_corrected"))
+    assert found[0].isfinite() and same(found, expected)
+
+
+def test_a_target_that_overflowed_is_seen(impl):
+    logits, ids = torch.randn(1, 3, 9, device=DEVICE), torch.full((1, 2), 4, device=DEVICE)
+    logits[0, 0, 4] = torch.inf
+    logits.requires_grad_()
+    logps = fused_selective_log_softmax(logits, ids, impl=impl)
+    logps.sum().backward()
+    assert logps.isnan().tolist() == [[True, False]]
+    assert logits.grad.isnan().any(-1).tolist() == [[True, False, False]]
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_the_entropy_of_a_banned_token_is_that_of_the_others(packed, impl, counts):
+    """And no gradient is spoiled by it where the caller drops its log-prob, of minus infinity."""
+    batch = packed([4], masked=0.0)
+    batch.token_ids[:] = torch.tensor([3, 0, 5, 7], device=DEVICE)
+    batch.bias[0] = -torch.inf
+    kept = batch.token_ids != 0
+
+    def outcome(dtype):
+        learned = batch.learned(dtype)
+        if dtype == torch.float64:
+            log_probs = (learned.hidden @ learned.weight.T)[:, 1:] + learned.bias[1:]
+            log_probs = log_probs.log_softmax(-1)
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+            logps = log_probs.gather(-1, (batch.token_ids - 1).clamp(min=0)[:, None])[:, 0]
+        else:
+            ids = batch.token_ids
+            logps, entropy = linear_logprob(learned.hidden, learned.weight, ids, bias=learned.bias, impl=impl)
+        (logps.masked_fill(~kept, 0.0).sum() + counts * entropy.sum()).backward()
+        return entropy.detach().double(), learned.hidden.grad.double(), learned.weight.grad.double()
+
+    for actual, expected in zip(outcome(None), outcome(torch.float64), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)

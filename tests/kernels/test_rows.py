@@ -76,7 +76,7 @@ def test_an_objectives_derivatives_are_those_of_its_loss(name):
     log_ratio = torch.linspace(-0.6, 0.6, 40, dtype=torch.float64).requires_grad_()
     for advantage in (0.7, -0.7, 0.0):
         numbers = (loss.ratio_low, loss.ratio_high, loss.option_1, loss.option_2)
-        value, d_logp, d_log_ratio = on_tensors(loss.objective)(
+        value, d_logp, d_log_ratio = on_tensors(OBJECTIVES[loss.objective])(
             logp, log_ratio, torch.full_like(logp, advantage).detach(), *numbers
         )
         by_logp, by_ratio = torch.autograd.grad(
