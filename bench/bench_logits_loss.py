@@ -41,16 +41,26 @@ if CUDA:
     CONTENDERS["liger"] = liger_loss
 
 
-def step(function: Callable, source: Tensor, batch: dict[str, Tensor]) -> tuple[float, Tensor]:
-    """(seconds, gradient) of one forward and backward on a fresh copy of the logits, which may be overwritten."""
+def prepared(function: Callable, source: Tensor, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """One forward and backward, which gives the gradient, on a fresh copy of the logits, which may be overwritten."""
     leaf = source.clone().requires_grad_()
     logits = leaf * 1  # the in-place backward of a leaf would spoil it before autograd has stored its gradient
     options = {"temperature": 1.0, "beta": BETA, "eps_low": EPSILON, "eps_high": EPSILON, "loss_type": "bnpo"}
+
+    def run() -> Tensor:
+        loss = function(logits, **batch, **options, reduce=True)[0]
+        return torch.autograd.grad(loss, logits)[0]
+
+    return run
+
+
+def step(function: Callable, source: Tensor, batch: dict[str, Tensor]) -> tuple[float, Tensor]:
+    """(seconds, gradient)."""
+    run = prepared(function, source, batch)
     if CUDA:
         torch.cuda.synchronize()
     start = TIMER()
-    loss = function(logits, **batch, **options, reduce=True)[0]
-    (gradient,) = torch.autograd.grad(loss, logits)
+    gradient = run()
     if CUDA:
         torch.cuda.synchronize()
     return TIMER() - start, gradient

@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu_name = torch.cuda.get_device_name()
     if options.run:
         out = options.out or parser.error(f"{options.run} needs --out")
-        return perform(options.run, out, {"gpu": gpu_name, **conditions(options.commit)}, options.kit)
+        return perform(options.run, out, lambda: {"gpu": gpu_name, **conditions(options.commit)}, options.kit)
     file = options.out or results_file(gpu_name)
     num_failed = 0
     for name in options.section:

@@ -101,9 +101,11 @@ def packed_step(
     num_answers: int,
     length: int,
     decoder: Decoder | None = None,
+    sampler: Policy | None = None,
 ) -> None:
+    """sampler: of the same weights; None: the policy itself."""
     params = SamplingParams(max_completion_length=length)
-    (answers,) = generate(policy, [prompt], num_answers, params, seed=(0,), decoder=decoder, **NO_EOS)
+    (answers,) = generate(sampler or policy, [prompt], num_answers, params, seed=(0,), decoder=decoder, **NO_EOS)
     group = RolloutGroup(prompt, [Completion(answer.ids, text="") for answer in answers])
     packed_loss(policy, reference, packed_row(policy, group)).backward()
     finish(policy, optimizer)

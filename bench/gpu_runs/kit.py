@@ -17,7 +17,7 @@ MOST_MIB = 52.0
 PYTHON, PLATFORMS = "3.12", ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 WHEELS = (
     "liger-kernel", "trl", "datasets", "dill", "multiprocess", "hjson", "pydantic", "pydantic-core", "annotated-types",
-    "typing-inspection", "fla-core",
+    "typing-extensions", "typing-inspection", "fla-core",
 )  # fmt: skip
 VIDEOS = ("--num-train", "48", "--num-val", "2", "--num-test", "8")
 

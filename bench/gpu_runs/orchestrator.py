@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from bench.gpu_sections.watch import GpuWatch
+
 GATE_IS_RED, OVER, DONE = 3, 4, 0
 """Exit codes: a gate failed and nothing after it was run; the time was over before the last item; all were run."""
-LEAST_S = 5.0
+LEAST_S = 15.0
 """Seconds that are worth beginning an item for."""
 
 
@@ -39,10 +41,11 @@ class Worker(Protocol):
     """A process that does one item at a time."""
 
     def begin(self, item: str, rows: Path) -> None:
-        """Start an item, which keeps `{"rows": [...], "error": ...}` in the file `rows`."""
+        """Start an item, which keeps `{"rows": [...], "error": ...}` in the file `rows`; waits for a new process."""
 
     def wait(self, seconds: float) -> str:
-        """ "done" when the item has ended, "died" when the process has, "running" after so many seconds."""
+        """ "done" when the item has ended, "spent" if the process is of no use after it, "died" when it has ended, too,
+        "running" after so many seconds."""
 
     def kill(self) -> None:
         """End the process and everything that it started."""
@@ -92,10 +95,12 @@ class Orchestrator:
     def _perform(self, item: Item, box_s: float) -> dict[str, Any]:
         rows = self._out / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', item.name)}.rows.json"
         rows.unlink(missing_ok=True)
-        began = self._clock()
         self._worker = self._worker or self._start_worker()
-        self._worker.begin(item.name, rows)
-        outcome = self._worker.wait(box_s)
+        with GpuWatch() as watch:
+            self._worker.begin(item.name, rows)
+            began = self._clock()
+            box_s = min(box_s, self._ends - began)
+            outcome = self._worker.wait(box_s)
         if outcome != "done":
             self._dismiss()
         kept = json.loads(rows.read_text()) if rows.exists() else {"rows": [], "error": "did not start"}
@@ -104,8 +109,9 @@ class Orchestrator:
         line = {
             "item": item.name,
             "section": item.section,
-            "outcome": {"running": "stopped"}.get(outcome, outcome),
+            "outcome": {"running": "stopped", "spent": "done"}.get(outcome, outcome),
             "seconds": round(self._clock() - began, 1),
+            "gpu_watch": watch.summary(),
             **kept,
             **self._conditions,
         }
@@ -141,9 +147,12 @@ def collected(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """Results by section, as bench/gpu.py keeps them, of the lines of one run or of several."""
     sections: dict[str, dict[str, Any]] = {}
     for line in (line for file in files for line in read_lines(file)):
-        rest = {name: value for name, value in line.items() if name not in ("item", "section", "outcome", "rows")}
-        found = sections.setdefault(line["section"], {**rest, "rows": [], "seconds": 0.0, "error": None})
+        own = ("item", "section", "outcome", "rows", "gpu_watch")
+        rest = {name: value for name, value in line.items() if name not in own}
+        empty = {"rows": [], "seconds": 0.0, "error": None, "gpu_watch": {}}
+        found = sections.setdefault(line["section"], {**rest, **empty})
         found["rows"] += line["rows"]
+        found["gpu_watch"][line["item"]] = line.get("gpu_watch")
         found["seconds"] = round(found["seconds"] + line["seconds"], 1)
         errors = [found["error"], line["error"] and f"{line['item']}: {line['error']}"]
         found["error"] = "; ".join(filter(None, errors)) or None

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,22 @@ from bench.gpu_runs.worker import WorkerProcess
 ROOT = Path(__file__).parents[2]
 
 
-def perform(run: str, out: Path, conditions: Mapping[str, Any], kit: Path | None) -> int:
-    """Do what of `first` or `second` the folder `out` does not have yet. Exit code as of `Orchestrator.run`."""
+def perform(run: str, out: Path, conditions: Callable[[], Mapping[str, Any]], kit: Path | None) -> int:
+    """Do what of `first` or `second` the folder `out` does not have yet. Exit code as of `Orchestrator.run`.
+
+    conditions: asked once the kit's packages can be imported.
+    """
     began = time.monotonic()
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    environment = environment_of(unpacked(kit) if kit else None)
+    site = unpacked(kit) if kit else None
+    if site:
+        sys.path.append(str(site))
+    environment = environment_of(site)
     log = out / f"{run}.log"
     start_worker = lambda: WorkerProcess("bench.gpu_runs.tables:TABLE", log, environment)
     left = LIMIT_S[run] - (time.monotonic() - began)
-    orchestrator = Orchestrator(run, RUNS[run], out, left, start_worker, conditions)
+    orchestrator = Orchestrator(run, RUNS[run], out, left, start_worker, conditions())
     with log.open("a") as stream:
         beside = [
             subprocess.Popen(

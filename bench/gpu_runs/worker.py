@@ -1,7 +1,8 @@
 """The process in which items are measured, one after the other: `python -m bench.gpu_runs.worker MODULE:TABLE`.
 
 TABLE maps names to functions of a `Record`. Each line on standard input is a request, `{"item": ..., "rows": ...}`,
-each line on the answers' descriptor says that it has been served. What items print goes to the log.
+each line on the answers' descriptor says that it has been served, the first one that all is imported. What items print
+goes to the log.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import TextIO
 
+import torch
+
 from bench.gpu_sections.child import Record, run
+from bench.gpu_sections.timing import synchronize
 
 PR_SET_PDEATHSIG = 1
 """Of prctl(2)."""
+START_S = 90.0
+"""Most that a process may take to import what it needs."""
 
 
 class WorkerProcess:
@@ -38,10 +43,12 @@ class WorkerProcess:
                 start_new_session=True, pass_fds=[mine],
             )  # fmt: skip
         os.close(mine)
-        self._answers = os.fdopen(answers)
+        self._answers, self._is_ready = os.fdopen(answers), False
 
     def begin(self, item: str, rows: Path) -> None:
         """See `Worker.begin`."""
+        if not self._is_ready:
+            self._is_ready = self.wait(START_S) == "done"
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"item": item, "rows": str(rows)}) + "\n")
@@ -54,7 +61,8 @@ class WorkerProcess:
         ready, _, _ = select.select([self._answers], [], [], max(0.0, seconds))
         if not ready:
             return "running"
-        return "done" if self._answers.readline() else "died"
+        answer = self._answers.readline()
+        return json.loads(answer)["outcome"] if answer else "died"
 
     def kill(self) -> None:
         """See `Worker.kill`."""
@@ -65,13 +73,21 @@ class WorkerProcess:
 
 
 def serve(table: dict[str, Callable[[Record], None]], requests: TextIO, answers: TextIO) -> None:
-    """Do what is asked for until there are no more requests."""
+    """Say that all is ready, then do what is asked for until there are no more requests."""
+    print(json.dumps({"outcome": "done"}), file=answers, flush=True)
     for line in requests:
         request = json.loads(line)
-        began = time.monotonic()
         run(lambda name=request["item"]: table[name], Path(request["rows"]))  # type: ignore[misc]
-        answers.write(json.dumps({"item": request["item"], "seconds": time.monotonic() - began}) + "\n")
-        answers.flush()
+        print(json.dumps({"outcome": "spent" if is_spent() else "done"}), file=answers, flush=True)
+
+
+def is_spent() -> bool:
+    """Whether an item has left what would spoil others: a CUDA context that is lost, or an open process group."""
+    try:
+        synchronize()
+    except RuntimeError:
+        return True
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def end_with_parent() -> None:

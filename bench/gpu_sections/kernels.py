@@ -16,6 +16,8 @@ from bench.gpu_sections.child import Record
 ROOT = Path(__file__).parents[2]
 COMPILED = ["tests/kernels", "tests/video/test_nv12.py", "-m", "not gpu and not slow"]
 NUM_WORKERS = 8
+COMPILED_LABEL, MARKED_LABEL = "kernel tests, compiled", "tests marked gpu"
+PARALLEL = (COMPILED_LABEL, MARKED_LABEL)
 
 
 def all_suites() -> dict[str, list[str]]:
@@ -28,7 +30,22 @@ def all_suites() -> dict[str, list[str]]:
         if "pytest.mark.gpu" in path.read_text():
             file = path.relative_to(ROOT)
             suites.setdefault(f"tests marked gpu, {file.parent}", ["-m", "gpu"]).append(str(file))
-    return {**suites, "kernel tests, compiled": COMPILED}
+    return {**suites, COMPILED_LABEL: COMPILED}
+
+
+def marked_at_once(seconds: float) -> list[str]:
+    """Arguments of pytest for all tests marked gpu in one run, the rollout's first; after so many seconds it reports.
+
+    Without those that compile for minutes: of flex attention and of flash-linear-attention's kernels.
+    """
+    files = [name for selection in all_suites().values() if selection is not COMPILED for name in selection[2:]]
+    files.sort(key=lambda name: "rollout" not in name)
+    return ["-m", "gpu", "-k", "not flex and not qwen3_5", *within(seconds), *files]
+
+
+def within(seconds: float) -> list[str]:
+    """Arguments with which pytest starts no further test after so many seconds, where its plug-in is installed."""
+    return [f"--session-timeout={seconds:.0f}"] if find_spec("pytest_timeout") else []
 
 
 def counts(junit_xml: str) -> dict[str, int]:
@@ -48,6 +65,7 @@ def run_tests(selection: list[str]) -> dict[str, int]:
             [*command, f"--junit-xml={report}", *selection],
             cwd=ROOT,
             env={**os.environ, "TEMPSAMP_REQUIRE_GPU": "1"},
+            stdin=subprocess.DEVNULL,
             check=False,
         )
         if not report.exists():
@@ -56,9 +74,9 @@ def run_tests(selection: list[str]) -> dict[str, int]:
 
 
 def measure(record: Record, suites: Mapping[str, list[str]] | None = None) -> None:
-    """suites: some of `all_suites`; None: all."""
+    """suites: arguments of pytest by label; None: `all_suites`. Those of one file or folder alone share no workers."""
     for label, selection in (all_suites() if suites is None else suites).items():
-        workers = ["-n", str(NUM_WORKERS)] if selection is COMPILED and find_spec("xdist") else []
+        workers = ["-n", str(NUM_WORKERS)] if label in PARALLEL and find_spec("xdist") else []
         with record.attempt(label):
             found = run_tests([*workers, *selection])
             record.add(label, **found, goals={"failures": ("at most", 0), "errors": ("at most", 0)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import suppress
 from functools import partial
 
@@ -15,8 +16,10 @@ from bench.loss_error_table import errors
 
 SHAPES = [(head, num_tokens) for num_tokens in (8192, 1024, 4096, 32768) for head in ("7B", "3B")]
 ERROR_SEEDS = 3
-GOAL = ("7B", 8192)
+GOAL = ("7B", 8192, "")
 """The shape that has goals."""
+COMPILED = ("liger", "torch_compile", "ours_compiled")
+"""Contenders that torch.compile takes up to a minute for, shape by shape."""
 
 
 def measure(record: Record) -> None:
@@ -29,14 +32,14 @@ def measure(record: Record) -> None:
                 record.add(f"error, seed {seed}: {name}", **figures)
 
 
-def gradient_distances(record: Record, label: str, batch: LossBatch) -> dict[str, float]:
+def gradient_distances(record: Record, label: str, batch: LossBatch, names: Collection[str]) -> dict[str, float]:
     """Of each contender's gradients from ours, without those that differ (an error each) or run out of memory.
 
     Raises ValueError where no other contender is left to vouch for ours.
     """
     expected_loss, *expected = step(ours, batch)
     distances = {"ours": 0.0}
-    for name in [name for name in CONTENDERS if name != "ours"]:
+    for name in [name for name in CONTENDERS if name in names and name != "ours"]:
         with record.attempt(f"{label} {name}"), suppress(torch.OutOfMemoryError, ImportError):
             loss, *gradients = step(CONTENDERS[name], batch)
             torch.testing.assert_close(loss, expected_loss, rtol=2e-2, atol=2e-3)
@@ -47,9 +50,13 @@ def gradient_distances(record: Record, label: str, batch: LossBatch) -> dict[str
     return distances
 
 
-def measure_shape(record: Record, head: str, num_tokens: int) -> None:
+def measure_shape(
+    record: Record, head: str, num_tokens: int, names: Collection[str] = tuple(CONTENDERS), beside: str = ""
+) -> None:
+    """names: some of the contenders. beside: what tells these rows from others of the same shape, which have goals."""
+    where = f"{head} N={num_tokens}{beside}"
     batch = make_batch(num_tokens, *HEADS[head])
-    distances = gradient_distances(record, f"{head} N={num_tokens}", batch)
+    distances = gradient_distances(record, where, batch, names)
     runs = {name: partial(step, CONTENDERS[name], batch) for name in distances}
     times = in_turn({**runs, "bare cuBLAS": partial(bare_gemms, batch)}, rounds=10 if num_tokens <= 8192 else 4)
     flops = 6.0 * batch.hidden.numel() * len(batch.weight)
@@ -60,7 +67,7 @@ def measure_shape(record: Record, head: str, num_tokens: int) -> None:
             "tflops_per_s": flops / figures["ms"] / 1e9,
             "roofline_share": share_of_peak(flops, figures["ms"]),
         }
-        label = f"{head} N={num_tokens} {name}"
+        label = f"{where} {name}"
         if name not in runs:
             record.add(label, **figures, **shares)
             continue
@@ -82,9 +89,9 @@ def measure_shape(record: Record, head: str, num_tokens: int) -> None:
                 "over_best_peer": ("at least", 1.0),
                 "gib_beyond_gradients_and_fp32_dw": ("at most", 2.0),
             }
-            if (head, num_tokens) == GOAL
+            if (head, num_tokens, beside) == GOAL
             else None,
         )
-    if (head, num_tokens) == GOAL:
+    if (head, num_tokens, beside) == GOAL:
         for name, figures in kernel_times(runs["ours"]).items():
             record.add(f"profile: {name}", **figures)

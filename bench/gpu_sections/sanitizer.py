@@ -32,4 +32,6 @@ def sanitize(tool: str) -> int:
     # With PyTorch's caching allocator a read past a tensor's end would land in a neighbour and go unseen.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     program = [sys.executable, "-m", "bench.gpu_sections.small_shapes"]
-    return subprocess.run([*command, *program], cwd=ROOT, env=environment, check=False).returncode
+    return subprocess.run(
+        [*command, *program], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, check=False
+    ).returncode

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from bench import step_contenders as step
 from bench.gpu_sections.child import Record
 from bench.gpu_sections.models import PUBLISHED, RECOMPUTED, TOWER_RECOMPUTED, Scale
+from bench.gpu_sections.rollout import LOGP_BOUND
 from bench.gpu_sections.timing import in_turn, memory, require, synchronize
 from tempsamp_fast.batch import Prompt, RolloutGroup
+from tempsamp_fast.learning.vision_features import with_pixels_on
 from tempsamp_fast.model.liger_layers import apply_liger_layers
 from tempsamp_fast.model.policy import Policy
 from tempsamp_fast.rollout.decoding import Decoder, GraphDecoder
@@ -26,24 +28,39 @@ NUM_ANSWERS = (8, 4)
 
 
 def measure(record: Record, scale: Scale = PUBLISHED, length: int = LENGTH) -> None:
-    config = scale.config("3B")
-    model = scale.model("3B")
-    # The trainer's defaults on a GPU. A policy's tower attends by flash windows, that of the plain step on it too.
-    apply_liger_layers(Policy(model).base_model, "auto")
-    # AdamW of bf16 parameters: the same small cost on every side.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    measure_video(record, scale, length)
+    measure_text(record, scale, length)
+
+
+def measure_video(record: Record, scale: Scale = PUBLISHED, length: int = LENGTH) -> None:
+    """Against the TimeZero-style step."""
+    model, optimizer = trained(scale)
     for num_answers in NUM_ANSWERS:
         label = f"video, G={num_answers}"
-        if record.fits(label, needed_gib(scale, config, length, num_answers)):
+        if record.fits(label, needed_gib(scale, scale.config("3B"), length, num_answers)):
             with record.attempt(label):
                 measure_against_plain_step(record, scale, label, model, optimizer, length, num_answers)
             break
+
+
+def measure_text(record: Record, scale: Scale = PUBLISHED, length: int = LENGTH) -> None:
+    """Against TRL's trainer."""
     label = "text, against TRL"
     # Weights and moments on both sides, the gradients of one at a time.
-    needed = scale.update_gib(config, length, NUM_ANSWERS[0], grid=(0, 0, 0), copies=7)
+    needed = scale.update_gib(scale.config("3B"), length, NUM_ANSWERS[0], grid=(0, 0, 0), copies=7)
     if record.has(label, "trl", "datasets") and record.fits(label, needed):
         with record.attempt(label):
-            measure_against_trl(record, scale, model, optimizer, length)
+            measure_against_trl(record, scale, *trained(scale), length)
+
+
+def trained(scale: Scale) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
+    """With the trainer's defaults on a GPU: a policy's tower attends by flash windows, in the plain step too.
+
+    AdamW of bf16 parameters: the same small cost on every side.
+    """
+    model = scale.model("3B")
+    apply_liger_layers(Policy(model).base_model, "auto")
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
 
 def needed_gib(scale: Scale, config: Any, length: int, num_answers: int) -> float:
@@ -72,7 +89,7 @@ def decoder_of(scale: Scale) -> Decoder:
 
 
 def our_step(
-    model: PreTrainedModel,
+    sampler: Policy,
     reference: Policy | None,
     optimizer: torch.optim.Optimizer,
     prompt: Prompt,
@@ -81,9 +98,12 @@ def our_step(
     decoder: Decoder,
     **recomputation: Any,
 ) -> None:
-    """As the trainer runs it; which layers recompute is set anew, since the plain step ends by switching it off."""
-    policy = Policy(model, **recomputation).train()
-    step.packed_step(policy, reference, optimizer, prompt, num_answers, length, decoder)
+    """As the trainer runs it; which layers recompute is set anew, since the plain step ends by switching it off.
+
+    sampler: the same policy in every step, as graphs are recorded for one.
+    """
+    policy = Policy(sampler.base_model, **recomputation).train()
+    step.packed_step(policy, reference, optimizer, prompt, num_answers, length, decoder, sampler)
 
 
 def measure_against_plain_step(
@@ -101,14 +121,14 @@ def measure_against_plain_step(
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.add_(0.002 * torch.randn_like(parameter))
-    prompt = step.make_prompt(scale.prompt_len, scale.wide_grid)
+    (prompt,) = with_pixels_on(model.device, [step.make_prompt(scale.prompt_len, scale.wide_grid)])
     on_device = scale.on_device(prompt)
     group = step.random_group(prompt, length, num_answers)
-    error = require(log_prob_distance(Policy(model), on_device, group), 0.05, "mean distance of the log-probs")
+    error = require(log_prob_distance(Policy(model), on_device, group), LOGP_BOUND, "mean distance of the log-probs")
     num_layers, decoder = model.config.text_config.num_hidden_layers, decoder_of(scale)
     runs = {
         "ours": partial(
-            our_step, model, reference, optimizer, prompt, num_answers, length, decoder,
+            our_step, Policy(model), reference, optimizer, prompt, num_answers, length, decoder,
             gradient_checkpointing=True, checkpoint_every=num_layers,
         ),
         "TimeZero-style": partial(
@@ -116,12 +136,13 @@ def measure_against_plain_step(
             gradient_checkpointing=True,
         ),
     }  # fmt: skip
-    times = in_turn(runs, rounds=scale.rounds, warmup=1)
+    used = {"ours": memory(runs["ours"])}  # its graphs are recorded and its kernels compiled after it
+    times = in_turn(runs, rounds=scale.rounds, warmup=0)
     for name, figures in times.items():
         record.add(
             f"{label}, {name}",
             **figures,
-            **memory(runs[name]),
+            **used.get(name, {}),
             over_plain_step=times["TimeZero-style"]["ms"] / figures["ms"],
             rollouts_per_s=1e3 * num_answers / figures["ms"],
             logp_distance=error,
@@ -139,7 +160,7 @@ def measure_against_trl(
 ) -> None:
     """Same shape, prompt, answer length and sampling; beta 0, AdamW at 1e-6 and clipping at 1 on both sides."""
     prompt, num_answers = scale.text_prompt(), NUM_ANSWERS[0]
-    ours = partial(our_step, model, None, optimizer, prompt, num_answers, length, decoder_of(scale))
+    ours = partial(our_step, Policy(model), None, optimizer, prompt, num_answers, length, decoder_of(scale))
     alternating = step.Alternating(ours, synced_seconds)
     with tempfile.TemporaryDirectory() as folder:
         step.trl_trainer(

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from tempsamp_fast.model.flops import peak_bf16_flops
 
+QUEUED_CYCLES = 10_000_000
+"""Of a GPU's clock: about 5 ms."""
+
 
 def card_gib() -> float:
     """Memory of the GPU; without one, what this process may take is not known and without bound."""
@@ -46,6 +49,20 @@ def event_ms(run: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
+def queued_ms(run: Callable[[], object]) -> float:
+    """As `event_ms`, of short work: the GPU is busy until all of it is launched, so that launching costs nothing."""
+    if not torch.cuda.is_available():
+        return event_ms(run)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(QUEUED_CYCLES)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
 def in_turn(
     runs: Mapping[str, Callable[[], object]], *, rounds: int = 10, warmup: int = 2
 ) -> dict[str, dict[str, Any]]:
@@ -65,6 +82,7 @@ def memory(run: Callable[[], object]) -> dict[str, float]:
     What was there includes gradients that an earlier run left, so only the first figure compares between sections.
     """
     if not torch.cuda.is_available():
+        run()
         return {}
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

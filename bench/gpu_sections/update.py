@@ -48,13 +48,26 @@ SHAPES: dict[Size, tuple[Shape, ...]] = {
 }
 
 
-def measure(record: Record, scale: Scale = PUBLISHED, shapes_of: Mapping[Size, Sequence[Shape]] = SHAPES) -> None:
+GOAL = Shape(32, 8)
+"""Its packed row has both goals, and a profile."""
+GRADIENT_BOUND = 0.2
+"""Relative distance of bfloat16 gradients: in 36 layers rounding alone makes 0.05."""
+PARTS = ("layers", "frozen tower")
+
+
+def measure(
+    record: Record,
+    scale: Scale = PUBLISHED,
+    shapes_of: Mapping[Size, Sequence[Shape]] = SHAPES,
+    parts: Sequence[str] = PARTS,
+) -> None:
+    """parts: what of `PARTS` is measured after the shapes, of the first of them."""
     for size, shapes in shapes_of.items():
         with record.attempt(size):
-            measure_size(record, scale, size, shapes)
+            measure_size(record, scale, size, shapes, parts)
 
 
-def measure_size(record: Record, scale: Scale, size: Size, shapes: Sequence[Shape]) -> None:
+def measure_size(record: Record, scale: Scale, size: Size, shapes: Sequence[Shape], parts: Sequence[str]) -> None:
     config = scale.config(size)
     plain = scale.model(size)
     model = with_the_same_weights(plain)
@@ -66,19 +79,26 @@ def measure_size(record: Record, scale: Scale, size: Size, shapes: Sequence[Shap
             is_goal = size == "3B" and not shape.is_recomputed
             measure_shape(record, scale, label, policy_of(model, shape), shape, is_goal)
     label, first = f"{size} {shapes[0]} Liger layers", shapes[0]
-    if record.has(label, "liger_kernel") and record.fits(label, needed_gib(scale, config, first, PLAIN_LAYERS)):
+    if (
+        "layers" in parts
+        and record.has(label, "liger_kernel")
+        and record.fits(label, needed_gib(scale, config, first, PLAIN_LAYERS))
+    ):
         with record.attempt(f"{size} Liger layers"):
             measure_liger_layers(record, scale, label, plain, first)
     frozen = replace(shapes[0], is_recomputed=False)
     label = f"{size} {frozen} frozen tower"
-    if record.fits(label, scale.update_gib(config, *frozen.sizes, settings=["--freeze_vision=true"])):
+    needed = scale.update_gib(config, *frozen.sizes, settings=["--freeze_vision=true"], copies=3)
+    if "frozen tower" in parts and record.fits(label, needed):
         with record.attempt(label):
             measure_frozen_tower(record, scale, label, policy_of(model, frozen), frozen)
 
 
 def needed_gib(scale: Scale, config: Any, shape: Shape, settings: Sequence[str] = ()) -> float:
+    """With weights, gradients, and the gradients of another pass to compare them with."""
     recomputed = RECOMPUTED if shape.is_recomputed else ()
-    return scale.update_gib(config, *shape.sizes, num_groups=shape.num_groups, settings=[*settings, *recomputed])
+    every = [*settings, *recomputed]
+    return scale.update_gib(config, *shape.sizes, num_groups=shape.num_groups, settings=every, copies=3)
 
 
 def policy_of(model: PreTrainedModel, shape: Shape) -> Policy:
@@ -111,21 +131,33 @@ def update(policy: Policy, passes: Sequence[Callable[[], Tensor]]) -> None:
         forward().backward()
 
 
-def gradients(policy: Policy, passes: Sequence[Callable[[], Tensor]]) -> list[Tensor | None]:
-    """On the CPU, parameter by parameter."""
-    update(policy, passes)
-    return [None if parameter.grad is None else parameter.grad.cpu() for parameter in policy.parameters()]
+def gradients(policy: Policy) -> list[Tensor | None]:
+    """Those of the last update, kept where they are."""
+    return [None if parameter.grad is None else parameter.grad.clone() for parameter in policy.parameters()]
 
 
-def gradient_distance(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float:
-    """Of all parameters as one vector; both sides must lack the same ones."""
-    difference = total = 0.0
-    for a, b in zip(actual, expected, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None and b is not None:
-            difference += float((a.float() - b.float()).square().sum())
-            total += float(b.float().square().sum())
-    return (difference / total) ** 0.5
+def gradient_distance(policy: Policy, kept: Sequence[Tensor | None]) -> float:
+    """Of the kept gradients from those of the last update, all as one vector; both must lack the same ones."""
+    difference, total = [], []
+    for parameter, other in zip(policy.parameters(), kept, strict=True):
+        assert (parameter.grad is None) == (other is None)
+        if parameter.grad is not None and other is not None:
+            difference.append(torch.linalg.vector_norm(parameter.grad - other, dtype=torch.float32))
+            total.append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
+    return (torch.stack(difference).norm() / torch.stack(total).norm()).item()
+
+
+def compared(policies: Mapping[str, Policy], runs: Mapping[str, Callable[[], None]], bound: float) -> dict[str, Any]:
+    """Memory of each of two runs, by its name, and under "error" the distance of their gradients, which must be small.
+
+    They share parameters. Nothing needs to be warmed up after it.
+    """
+    first, second = runs
+    found: dict[str, Any] = {first: memory(runs[first])}
+    kept = gradients(policies[first])
+    found[second] = memory(runs[second])
+    found["error"] = require(gradient_distance(policies[second], kept), bound, f"distance of {first} from {second}")
+    return found
 
 
 def phases(policy: Policy, rows: Sequence[PackedRow]) -> dict[str, float]:
@@ -146,11 +178,9 @@ def measure_shape(record: Record, scale: Scale, label: str, policy: Policy, shap
     build = partial(scale.rows, policy.config, *shape.sizes, num_groups=shape.num_groups)
     other = "unpacked" if shape.num_groups == 1 else "row per group"
     rows = {"packed": build(), other: build(mode="none") if shape.num_groups == 1 else build(max_groups_per_row=1)}
-    passes = {name: losses(policy, some) for name, some in rows.items()}
-    error = gradient_distance(gradients(policy, passes["packed"]), gradients(policy, passes[other]))
-    require(error, 0.1, f"distance of the gradients, packed from {other}")
-    runs = {name: partial(update, policy, some) for name, some in passes.items()}
-    times = in_turn(runs, rounds=scale.rounds, warmup=1)
+    runs = {name: partial(update, policy, losses(policy, some)) for name, some in rows.items()}
+    used = compared(dict.fromkeys(rows, policy), runs, GRADIENT_BOUND)
+    times = in_turn(runs, rounds=scale.rounds, warmup=0)
     for name, figures in times.items():
         is_packed = name == "packed"
         record.add(
@@ -158,11 +188,14 @@ def measure_shape(record: Record, scale: Scale, label: str, policy: Policy, shap
             **figures,
             **mfu(policy, rows[name], figures["ms"]),
             **(phases(policy, rows[name]) if is_packed else {}),
-            **memory(runs[name]),
-            gradient_distance=error,
+            **used[name],
+            gradient_distance=used["error"],
             **{f"over_{other.replace(' ', '_')}": times[other]["ms"] / figures["ms"]},
             goals=goals(shape) if is_packed and is_goal else None,
         )
+    if is_goal and shape == GOAL:
+        for name, figures in kernel_times(runs["packed"]).items():
+            record.add(f"profile: {name}", **figures)
 
 
 def mfu(policy: Policy, rows: Sequence[PackedRow], ms: float) -> dict[str, float | None]:
@@ -174,7 +207,7 @@ def mfu(policy: Policy, rows: Sequence[PackedRow], ms: float) -> dict[str, float
 
 def goals(shape: Shape) -> dict[str, tuple[str, float]]:
     both = {"mfu": ("at least", 0.4)}
-    return {**both, "over_unpacked": ("at least", 7.0)} if shape == Shape(32, 8) else both
+    return {**both, "over_unpacked": ("at least", 7.0)} if shape == GOAL else both
 
 
 def measure_frozen_tower(record: Record, scale: Scale, label: str, policy: Policy, shape: Shape) -> None:
@@ -184,11 +217,10 @@ def measure_frozen_tower(record: Record, scale: Scale, label: str, policy: Polic
     (row,) = scale.rows(policy.config, *shape.sizes)
     kept = replace(row, vision=policy.encode_videos(row.pixel_values, row.video_grid_thw))
     rows = {"pixels": [row], "features kept": [kept]}
-    expected, actual = (gradients(policy, losses(policy, some)) for some in rows.values())
-    error = require(gradient_distance(actual, expected), 1e-2, "distance of the gradients with kept features")
     runs = {name: partial(update, policy, losses(policy, some)) for name, some in rows.items()}
-    for name, figures in in_turn(runs, rounds=scale.rounds).items():
-        record.add(f"{label}, {name}", **figures, **memory(runs[name]), gradient_distance=error)
+    used = compared(dict.fromkeys(rows, policy), runs, 1e-2)
+    for name, figures in in_turn(runs, rounds=scale.rounds, warmup=0).items():
+        record.add(f"{label}, {name}", **figures, **used[name], gradient_distance=used["error"])
 
 
 def with_the_same_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -202,25 +234,14 @@ def measure_liger_layers(record: Record, scale: Scale, label: str, plain: PreTra
     apply_liger_layers(fused, "on")
     policies = {"off": policy_of(plain, shape), "on": policy_of(fused, shape)}
     rows = scale.rows(plain.config, *shape.sizes, num_groups=shape.num_groups)
-    expected, actual = (gradients(each, losses(each, rows)) for each in policies.values())
-    error = require(gradient_distance(actual, expected), 0.1, "distance of the gradients with Liger's layers")
     runs = {name: partial(update, each, losses(each, rows)) for name, each in policies.items()}
-    times = in_turn(runs, rounds=scale.rounds, warmup=1)
+    used = compared(policies, runs, GRADIENT_BOUND)
+    times = in_turn(runs, rounds=scale.rounds, warmup=0)
     for name, figures in times.items():
         record.add(
             f"{label} {name}",
             **figures,
             **mfu(policies[name], rows, figures["ms"]),
-            **memory(runs[name]),
-            gradient_distance=error,
+            **used[name],
+            gradient_distance=used["error"],
         )
-
-
-def profile(record: Record, scale: Scale = PUBLISHED) -> None:
-    """The kernels that an update with the trainer's own layers spends most time in."""
-    model = scale.model("3B")
-    apply_liger_layers(model, "auto")
-    policy = Policy(model)
-    run = partial(update, policy, losses(policy, scale.rows(policy.config, 32, 8)))
-    for name, figures in kernel_times(run).items():
-        record.add(f"profile: {name}", **figures)
