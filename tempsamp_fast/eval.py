@@ -76,7 +76,8 @@ def evaluate(options: argparse.Namespace) -> str:
 
     options.model = model_folder(options.model)
     modes: list[Any] = options.mode.split("+")
-    samples = load_samples(options.annotations, options.videos, options.format)[: options.max_samples]
+    samples = load_samples(options.annotations, options.videos, options.format, options.skip_bad_videos)
+    samples = samples[: options.max_samples]
     overridable = (*HOW_FRAMES_ARE_TAKEN, *HOW_THEY_ARE_READ, "task")
     given = {name: value for name in overridable if (value := getattr(options, name)) is not None}
     protocol = protocol_for(options.protocol, dataset_name(options.annotations)) if options.protocol else None
@@ -168,6 +169,14 @@ def _all_rows(
     return rows
 
 
+def _other_modes(path: Path, scores: Sequence[dict[str, Any]], num_queries: int) -> list[dict[str, Any]]:
+    """What an earlier call of the same settings left in `path` of modes that this one did not ask."""
+    earlier: Any = read_json(path) if path.is_file() else {}
+    asked = {MIXED, *(row["mode"] for row in scores)}
+    rows = earlier.get("rows", ()) if earlier.get("num_queries") == num_queries else ()
+    return [row for row in rows if row["mode"] not in asked]
+
+
 def _report(
     options: argparse.Namespace,
     samples: Sequence[Sample],
@@ -193,6 +202,7 @@ def _report(
     if options.mixed_cot:
         ious = oracle_ious([answered_ious(rows) for rows in rows_by_mode.values()])
         scores.append({"mode": MIXED, **followed, **grounding_scores(ious)})
+    scores += _other_modes(options.output / "scores.json", scores, len(samples))
     num_skipped = sum("skipped" in row for rows in rows_by_mode.values() for row in rows)
     write_json(
         options.output / "scores.json",

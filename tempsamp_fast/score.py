@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             followed = f"{OWN}: answers of the form {options.answer_form}" + (", untagged too" * options.untagged)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {one_line(error)}\n")
+    if metrics.get("parse_rate") == 0:
+        sys.stderr.write(f"warning: no answer could be read ({followed}): see --answer_form, --untagged\n")
     metrics = {"num_queries": len(samples), **metrics}
     if options.json:
         print(json.dumps({"protocol": options.protocol or OWN, **metrics}))

@@ -39,7 +39,7 @@ SECOND = (
     Item("races", "sanitizer", 60),
     Item("kernel tests", "kernels", 60),
 )
-TESTS_S = 50.0
+TESTS_S = 35.0
 LIMIT_S = {"first": 340.0, "second": 300.0}
 RUNS = {"first": FIRST, "second": SECOND}
 SET_UP = {

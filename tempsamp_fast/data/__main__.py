@@ -43,9 +43,11 @@ class Findings:
 
 def check(annotations: Annotations, dataset: Dataset) -> Findings:
     """Look at every sample's video: is it there, do its first and last frame decode, is it as long as annotated?"""
-    samples, dropped = annotations.samples, annotations.dropped
-    by_video = {sample.video: sample for sample in samples}
-    findings = Findings(len(by_video), len(samples) + len(dropped), annotations.num_late_ends, dropped)
+    samples, dropped, untimed = annotations.samples, annotations.dropped, annotations.untimed
+    durations_s: dict[Path, set[float]] = {}
+    for sample in samples:
+        durations_s.setdefault(sample.video, set()).add(sample.duration_s)
+    findings = Findings(len(durations_s), len(samples) + len(dropped), annotations.num_late_ends, dropped)
     findings.problems["counts"] = [
         f"{found} {name}, published are {published}"
         for name, found, published in (
@@ -54,16 +56,18 @@ def check(annotations: Annotations, dataset: Dataset) -> Findings:
         )
         if published not in (None, found)
     ]
-    present = [video for video in by_video if video.is_file() or video.is_dir()]
-    findings.problems["missing"] = [str(video) for video in by_video if video not in set(present)]
-    findings.problems["without a duration"] = annotations.untimed
+    present = [video for video in durations_s if video.is_file() or video.is_dir()]
+    findings.problems["missing"] = [str(video) for video in durations_s if video not in set(present)]
+    findings.problems["without a duration"] = list(untimed.values())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         lengths = dict(zip(present, pool.map(_length_s, present), strict=True))
     findings.problems["unreadable"] = [str(error) for error in lengths.values() if isinstance(error, VideoError)]
     findings.problems["inconsistent"] = [
-        f"{video}: lasts {length:.2f} s, annotated are {by_video[video].duration_s:.2f} s"
+        f"{video}: lasts {length:.2f} s, annotated are {annotated_s:.2f} s"
         for video, length in lengths.items()
-        if not isinstance(length, VideoError) and not _agree(length, by_video[video].duration_s)
+        if not isinstance(length, VideoError) and video not in untimed
+        for annotated_s in sorted(durations_s[video])
+        if not _agree(length, annotated_s)
     ]
     return findings
 
@@ -88,6 +92,7 @@ def describe(findings: Findings, num_shown: int) -> str:
     """The findings as text, the first `num_shown` of each kind by name."""
     lines = [f"{findings.num_videos} videos, {findings.num_queries} queries"]
     lines.append(f"{findings.num_late_ends} windows end beyond the annotated duration (kept as they are)")
+    num_shown = max(0, num_shown)
     for kind, listed in {"dropped": findings.dropped, **findings.problems}.items():
         lines.append(f"{kind}: {len(listed) or ('none' if kind == 'dropped' else 'ok')}")
         lines += [f"  {line}" for line in listed[:num_shown]]
@@ -112,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--annotations", type=Path, help="file of a published set; default: its usual name in or above --videos"
     )
     command.add_argument("--format", default="auto", choices=["auto", *FORMATS], help="of the annotation file")
-    command.add_argument("--show", type=int, default=10, help="findings of each kind to name")
+    command.add_argument("--show", type=int, default=10, help="findings of each kind to name; 0: none")
     options = parser.parse_args(arguments)
     if options.command == "fetch":
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,8 @@ class Annotations:
     """In file order."""
     dropped: list[str]
     """Why a query is not among them, a line for each that names the file and the place."""
-    untimed: list[str] = field(default_factory=list)
-    """Videos whose length neither the file nor they themselves tell, a line for each; their queries are left out."""
+    untimed: dict[Path, str] = field(default_factory=dict)
+    """Videos whose length neither the file nor they themselves tell, and why; it is taken from their last window."""
 
     @property
     def num_late_ends(self) -> int:
@@ -35,15 +36,21 @@ class Annotations:
         return sum(end > sample.duration_s for sample in self.samples for _, end in sample.windows)
 
 
-def load_annotations(path: str | Path, videos: str | Path | None = None, format: str = "auto") -> list[Sample]:
+def load_annotations(
+    path: str | Path, videos: str | Path | None = None, format: str = "auto", skips_bad: bool = False
+) -> list[Sample]:
     """The samples of `read_annotations`; how many queries were dropped and how many windows end late is logged once.
 
+    skips_bad: a video whose length nothing tells is no error, but a sample whose video cannot be read later on.
     Raises as `read_annotations` does, and ValueError for videos whose length nothing tells.
     """
     annotations = read_annotations(path, videos, format)
     if annotations.untimed:
-        first, *others = annotations.untimed
-        raise ValueError(first + (f"; and so for {len(others)} more videos (data check lists them)" if others else ""))
+        first, *others = annotations.untimed.values()
+        told = first + (f"; and so for {len(others)} more videos (data check lists them)" if others else "")
+        if not skips_bad:
+            raise ValueError(told)
+        logger.warning("%s", told)
     if annotations.dropped:
         num_queries = len(annotations.samples) + len(annotations.dropped)
         dropped, first = len(annotations.dropped), annotations.dropped[0]
@@ -76,7 +83,7 @@ def read_annotations(path: str | Path, videos: str | Path | None = None, format:
     folder = VideoFolder(videos)
     ids: set[str] = set()
     samples, dropped = [], []
-    untimed: dict[str, str] = {}
+    untimed: dict[Path, str] = {}
     for record in reader(path):
         if record.sample_id in ids:
             raise ValueError(f"{record.place}: a sample of id {shown(record.sample_id)} came before")
@@ -86,11 +93,12 @@ def read_annotations(path: str | Path, videos: str | Path | None = None, format:
         except _UnusableQuery as reason:
             dropped.append(str(reason))
         except NoDuration as error:
-            untimed.setdefault(record.video_id, str(error))
-    if not samples and not untimed:
+            samples.append(_sample(dataclasses.replace(record, duration=UNTOLD), folder))
+            untimed.setdefault(samples[-1].video, str(error))
+    if not samples:
         flaws = f"; dropped {len(dropped)}, the first: {dropped[0]}" if dropped else ""
         raise ValueError(f"{path}: no annotated query in it{flaws}")
-    return Annotations(samples, dropped, list(untimed.values()))
+    return Annotations(samples, dropped, untimed)
 
 
 def find_video(folder: str | Path, video_id: str) -> Path | None:

@@ -68,27 +68,27 @@ def dataset_name(annotations: str) -> str | None:
     return next((name for name, dataset in DATASETS.items() if Path(annotations).name in dataset.files), None)
 
 
-def load_samples(annotations: str, videos: Path, format: str = "auto") -> list[Sample]:
+def load_samples(annotations: str, videos: Path, format: str = "auto", skips_bad: bool = False) -> list[Sample]:
     """The samples of a file, or of a data set by its name in `DATASETS`, found in or above the folder `videos`.
 
-    format: as of `load_annotations`; that of a data set is known.
+    format, skips_bad: as of `load_annotations`; the format of a data set is known.
     Raises ValueError for a name that is neither, and as `load_annotations` does.
     """
     if annotations in DATASETS:
-        return load_annotations(find_annotations(DATASETS[annotations], videos), videos)
+        return load_annotations(find_annotations(DATASETS[annotations], videos), videos, skips_bad=skips_bad)
     path = Path(annotations)
     if not path.suffix and not path.exists():
         meant = did_you_mean(annotations, DATASETS)
         raise ValueError(f"annotations={annotations!r}: no such file, and no data set of {', '.join(DATASETS)}{meant}")
-    return load_annotations(path, videos, format)
+    return load_annotations(path, videos, format, skips_bad)
 
 
-def require_clip_scores(annotations: str, samples: Sequence[Sample]) -> None:
+def require_clip_scores(annotations: str, samples: Sequence[Sample], asked: str = "--task highlight") -> None:
     """What the task `highlight` learns from and is scored by. Raises ValueError where a sample has none."""
     without = [sample for sample in samples if not sample.clip_scores]
     if without:
         raise ValueError(
-            f"--task highlight: {annotations} has no clip scores for {len(without)} of {len(samples)} queries, first "
+            f"{asked}: {annotations} has no clip scores for {len(without)} of {len(samples)} queries, first "
             f"{without[0].sample_id[:80]!r}; it takes QVHighlights annotations"
         )
 
@@ -112,7 +112,8 @@ def load_training_data(data: DataConfig) -> tuple[list[Sample], list[Sample]]:
     from, when clip scores are missing for `highlight`, and when an out-of-domain pair (`eval_videos`) shares videos.
     """
     assert data.videos is not None
-    every = load_samples(data.annotations, Path(data.videos), data.format)
+    skips_bad = data.on_bad_sample == "skip"
+    every = load_samples(data.annotations, Path(data.videos), data.format, skips_bad)
     ranges = {
         "duration_s": parse_range("duration_range", data.duration_range),
         "window_s": parse_range("window_range", data.window_range),
@@ -136,7 +137,7 @@ def load_training_data(data: DataConfig) -> tuple[list[Sample], list[Sample]]:
         logger.info("training on %d of %d samples", len(train), len(every))
     if data.eval_annotations is None:
         return train, []
-    held_out = load_samples(data.eval_annotations, Path(data.eval_videos or data.videos), data.format)
+    held_out = load_samples(data.eval_annotations, Path(data.eval_videos or data.videos), data.format, skips_bad)
     if data.task == "highlight":
         require_clip_scores(data.eval_annotations, held_out)
     if shared := shared_videos(train, held_out):

@@ -163,17 +163,30 @@ as published; `plain` is for data of one's own (see `newer_formats.read_plain`).
 any file may be compressed by gzip."""
 
 
+QVHIGHLIGHTS_KEYS = ("qid", "vid", "relevant_windows", "saliency_scores")
+PLAIN_FORM = (
+    "rows of one's own are JSON lines with video, query, and start and end or windows; docs/data.md has all forms"
+)
+
+
 def detect_format(path: Path) -> str:
     """A name of `FORMATS`, by the suffix and the keys of the first entry."""
     suffix = PurePath(path.name.lower().removesuffix(".gz")).suffix
     if suffix in (".txt", ".tsv"):
         return "charades_text" if suffix == ".txt" else "omtg"
-    is_rows = suffix == ".jsonl" or read_text(path).lstrip().startswith("[")
-    keys = set[str]().union(*(row for _, _, row in islice(json_rows(path), 1))) if is_rows else set[str]()
-    if keys or suffix == ".jsonl":
-        of_key = {"images": "orarl", "problem": "timelens", "sentence": "time_r1"}
-        of_key |= dict.fromkeys(("events", "span"), "timelens_100k") | {"gt": "vue_tr", "qry_text": "momentseeker"}
-        of_key |= dict.fromkeys(("start", "windows"), "plain")
-        return next((name for key, name in of_key.items() if key in keys), "qvhighlights")
+    if suffix == ".csv":
+        raise ValueError(f"{path}: of tables Charades-STA's .txt and OMTG's .tsv are read; {PLAIN_FORM}")
+    if suffix == ".jsonl" or read_text(path).lstrip().startswith("["):
+        first = next(json_rows(path), None)
+        if first is None:
+            return "plain"
+        place, _, row = first
+        of_key = {"images": "orarl", "problem": "timelens", "sentence": "time_r1", "events": "timelens_100k"}
+        of_key |= {"video_path": "timelens_100k", "gt": "vue_tr", "qry_text": "momentseeker"}
+        of_key |= dict.fromkeys(("start", "windows"), "plain") | dict.fromkeys(QVHIGHLIGHTS_KEYS, "qvhighlights")
+        found = next((name for key, name in of_key.items() if key in row), None)
+        if found is None:
+            raise ValueError(f"{place}: of no form that is known by its fields, {shown(list(row))}; {PLAIN_FORM}")
+        return found
     entries = islice(json_object(path).values(), 1)
     return "timelens_bench" if any(isinstance(entry, dict) and "queries" in entry for entry in entries) else "captions"

@@ -163,13 +163,16 @@ def read_plain(path: Path) -> Iterator[Record]:
     for place, number, row in json_rows(path):
         video = typed(place, "video", get(place, row, "video"), str)
         place = f"{place}, video {shown(video)}"
+        span = [[get(place, row, "start"), get(place, row, "end")]] if "windows" not in row or "start" in row else None
+        if span and row.get("windows", span) != span:
+            raise ValueError(f"{place}: windows and start and end tell different spans; leave one out")
         yield Record(
             place=place,
             sample_id=str(typed(place, "id", row.get("id", f"{video}/{number}"), (int, str))),
             video_id=video,
             query=get(place, row, "query"),
             duration=row.get("duration", FROM_FILE),
-            windows=row["windows"] if "windows" in row else [[get(place, row, "start"), get(place, row, "end")]],
+            windows=span or row["windows"],
             difficulty=row.get("difficulty"),
             reasoning=_reasoning(place, row.get("reasoning")),
         )

@@ -45,7 +45,7 @@ _CHARADES = Source(
     "annotations: jiyanggao/TALL; mirror with the test set: the hub's lmms-lab/charades_sta; videos: AI2's Charades",
     "annotations: none found (the mirror is tagged MIT); videos: AI2's own licence, non-commercial",
     (
-        "git clone --depth 1 --filter blob:none git@github.com:jiyanggao/TALL {folder}/TALL",
+        "git clone --depth 1 --filter blob:none https://github.com/jiyanggao/TALL {folder}/TALL",
         "cp {folder}/TALL/charades_sta_train.txt {folder}/TALL/charades_sta_test.txt {folder}",
     ),
     is_restricted=True,
@@ -67,7 +67,7 @@ _QVHIGHLIGHTS = Source(
     "annotations: jayleicn/moment_detr, data/; videos: qvhilights_videos.tar.gz of its authors",
     "annotations CC BY-NC-SA 4.0 (no commercial use), code MIT",
     (
-        "git clone --depth 1 git@github.com:jayleicn/moment_detr {folder}/moment_detr",
+        "git clone --depth 1 https://github.com/jayleicn/moment_detr {folder}/moment_detr",
         "cp {folder}/moment_detr/data/highlight_*_release.jsonl {folder}",
     ),
     is_restricted=True,
@@ -92,7 +92,7 @@ SOURCES = {
         f"card and README Apache-2.0, but the repository's LICENSE file is {ACADEMIC}",
         (
             _hub("MCG-NJU/TimeLens2-93K"),
-            "git clone --depth 1 git@github.com:MCG-NJU/TimeLens2 {folder}/TimeLens2",
+            "git clone --depth 1 https://github.com/MCG-NJU/TimeLens2 {folder}/TimeLens2",
             "cp {folder}/TimeLens2/grpo/data/annotations/timelens2-93k.jsonl {folder}",
         ),
         is_restricted=True,

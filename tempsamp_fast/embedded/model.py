@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer, set_seed
 
 from tempsamp_fast.model.families import family_named
+from tempsamp_fast.system.files import os_errors_of_safetensors
 
 BASE = Path(__file__).parent / "base"
 """A checkpoint of it that looks at videos, made by `tempsamp_fast/demo/pretrain.py`."""
@@ -93,6 +94,7 @@ def build_tiny_checkpoint(folder: Path, texts: Iterable[str], family: str = "qwe
     """Write a tiny checkpoint (model and tokenizer) as an ordinary Hugging Face folder and return the folder."""
     tokenizer = train_tokenizer(texts)
     model = tiny_model(tokenizer, family, seed).float()
-    model.save_pretrained(folder)
+    with os_errors_of_safetensors():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

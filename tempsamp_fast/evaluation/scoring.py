@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -169,15 +169,16 @@ def best_constant_span(samples: Sequence[Sample], num_steps: int = 48, num_round
 def read_predictions(path: str | Path, samples: Sequence[Sample]) -> list[dict[str, Any]]:
     """One row of the JSON lines file `path` per sample, in the samples' order.
 
-    A row names its sample by `sample_id` or `qid`, or by `vid` (the video's id) and `query`. Where a video has the same
-    query several times, its rows are taken in the order of the samples; a single one answers them all. Raises
-    ValueError naming the line that names no sample, the same one twice or predicts nothing that can be scored, and the
-    samples without a row.
+    A row names its sample by `sample_id` or `qid`, or by `vid` (the video's id or path, or as much of its end as tells
+    it from others) and `query`. Where a video has the same query several times, its rows are taken in the order of the
+    samples; a single one answers them all. Raises ValueError naming the line that names no sample, several videos, the
+    same sample twice or predicts nothing that can be scored, and the samples without a row.
     """
     by_id = {sample.sample_id: sample for sample in samples}
-    by_query: dict[tuple[str, str], list[str]] = {}
+    by_query: dict[tuple[str, str], dict[Path, list[str]]] = {}
     for sample in samples:
-        by_query.setdefault((sample.video_id, normalise_query(sample.query)), []).append(sample.sample_id)
+        videos = by_query.setdefault((sample.video_id, normalise_query(sample.query)), {})
+        videos.setdefault(sample.video, []).append(sample.sample_id)
     rows: dict[str, dict[str, Any]] = {}
     for place, _, row in json_rows(Path(path)):
         key = next((key for key in ("sample_id", "qid") if key in row), None)
@@ -186,7 +187,7 @@ def read_predictions(path: str | Path, samples: Sequence[Sample]) -> list[dict[s
         else:
             vid, query = (str(typed(place, field, get(place, row, field), str)) for field in ("vid", "query"))
             query = normalise_query(query)
-            ids, name = by_query.get((vid, query), []), f"vid {shown(vid)} with query {shown(query)}"
+            ids, name = _asked(by_query, vid, query, place), f"vid {shown(vid)} with query {shown(query)}"
         if not ids:
             raise ValueError(f"{place}: {name} is not in the annotations")
         free = next((sample_id for sample_id in ids if sample_id not in rows), None)
@@ -197,7 +198,7 @@ def read_predictions(path: str | Path, samples: Sequence[Sample]) -> list[dict[s
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
         rows[free] = row
-    for ids in by_query.values():
+    for ids in (ids for videos in by_query.values() for ids in videos.values()):
         given = [rows[sample_id] for sample_id in ids if sample_id in rows]
         if len(given) == 1 and not {"sample_id", "qid"} & given[0].keys():
             rows |= dict.fromkeys(ids, given[0])
@@ -205,6 +206,24 @@ def read_predictions(path: str | Path, samples: Sequence[Sample]) -> list[dict[s
     if missing:
         raise ValueError(f"{path}: no prediction for {len(missing)} of {len(samples)} samples: {_some(missing)}")
     return [rows[sample.sample_id] for sample in samples]
+
+
+def _asked(by_query: Mapping[tuple[str, str], Mapping[Path, list[str]]], vid: str, query: str, place: str) -> list[str]:
+    """The samples that ask `query` of the one video whose path, with its suffix or without, ends with `vid`."""
+    *folders, name = PurePath(vid).parts or ("",)
+    videos = {
+        video: ids for stem in {name, PurePath(name).stem} for video, ids in by_query.get((stem, query), {}).items()
+    }
+    found = [
+        (video, ids)
+        for video, ids in videos.items()
+        if name in (video.name, video.stem)
+        if list(video.parent.parts[len(video.parent.parts) - len(folders) :]) == folders
+    ]
+    if len(found) > 1:
+        several = _some([str(video) for video, _ in found])
+        raise ValueError(f"{place}: vid {shown(vid)} is of {len(found)} videos: {several}; name its folder too")
+    return found[0][1] if found else []
 
 
 def _check(row: Mapping[str, Any]) -> None:

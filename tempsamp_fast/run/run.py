@@ -12,7 +12,7 @@ import torch
 
 from tempsamp_fast.batch import Completion, Prompt, RolloutGroup
 from tempsamp_fast.config import Config, parse_phases, prompts_per_row, prompts_per_step
-from tempsamp_fast.data.catalogue import load_training_data
+from tempsamp_fast.data.catalogue import load_training_data, require_clip_scores
 from tempsamp_fast.data.chat import Chat
 from tempsamp_fast.data.loader import PromptLoader
 from tempsamp_fast.data.order import TrainingOrder
@@ -67,6 +67,8 @@ class Run:
         made = with_embedded_data(data)
         self.train_samples, self.eval_samples = load_training_data(made)
         self.order = TrainingOrder(self.train_samples, train.seed, train.queries_per_video)
+        if any(term.name == "highlight" for term in reward_terms(config.algorithm, data.task)):
+            require_clip_scores(made.annotations, self.train_samples, "--rewards highlight")
         try_rewards(config.algorithm, data.task, self.train_samples)
         look_for_all_videos(made, self.train_samples, self.eval_samples)
         self.phases = in_steps(parse_phases(train.phases), train, len(self.train_samples), self.world_size)

@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -51,6 +53,17 @@ def fresh_folder(path: Path) -> Path:
     return path
 
 
+@contextmanager
+def os_errors_of_safetensors() -> Iterator[None]:
+    """A full disk is an OSError inside, as in all other writing."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
 def write_file(path: Path, content: str | bytes) -> None:
     """Replace `path` in one step: a reader or a crash never sees half of it, and no link is followed."""
     partial = path.with_name(path.name + ".partial")
@@ -72,7 +85,9 @@ def open_to_append(path: Path) -> TextIO:
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """What a file holds. Raises ValueError naming one of over `most` bytes, a pipe or a device; OSError."""
+    """What a file holds. Raises ValueError naming one of over `most` bytes, a folder, a pipe or a device; OSError."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, and a file is expected")
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode) or found.st_size > most:

@@ -14,7 +14,7 @@ from typing import get_args
 
 import torch
 
-from tempsamp_fast.system.files import log_printably
+from tempsamp_fast.system.files import log_printably, one_line
 from tempsamp_fast.video import Geometry, Sampling, load_videos
 from tempsamp_fast.video.backend import why_no_extension
 from tempsamp_fast.video.geometry import Processor
@@ -41,7 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--family", choices=get_args(Processor), default="qwen2_5_vl")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.ERROR)
-    sampling, geometry = Sampling(options.mode, options.fps), Geometry.of_family(options.family)
+    try:
+        sampling, geometry = Sampling(options.mode, options.fps), Geometry.of_family(options.family)
+        if options.command == "bench" and not options.folder.is_dir():
+            raise ValueError(f"{options.folder}: no such folder")
+    except ValueError as error:
+        parser.exit(2, f"error: {one_line(error)}\n")
     if options.command == "probe":
         reports = [probe(path, sampling, geometry) for path in options.files]
         for report in reports:

@@ -216,7 +216,7 @@ def test_a_flawed_highlight_row_is_an_error_naming_the_line(written, changes, me
     "name, text, message",
     [
         ("a.json", '{"AB1": ', r"a\.json: malformed JSON"),
-        ("a.json", "[]", r"a\.json: content is \[\], expected a dict"),
+        ("a.json", "[]", r"a\.json: no annotated query in it"),
         ("a.json", '{"AB1": {}}', r"video 'AB1': no field 'sentences'"),
         ("a.json", "{}", "no annotated query"),
         ("a.jsonl", '{"qid": 1}\n{', r"line 1: no field 'vid'"),

@@ -59,7 +59,19 @@ def test_videos_whose_length_nothing_tells_are_listed_beside_all_else(folder, tm
         main(["check", str(annotations), "--videos", str(folder)])
     printed = capsys.readouterr().out
     assert "without a duration: 2" in printed and "inconsistent: 1" in printed
+    assert printed.startswith("4 videos, 5 queries\n") and f"missing: 1\n  {folder / 'gone.mp4'}\n" in printed
     assert "line 2, video 'text': no duration" in printed and "line 4, video 'gone': no duration" in printed
+
+
+@pytest.mark.parametrize("durations", [(9.0, 3.1), (3.1, 9.0)])
+def test_a_wrong_duration_is_found_in_any_row_of_a_video(folder, tmp_path, capsys, durations):
+    row = {"video": "good", "query": "a query", "windows": [[0.5, 1.5]]}
+    rows = [json.dumps({**row, "duration": duration, "id": str(duration)}) for duration in durations]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    with pytest.raises(SystemExit, match="1"):
+        main(["check", str(tmp_path / "a.jsonl"), "--videos", str(folder), "--show", "-1"])
+    printed = capsys.readouterr().out
+    assert printed.endswith("inconsistent: 1\n  and 1 more (--show)\n")
 
 
 def test_command_line_exits_with_0_when_all_is_well(folder, tmp_path, monkeypatch, capsys):

@@ -41,6 +41,26 @@ def test_rows_are_read_and_told_by_their_keys(tmp_path: Path) -> None:
         load_samples(str(path), tmp_path, "plane")
 
 
+def test_two_ways_to_tell_a_span_must_agree(tmp_path: Path) -> None:
+    (both,) = load_annotations(write(tmp_path / "a.jsonl", row(windows=[[1.0, 2.5]])))
+    assert both.windows == ((1.0, 2.5),)
+    with pytest.raises(ValueError, match="line 1, video 'a': windows and start and end tell different spans"):
+        load_annotations(write(tmp_path / "b.jsonl", row(windows=[[1.0, 3.5]])))
+
+
+@pytest.mark.parametrize("fields", [{"span": [1, 2]}, {"caption": "q", "timestamp": [1, 2]}, {"timestamps": [[1, 2]]}])
+def test_rows_of_an_unknown_form_are_told_the_plain_one(tmp_path: Path, fields: dict[str, Any]) -> None:
+    path = write(tmp_path / "a.jsonl", {"video": "a", **fields})
+    with pytest.raises(ValueError, match=r"line 1: of no form .*\['video', .*JSON lines with video, query"):
+        load_annotations(path)
+    table = tmp_path / "a.csv"
+    table.write_text("video,start,end\n")
+    with pytest.raises(ValueError, match=r"a\.csv: of tables .* are read; rows of one's own"):
+        load_annotations(table)
+    with pytest.raises(ValueError, match="is a folder, and a file is expected"):
+        load_annotations(tmp_path)
+
+
 def test_the_setting_names_every_format() -> None:
     (format,) = [field for field in dataclasses.fields(DataConfig) if field.name == "format"]
     assert all(f" {name}" in format.metadata["help"] for name in FORMATS)
@@ -99,6 +119,8 @@ def test_a_video_without_a_duration_must_be_there_and_readable(tmp_path: Path, c
     with pytest.raises(SystemExit):
         score_main(["--predictions", "p.jsonl", "--annotations", str(path)])
     assert "no duration is given, and the video is not looked for (--videos)" in capsys.readouterr().err
+    (kept,) = load_annotations(path, tmp_path, skips_bad=True)
+    assert kept.video == tmp_path / "a.mp4" and kept.duration_s == 1
     several = write(tmp_path / "more.jsonl", *({**given, "video": name} for name in "abbcdef"))
     with pytest.raises(ValueError, match=r"line 1, video 'a'.*; and so for 5 more videos \(data check lists them\)$"):
         load_annotations(several, tmp_path)

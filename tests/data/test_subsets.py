@@ -66,6 +66,16 @@ def test_videos_in_training_and_test_are_named():
     assert shared_videos(SAMPLES, [sample("v7"), sample("w1"), sample("v3")]) == ["v3", "v7"]
 
 
+def test_files_of_one_name_that_differ_in_size_are_two_videos(tmp_path):
+    files = [tmp_path / name for name in ("one/1.mp4", "two/1.mkv", "three/1.webm")]
+    for path, content in zip(files, ("same", "same", "another"), strict=True):
+        path.parent.mkdir()
+        path.write_text(content)
+    one, two, three, gone = ([Sample("s", path, "q", 9.0, ((0.0, 5.0),))] for path in (*files, tmp_path / "four/1.mp4"))
+    assert shared_videos(one, three) == [] and shared_videos(one + three, two) == ["1"]
+    assert shared_videos(one, one) == shared_videos(one, two) == shared_videos(one, gone) == ["1"]
+
+
 def test_the_longest_window_of_a_sample_lies_in_the_range():
     several = Sample("a/0", Path("a.mp4"), "q", 30.0, ((0.0, 2.0), (4.0, 12.0), (20.0, 21.0)))
     assert within([several], window_s=(8.0, 8.0)) == [several]

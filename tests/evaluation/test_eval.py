@@ -165,6 +165,16 @@ def test_both_modes_and_their_upper_bound(words: Words, tmp_path: Path, capsys: 
     assert by_mode == ["answer", "think", "mixed"]
 
 
+def test_scores_of_a_mode_that_was_asked_before_stay(words: Words, tmp_path: Path) -> None:
+    read = lambda: {row["mode"]: row for row in json.loads((tmp_path / "out/scores.json").read_text())["rows"]}
+    assert main(words("out", "--mode", "think", "--max_samples", "3")) == 0
+    before = read()
+    assert main(words("out", "--mode", "answer", "--max_samples", "3")) == 0
+    assert read().keys() == {"answer", "think"} and read()["think"] == before["think"]
+    assert main(words("out", "--mode", "answer", "--max_samples", "2")) == 0
+    assert read().keys() == {"answer"}
+
+
 def test_queries_of_bad_videos_count_as_wrong_and_are_asked_again(
     words: Words, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

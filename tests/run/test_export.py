@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from tempsamp_fast.data.prompt_file import saved_templates
-from tempsamp_fast.export import export
+from tempsamp_fast.export import export, main
 from tempsamp_fast.model.families import FAMILIES
 from tempsamp_fast.model.processor_files import processor_files
 from tempsamp_fast.report.model_card import model_card
@@ -99,3 +100,15 @@ def test_transformers_loads_the_processor(exported: Path) -> None:
 
     processor = AutoProcessor.from_pretrained(exported)
     assert processor.video_processor.patch_size == 14 and processor.tokenizer.chat_template
+
+
+def test_a_full_disk_leaves_no_model_behind(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.PreTrainedModel.save_pretrained", full)
+        assert main([str(checkpoint), str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+    assert main([str(checkpoint), str(tmp_path / "out")]) == 0
+    assert not list(tmp_path.glob("*.partial"))

@@ -85,3 +85,17 @@ def test_bench_times_every_video_of_a_folder(corpus: Path, tmp_path: Path, capsy
     assert "frames/s" in header and len(rows) == 1 and rows[0].split()[:2] == ["clip.mp4", "12"]
     (tmp_path / "clip.mp4").unlink()
     assert main(["bench", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["probe", "a.mp4", "--fps", "0"], "error: fps must be positive"),
+        (["bench", "nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_bad_arguments_are_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1

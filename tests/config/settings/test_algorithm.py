@@ -317,3 +317,8 @@ def test_a_batch_is_used_for_as_many_updates_as_asked_for(stepper: Callable, mon
     assert one.run.engine.global_steps == 3
     assert calls[1][2:5] == ("grpo", one.run.config.algorithm, 0.7) and calls[1][-1] == 3
     assert calls[1][5:7] == (3, sum(group.num_answer_tokens for group in groups))
+
+
+def test_saliency_is_not_rewarded_where_no_clip_has_a_score(stepper: Callable) -> None:
+    with pytest.raises(ValueError, match="--rewards highlight: .* has no clip scores for"):
+        stepper("--phases", "grpo:1", "--rewards", "highlight")

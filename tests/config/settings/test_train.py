@@ -205,7 +205,9 @@ def test_a_resumed_run_is_the_one_asked_for(stepper: Callable) -> None:
     with run.log():
         run.save(1)
         run.saving.finish()
-    resumed = Run(parse_args(["--resume", str(run.folder), "--output_dir", "elsewhere"]))
+    with pytest.raises(ValueError, match=r"output_dir='elsewhere': --resume goes on in .*; leave it out"):
+        parse_args(["--resume", str(run.folder), "--output_dir", "elsewhere"])
+    resumed = Run(parse_args(["--resume", str(run.folder), "--output_dir", str(run.folder)]))
     assert resumed.folder == run.folder and resumed.first_step == 1
     assert resumed.resumed_from == checkpoints(run.folder)[-1]
 
