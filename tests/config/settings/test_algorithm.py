@@ -320,5 +320,5 @@ def test_a_batch_is_used_for_as_many_updates_as_asked_for(stepper: Callable, mon
 
 
 def test_saliency_is_not_rewarded_where_no_clip_has_a_score(stepper: Callable) -> None:
-    with pytest.raises(ValueError, match="--rewards highlight: .* has no clip scores for"):
+    with pytest.raises(ValueError, match=r"--rewards highlight: .* has no clip scores for"):
         stepper("--phases", "grpo:1", "--rewards", "highlight")
