@@ -41,9 +41,9 @@ def export(source: Path, out: Path, dtype: torch.dtype, base: str | None = None)
     base: the hub name to fetch where the model is adapters on it; otherwise the hub's cache must have it.
     Files that others may read: weights, tokenizer, settings of processors (made from the family's where the checkpoint
     has none), how frames were taken, own prompts, and a card with settings, data and scores.
-    Raises ValueError for a source without a model, weights that are not finite, and an `out` that exists.
+    Raises ValueError for a source without a model, weights that are not finite, and an `out` that holds anything.
     """
-    if out.exists():
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out}: exists already")
     folder = Path(model_folder(str(source)))
     has_adapters = base_checkpoint(str(folder)) is not None

@@ -287,6 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         network = Network(**{name: getattr(options, name) for name in NETWORK})
         if min(vars(network).values()) <= 0:
             raise ValueError(f"{network}: every number must be positive")
+        if network.share > 1:
+            raise ValueError(f"--share {network.share}: at most 1, which is all of the bandwidths")
         config = decided(parse_args(words), world_size, options.gpu)
         print(escaped(describe_plan(config, world_size, options.gpu, measured, network)))
     except (ValueError, OSError) as error:

@@ -73,7 +73,9 @@ def _charades_durations(path: Path) -> dict[str, float]:
     for table in tables:
         try:
             for row in csv.DictReader(io.StringIO(read_text(table), newline="")):
-                durations[get(str(table), row, "id")] = as_float(str(table), get(str(table), row, "length"))
+                video_id = get(str(table), row, "id")
+                place = f"{table}: video {shown(video_id)}, length"
+                durations[video_id] = as_float(place, get(str(table), row, "length"))
         except csv.Error as error:
             raise ValueError(f"{table}: malformed table ({error})") from error
     return durations

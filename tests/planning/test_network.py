@@ -105,3 +105,5 @@ def test_a_plan_of_many_gpus_says_where_it_stops_scaling(capsys: pytest.CaptureF
     assert "falls below 80% at 16 GPUs" in capsys.readouterr().out
     assert main([*words, "--network_gbs", "0"]) == 2
     assert "must be positive" in capsys.readouterr().err
+    assert main([*words, "--share", "2"]) == 2
+    assert "--share 2.0: at most 1" in capsys.readouterr().err
