@@ -126,7 +126,7 @@ def parse_args(arguments: Sequence[str]) -> Config:
         flag = unknown[0].partition("=")[0]
         raise ValueError(f"unknown flag: {' '.join(unknown)}{did_you_mean(flag, [f'--{name}' for name in FIELDS])}")
     made = Config(*settings)
-    if given.resume and "output_dir" in typed and Path(made.train.output_dir) != given.resume:
+    if given.resume and "output_dir" in typed and Path(made.train.output_dir).resolve() != given.resume.resolve():
         raise ValueError(f"output_dir={made.train.output_dir!r}: --resume goes on in {given.resume}; leave it out")
     if given.resume and "offline" not in typed | recipe.keys():
         is_hub_name = made.model.model != "tiny" and not os.path.exists(os.path.expanduser(made.model.model))

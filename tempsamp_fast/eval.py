@@ -13,7 +13,7 @@ import hashlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -169,12 +169,11 @@ def _all_rows(
     return rows
 
 
-def _other_modes(path: Path, scores: Sequence[dict[str, Any]], num_queries: int) -> list[dict[str, Any]]:
-    """What an earlier call of the same settings left in `path` of modes that this one did not ask."""
+def _other_modes(path: Path, asked: set[str], counted: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What an earlier call left in `path` of other modes than those `asked`, if it counted the same in the same way."""
     earlier: Any = read_json(path) if path.is_file() else {}
-    asked = {MIXED, *(row["mode"] for row in scores)}
-    rows = earlier.get("rows", ()) if earlier.get("num_queries") == num_queries else ()
-    return [row for row in rows if row["mode"] not in asked]
+    rows = earlier["rows"] if earlier.items() >= counted.items() else ()
+    return [row for row in rows if row["mode"] not in {MIXED, *asked}]
 
 
 def _report(
@@ -202,11 +201,12 @@ def _report(
     if options.mixed_cot:
         ious = oracle_ious([answered_ious(rows) for rows in rows_by_mode.values()])
         scores.append({"mode": MIXED, **followed, **grounding_scores(ious)})
-    scores += _other_modes(options.output / "scores.json", scores, len(samples))
+    counted = {"num_queries": len(samples), "untagged": options.untagged, **followed}
+    written = scores + _other_modes(options.output / "scores.json", set(rows_by_mode), counted)
     num_skipped = sum("skipped" in row for rows in rows_by_mode.values() for row in rows)
     write_json(
         options.output / "scores.json",
-        {"num_queries": len(samples), "num_skipped": num_skipped, **followed, "rows": scores},
+        {**counted, "num_skipped": num_skipped, "rows": written},
     )
     test = dataset_name(options.annotations)
     text = comparison(scores, len(samples), test, None if options.all_published else DEFAULT_TABLES)

@@ -27,7 +27,6 @@ from tempsamp_fast.report.model_card import model_card  # noqa: E402
 from tempsamp_fast.run.checkpoint import VIDEO_SETTINGS, model_folder  # noqa: E402
 from tempsamp_fast.system.files import (  # noqa: E402
     escaped,
-    fresh_folder,
     log_printably,
     one_line,
     os_errors_of_safetensors,
@@ -56,18 +55,21 @@ def export(source: Path, out: Path, dtype: torch.dtype, base: str | None = None)
         if not weights.isfinite().all():
             raise ValueError(f"{folder}: {name} holds NaN or infinity (in {dtype}): nothing was written")
     defaults = {name: field.default for name, field in FIELDS.items()}
-    partial = fresh_folder(out.with_name(f"{out.name}.partial"))
-    with os_errors_of_safetensors():
-        model.save_pretrained(partial)
-    chat.tokenizer.save_pretrained(partial)
-    for name, text in (chat.preprocessor_files or processor_files(model.config)).items():
-        write_file(partial / name, text)
-    for name in filter(lambda each: (folder / each).is_file(), (VIDEO_SETTINGS, SAVED)):
-        shutil.copy(folder / name, partial)
-    write_file(partial / "README.md", model_card(out.resolve().name, folder, defaults))
-    for path in partial.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    partial.rename(out)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with os_errors_of_safetensors():
+            model.save_pretrained(out)
+        chat.tokenizer.save_pretrained(out)
+        for name, text in (chat.preprocessor_files or processor_files(model.config)).items():
+            write_file(out / name, text)
+        for name in filter(lambda each: (folder / each).is_file(), (VIDEO_SETTINGS, SAVED)):
+            shutil.copy(folder / name, out)
+        write_file(out / "README.md", model_card(out.resolve().name, folder, defaults))
+        for path in out.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    except BaseException:
+        shutil.rmtree(out)
+        raise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

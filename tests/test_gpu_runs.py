@@ -35,7 +35,7 @@ class Machine:
         dying: tuple[str, ...] = (),
         spending: tuple[str, ...] = (),
     ) -> None:
-        self.now, self.num_started = 0.0, 0
+        self.now, self.num_started, self.num_ready, self.start_s = 0.0, 0, 0, 0.0
         self.seconds, self.failing, self.dying, self.spending = seconds, failing, dying, spending
         self.killer: Any = lambda item: None
 
@@ -46,6 +46,8 @@ class Machine:
     def begin(self, item: str, rows: Path) -> None:
         assert re.fullmatch(r"[\w.-]+", rows.name), "a name that may not come home"
         self.item, self.rows = item, rows
+        self.now += self.start_s if self.num_started > self.num_ready else 0
+        self.num_ready = self.num_started
         self.killer(item)
 
     def wait(self, seconds: float) -> str:
@@ -120,6 +122,17 @@ def test_the_limit_of_the_run_cuts_the_last_item(tmp_path: Path) -> None:
     assert machine.run(tmp_path, limit_s=36) == DONE
     assert lines_of(tmp_path)["more loss"]["error"] == "stopped after 20 s"
     assert Machine({"probe": 4, "loss": 12}).run(tmp_path / "short", limit_s=30) == OVER
+    assert list(lines_of(tmp_path / "short")) == ["probe", "loss"]
+
+
+def test_a_start_is_not_of_the_items_time_and_one_that_takes_the_rest_leaves_the_item_to_do(tmp_path: Path) -> None:
+    machine = Machine({"probe": 4, "loss": 500, "more loss": 2})
+    machine.start_s = 30.0
+    assert machine.run(tmp_path, limit_s=200) == DONE
+    assert [line["seconds"] for line in lines_of(tmp_path).values()] == [4, 20, 2]
+    machine = Machine({"probe": 4, "loss": 500, "more loss": 2})
+    machine.start_s = 30.0
+    assert machine.run(tmp_path / "short", limit_s=75) == OVER
     assert list(lines_of(tmp_path / "short")) == ["probe", "loss"]
 
 
@@ -239,6 +252,17 @@ def test_real_processes_are_killed_and_nothing_is_lost(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [row["label"] for row in lines["loss"]["rows"]] == ["before", "after"]
     assert [row["label"] for row in lines["more loss"]["rows"]] == ["last words"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_does_not_start_in_time_has_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "miniature.py").write_text(MINIATURE)
+    monkeypatch.setattr("bench.gpu_runs.worker.START_S", 0.1)
+    worker = WorkerProcess("miniature:TABLE", tmp_path / "log", environment_of(tmp_path))
+    worker.begin("probe", tmp_path / "probe.json")
+    assert worker.wait(60) == "died"
+    worker.kill()
+    assert not (tmp_path / "probe.json").exists()
 
 
 @pytest.mark.slow

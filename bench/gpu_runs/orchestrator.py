@@ -44,8 +44,8 @@ class Worker(Protocol):
         """Start an item, which keeps `{"rows": [...], "error": ...}` in the file `rows`; waits for a new process."""
 
     def wait(self, seconds: float) -> str:
-        """ "done" when the item has ended, "spent" if the process is of no use after it, "died" when it has ended, too,
-        "running" after so many seconds."""
+        """ "done" when the item has ended, "spent" if the process is of no use after it, "died" when the process has
+        ended or did not start in time, "running" after so many seconds."""
 
     def kill(self) -> None:
         """End the process and everything that it started."""
@@ -85,21 +85,27 @@ class Orchestrator:
                     left = self._ends - self._clock()
                     if left < LEAST_S:
                         return OVER
-                    lines[item.name] = self._perform(item, min(item.box_s, left))
+                    line = self._perform(item)
+                    if line is None:
+                        return OVER
+                    lines[item.name] = line
                 if item.is_gate and lines[item.name]["error"]:
                     return GATE_IS_RED
             return DONE
         finally:
             self._dismiss()
 
-    def _perform(self, item: Item, box_s: float) -> dict[str, Any]:
+    def _perform(self, item: Item) -> dict[str, Any] | None:
+        """None where starting a worker took the time that was left."""
         rows = self._out / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', item.name)}.rows.json"
         rows.unlink(missing_ok=True)
         self._worker = self._worker or self._start_worker()
         with GpuWatch() as watch:
             self._worker.begin(item.name, rows)
             began = self._clock()
-            box_s = min(box_s, self._ends - began)
+            box_s = min(item.box_s, self._ends - began)
+            if box_s < min(item.box_s, LEAST_S):
+                return None
             outcome = self._worker.wait(box_s)
         if outcome != "done":
             self._dismiss()

@@ -40,6 +40,7 @@ SECOND = (
     Item("kernel tests", "kernels", 60),
 )
 TESTS_S = 35.0
+"""After which pytest begins no other test: workers start and end within the rest of the box."""
 LIMIT_S = {"first": 340.0, "second": 300.0}
 RUNS = {"first": FIRST, "second": SECOND}
 SET_UP = {
@@ -50,6 +51,7 @@ SET_UP = {
 
 
 FEW_ROUNDS = replace(PUBLISHED, rounds=3)
+"""Medians of three: boxes leave no time for more."""
 
 
 def _section(name: str, function: str = "measure", *arguments: object) -> Callable[[Record], None]:
@@ -73,7 +75,7 @@ def can_load(library: str) -> bool:
 
 
 def loss(record: Record) -> None:
-    """Then chunks: the largest part of what may still be chosen."""
+    """The goal's shape, then its chunks: the largest part of what may still be chosen."""
     tuning, section = (import_module(f"bench.gpu_sections.{name}") for name in ("tuning", "loss"))
     section.measure_shape(record, "7B", 8192, [name for name in section.CONTENDERS if name not in section.COMPILED])
     tuning.measure(record, heads=("7B",))
@@ -95,8 +97,12 @@ def compiled_losses(record: Record) -> None:
 
 
 def update(record: Record, size: str, completion_len: int, *parts: str) -> None:
+    """With all activations kept, and of 7B recomputed, too, for cards that cannot."""
     section = import_module("bench.gpu_sections.update")
-    section.measure(record, FEW_ROUNDS, {size: (section.Shape(completion_len, 8),)}, parts)
+    shapes = [section.Shape(completion_len, 8)]
+    if size == "7B":
+        shapes.append(section.Shape(completion_len, 8, is_recomputed=True))
+    section.measure(record, FEW_ROUNDS, {size: shapes}, parts)
 
 
 def tests(record: Record, wants_all: bool) -> None:

@@ -47,8 +47,9 @@ class WorkerProcess:
 
     def begin(self, item: str, rows: Path) -> None:
         """See `Worker.begin`."""
+        self._is_ready = self._is_ready or self._answer(START_S) == "done"
         if not self._is_ready:
-            self._is_ready = self.wait(START_S) == "done"
+            return  # `wait` tells
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"item": item, "rows": str(rows)}) + "\n")
@@ -58,6 +59,9 @@ class WorkerProcess:
 
     def wait(self, seconds: float) -> str:
         """See `Worker.wait`."""
+        return self._answer(seconds) if self._is_ready else "died"
+
+    def _answer(self, seconds: float) -> str:
         ready, _, _ = select.select([self._answers], [], [], max(0.0, seconds))
         if not ready:
             return "running"

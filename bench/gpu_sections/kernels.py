@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 COMPILED = ["tests/kernels", "tests/video/test_nv12.py", "-m", "not gpu and not slow"]
 NUM_WORKERS = 8
 COMPILED_LABEL, MARKED_LABEL = "kernel tests, compiled", "tests marked gpu"
+CUT = 2
+"""pytest's exit code of a run that did not come to its end."""
 PARALLEL = (COMPILED_LABEL, MARKED_LABEL)
 
 
@@ -57,7 +59,7 @@ def counts(junit_xml: str) -> dict[str, int]:
 
 
 def run_tests(selection: list[str]) -> dict[str, int]:
-    """Counts of one pytest run with TEMPSAMP_REQUIRE_GPU=1. Raises RuntimeError if it ends without a report."""
+    """Counts and exit code of one pytest run with TEMPSAMP_REQUIRE_GPU=1. Raises RuntimeError if it ends without a report."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--continue-on-collection-errors"]
@@ -70,7 +72,7 @@ def run_tests(selection: list[str]) -> dict[str, int]:
         )
         if not report.exists():
             raise RuntimeError(f"pytest ended with exit code {ended.returncode} and no report")
-        return counts(report.read_text())
+        return {**counts(report.read_text()), "exit_code": ended.returncode}
 
 
 def measure(record: Record, suites: Mapping[str, list[str]] | None = None) -> None:
@@ -81,4 +83,5 @@ def measure(record: Record, suites: Mapping[str, list[str]] | None = None) -> No
             found = run_tests([*workers, *selection])
             record.add(label, **found, goals={"failures": ("at most", 0), "errors": ("at most", 0)})
             assert found["tests"] > found["skipped"], "no test ran"
+            assert found["exit_code"] != CUT, "ended before its last test"
             assert not found["failures"] + found["errors"], f"{found['failures'] + found['errors']} tests failed"

@@ -105,6 +105,8 @@ def measure_videos(record: Record, scale: Scale, policy: Policy, num_prompts: in
                 require(1 - same, 0.5, "share of tokens that CUDA graphs draw differently")
                 found[name]["same_tokens"] = same
             eager, runs[name] = answers, run
+    if not runs:
+        return
     *_, default = runs
     half = partial(ours, policy, length // 2, prompts, graphs if default == GRAPHS else None)
     times = in_turn({**runs, "half": half}, rounds=scale.rounds, warmup=0)

@@ -77,9 +77,9 @@ def in_turn(
 
 
 def memory(run: Callable[[], object]) -> dict[str, float]:
-    """Device memory allocated at the worst moment of `run`: all of it, and beyond what was there before; no GPU, none.
+    """Device memory allocated at the worst moment of `run`, in all and beyond what was there before; no GPU, none.
 
-    What was there includes gradients that an earlier run left, so only the first figure compares between sections.
+    What was there includes gradients that an earlier run left: only `max_allocated_gib` compares between sections.
     """
     if not torch.cuda.is_available():
         run()

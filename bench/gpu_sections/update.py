@@ -84,7 +84,7 @@ def measure_size(record: Record, scale: Scale, size: Size, shapes: Sequence[Shap
         and record.has(label, "liger_kernel")
         and record.fits(label, needed_gib(scale, config, first, PLAIN_LAYERS))
     ):
-        with record.attempt(f"{size} Liger layers"):
+        with record.attempt(label):
             measure_liger_layers(record, scale, label, plain, first)
     frozen = replace(shapes[0], is_recomputed=False)
     label = f"{size} {frozen} frozen tower"
@@ -148,15 +148,20 @@ def gradient_distance(policy: Policy, kept: Sequence[Tensor | None]) -> float:
 
 
 def compared(policies: Mapping[str, Policy], runs: Mapping[str, Callable[[], None]], bound: float) -> dict[str, Any]:
-    """Memory of each of two runs, by its name, and under "error" the distance of their gradients, which must be small.
+    """Under "error" the distance of two runs' gradients, which must be small, then memory by name, each from none.
 
-    They share parameters. Nothing needs to be warmed up after it.
+    They may share parameters. Nothing needs to be warmed up after it.
     """
     first, second = runs
-    found: dict[str, Any] = {first: memory(runs[first])}
+    runs[first]()
     kept = gradients(policies[first])
-    found[second] = memory(runs[second])
-    found["error"] = require(gradient_distance(policies[second], kept), bound, f"distance of {first} from {second}")
+    runs[second]()
+    error = require(gradient_distance(policies[second], kept), bound, f"distance of {first} from {second}")
+    del kept
+    found: dict[str, Any] = {"error": error}
+    for name, run in runs.items():
+        policies[name].zero_grad()
+        found[name] = memory(run)
     return found
 
 

@@ -88,13 +88,14 @@ def read_annotations(path: str | Path, videos: str | Path | None = None, format:
         if record.sample_id in ids:
             raise ValueError(f"{record.place}: a sample of id {shown(record.sample_id)} came before")
         ids.add(record.sample_id)
+        record, why_untimed = _timed(record, folder)
         try:
             samples.append(_sample(record, folder))
         except _UnusableQuery as reason:
             dropped.append(str(reason))
-        except NoDuration as error:
-            samples.append(_sample(dataclasses.replace(record, duration=UNTOLD), folder))
-            untimed.setdefault(samples[-1].video, str(error))
+            continue
+        if why_untimed:
+            untimed.setdefault(samples[-1].video, why_untimed)
     if not samples:
         flaws = f"; dropped {len(dropped)}, the first: {dropped[0]}" if dropped else ""
         raise ValueError(f"{path}: no annotated query in it{flaws}")
@@ -110,14 +111,19 @@ class _UnusableQuery(ValueError):
     """Well-formed, but nothing to learn from or to be tested on."""
 
 
+def _timed(record: Record, folder: VideoFolder) -> tuple[Record, str]:
+    """With a duration, the last end where none is told; and why nothing tells it where the video should."""
+    if record.duration is FROM_FILE:
+        try:
+            return dataclasses.replace(record, duration=folder.duration_s(record.place, record.video_id)), ""
+        except NoDuration as error:
+            return dataclasses.replace(record, duration=_last_end(record)), str(error)
+    return (dataclasses.replace(record, duration=_last_end(record)) if record.duration is UNTOLD else record), ""
+
+
 def _sample(record: Record, folder: VideoFolder) -> Sample:
     place = record.place
-    duration = record.duration
-    if duration is UNTOLD:
-        duration = _last_end(record)
-    elif duration is FROM_FILE:
-        duration = folder.duration_s(place, record.video_id)
-    duration_s = as_number(place, "duration", duration)
+    duration_s = as_number(place, "duration", record.duration)
     if duration_s <= 0:
         raise _UnusableQuery(f"{place}: duration {duration_s} is not positive")
     if duration_s < SHORTEST_S:
@@ -149,15 +155,22 @@ def _sample(record: Record, folder: VideoFolder) -> Sample:
 
 
 def _last_end(record: Record) -> float:
-    """In place of a duration that its publisher does not tell."""
-    return max((end for _, end in typed(record.place, "windows", record.windows, list)), default=1.0)
+    """In place of a duration that is not told."""
+    windows = typed(record.place, "windows", record.windows, list)
+    return max((_pair(record.place, window)[1] for window in windows), default=1.0)
+
+
+def _pair(place: str, window: Any) -> Span:
+    """Start and end, in any order."""
+    if len(typed(place, "window", window, (list, tuple))) != 2:
+        raise ValueError(f"{place}: window {shown(window)} is not a pair of start and end")
+    start, end = (as_number(place, f"window {shown(window)}", time) for time in window)
+    return start, end
 
 
 def _window(place: str, window: Any, duration_s: float) -> Span:
-    if len(typed(place, "window", window, (list, tuple))) != 2:
-        raise ValueError(f"{place}: window {shown(window)} is not a pair of start and end")
     name = f"window {shown(window)}"
-    start, end = (as_number(place, name, time) for time in window)
+    start, end = _pair(place, window)
     if start < 0:
         raise _UnusableQuery(f"{place}: {name} starts before 0")
     if end <= start:

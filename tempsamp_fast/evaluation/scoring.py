@@ -12,6 +12,7 @@ import numpy as np
 
 from tempsamp_fast.data.prompts import normalise_query
 from tempsamp_fast.data.text_files import get, json_rows, shown, typed
+from tempsamp_fast.data.video_folder import VIDEO_SUFFIXES
 from tempsamp_fast.rewards import CLIP_S, best_iou, parse_highlights, read_spans, temporal_iou
 from tempsamp_fast.sample import AnswerForm, Sample, Span, Task
 
@@ -214,16 +215,25 @@ def _asked(by_query: Mapping[tuple[str, str], Mapping[Path, list[str]]], vid: st
     videos = {
         video: ids for stem in {name, PurePath(name).stem} for video, ids in by_query.get((stem, query), {}).items()
     }
-    found = [
-        (video, ids)
-        for video, ids in videos.items()
-        if name in (video.name, video.stem)
-        if list(video.parent.parts[len(video.parent.parts) - len(folders) :]) == folders
-    ]
+    alike = {video: ids for video, ids in videos.items() if _is_named(video, name) and _ends_alike(video, folders)}
+    found = [(video, ids) for video, ids in alike.items() if name in (video.name, video.stem)] or list(alike.items())
     if len(found) > 1:
         several = _some([str(video) for video, _ in found])
         raise ValueError(f"{place}: vid {shown(vid)} is of {len(found)} videos: {several}; name its folder too")
     return found[0][1] if found else []
+
+
+def _is_named(video: Path, name: str) -> bool:
+    """Any ending may be told of a file that is not here: its own is a guess then."""
+    suffix = PurePath(name).suffix.lower()
+    may_be = suffix == video.suffix.lower() or (suffix in VIDEO_SUFFIXES and not video.exists())
+    return name == video.stem or (may_be and PurePath(name).stem == video.stem)
+
+
+def _ends_alike(video: Path, folders: Sequence[str]) -> bool:
+    """Where nothing says in which folder the videos are, the folders of one side are not all known."""
+    pairs = list(zip(reversed(video.parent.parts), reversed(folders), strict=False))
+    return all(ours == theirs for ours, theirs in pairs) and (len(pairs) == len(folders) or not video.is_absolute())
 
 
 def _check(row: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tempsamp_fast.config import DataConfig
-from tempsamp_fast.data.annotations import load_annotations
+from tempsamp_fast.data.annotations import load_annotations, read_annotations
 from tempsamp_fast.data.catalogue import load_samples, load_training_data
 from tempsamp_fast.data.formats import FORMATS
 from tempsamp_fast.data.prompts import off_policy_text
@@ -121,6 +121,15 @@ def test_a_video_without_a_duration_must_be_there_and_readable(tmp_path: Path, c
     assert "no duration is given, and the video is not looked for (--videos)" in capsys.readouterr().err
     (kept,) = load_annotations(path, tmp_path, skips_bad=True)
     assert kept.video == tmp_path / "a.mp4" and kept.duration_s == 1
+    flawed = [{"query": ""}, {"windows": [[2, 1]]}, {"windows": []}, {"windows": [[0, 0]]}]
+    rows = [given, *({"video": "a", "query": "q", "id": str(index), **each} for index, each in enumerate(flawed))]
+    for each in rows[1:]:
+        each |= {} if "windows" in each else {"start": 0, "end": 1}
+    annotations = read_annotations(write(tmp_path / "flawed.jsonl", *rows), tmp_path)
+    assert len(annotations.samples) == 1 and len(annotations.dropped) == 4 and list(annotations.untimed) == [kept.video]
+    for windows in ([5], [[1]], [[1, None]], [["1", "2"]]):
+        with pytest.raises(ValueError, match=r"line 1, video 'a': (window|start|end)"):
+            load_annotations(write(tmp_path / "b.jsonl", {"video": "a", "query": "q", "windows": windows}), tmp_path)
     several = write(tmp_path / "more.jsonl", *({**given, "video": name} for name in "abbcdef"))
     with pytest.raises(ValueError, match=r"line 1, video 'a'.*; and so for 5 more videos \(data check lists them\)$"):
         load_annotations(several, tmp_path)

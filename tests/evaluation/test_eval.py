@@ -171,8 +171,10 @@ def test_scores_of_a_mode_that_was_asked_before_stay(words: Words, tmp_path: Pat
     before = read()
     assert main(words("out", "--mode", "answer", "--max_samples", "3")) == 0
     assert read().keys() == {"answer", "think"} and read()["think"] == before["think"]
-    assert main(words("out", "--mode", "answer", "--max_samples", "2")) == 0
+    assert main(words("out", "--mode", "answer", "--max_samples", "3", "--untagged")) == 0
     assert read().keys() == {"answer"}
+    assert main(words("out", "--mode", "think", "--max_samples", "2", "--untagged")) == 0
+    assert read().keys() == {"think"}
 
 
 def test_queries_of_bad_videos_count_as_wrong_and_are_asked_again(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -35,12 +36,35 @@ def test_a_name_a_path_or_its_end_tell_the_video(read: Callable[..., list[float]
     assert read("002.mp4", "001.mp4", "videos/cam2/001.mkv", "clip_1.5_9.0.mp4") == [1, 2, 0, 3]
 
 
+@pytest.mark.parametrize(("vid", "is_it"), [("002", 1), ("002.mp4", 1), ("002.mkv", 1), ("v/002.mp4", 1), ("03", 0)])
+def test_of_a_file_that_is_not_here_ending_and_folder_are_not_known(tmp_path: Path, vid: str, is_it: int) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps({"vid": vid, "query": "a door", "span": [0, 1]}))
+    sample = dataclasses.replace(SAMPLES[2], video=Path("002.mp4"))
+    if is_it:
+        assert len(read_predictions(tmp_path / "p.jsonl", [sample])) == 1
+    else:
+        with pytest.raises(ValueError, match="is not in the annotations"):
+            read_predictions(tmp_path / "p.jsonl", [sample])
+
+
+def test_of_a_file_that_is_here_both_are(tmp_path: Path) -> None:
+    (tmp_path / "002.mp4").touch()
+    sample = dataclasses.replace(SAMPLES[2], video=tmp_path / "002.mp4")
+    for vid, is_it in (("002.MP4", True), (str(sample.video), True), ("002.mkv", False), ("v/002.mp4", False)):
+        (tmp_path / "p.jsonl").write_text(json.dumps({"vid": vid, "query": "a door", "span": [0, 1]}))
+        if is_it:
+            assert len(read_predictions(tmp_path / "p.jsonl", [sample])) == 1
+            continue
+        with pytest.raises(ValueError, match="is not in the annotations"):
+            read_predictions(tmp_path / "p.jsonl", [sample])
+
+
 @pytest.mark.parametrize(
     ("vid", "told"),
     [
         ("001", r"line 1: vid '001' is of 2 videos: videos/cam1/001.mp4, videos/cam2/001.mkv; name its folder too"),
         ("cam3/001", "line 1: vid 'cam3/001' with query 'a door' is not in the annotations"),
-        ("001.avi", "line 1: vid '001.avi' with query 'a door' is not in the annotations"),
+        ("003.avi", "line 1: vid '003.avi' with query 'a door' is not in the annotations"),
         ("", "line 1: vid '' with query 'a door' is not in the annotations"),
     ],
 )
