@@ -59,7 +59,7 @@ def counts(junit_xml: str) -> dict[str, int]:
 
 
 def run_tests(selection: list[str]) -> dict[str, int]:
-    """Counts and exit code of one pytest run with TEMPSAMP_REQUIRE_GPU=1. Raises RuntimeError if it ends without a report."""
+    """Counts and exit code of a pytest run with TEMPSAMP_REQUIRE_GPU=1. Raises RuntimeError if it leaves no report."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--continue-on-collection-errors"]
