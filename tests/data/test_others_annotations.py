@@ -135,7 +135,7 @@ def test_charades_tables_are_read_with_a_byte_order_mark_and_short_rows_are_name
     table = written("Charades_v1_test.csv", "\ufeffid,length\nAB1,30\n")
     assert load_annotations(path)[0].duration_s == 30
     table.write_text("id,length\nAB1\n")
-    with pytest.raises(ValueError, match=r"Charades_v1_test\.csv: None is not a number"):
+    with pytest.raises(ValueError, match=r"Charades_v1_test\.csv: video 'AB1', length: None is not a number"):
         load_annotations(path)
 
 
